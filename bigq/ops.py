@@ -1,12 +1,12 @@
 """The ops: torch.library schemas, fakes, gradients, and the one place that maps a device to an implementation.
 
-CPU tensors run `bigq.reference`; CUDA tensors run the Triton launchers of `bigq_kernels`, imported on first use. There is
-no fallback between them. `BIGQ_REFERENCE=1`, the library's only environment variable, runs the reference on CUDA too.
+CPU tensors run `bigq.reference`; CUDA tensors run the Triton launchers of `bigq_kernels`, imported on first use. There
+is no fallback between them. `BIGQ_REFERENCE=1`, the library's only environment variable, runs the reference on CUDA.
 """
 
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -44,7 +44,7 @@ _SCHEMAS = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_implementation(name: str) -> Callable[..., Any]:
     if os.environ.get("BIGQ_REFERENCE") == "1":
         return getattr(reference, name)  # type: ignore[no-any-return]
@@ -81,9 +81,7 @@ def _(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]
 
 
 @torch.library.register_fake("bigq::dequantize_4bit", lib=_LIBRARY)
-def _(
-    weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype
-) -> Tensor:
+def _(weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
     return weight.new_empty(weight.shape[0], in_features, dtype=dtype)
 
 

@@ -5,7 +5,7 @@ Shapes: N = out_features (rows), K = in_features, M = tokens, B = ceil(K / block
 error budget. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantization, LLM.int8() (arXiv 2208.07339) for int8.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ _CHUNK_NUMEL = 1 << 22  # elements converted at a time: 16 MiB of float32 keeps 
 _EXACT_K = 1024  # 1024 * 127 * 127 < 2**24: an int8 product of this depth is exact in float32
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(boundaries [15] float32, code of each bucket [16] uint8, value pair of each byte [256, 2] float32)."""
     cpu = torch.device("cpu")  # said aloud: a caller may be inside `with torch.device("meta")`
@@ -74,7 +74,7 @@ def _tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tens
     return boundaries.to(device), bucket_code.to(device), pairs.to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def nested_code(device: torch.device) -> Tensor:
     """The 256-entry signed dynamic map of the second quantization level, ascending, float32."""
     positive = []
@@ -127,7 +127,7 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
 def dequantize_4bit(
     weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    """Undo `quantize_4bit`: code times float32 absmax, rounded once to `dtype`; weight uint8 [N, ceil(K/2)] -> [N, K]."""
+    """Undo `quantize_4bit`: code * float32 absmax, rounded once to `dtype`; uint8 [N, ceil(K/2)] -> [N, K]."""
     rows = weight.shape[0]
     _, _, pairs = _tables(quant_type, weight.device)
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)

@@ -1,0 +1,78 @@
+"""From what the user calls the weights to the files that hold them."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bigq.checkpoint.choose import INDEX_SUFFIX, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX, Choice, choose, list_folder
+from bigq.checkpoint.hub import download, is_repo_id
+from bigq.checkpoint.index import read_index
+from bigq.errors import CheckpointError
+
+__all__ = ["Location", "locate"]
+
+_FILE_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
+_FORMS = (
+    f"a {SAFETENSORS_SUFFIX} file, a state dict ({', '.join(PICKLE_SUFFIXES)}), an index (*{INDEX_SUFFIX}), "
+    "a folder with one of these, or a Hub repository id ('owner/name' or 'owner/name@revision')"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """The files of a checkpoint, in order, and the file of each tensor as far as an index names it."""
+
+    files: tuple[Path, ...]
+    index: Path | None = None
+    weight_map: Mapping[str, Path] = field(default_factory=dict, repr=False)
+
+
+def locate(weights_location: str | os.PathLike[str]) -> Location:
+    """Find the files of a checkpoint: a file, an index, a folder or, for a `str` that is no path, a Hub repository.
+
+    A path is taken as it stands: `~` and variables are not expanded.
+    """
+    if os.fspath(weights_location) == "":  # Path("") would be the working directory
+        raise CheckpointError(f"weights_location is empty: expected {_FORMS}")
+    path = Path(weights_location)
+    if os.path.isdir(path):
+        return _resolve(path, choose(list_folder(path)))
+    if os.path.isfile(path):
+        return _locate_file(path)
+    if os.path.lexists(path):  # a device, a socket, a link to nowhere
+        raise CheckpointError(f"{path} is neither a file nor a folder: expected {_FORMS}")
+    if isinstance(weights_location, str) and not weights_location.endswith((*_FILE_SUFFIXES, ".json")):
+        repo_id, at, revision = weights_location.partition("@")
+        if is_repo_id(repo_id) and bool(at) == bool(revision):
+            return _resolve(*download(repo_id, revision or None))
+    hint = "; `~` is not expanded, use Path.expanduser()" if path.parts[0].startswith("~") else ""
+    raise CheckpointError(f"no such file or folder: {path}{hint}; expected {_FORMS}")
+
+
+def _locate_file(path: Path) -> Location:
+    if path.name.endswith(_FILE_SUFFIXES):
+        return Location(files=(path,))
+    if path.suffix != ".json":
+        raise CheckpointError(f"{path} has a suffix that is not one of a checkpoint: expected {_FORMS}")
+    weight_map = read_index(path)
+    files = sorted(set(weight_map.values()))
+    foreign = [file for file in files if not file.endswith(_FILE_SUFFIXES)]
+    if foreign:
+        raise CheckpointError(
+            f"the index {path} names files of another kind: {', '.join(foreign)}; expected {', '.join(_FILE_SUFFIXES)}"
+        )
+    missing = [file for file in files if not os.path.isfile(path.parent / file)]
+    if missing:
+        raise CheckpointError(
+            f"the index {path} names {len(missing)} missing file(s): {', '.join(missing)}; put them beside it"
+        )
+    return _resolve(path.parent, Choice(files=tuple(files), index=path.name, weight_map=weight_map))
+
+
+def _resolve(folder: Path, choice: Choice) -> Location:
+    return Location(
+        files=tuple(folder / file for file in choice.files),
+        index=folder / choice.index if choice.index else None,
+        weight_map={name: folder / file for name, file in choice.weight_map.items()},
+    )

@@ -1,0 +1,151 @@
+"""A checkpoint: all its tensors described and validated, then read one at a time."""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from types import MappingProxyType
+
+from torch import Tensor
+
+from bigq.checkpoint.choose import SAFETENSORS_SUFFIX
+from bigq.checkpoint.locate import Location, locate
+from bigq.checkpoint.pickle_file import PickleFile
+from bigq.checkpoint.safetensors_file import SafetensorsFile
+from bigq.checkpoint.shortlist import shortlist
+from bigq.checkpoint.tensor_info import TensorInfo
+from bigq.errors import CheckpointError
+
+__all__ = ["Checkpoint"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """The files of a checkpoint and, in the order in which they are stored, its tensors.
+
+    It keeps no file open, so it can be shared between threads: every `read` opens the files it needs.
+    """
+
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    file_nbytes: Mapping[Path, int] = field(repr=False)
+
+    @classmethod
+    def open(cls, weights_location: str | os.PathLike[str]) -> "Checkpoint":
+        """Find a checkpoint, read the headers of all its files and check that they agree.
+
+        Accepts a file, an index, a folder or a Hub repository id, and raises one `CheckpointError` that lists every
+        problem found. No tensor is read, except from pickles in the format from before torch 1.6.
+        """
+        location = locate(weights_location)
+        described: dict[Path, list[TensorInfo]] = {}
+        file_nbytes: dict[Path, int] = {}
+        errors: list[CheckpointError] = []
+        for path in location.files:
+            try:
+                file_nbytes[path] = _nbytes(path)
+                with _open(path) as file:
+                    described[path] = file.describe()
+            except CheckpointError as error:
+                errors.append(error)
+        tensors, problems = _merge(location, described)
+        if len(errors) == 1 and not problems:
+            raise errors[0]
+        problems = [*map(str, errors), *problems]
+        if problems:
+            raise CheckpointError(f"cannot open the checkpoint {weights_location}:\n  - " + "\n  - ".join(problems))
+        return cls(files=location.files, tensors=MappingProxyType(tensors), file_nbytes=MappingProxyType(file_nbytes))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the named tensors in file order, whatever the order of `names`.
+
+        They are CPU tensors and may be views of a memory map: copy what must outlive the next step, and do not write
+        to them. A file is opened once and closed before the next one; disjoint `names` can be read by several threads.
+        """
+        unknown = sorted(name for name in names if name not in self.tensors)
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint {self.files[0].parent} does not hold {shortlist([repr(name) for name in unknown])}"
+            )
+        return self._read(sorted(set(names), key=self._positions.__getitem__))
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own. For more than a few, `read` opens each file once."""
+        ((_, tensor),) = self.read([name])
+        return tensor.clone()
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self.tensors)}
+
+    def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for path, group in groupby(names, key=lambda name: self.tensors[name].file):
+            self._check_size(path)
+            with _open(path) as file:
+                for name in group:
+                    self._check_size(path)  # to touch a map beyond the end of its file kills the process
+                    yield name, self._checked(file.read(name), self.tensors[name])
+
+    def _check_size(self, path: Path) -> None:
+        expected, found = self.file_nbytes[path], _nbytes(path)
+        if found != expected:
+            raise CheckpointError(
+                f"{path} changed after it was opened: it had {expected} bytes and now has {found}; "
+                "open the checkpoint again"
+            )
+
+    @staticmethod
+    def _checked(tensor: Tensor, info: TensorInfo) -> Tensor:
+        if tensor.shape != info.shape or tensor.dtype != info.dtype:
+            raise CheckpointError(
+                f"{info.file} changed after it was opened: tensor {info.name!r} was {info.dtype} {tuple(info.shape)} "
+                f"and now is {tensor.dtype} {tuple(tensor.shape)}; open the checkpoint again"
+            )
+        return tensor
+
+
+def _open(path: Path) -> SafetensorsFile | PickleFile:
+    return SafetensorsFile(path) if path.name.endswith(SAFETENSORS_SUFFIX) else PickleFile(path)
+
+
+def _nbytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"cannot open {path}: {error}") from error
+
+
+def _merge(location: Location, described: Mapping[Path, list[TensorInfo]]) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Put the tensors of all files together; return also what the files and the index disagree about."""
+    tensors: dict[str, TensorInfo] = {}
+    duplicates: dict[tuple[Path, Path], list[str]] = {}
+    for path, infos in described.items():
+        for info in infos:
+            if location.weight_map.get(info.name, path) != path:
+                continue  # the index means the tensor of this name in another file
+            if info.name in tensors:
+                duplicates.setdefault((tensors[info.name].file, path), []).append(info.name)
+            else:
+                tensors[info.name] = info
+    absent: dict[Path, list[str]] = {}
+    for name, path in location.weight_map.items():
+        if name not in tensors and path in described:
+            absent.setdefault(path, []).append(name)
+
+    problems = [
+        f"{len(names)} tensor(s) are both in {first} and in {second}: {shortlist(names)}; "
+        "pass the file to load, or an index"
+        for (first, second), names in duplicates.items()
+    ]
+    problems += [
+        f"the index {location.index} names {len(names)} tensor(s) that {path} does not hold: {shortlist(names)}"
+        for path, names in absent.items()
+    ]
+    return tensors, problems

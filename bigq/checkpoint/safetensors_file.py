@@ -1,0 +1,129 @@
+"""A safetensors file, read by the safetensors library."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bigq.checkpoint.shortlist import shortlist
+from bigq.checkpoint.tensor_info import TensorInfo
+from bigq.errors import CheckpointError
+
+__all__ = ["SafetensorsFile"]
+
+# The dtypes of the format that torch has; the format also has F6_E2M3 and F6_E3M2.
+_DTYPES = {
+    "BOOL": torch.bool,
+    "F4": torch.float4_e2m1fn_x2,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+_MAX_HEADER_NBYTES = 100_000_000  # the library's own limit
+
+
+class SafetensorsFile:
+    """An open, memory-mapped file whose header the library has validated. Use it as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._handle: Any = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot open {path}: {_explain(path) or error}") from error
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._handle.__exit__(kind, error, traceback)
+
+    def describe(self) -> list[TensorInfo]:
+        """Describe the tensors, in the order of their bytes in the file."""
+        # offset_keys is not in every supported version; before it, keys() had the order of the offsets.
+        names = getattr(self._handle, "offset_keys", self._handle.keys)()
+        headers = {name: self._handle.get_slice(name) for name in names}
+        unknown = [(name, header.get_dtype()) for name, header in headers.items() if header.get_dtype() not in _DTYPES]
+        if unknown:
+            raise CheckpointError(_refuse_dtypes(self._path, unknown))
+        return [self._info(name, _DTYPES[header.get_dtype()], header.get_shape()) for name, header in headers.items()]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, a view of the memory map."""
+        try:
+            tensor: Tensor = self._handle.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"cannot read tensor {name!r} of {self._path}: {error}") from error
+        return tensor
+
+    def _info(self, name: str, dtype: torch.dtype, shape: list[int]) -> TensorInfo:
+        if dtype is torch.float4_e2m1fn_x2:  # the format counts values, torch counts bytes of two
+            if not shape or shape[-1] % 2:
+                raise CheckpointError(
+                    f"{self._path}: tensor {name!r} packs two 4-bit values to a byte, "
+                    f"so its last dimension must be even, but its shape is {shape}"
+                )
+            shape = [*shape[:-1], shape[-1] // 2]
+        if max(shape, default=0) > torch.iinfo(torch.int64).max:  # only an empty tensor gets this far
+            raise CheckpointError(f"{self._path}: tensor {name!r} has a shape beyond 64 bits: {shape}")
+        return TensorInfo(name=name, shape=torch.Size(shape), dtype=dtype, file=self._path)
+
+
+def _refuse_dtypes(path: Path, tensors: list[tuple[str, str]]) -> str:
+    named = shortlist([f"{name!r} ({dtype})" for name, dtype in tensors])
+    return f"{path} holds tensors of dtypes that torch does not have: {named}; expected {', '.join(_DTYPES)}"
+
+
+def _explain(path: Path) -> str | None:
+    """Say in terms of sizes and tensors why the library refused a file, if that can be said."""
+    if path.is_dir():
+        return "it is a folder, expected a file"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or 8 + length > size:
+                return f"it has {size} bytes, too few for its header: it is truncated or no safetensors file"
+            if length > _MAX_HEADER_NBYTES:
+                return None
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(header, dict):
+        return None
+    unknown, end = [], 0
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(dtype), "data_offsets": [int(), int(stop)]}:
+                end = max(end, stop)
+                if dtype not in _DTYPES:
+                    unknown.append((name, dtype))
+    if unknown:
+        return _refuse_dtypes(path, unknown)
+    if 8 + length + end != size:
+        return (
+            f"its header describes {8 + length + end} bytes, but it has {size}: "
+            "it was cut short or changed; download or copy it again"
+        )
+    return None

@@ -1,0 +1,47 @@
+"""commit: the only code that changes a model; everything before it works on the side."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from bigq.plan import PlannedLinear, PlannedTensor
+
+__all__ = ["commit"]
+
+
+def commit(
+    model: nn.Module, job: PlannedLinear | PlannedTensor, tensors: Mapping[str, Tensor], *, frozen: bool = False
+) -> None:
+    """Carry out `job` with its finished tensors, {leaf name: tensor}, under every name it has in `model`.
+
+    `frozen` takes requires_grad from a parameter: an offloaded one is lent as a copy, which no gradient would reach.
+    """
+    if isinstance(job, PlannedLinear):
+        _commit_linear(model, job, tensors)
+    else:
+        (tensor,) = tensors.values()
+        _commit_tensor(model, job, tensor, frozen)
+
+
+def _commit_linear(model: nn.Module, linear: PlannedLinear, state: Mapping[str, Tensor]) -> None:
+    old = model.get_submodule(linear.names[0])
+    for leaf, tensor in state.items():
+        linear.module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    linear.module._parameters["bias"] = old._parameters["bias"]  # its own job replaces it
+    for name in linear.names:
+        path, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(path)
+        parent._modules[leaf] = linear.module
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # turns off its fused inference path, which reads linear1.weight
+
+
+def _commit_tensor(model: nn.Module, planned: PlannedTensor, tensor: Tensor, frozen: bool) -> None:
+    parameter = nn.Parameter(tensor, requires_grad=planned.requires_grad and not frozen)
+    for name in planned.names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if planned.is_buffer:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = parameter

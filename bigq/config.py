@@ -1,0 +1,165 @@
+"""QuantizationConfig: what to quantize into what; every refusal of a configuration is made here."""
+
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any
+
+import torch
+
+from bigq.errors import ConfigError
+from bigq.formats import Format, make_format
+
+__all__ = ["OFFLOAD_POLICIES", "QuantizationConfig", "as_config", "is_config"]
+
+OFFLOAD_POLICIES = (None, "preserve", "quantized", torch.float32)
+_DTYPES = {
+    name: dtype
+    for dtype, names in {
+        torch.float16: ("fp16", "float16", "half"),
+        torch.bfloat16: ("bf16", "bfloat16"),
+        torch.float32: ("fp32", "float32", "float"),
+    }.items()
+    for name in names
+}
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What to quantize into what. Frozen, and never changed by the library.
+
+    Args:
+        format: "nf4", "fp4" or "int8".
+        block_size: weights that share one absmax along a row, for the 4-bit formats: a power of two, 32 to 4096.
+        double_quant: store the 4-bit formats' absmax as uint8 codes too (4.13 instead of 4.5 bits a weight).
+        threshold: LLM.int8()'s outlier threshold; a column of activations that reaches it is not quantized. 0 for none.
+        compute_dtype: dtype of the products; None for that of the activations.
+        dtype: dtype of the parameters that are not quantized; None keeps each one's dtype in the checkpoint.
+        skip_modules: modules not to quantize: a path ("model.layers.0"), a name ("lm_head") or a glob ("layers.*.mlp"),
+            matched on component borders. A pattern that matches nothing is an error.
+        skip_defaults: also skip the output head and the weights tied to another module.
+        keep_in_fp32_modules: modules kept (or made) float32 and not quantized, whatever `dtype` says; same patterns.
+        cast_buffers: cast floating-point buffers to `dtype` as well; otherwise they keep theirs.
+        offload: what a module on "cpu" or "disk" of a device map is stored as: "preserve" (its dtype), "quantized",
+            torch.float32, or None: a custom map preserves for the 4-bit formats and quantizes for int8, an automatic
+            map quantizes.
+
+    Raises:
+        ConfigError: a value that is unknown, or that contradicts another.
+    """
+
+    format: str
+    _: KW_ONLY
+    block_size: int = 64
+    double_quant: bool = False
+    threshold: float = 6.0
+    compute_dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None
+    skip_modules: tuple[str, ...] = ()
+    skip_defaults: bool = True
+    keep_in_fp32_modules: tuple[str, ...] = ()
+    cast_buffers: bool = False
+    offload: str | torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("double_quant", "skip_defaults", "cast_buffers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        for name in ("skip_modules", "keep_in_fp32_modules"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        for name in ("compute_dtype", "dtype"):
+            object.__setattr__(self, name, _dtype(name, getattr(self, name)))
+        if self.offload not in OFFLOAD_POLICIES:
+            raise ConfigError(f"offload is {self.offload!r}; expected None, 'preserve', 'quantized' or torch.float32")
+        self.weight_format()
+
+    def weight_format(self) -> Format:
+        """The format of the quantized weights; refuses settings that the format does not have."""
+        settings = {"block_size": self.block_size, "double_quant": self.double_quant, "threshold": self.threshold}
+        defaults = {field.name: field.default for field in fields(self)}
+        own = {"int8": ("threshold",)}.get(self.format, ("block_size", "double_quant"))
+        for name, value in settings.items():
+            if name not in own and value != defaults[name]:
+                raise ConfigError(f"{name}={value!r} means nothing to format {self.format!r}: leave it out")
+        return make_format(self.format, **{name: settings[name] for name in own})
+
+
+def is_config(value: object) -> bool:
+    """Whether `value` is a configuration of ours, accelerate's or transformers'."""
+    return isinstance(value, QuantizationConfig) or _foreign(value) is not None
+
+
+def as_config(value: object) -> QuantizationConfig:
+    """`value` as a QuantizationConfig.
+
+    accelerate's BnbQuantizationConfig and transformers' BitsAndBytesConfig keep their own defaults.
+    """
+    if isinstance(value, QuantizationConfig):
+        return value
+    kind = _foreign(value)
+    if kind is None:
+        raise ConfigError(
+            f"quantization_config is {value!r}; expected a bigq.QuantizationConfig, an accelerate "
+            "BnbQuantizationConfig or a transformers BitsAndBytesConfig"
+        )
+    return _from_accelerate(value) if kind == "BnbQuantizationConfig" else _from_transformers(value)
+
+
+def _foreign(value: object) -> str | None:
+    # By name, so that neither library has to be imported to recognise its objects.
+    for kind in type(value).__mro__:
+        owner = kind.__module__.partition(".")[0]
+        if (owner, kind.__name__) in {("accelerate", "BnbQuantizationConfig"), ("transformers", "BitsAndBytesConfig")}:
+            return kind.__name__
+    return None
+
+
+def _from_accelerate(config: Any) -> QuantizationConfig:
+    common = {
+        "dtype": config.torch_dtype,
+        "skip_modules": tuple(config.skip_modules or ()),
+        "keep_in_fp32_modules": tuple(config.keep_in_fp32_modules or ()),
+    }
+    return _from_bitsandbytes(config, common)
+
+
+def _from_transformers(config: Any) -> QuantizationConfig:
+    if config.load_in_4bit and config.bnb_4bit_quant_storage != torch.uint8:
+        raise ConfigError(f"bnb_4bit_quant_storage is {config.bnb_4bit_quant_storage}; bigq stores torch.uint8 only")
+    if config.llm_int8_has_fp16_weight:
+        raise ConfigError("llm_int8_has_fp16_weight=True keeps float16 weights: there is nothing to quantize")
+    common = {
+        "skip_modules": tuple(config.llm_int8_skip_modules or ()),
+        "offload": torch.float32 if config.llm_int8_enable_fp32_cpu_offload else None,
+    }
+    return _from_bitsandbytes(config, common)
+
+
+def _from_bitsandbytes(config: Any, common: dict[str, Any]) -> QuantizationConfig:
+    """The fields that accelerate's and transformers' configs share."""
+    if config.load_in_4bit == config.load_in_8bit:
+        raise ConfigError(f"{type(config).__name__}: set exactly one of load_in_4bit and load_in_8bit")
+    if config.load_in_8bit:
+        return QuantizationConfig("int8", threshold=float(config.llm_int8_threshold), **common)
+    return QuantizationConfig(
+        config.bnb_4bit_quant_type,
+        double_quant=config.bnb_4bit_use_double_quant,
+        compute_dtype=config.bnb_4bit_compute_dtype,
+        **common,
+    )
+
+
+def _patterns(name: str, value: Iterable[str] | None) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ConfigError(f"{name} is the string {value!r}; expected a list of them: [{value!r}]")
+    patterns = tuple(value or ())
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern or "" in pattern.split("."):
+            raise ConfigError(f"{name} holds {pattern!r}; expected a module path, a name or a glob")
+    return patterns
+
+
+def _dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
+    dtype = _DTYPES.get(value) if isinstance(value, str) else value
+    if value is not None and dtype not in _DTYPES.values():
+        raise ConfigError(f"{name} is {value!r}; expected one of {sorted(_DTYPES)} or the torch dtype of that name")
+    return dtype

@@ -1,0 +1,121 @@
+"""dispatch: put hooks on the modules of a loaded model that need them, and on no others."""
+
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.hooks import add_hook_to_module
+from torch import Tensor, nn
+
+from bigq.device_map import DeviceMap, as_user_map, execution_device, place_of
+from bigq.hooks import Float32Hook, PlacementHook
+from bigq.offload import is_file_backed
+from bigq.plan import Plan
+from bigq.selection import output_head
+
+__all__ = ["dispatch", "keep_float32_callable"]
+
+
+@dataclass(kw_only=True)
+class _Unit:
+    """A module that gets one hook, and the tensors that its calls need."""
+
+    module: nn.Module
+    path: str
+    tensors: list[tuple[nn.Module, str, Tensor, str]] = field(default_factory=list)  # owner, leaf, tensor, place
+
+
+def dispatch(model: nn.Module, device_map: DeviceMap, *, skip_keys: str | list[str] | None = None) -> None:
+    """Hook a model whose tensors are where `device_map` says, so that it runs.
+
+    A model on one device gets no hooks. Otherwise the root moves inputs in and outputs back, each offloaded block is
+    lent its tensors while it runs, and with several GPUs each block receives its inputs on its own.
+
+    Args:
+        skip_keys: keyword arguments that are not moved (default: what the model's `_skip_keys_device_placement` says).
+    """
+    model.hf_device_map = as_user_map(device_map)  # type: ignore[assignment]
+    runs_on = execution_device(device_map)
+    gpus = {place for place in device_map.values() if place not in ("cpu", "disk")}
+    if len(set(device_map.values())) == 1 and "disk" not in device_map.values():
+        return
+    if skip_keys is None:
+        skip_keys = getattr(model, "_skip_keys_device_placement", None)
+    root_hook = PlacementHook(runs_on, io_same_device=True, skip_keys=skip_keys)
+    for unit in _units(model, device_map):
+        own_gpus = [place for _, _, _, place in unit.tensors if place in gpus]
+        device = torch.device(own_gpus[0]) if own_gpus else runs_on
+        borrowed = [
+            (owner, leaf)
+            for owner, leaf, tensor, _ in unit.tensors
+            if tensor.device != device or is_file_backed(tensor)
+        ]
+        if unit.path == "":
+            root_hook.borrowed = borrowed
+        elif borrowed or len(gpus) > 1:
+            add_hook_to_module(unit.module, PlacementHook(device, borrowed=borrowed, skip_keys=skip_keys), append=True)
+    add_hook_to_module(model, root_hook, append=True)
+
+
+def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
+    """Hook the modules that are float32 by a rule of their own among half-precision ones, to cast what they are given.
+
+    The hook goes on the outermost module all of whose floating parameters are float32 by such a rule.
+    """
+    floating = [tensor for tensor in plan.tensors if tensor.spec.dtype.is_floating_point and not tensor.is_buffer]
+    by_rule = {name for tensor in floating if tensor.is_float32_by_rule for name in tensor.names}
+    if not any(tensor.spec.dtype in (torch.float16, torch.bfloat16) for tensor in floating):
+        return
+    head = output_head(model)
+
+    def walk(module: nn.Module, path: str) -> None:
+        prefix = f"{path}." if path else ""
+        own = [prefix + name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
+        if path and own and _is_called(module) and by_rule.issuperset(own):
+            add_hook_to_module(module, Float32Hook(restore=module is not head), append=True)
+            return
+        for name, child in module.named_children():
+            walk(child, prefix + name)
+
+    if by_rule:
+        walk(model, "")
+
+
+def _units(model: nn.Module, device_map: DeviceMap) -> list[_Unit]:
+    """The modules to hook: blocks, and callers of tensors that lie outside of every block."""
+    units: dict[str, _Unit] = {}
+    split = {ancestor for name in device_map if name for ancestor in _ancestors(name)}
+
+    def walk(module: nn.Module, path: str, caller: str, block: str | None) -> None:
+        if _is_called(module):
+            caller = path
+        if block is None and path and path not in split and _is_called(module) and not _is_stack(module):
+            block = path
+        prefix = f"{path}." if path else ""
+        host = caller if block is None else block
+        for table in (module._parameters, module._buffers):
+            for leaf, tensor in table.items():
+                if tensor is not None:
+                    unit = units.setdefault(host, _Unit(module=model.get_submodule(host), path=host))
+                    unit.tensors.append((module, leaf, tensor, place_of(device_map, prefix + leaf) or "cpu"))
+        for name, child in module.named_children():
+            walk(child, prefix + name, caller, block)
+
+    walk(model, "", "", None)
+    return list(units.values())
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return ["", *(".".join(parts[:end]) for end in range(1, len(parts)))]
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether the module has a forward of its own; a ModuleList, a ModuleDict or a ParameterList has none."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether the module holds a list of modules, or is a Sequential of composite ones: its members are the blocks."""
+    if isinstance(module, nn.Sequential):
+        return any(any(True for _ in child.children()) for child in module.children())
+    return any(isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) for child in module.children())

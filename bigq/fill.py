@@ -1,0 +1,93 @@
+"""fill: read, quantize and place every tensor of a plan, then change the model."""
+
+from collections.abc import Mapping
+
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from torch import Tensor, nn
+
+from bigq.checkpoint import Checkpoint
+from bigq.commit import commit
+from bigq.errors import CheckpointError
+from bigq.model_tensors import ModelTensors
+from bigq.plan import Plan, PlannedLinear, PlannedTensor
+from bigq.store import Store
+
+__all__ = ["Source", "fill"]
+
+Source = Checkpoint | ModelTensors
+Job = PlannedLinear | PlannedTensor
+
+
+def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress: bool | None) -> None:
+    """Fill `model` from `source` as `plan` and `store` say.
+
+    From a checkpoint, the model changes after the last tensor has arrived and none was found wrong. A model that held
+    its own weights changes layer by layer, after all of them were checked, so that each old weight is freed before the
+    next is quantized.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or a weight to quantize holds NaN or Inf.
+    """
+    jobs = plan.jobs()
+    in_place = isinstance(source, ModelTensors)
+    if in_place:
+        weights = [name for name, job in jobs.items() if isinstance(job, PlannedLinear)]
+        _refuse_non_finite(source, {name: _is_finite(tensor) for name, tensor in source.read(weights)})
+    finite: dict[str, Tensor] = {}
+    done: list[tuple[Job, dict[str, Tensor]]] = []
+    total = sum(source.tensors[name].nbytes for name in jobs)
+    hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
+        for name, tensor in source.read(jobs):
+            job = jobs[name]
+            if isinstance(job, PlannedLinear):
+                state = _quantize(job, tensor, store)
+                finite[name] = _is_finite(*state.values())
+                done.append((job, _place(job.names[0] + ".", state, store, owned=True)))
+            else:
+                path, dot, leaf = job.names[0].rpartition(".")
+                done.append((job, _place(path + dot, {leaf: tensor}, store, owned=in_place)))
+            del tensor  # or it would outlive its replacement by one turn
+            if in_place:
+                _commit_all(model, done, store)
+            bar.update(source.tensors[name].nbytes)
+    if not in_place:
+        _refuse_non_finite(source, finite)
+    for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
+        if job.source is None:
+            path, dot, leaf = job.names[0].rpartition(".")
+            own = {leaf: getattr(model.get_submodule(path), leaf).detach()}
+            done.append((job, _place(path + dot, own, store, owned=True)))
+    done += [(job, {}) for job in plan.linears if job.source is None]
+    done.sort(key=lambda entry: isinstance(entry[0], PlannedTensor))  # modules before the tensors that go into them
+    _commit_all(model, done, store)
+
+
+def _quantize(job: PlannedLinear, tensor: Tensor, store: Store) -> dict[str, Tensor]:
+    weight = tensor.to(store.work_device(f"{job.names[0]}.weight"))
+    return job.module.quantize(weight.T if job.transposed else weight)
+
+
+def _place(prefix: str, tensors: Mapping[str, Tensor], store: Store, *, owned: bool) -> dict[str, Tensor]:
+    return {leaf: store.put(prefix + leaf, tensor, owned=owned) for leaf, tensor in tensors.items()}
+
+
+def _commit_all(model: nn.Module, done: list[tuple[Job, dict[str, Tensor]]], store: Store) -> None:
+    for job, tensors in done:
+        commit(model, job, tensors, frozen=any(store.is_offloaded(name) for name in job.names))
+    done.clear()
+
+
+def _is_finite(*tensors: Tensor) -> Tensor:
+    """Whether every float32 scale, or every element of one weight, is finite: a 0-d bool on its device."""
+    flags = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    return torch.stack(flags).all()
+
+
+def _refuse_non_finite(source: Source, finite: Mapping[str, Tensor]) -> None:
+    """One look at the flags of all weights, so that no weight has to wait for its own."""
+    bad = [name for name, flag in finite.items() if not flag]
+    if bad:
+        listed = "\n".join(f"  {name} in {source.tensors[name].file}" for name in bad)
+        raise CheckpointError(f"{len(bad)} weights hold NaN or Inf and cannot be quantized:\n{listed}")

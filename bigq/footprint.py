@@ -1,0 +1,57 @@
+"""memory_footprint: the exact bytes of a model, by device and by kind."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bigq.linear import QuantizedLinear
+from bigq.offload import is_file_backed
+from bigq.selection import tensor_key
+
+__all__ = ["MemoryFootprint", "memory_footprint"]
+
+KINDS = ("packed", "scales", "kept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFootprint:
+    """Bytes of every parameter and buffer, each counted once.
+
+    `nbytes[device][kind]`: device is "cuda:0", "cpu", "disk" or "meta"; kind is "packed" (codes of quantized weights),
+    "scales" (absmax and what else a format stores) or "kept" (everything that is not quantized).
+    """
+
+    nbytes: dict[str, dict[str, int]]
+
+    @property
+    def total_nbytes(self) -> int:
+        return sum(sum(kinds.values()) for kinds in self.nbytes.values())
+
+    def table(self) -> str:
+        """One line a device, in MB (1e6 bytes), with a total."""
+        rows = [(device, [kinds[kind] for kind in KINDS]) for device, kinds in self.nbytes.items()]
+        rows.append(("total", [sum(column) for column in zip(*(values for _, values in rows), strict=True)]))
+        lines = [f"{'MB':<10}" + "".join(f"{kind:>12}" for kind in (*KINDS, "all"))]
+        for device, values in rows:
+            lines.append(f"{device:<10}" + "".join(f"{value / 1e6:>12.3f}" for value in (*values, sum(values))))
+        return "\n".join(lines)
+
+
+def memory_footprint(model: nn.Module) -> MemoryFootprint:
+    """Count the bytes of `model`'s parameters and buffers by device and kind; tied tensors once."""
+    nbytes: dict[str, dict[str, int]] = {}
+    seen: set[object] = set()
+    for module in model.modules():
+        quantized = module.state_spec() if isinstance(module, QuantizedLinear) else {}
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.numel() and tensor_key(tensor) in seen:
+                continue
+            seen.add(tensor_key(tensor))
+            kind = "kept" if name not in quantized else "packed" if name == "weight" else "scales"
+            of_device = nbytes.setdefault(_where(tensor), dict.fromkeys(KINDS, 0))
+            of_device[kind] += tensor.numel() * tensor.element_size()
+    return MemoryFootprint(nbytes=nbytes)
+
+
+def _where(tensor: Tensor) -> str:
+    return "disk" if is_file_backed(tensor) else str(tensor.device)

@@ -1,0 +1,61 @@
+"""What a weight format answers: what it stores, how it is made, undone and multiplied by."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Format", "State", "TensorSpec", "matrix_shape"]
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that may not exist yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A weight of `shape` [..., K] seen as (rows, K); a scalar is one row of one."""
+    return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+class Format(Protocol):
+    """A weight format; a frozen dataclass whose fields are its settings.
+
+    Sizing, loading, placing and saving all follow from `state_spec`: nothing above this package tells formats apart.
+    A weight of shape [..., K] is stored row by row, its leading dimensions kept.
+    """
+
+    @property
+    def name(self) -> str:
+        """The word for it in a config: "nf4", "fp4" or "int8"."""
+
+    @property
+    def custom_map_offload(self) -> str:
+        """What a device map of the user's own keeps on "cpu" and "disk" by default: "preserve" or "quantized"."""
+
+    def state_spec(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """The named tensors that hold a weight of `shape`; "weight" is the packed codes."""
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors of `state_spec`, on the weight's device; each owns its storage."""
+
+    def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The weight of `shape` that `state` stands for, rounded once to `dtype`."""
+
+    def linear(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
+        """x [..., K] times the transposed [N, K] weight, plus bias [N], in x's dtype."""
+
+    def describe(self) -> dict[str, str | int | float | bool]:
+        """What a checkpoint must say of this format for `format_from_description` to rebuild it."""

@@ -1,0 +1,99 @@
+"""load_and_quantize_model: checkpoint -> plan -> quantize -> place -> hook."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigq.checkpoint import Checkpoint
+from bigq.config import QuantizationConfig, as_config, is_config
+from bigq.dispatch import dispatch, keep_float32_callable
+from bigq.errors import CheckpointError, ConfigError
+from bigq.fill import fill
+from bigq.model_tensors import ModelTensors
+from bigq.placement import plan_and_place
+from bigq.store import Store
+
+__all__ = ["load_and_quantize_model"]
+
+
+def load_and_quantize_model(
+    model: nn.Module,
+    weights_location: str | os.PathLike[str] | None = None,
+    quantization_config: Any = None,
+    device_map: Any = None,
+    *,
+    bnb_quantization_config: Any = None,
+    no_split_module_classes: Iterable[str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    offload: str | torch.dtype | None = None,
+    skip_keys: str | list[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Stream a checkpoint into `model`, quantize its linears on the way, and place it as `device_map` says.
+
+    Everything is checked before anything is changed, and the model changes only once every tensor has arrived: a call
+    that raises leaves it as it was. accelerate's order of the arguments (model, config, weights) works too.
+
+    Args:
+        model: any PyTorch model, on meta (`accelerate.init_empty_weights`) or holding weights.
+        weights_location: a safetensors file, a .bin or .pt state dict, an index json, a folder with any of these, or a
+            Hub repo id (`owner/name@revision`). None quantizes the weights that the model holds, layer by layer.
+        quantization_config: a QuantizationConfig, accelerate's BnbQuantizationConfig or transformers'
+            BitsAndBytesConfig. None loads a checkpoint that was saved quantized as it is.
+        device_map: None (the current GPU, or the CPU where there is none), "auto", "balanced", "balanced_low_0",
+            "sequential", a device, or {module name: device, GPU index, "cpu" or "disk"}.
+        bnb_quantization_config: accelerate's name of `quantization_config`.
+        no_split_module_classes: class names of modules that an automatic map keeps on one device.
+        max_memory: {GPU index or "cpu": bytes or "20GiB"} for an automatic map.
+        offload_folder: where modules on "disk" are kept, in an unnamed file that goes with the model.
+        offload: what is kept of a module on "cpu" or "disk": see QuantizationConfig.offload, which this overrides.
+        skip_keys: keyword arguments that hooks do not move between devices, such as a KV cache.
+        strict: refuse missing and unexpected tensors; otherwise ignore the latter, and keep what the model holds for
+            the former.
+        progress: show a progress bar; None shows it on a terminal.
+
+    Returns:
+        `model` itself, in the training mode it was in.
+
+    Raises:
+        CheckpointError, ConfigError, PlacementError, UnsupportedError: see bigq.errors.
+    """
+    weights_location, config = _arguments(weights_location, quantization_config, bnb_quantization_config)
+    source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
+    plan, places = plan_and_place(
+        model,
+        source,
+        config,
+        device_map,
+        no_split_module_classes=no_split_module_classes,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        offload=offload,
+        strict=strict,
+    )
+    store = Store.open(plan, places, offload_folder)
+    fill(model, plan, source, store, progress=progress)
+    keep_float32_callable(model, plan)
+    dispatch(model, places, skip_keys=skip_keys)
+    model.quantization_method = "bigq"  # type: ignore[assignment]
+    model.is_loaded_in_8bit = True  # type: ignore[assignment]  # by which PEFT and TRL know a k-bit model
+    return model
+
+
+def _arguments(
+    weights_location: Any, quantization_config: Any, bnb_quantization_config: Any
+) -> tuple[str | os.PathLike[str] | None, QuantizationConfig | None]:
+    """The checkpoint and the config, in whichever order and under whichever name they came."""
+    if is_config(weights_location) and not is_config(quantization_config):
+        weights_location, quantization_config = quantization_config, weights_location
+    if quantization_config is not None and bnb_quantization_config is not None:
+        raise ConfigError("both quantization_config and bnb_quantization_config are given: pass one")
+    config = quantization_config if bnb_quantization_config is None else bnb_quantization_config
+    if weights_location is not None and not isinstance(weights_location, (str, os.PathLike)):
+        raise CheckpointError(f"weights_location is {weights_location!r}; expected a path or a Hub repo id")
+    return weights_location, None if config is None else as_config(config)

@@ -1,0 +1,206 @@
+"""Which linears of a model are quantized, and why the others are not."""
+
+import dis
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from types import CodeType, FunctionType
+
+from torch import Tensor, nn
+
+from bigq.errors import ConfigError
+
+__all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears", "tensor_key"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """`linears`: every name of each module to quantize; `kept`: why each other linear stays as it is."""
+
+    linears: dict[str, tuple[str, ...]]
+    kept: dict[str, str]
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether `module` is transformers' GPT-2 Conv1D, a linear that stores its weight as [K, N]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+
+
+def tensor_key(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for two names of one tensor, also on meta, where `init_empty_weights` re-wraps a tied Parameter."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def select_linears(
+    model: nn.Module,
+    *,
+    skip_modules: Sequence[str] = (),
+    keep_in_fp32_modules: Sequence[str] = (),
+    defaults: bool = True,
+) -> Selection:
+    """Choose the modules to quantize: every `nn.Linear` by exact type and every GPT-2 Conv1D.
+
+    Never chosen: a module that its parent does not call but whose weight it reads; what `skip_modules` or
+    `keep_in_fp32_modules` match. With `defaults`, neither: the output head, weights tied to another module, and what
+    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or without `defaults` a choice that would break a tie.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    everything = [name for aliases in names.values() for name in aliases if name]
+    everything += [name for name, _ in _named_tensors(model)]
+    reasons: dict[str, str] = {}
+    for pattern_field, patterns in (
+        ("skip_modules", skip_modules),
+        ("keep_in_fp32_modules", keep_in_fp32_modules),
+    ):
+        for name, pattern in match_patterns(pattern_field, patterns, everything).items():
+            reasons.setdefault(name, f"{pattern_field} {pattern!r}")
+    own = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if defaults else ()
+    for name in everything:
+        for pattern in own:
+            if _matches(pattern, name):
+                reasons.setdefault(name, f"the model's own _keep_in_fp32_modules {pattern!r}")
+
+    tied = _tied_tensors(model)
+    head = output_head(model) if defaults else None
+    linears: dict[str, tuple[str, ...]] = {}
+    kept: dict[str, str] = {}
+    for module, aliases in names.items():
+        if not (type(module) is nn.Linear or is_transposed_linear(module)):
+            continue
+        canonical = aliases[0]
+        reason = next((reasons[name] for name in aliases if name in reasons), None)
+        others = sorted(name for name in tied.get(f"{canonical}.weight", ()) if name.rpartition(".")[0] not in aliases)
+        if reason is None and canonical == "":
+            reason = "it is the model itself, which cannot be replaced: wrap it in an nn.Sequential"
+        if reason is None and any(_read_but_not_called(model, name) for name in aliases):
+            reason = "its parent reads its weight directly"
+        if reason is None and others and not defaults:
+            raise ConfigError(
+                f"{canonical}.weight is tied to {', '.join(others)}: quantizing it would break the tie; "
+                f"add {canonical!r} to skip_modules, or leave skip_defaults=True"
+            )
+        if reason is None and others:
+            reason = f"tied to {', '.join(others)}"
+        if reason is None and module is head:
+            reason = "the output head"
+        if reason is None:
+            linears[canonical] = tuple(aliases)
+        else:
+            kept[canonical] = reason
+    return Selection(linears=linears, kept=kept)
+
+
+def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """{name: pattern} for each of `names` that a pattern matches: itself, or an ancestor of it, on component borders.
+
+    Raises:
+        ConfigError: a pattern that matches none of `names`; it lists near ones.
+    """
+    names = list(names)
+    matched: dict[str, str] = {}
+    for pattern in patterns:
+        hits = [name for name in names if _matches(pattern, name)]
+        if not hits:
+            parts = {part for name in names for part in name.split(".")}
+            near = get_close_matches(pattern, [*names, *sorted(parts)], n=5, cutoff=0.5)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise ConfigError(f"{field} {pattern!r} matches no module or parameter of the model{hint}")
+        for name in hits:
+            matched.setdefault(name, pattern)
+    return matched
+
+
+def _matches(pattern: str, name: str) -> bool:
+    wanted, parts = pattern.split("."), name.split(".")
+    return any(
+        all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The model's output head: what it says itself, or the last linear outside of every stack of blocks.
+
+    The search goes down from the root into the last child that holds a linear, so a head behind wrappers is found, and
+    ends with None at a stack: a ModuleList of blocks, or a child of the same class as an earlier sibling. A model with
+    a single linear has no head.
+    """
+    own = getattr(model, "get_output_embeddings", None)
+    if callable(own):
+        try:
+            found = own()
+        except (AttributeError, NotImplementedError):
+            found = None
+        return found if isinstance(found, nn.Module) else None
+    if sum(_is_linear(module) for module in model.modules()) < 2:
+        return None
+    module = model
+    while not _is_linear(module):
+        children = [child for child in module.children() if any(_is_linear(inner) for inner in child.modules())]
+        if not children:
+            return None
+        last = children[-1]
+        stacked = any(type(child) is type(last) for child in children[:-1])
+        if not _is_linear(last) and (stacked or (isinstance(module, nn.ModuleList) and len(children) == 1)):
+            return None
+        module = last
+    return module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed_linear(module)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _tied_tensors(model: nn.Module) -> dict[str, set[str]]:
+    """{name: every name of the same tensor} for tensors with several."""
+    groups: dict[tuple[object, ...], set[str]] = {}
+    for name, tensor in _named_tensors(model):
+        if tensor.numel():
+            groups.setdefault(tensor_key(tensor), set()).add(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _read_but_not_called(model: nn.Module, name: str) -> bool:
+    """Whether the parent of the module `name` uses its `.weight` in some method and calls the module in none.
+
+    Such a parent (as nn.MultiheadAttention is of its out_proj) would compute with packed codes. Found in its bytecode.
+    """
+    parent_name, _, leaf = name.rpartition(".")
+    read = called = False
+    for kind in type(model.get_submodule(parent_name)).__mro__:
+        if kind in (nn.Module, object) or kind.__module__.startswith("torch.nn.modules.container"):
+            continue
+        for attribute, value in vars(kind).items():
+            if isinstance(value, FunctionType) and attribute != "__init__":
+                for chain in _attribute_chains(value.__code__):
+                    if chain[0] == leaf:
+                        read |= chain[1:2] == ("weight",)
+                        called |= chain[1:2] not in (("weight",), ("bias",))
+    return read and not called
+
+
+def _attribute_chains(code: CodeType) -> Iterator[tuple[str, ...]]:
+    """('out_proj', 'weight') for each `x.out_proj.weight` in a function, nested functions included."""
+    chain: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain.append(str(instruction.argval))
+        elif instruction.opname != "CACHE" and chain:
+            yield tuple(chain)
+            chain = []
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _attribute_chains(constant)
