@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import nn
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined: kernel tests then run on CPU tensors in the interpreter.
@@ -54,3 +57,66 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 3 * width)
+        self.down = nn.Linear(3 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class TinyModel(nn.Module):
+    """An embedding, blocks with a width no block size divides, a head, a root parameter, and buffers of every sort."""
+
+    def __init__(self, width: int = 72, blocks: int = 3, vocabulary: int = 50, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.register_buffer("offset", torch.linspace(-1, 1, width))
+        self.register_buffer("steps", torch.tensor(7))
+        self.register_buffer("mask", torch.ones(width), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) * self.gain * self.mask + self.offset
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def tiny() -> type[TinyModel]:
+    return TinyModel
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.arange(14).view(2, 7) % 50
+
+
+@pytest.fixture
+def empty():
+    """empty(TinyModel, **kwargs): the model on meta, its buffers real."""
+
+    def build(kind, **kwargs):
+        with init_empty_weights():
+            return kind(**kwargs)
+
+    return build
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny: type[TinyModel]) -> Path:
+    """A folder with the weights of a TinyModel; the same ones in every test."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_file(tiny().state_dict(), folder / "model.safetensors")
+    return folder

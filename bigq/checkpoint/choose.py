@@ -162,9 +162,9 @@ def _missing_shards(files: list[str]) -> list[str]:
     for (stem, total, suffix), shards in sets.items():
         first = 0 if 0 in shards else 1
         expected = range(first, first + int(total))
-        missing = len(expected) - sum(number in expected for number in shards)
+        missing = int(total) - sum(number in expected for number in shards)
         if missing:
             number = next(number for number in expected if number not in shards)
             example = f"{stem}-{number:0{len(total)}}-of-{total}{suffix}"
-            problems.append(f"{missing} of the {len(expected)} shards of {stem}{suffix} are missing, first {example}")
+            problems.append(f"{missing} of the {int(total)} shards of {stem}{suffix} are missing, first {example}")
     return problems

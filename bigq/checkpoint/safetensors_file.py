@@ -61,12 +61,12 @@ class SafetensorsFile:
 
     def describe(self) -> list[TensorInfo]:
         """Describe the tensors, in the order of their bytes in the file."""
-        # offset_keys is not in every supported version; before it, keys() had the order of the offsets.
+        # Older versions lack offset_keys; their keys() may be sorted by name, which costs locality and nothing else.
         names = getattr(self._handle, "offset_keys", self._handle.keys)()
         headers = {name: self._handle.get_slice(name) for name in names}
         unknown = [(name, header.get_dtype()) for name, header in headers.items() if header.get_dtype() not in _DTYPES]
         if unknown:
-            raise CheckpointError(_refuse_dtypes(self._path, unknown))
+            raise CheckpointError(f"cannot open {self._path}: {_name_dtypes(unknown)}")
         return [self._info(name, _DTYPES[header.get_dtype()], header.get_shape()) for name, header in headers.items()]
 
     def read(self, name: str) -> Tensor:
@@ -90,9 +90,9 @@ class SafetensorsFile:
         return TensorInfo(name=name, shape=torch.Size(shape), dtype=dtype, file=self._path)
 
 
-def _refuse_dtypes(path: Path, tensors: list[tuple[str, str]]) -> str:
+def _name_dtypes(tensors: list[tuple[str, str]]) -> str:
     named = shortlist([f"{name!r} ({dtype})" for name, dtype in tensors])
-    return f"{path} holds tensors of dtypes that torch does not have: {named}; expected {', '.join(_DTYPES)}"
+    return f"it holds tensors of dtypes that torch does not have: {named}; expected {', '.join(_DTYPES)}"
 
 
 def _explain(path: Path) -> str | None:
@@ -120,7 +120,7 @@ def _explain(path: Path) -> str | None:
                 if dtype not in _DTYPES:
                     unknown.append((name, dtype))
     if unknown:
-        return _refuse_dtypes(path, unknown)
+        return _name_dtypes(unknown)
     if 8 + length + end != size:
         return (
             f"its header describes {8 + length + end} bytes, but it has {size}: "

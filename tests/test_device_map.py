@@ -1,0 +1,144 @@
+"""Device maps as pure functions: normalizing, covering, filling."""
+
+import pytest
+import torch
+
+from bigq import PlacementError
+from bigq.device_map import (
+    Node,
+    as_user_map,
+    balanced_budgets,
+    check_device_map,
+    execution_device,
+    infer_places,
+    is_offloaded,
+    normalize_device_map,
+    place_of,
+)
+
+
+def leaf(name, nbytes, key=None):
+    return Node(name=name, tensors=((f"{name}.weight", key or name, nbytes),), children=(), atomic=False)
+
+
+def block(name, nbytes):
+    parts = (leaf(f"{name}.a", nbytes // 2), leaf(f"{name}.b", nbytes - nbytes // 2))
+    return Node(name=name, tensors=(), children=parts, atomic=True)
+
+
+def model(blocks=4, nbytes=100, embed=50, tied=False):
+    layers = tuple(block(f"layers.{i}", nbytes) for i in range(blocks))
+    body = Node(name="layers", tensors=(), children=layers, atomic=False)
+    head = leaf("head", embed, key="embed" if tied else None)
+    return Node(name="", tensors=(("gain", "gain", 2),), children=(leaf("embed", embed), body, head), atomic=False)
+
+
+def test_cpu_values():
+    assert normalize_device_map({"a": "cpu", "b": torch.device("cpu"), "c": "disk"}) == {
+        "a": "cpu",
+        "b": "cpu",
+        "c": "disk",
+    }
+
+
+@pytest.mark.parametrize("value", ["gpu", "meta", torch.device("meta"), None, 1.5], ids=str)
+def test_values_that_are_no_place(value):
+    with pytest.raises(PlacementError, match=r"device_map\['layers'\]"):
+        normalize_device_map({"layers": value})
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="this machine has that GPU")
+@pytest.mark.parametrize("value", [7, "cuda:7", torch.device("cuda", 7)], ids=str)
+def test_an_absent_gpu(value):
+    with pytest.raises(PlacementError, match=r"this machine has \d CUDA devices"):
+        normalize_device_map({"": value})
+
+
+@pytest.mark.gpu
+def test_gpu_values():
+    assert normalize_device_map({"a": 0, "b": "cuda:0", "c": torch.device("cuda"), "d": "cuda"}) == dict.fromkeys(
+        "abcd", "cuda:0"
+    )
+
+
+def test_place_of_is_the_longest_key():
+    places = {"": "cuda:0", "layers": "cpu", "layers.1": "disk"}
+    assert place_of(places, "layers.1.attn.weight") == "disk"
+    assert place_of(places, "layers.10.attn.weight") == "cpu"
+    assert place_of(places, "head") == "cuda:0"
+    assert place_of({"layers": "cpu"}, "head.weight") is None
+
+
+def test_coverage_errors_come_together():
+    with pytest.raises(PlacementError) as error:
+        check_device_map({"layer": "cpu", "embed": "cpu"}, ["layers", "embed"], ["layers.w", "embed.w", "gain"])
+    message = str(error.value)
+    assert "key 'layer' names no module or parameter; near: layers" in message
+    assert "layers.w has no place" in message
+    assert "gain has no place" in message
+
+
+def test_execution_device_is_the_first_gpu_in_the_order_of_the_map():
+    assert execution_device({"a": "cpu", "b": "cuda:1", "c": "cuda:0"}) == torch.device("cuda:1")
+    assert execution_device({"a": "cpu", "b": "disk"}) == torch.device("cpu")
+
+
+def test_cpu_is_an_offload_only_where_a_gpu_runs():
+    assert is_offloaded({"a": "cpu", "b": "cuda:0"}, "a.weight")
+    assert not is_offloaded({"a": "cpu", "b": "disk"}, "a.weight")
+    assert is_offloaded({"a": "cpu", "b": "disk"}, "b.weight")
+
+
+def test_as_user_map():
+    assert as_user_map({"a": "cuda:1", "b": "cpu", "c": "disk"}) == {"a": 1, "b": "cpu", "c": "disk"}
+
+
+class TestInfer:
+    def test_what_fits_is_one_entry(self):
+        assert infer_places(model(), {"cuda:0": 502, "cpu": 0}) == {"": "cuda:0"}
+
+    def test_blocks_stay_whole(self):
+        places = infer_places(model(), {"cuda:0": 300, "cuda:1": 300})
+        assert places["layers.0"] == places["layers.1"] == "cuda:0"
+        assert places["layers.2"] == places["layers.3"] == places["head"] == "cuda:1"
+        assert not any(name.endswith((".a", ".b")) for name in places)
+
+    def test_a_spill_leaves_room_for_the_largest_block(self):
+        # 300 on the GPU would take the embedding and two blocks; with 100 kept free for lending, one.
+        places = infer_places(model(), {"cuda:0": 300, "cpu": 1000})
+        assert [name for name, place in places.items() if place == "cuda:0"] == ["gain", "embed", "layers.0"]
+
+    def test_a_tied_head_goes_where_the_embedding_went(self):
+        places = infer_places(model(tied=True), {"cuda:0": 452, "cpu": 1000})
+        assert places == {"": "cuda:0"}
+        places = infer_places(model(tied=True), {"cuda:0": 300, "cpu": 1000})
+        assert places["head"] == places["embed"] == "cuda:0"
+
+    def test_the_disk_comes_last(self):
+        places = infer_places(model(), {"cuda:0": 300, "cpu": 120, "disk": 1 << 60})
+        assert places["layers.1"] == "cpu"
+        assert places["layers.2"] == places["layers.3"] == "disk"
+
+    def test_what_does_not_fit_is_refused_with_the_sizes(self):
+        with pytest.raises(PlacementError, match="does not fit: layers.3 is left over.*offload_folder"):
+            infer_places(model(), {"cuda:0": 300, "cpu": 160})
+
+    def test_every_tensor_has_a_place(self):
+        places = infer_places(model(), {"cuda:0": 200, "cpu": 200, "disk": 1000})
+        names = ["gain", "embed.weight", "head.weight", *(f"layers.{i}.{part}.weight" for i in range(4) for part in "ab")]
+        assert all(place_of(places, name) for name in names)
+
+    def test_balanced_shares_evenly(self):
+        budgets = balanced_budgets(model(), {"cuda:0": 10_000, "cuda:1": 10_000, "cpu": 0}, "balanced")
+        places = infer_places(model(), budgets)
+        assert places["layers.0"] == places["layers.1"] == "cuda:0"
+        assert places["layers.3"] == places["head"] == "cuda:1"
+
+    def test_balanced_low_0_spares_the_first(self):
+        budgets = balanced_budgets(model(), {"cuda:0": 10_000, "cuda:1": 10_000, "cuda:2": 10_000}, "balanced_low_0")
+        places = infer_places(model(), budgets)
+        assert set(places.values()) == {"cuda:1", "cuda:2"}
+
+    def test_sequential_fills_the_first(self):
+        budgets = balanced_budgets(model(), {"cuda:0": 10_000, "cuda:1": 10_000}, "sequential")
+        assert infer_places(model(), budgets) == {"": "cuda:0"}

@@ -1,0 +1,69 @@
+"""Imports point downward: each file of bigq imports only from layers below its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "bigq"
+LAYERS = [
+    {"reference"},
+    {"ops"},
+    {"formats", "checkpoint"},
+    {"config", "linear", "offload", "device_map", "model_tensors"},
+    {"hooks", "selection", "footprint", "quantize"},
+    {"plan"},
+    {"fit", "commit", "dispatch"},
+    {"planning"},
+    {"placement"},
+    {"store"},
+    {"fill"},
+    {"load"},
+    {"__init__"},
+]
+ANYWHERE = {"errors"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _unit(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _layer(unit: str) -> int:
+    return next(number for number, units in enumerate(LAYERS) if unit in units)
+
+
+def _imported_units(path: Path) -> set[str]:
+    units = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules = [node.module or ""]
+            if node.module == "bigq":  # `from bigq import ops`
+                modules = [f"bigq.{alias.name}" for alias in node.names]
+        units |= {module.split(".")[1] for module in modules if module.startswith("bigq.")}
+    return units
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downward(path: Path):
+    unit = _unit(path)
+    if unit in ANYWHERE:
+        assert _imported_units(path) == set()
+        return
+    for imported in _imported_units(path) - ANYWHERE - {unit}:
+        assert _layer(imported) < _layer(unit), f"bigq.{unit} (layer {_layer(unit)}) imports bigq.{imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_one_concept_a_file(path: Path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "the docstring's first line says the concept"
+    assert len(text.splitlines()) <= 500
+    assert path.stem not in {"utils", "common", "helpers", "misc"}
+
+
+def test_kernels_know_nothing_of_bigq():
+    for path in (PACKAGE.parent / "triton_kernels" / "bigq_kernels").rglob("*.py"):
+        assert _imported_units(path) == set(), path
