@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from bigq.model_tensors import tensor_key
 from bigq.plan import PlannedLinear, PlannedTensor
 
 __all__ = ["commit"]
@@ -37,11 +38,17 @@ def _commit_linear(model: nn.Module, linear: PlannedLinear, state: Mapping[str, 
 
 
 def _commit_tensor(model: nn.Module, planned: PlannedTensor, tensor: Tensor, frozen: bool) -> None:
-    parameter = nn.Parameter(tensor, requires_grad=planned.requires_grad and not frozen)
+    requires_grad = planned.requires_grad and not frozen
+    path, _, leaf = planned.names[0].rpartition(".")
+    value = getattr(model.get_submodule(path), leaf)
+    if tensor_key(value) == tensor_key(tensor) and value.device == tensor.device:
+        value.requires_grad_(requires_grad)  # where nothing moved, the object stays: an optimizer may hold it
+    else:
+        value = tensor if planned.is_buffer else nn.Parameter(tensor, requires_grad=requires_grad)
     for name in planned.names:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if planned.is_buffer:
-            module._buffers[leaf] = tensor
+            module._buffers[leaf] = value
         else:
-            module._parameters[leaf] = parameter
+            module._parameters[leaf] = value

@@ -66,6 +66,8 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
 
 def _quantize(job: PlannedLinear, tensor: Tensor, store: Store) -> dict[str, Tensor]:
     weight = tensor.to(store.work_device(f"{job.names[0]}.weight"))
+    if weight.dtype == torch.float64:  # no format has scales that fine
+        weight = weight.float()
     return job.module.quantize(weight.T if job.transposed else weight)
 
 

@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bigq.checkpoint import TensorInfo
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
+from bigq.model_tensors import TensorGroup, tensor_groups
 from bigq.plan import PlannedLinear, PlannedTensor
-from bigq.selection import match_patterns, tensor_key
+from bigq.selection import match_patterns
 
 __all__ = ["Fit"]
 
@@ -36,7 +36,7 @@ class Fit:
         self.misfits: list[str] = []
         patterns = config.keep_in_fp32_modules if config is not None else ()
         names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-        names += [name for group in _tensor_groups(model).values() for name in group.names]
+        names += [name for group in tensor_groups(model) for name in group.names]
         self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, names))
 
     def linear(self, linear: PlannedLinear) -> PlannedLinear:
@@ -51,7 +51,7 @@ class Fit:
     def tensors_outside(self, linears: tuple[PlannedLinear, ...]) -> Iterator[PlannedTensor]:
         """Everything but the weights to quantize: kept parameters, buffers, biases, and state quantized already."""
         weights = {f"{name}.weight" for linear in linears for name in linear.names}
-        for group in _tensor_groups(self.model).values():
+        for group in tensor_groups(self.model):
             if weights.isdisjoint(group.names):
                 planned = self._kept(group)
                 if planned is not None:
@@ -67,7 +67,7 @@ class Fit:
                         self.misfits.append(f"  {source} in {info.file}: expected {spec.dtype}, found {info.dtype}")
                     yield PlannedTensor(names=names, source=source, spec=spec, is_buffer=False, requires_grad=False)
 
-    def _kept(self, group: "_TensorGroup") -> PlannedTensor | None:
+    def _kept(self, group: TensorGroup) -> PlannedTensor | None:
         source = next((name for name in group.names if name in self.tensors), None)
         self.claimed.update(group.names)
         own = group.tensor
@@ -93,7 +93,7 @@ class Fit:
             is_float32_by_rule=by_rule,
         )
 
-    def _dtype(self, group: "_TensorGroup", found: torch.dtype) -> tuple[torch.dtype, bool]:
+    def _dtype(self, group: TensorGroup, found: torch.dtype) -> tuple[torch.dtype, bool]:
         """The dtype that a tensor of dtype `found` is kept in, and whether a rule of its own makes it float32."""
         if not found.is_floating_point:
             return found, False
@@ -144,35 +144,6 @@ class Fit:
             raise CheckpointError(
                 f"the checkpoint does not fit {type(self.model).__name__}:\n" + "\n".join(lines) + hint
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TensorGroup:
-    """One tensor of the skeleton under all of its names."""
-
-    names: tuple[str, ...]
-    tensor: Tensor
-    is_buffer: bool
-    persistent: bool
-
-
-def _tensor_groups(model: nn.Module) -> dict[object, _TensorGroup]:
-    groups: dict[object, _TensorGroup] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for kind in (module._parameters, module._buffers):
-            for leaf, tensor in kind.items():
-                if tensor is None:
-                    continue
-                name = f"{path}.{leaf}" if path else leaf
-                persistent = leaf not in module._non_persistent_buffers_set
-                known = groups.get(tensor_key(tensor))
-                groups[tensor_key(tensor)] = _TensorGroup(
-                    names=(*known.names, name) if known else (name,),
-                    tensor=tensor,
-                    is_buffer=kind is module._buffers,
-                    persistent=persistent or (known is not None and known.persistent),
-                )
-    return groups
 
 
 def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bigq.linear import QuantizedLinear
+from bigq.model_tensors import tensor_groups
 from bigq.offload import is_file_backed
-from bigq.selection import tensor_key
 
 __all__ = ["MemoryFootprint", "memory_footprint"]
 
@@ -40,16 +40,13 @@ class MemoryFootprint:
 def memory_footprint(model: nn.Module) -> MemoryFootprint:
     """Count the bytes of `model`'s parameters and buffers by device and kind; tied tensors once."""
     nbytes: dict[str, dict[str, int]] = {}
-    seen: set[object] = set()
-    for module in model.modules():
-        quantized = module.state_spec() if isinstance(module, QuantizedLinear) else {}
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if tensor.numel() and tensor_key(tensor) in seen:
-                continue
-            seen.add(tensor_key(tensor))
-            kind = "kept" if name not in quantized else "packed" if name == "weight" else "scales"
-            of_device = nbytes.setdefault(_where(tensor), dict.fromkeys(KINDS, 0))
-            of_device[kind] += tensor.numel() * tensor.element_size()
+    for group in tensor_groups(model):
+        path, _, leaf = group.names[0].rpartition(".")
+        owner = model.get_submodule(path)
+        quantized = owner.state_spec() if isinstance(owner, QuantizedLinear) else {}
+        kind = "kept" if leaf not in quantized else "packed" if leaf == "weight" else "scales"
+        of_device = nbytes.setdefault(_where(group.tensor), dict.fromkeys(KINDS, 0))
+        of_device[kind] += group.tensor.numel() * group.tensor.element_size()
     return MemoryFootprint(nbytes=nbytes)
 
 

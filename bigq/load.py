@@ -53,8 +53,8 @@ def load_and_quantize_model(
         offload_folder: where modules on "disk" are kept, in an unnamed file that goes with the model.
         offload: what is kept of a module on "cpu" or "disk": see QuantizationConfig.offload, which this overrides.
         skip_keys: keyword arguments that hooks do not move between devices, such as a KV cache.
-        strict: refuse missing and unexpected tensors; otherwise ignore the latter, and keep what the model holds for
-            the former.
+        strict: refuse missing and unexpected tensors; otherwise ignore the latter, and keep what the model holds in
+            place of the former where it holds anything.
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:

@@ -1,29 +1,68 @@
-"""ModelTensors: a model's own tensors, described and read as a checkpoint's are."""
+"""A model's own tensors: each under all of its names, and read as a checkpoint's are."""
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from bigq.checkpoint import TensorInfo
 from bigq.errors import CheckpointError
-from bigq.selection import tensor_key
 
-__all__ = ["ModelTensors"]
+__all__ = ["ModelTensors", "TensorGroup", "tensor_groups", "tensor_key"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorGroup:
+    """One parameter or buffer of a model: several names are ties, or a module that is reached on several paths."""
+
+    names: tuple[str, ...]
+    tensor: Tensor
+    is_buffer: bool
+    persistent: bool
+
+
+def tensor_key(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for two names of one tensor, also on meta, where `init_empty_weights` re-wraps a tied Parameter."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def tensor_groups(model: nn.Module) -> list[TensorGroup]:
+    """Every tensor of `model` once, in module order."""
+    groups: dict[object, TensorGroup] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for table in (module._parameters, module._buffers):
+            for leaf, tensor in table.items():
+                if tensor is None:
+                    continue
+                name = f"{path}.{leaf}" if path else leaf
+                known = groups.get(tensor_key(tensor))
+                groups[tensor_key(tensor)] = TensorGroup(
+                    names=(*known.names, name) if known else (name,),
+                    tensor=tensor,
+                    is_buffer=table is module._buffers,
+                    persistent=leaf not in module._non_persistent_buffers_set
+                    or (known is not None and known.persistent),
+                )
+    return list(groups.values())
 
 
 class ModelTensors:
-    """The persistent parameters and buffers of `model`, each once, in module order."""
+    """The persistent parameters and buffers of `model`, each once under its first name, in module order."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.tensors: dict[str, TensorInfo] = {}
-        seen: set[object] = set()
-        where = Path(f"<{type(model).__name__}>")
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor) and tensor_key(tensor) not in seen:
-                seen.add(tensor_key(tensor))
-                self.tensors[name] = TensorInfo(name=name, shape=tensor.shape, dtype=tensor.dtype, file=where)
+        self.tensors = {
+            group.names[0]: TensorInfo(
+                name=group.names[0],
+                shape=group.tensor.shape,
+                dtype=group.tensor.dtype,
+                file=Path(f"<{type(model).__name__}>"),
+            )
+            for group in tensor_groups(model)
+            if group.persistent
+        }
 
     def refuse_meta(self) -> None:
         """Raise a CheckpointError if a tensor holds no numbers."""

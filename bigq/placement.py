@@ -25,7 +25,7 @@ from bigq.device_map import (
 )
 from bigq.errors import ConfigError, PlacementError
 from bigq.formats import Description, TensorSpec
-from bigq.model_tensors import ModelTensors
+from bigq.model_tensors import ModelTensors, tensor_groups
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
 
@@ -81,7 +81,8 @@ def plan_and_place(
     else:
         places = _explicit_device_map(device_map)
         modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        check_device_map(places, modules, model.state_dict(keep_vars=True))
+        persistent = [name for group in tensor_groups(model) if group.persistent for name in group.names]
+        check_device_map(places, modules, persistent)
         if policy is None and config is not None:
             policy = config.weight_format().custom_map_offload
     return plan(places, policy), places
@@ -159,6 +160,8 @@ def _infer_from_plan(
     ModuleList stay whole. The disk takes part only with an `offload_folder`.
     """
     classes = set(no_split_module_classes or getattr(model, "_no_split_modules", None) or ())
+    if max_memory is not None:
+        normalize_device_map({f"max_memory[{place!r}]": place for place in max_memory})  # refuses absent devices
     budgets = {
         place if isinstance(place, str) else f"cuda:{place}": int(nbytes)
         for place, nbytes in get_max_memory(dict(max_memory) if max_memory is not None else None).items()

@@ -6,6 +6,7 @@ error budget. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantization,
 """
 
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -111,10 +112,11 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
     boundaries, bucket_code, _ = _tables(quant_type, weight.device)
     packed = torch.empty(rows, -(-columns // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(rows, blocks, dtype=torch.float32, device=weight.device)
+    if not weight.numel():
+        return packed, absmax
     for start, stop in _row_chunks(rows, columns):
         x = F.pad(weight[start:stop].float(), (0, blocks * block_size - columns)).view(-1, blocks, block_size)
-        scale = x.abs().amax(dim=2) if x.numel() else x.new_zeros(x.shape[:2])
-        scale = torch.nan_to_num(scale, nan=float("inf"), posinf=float("inf"))
+        scale = torch.nan_to_num(x.abs().amax(dim=2), nan=float("inf"), posinf=float("inf"))
         # The smallest normal float keeps 1/absmax finite: a zero block then encodes 0.0, as does a subnormal one.
         scaled = x * scale.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()[:, :, None]
         codes = bucket_code[torch.bucketize(scaled, boundaries, out_int32=True)].view(stop - start, -1)
@@ -131,6 +133,8 @@ def dequantize_4bit(
     rows = weight.shape[0]
     _, _, pairs = _tables(quant_type, weight.device)
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
+    if not out.numel():
+        return out
     for start, stop in _row_chunks(rows, in_features):
         values = pairs[weight[start:stop].int()].view(stop - start, -1)[:, :in_features]
         out[start:stop] = _scale_blocks(values, absmax[start:stop], block_size)
@@ -203,7 +207,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _to_int8(x: Tensor, absmax: Tensor) -> Tensor:
     # 127 / 2**-119 is finite in float32; below that a row is zero to every consumer of its scale.
-    inverse = 127.0 / absmax.clamp_min(2.0**-119)
+    inverse = absmax.clamp_min(2.0**-119).reciprocal() * 127.0  # two roundings, as bitsandbytes' CPU path has it
     return torch.nan_to_num(x * inverse, nan=0.0).round().clamp(-127, 127).to(torch.int8)
 
 
@@ -222,7 +226,7 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     column. The rest is quantized to int8 with one scale a row, taken over the elements below the threshold, and
     multiplied in integers. threshold 0 means no outliers.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])  # not -1, which an empty x leaves undecided
     outlier = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
     column = outlier.any(dim=0)
     regular = rows.float().masked_fill(outlier, 0.0)

@@ -7,11 +7,12 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from types import CodeType, FunctionType
 
-from torch import Tensor, nn
+from torch import nn
 
 from bigq.errors import ConfigError
+from bigq.model_tensors import tensor_groups
 
-__all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears", "tensor_key"]
+__all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,6 @@ def is_transposed_linear(module: nn.Module) -> bool:
     """Whether `module` is transformers' GPT-2 Conv1D, a linear that stores its weight as [K, N]."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
-
-
-def tensor_key(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for two names of one tensor, also on meta, where `init_empty_weights` re-wraps a tied Parameter."""
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def select_linears(
@@ -54,7 +49,8 @@ def select_linears(
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     everything = [name for aliases in names.values() for name in aliases if name]
-    everything += [name for name, _ in _named_tensors(model)]
+    groups = tensor_groups(model)
+    everything += [name for group in groups for name in group.names]
     reasons: dict[str, str] = {}
     for pattern_field, patterns in (
         ("skip_modules", skip_modules),
@@ -68,7 +64,7 @@ def select_linears(
             if _matches(pattern, name):
                 reasons.setdefault(name, f"the model's own _keep_in_fp32_modules {pattern!r}")
 
-    tied = _tied_tensors(model)
+    tied = {name: group.names for group in groups if len(group.names) > 1 for name in group.names}
     head = output_head(model) if defaults else None
     linears: dict[str, tuple[str, ...]] = {}
     kept: dict[str, str] = {}
@@ -157,20 +153,6 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed_linear(module)
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _tied_tensors(model: nn.Module) -> dict[str, set[str]]:
-    """{name: every name of the same tensor} for tensors with several."""
-    groups: dict[tuple[object, ...], set[str]] = {}
-    for name, tensor in _named_tensors(model):
-        if tensor.numel():
-            groups.setdefault(tensor_key(tensor), set()).add(name)
-    return {name: group for group in groups.values() if len(group) > 1 for name in group}
 
 
 def _read_but_not_called(model: nn.Module, name: str) -> bool:

@@ -56,7 +56,9 @@ def test_dtype_names(name):
         ({"format": "nf4", "keep_in_fp32_modules": [3]}, "keep_in_fp32_modules holds 3"),
         ({"format": "nf4", "offload": "disk"}, "'preserve', 'quantized' or torch.float32"),
     ],
-    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items() if k != "format") if isinstance(value, dict) else "",
+    ids=lambda value: (
+        "-".join(f"{k}={v}" for k, v in value.items() if k != "format") if isinstance(value, dict) else ""
+    ),
 )
 def test_refusals(arguments, words):
     with pytest.raises(ConfigError, match=words):

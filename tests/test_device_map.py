@@ -125,7 +125,12 @@ class TestInfer:
 
     def test_every_tensor_has_a_place(self):
         places = infer_places(model(), {"cuda:0": 200, "cpu": 200, "disk": 1000})
-        names = ["gain", "embed.weight", "head.weight", *(f"layers.{i}.{part}.weight" for i in range(4) for part in "ab")]
+        names = [
+            "gain",
+            "embed.weight",
+            "head.weight",
+            *(f"layers.{i}.{part}.weight" for i in range(4) for part in "ab"),
+        ]
         assert all(place_of(places, name) for name in names)
 
     def test_balanced_shares_evenly(self):

@@ -48,7 +48,9 @@ def test_importing_is_silent_and_lean():
         "assert not torch.cuda.is_initialized()"
     )
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'triton_kernels'}", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 

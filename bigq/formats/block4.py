@@ -22,7 +22,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True, kw_only=True)
 class Block4:
-    """State: weight uint8 [..., ceil(K/2)], absmax [..., B], code float32 [16], and two more with `double_quant`."""
+    """State: weight uint8 [..., ceil(K/2)], absmax [..., B], quant_map float32 [16]; two more with `double_quant`."""
 
     quant_type: str
     block_size: int = 64
@@ -49,7 +49,7 @@ class Block4:
         spec = {
             "weight": TensorSpec(shape=(*leading, -(-columns // 2)), dtype=torch.uint8),
             "absmax": TensorSpec(shape=scales, dtype=torch.uint8 if self.double_quant else torch.float32),
-            "code": TensorSpec(shape=(16,), dtype=torch.float32),
+            "quant_map": TensorSpec(shape=(16,), dtype=torch.float32),
         }
         if self.double_quant:
             nested = -(-prod(scales) // reference.NESTED_BLOCK_SIZE)
@@ -62,8 +62,12 @@ class Block4:
         packed, absmax = ops.quantize_4bit(
             weight.reshape(matrix_shape(tuple(weight.shape))), self.quant_type, self.block_size
         )
-        code = torch.tensor(reference.CODES[self.quant_type], dtype=torch.float32, device=weight.device)
-        state = {"weight": packed.view(spec["weight"].shape), "absmax": absmax.view(spec["absmax"].shape), "code": code}
+        table = torch.tensor(reference.CODES[self.quant_type], dtype=torch.float32, device=weight.device)
+        state = {
+            "weight": packed.view(spec["weight"].shape),
+            "absmax": absmax.view(spec["absmax"].shape),
+            "quant_map": table,
+        }
         if self.double_quant:
             state["absmax"], state["nested_absmax"], state["nested_offset"] = ops.quantize_absmax(state["absmax"])
         return state

@@ -1,0 +1,126 @@
+"""Every format keeps the contract of `Format`: what it stores is what it says, and what it undoes is what it did."""
+
+import pytest
+import torch
+
+from bigq import ConfigError, QuantizationConfig, dequantize_tensor, quantize_tensor
+from bigq.formats import BLOCK_SIZES, Block4, Int8, make_format
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMATS = [
+    Block4(quant_type="nf4"),
+    Block4(quant_type="nf4", block_size=32, double_quant=True),
+    Block4(quant_type="fp4", block_size=128),
+    Block4(quant_type="fp4", block_size=4096, double_quant=True),
+    Int8(),
+]
+SHAPES = [(8, 64), (3, 100), (5, 33), (1, 1), (7,), (), (2, 3, 40), (0, 64), (4, 0)]
+
+
+def name(value):
+    return "-".join(str(v) for v in value.describe().values()) if hasattr(value, "describe") else str(value)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_state_is_what_the_spec_says(fmt, shape):
+    weight = torch.randn(shape, device=DEVICE)
+    state, spec = fmt.quantize(weight), fmt.state_spec(shape)
+    assert {key: (tuple(t.shape), t.dtype) for key, t in state.items()} == {
+        key: (s.shape, s.dtype) for key, s in spec.items()
+    }
+    assert all(t.device == weight.device for t in state.values())
+    storages = [t.untyped_storage().data_ptr() for t in state.values() if t.numel()]
+    assert len(set(storages)) == len(storages), "accelerate's save_model keeps one tensor of each storage"
+    out = fmt.dequantize(state, shape, torch.float32)
+    assert out.shape == weight.shape
+    if weight.numel():
+        assert (out - weight).norm() <= 0.2 * weight.norm()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_linear_is_the_product_with_the_dequantized_weight(fmt, dtype):
+    weight = torch.randn(24, 100, device=DEVICE)
+    state = fmt.quantize(weight)
+    x, bias = torch.randn(2, 5, 100, device=DEVICE, dtype=dtype), torch.randn(24, device=DEVICE)
+    out = fmt.linear(x, state, bias)
+    assert (out.shape, out.dtype) == ((2, 5, 24), dtype)
+    dense = fmt.dequantize(state, (24, 100), torch.float32).double()
+    exact = x.double() @ dense.T + bias.double()
+    error = ((out.double() - exact).norm() / exact.norm()).item()
+    low = (x @ dense.to(dtype).T + bias.to(dtype)).double()
+    budget = 2 * ((low - exact).norm() / exact.norm()).item() + torch.finfo(dtype).eps
+    if isinstance(fmt, Int8):
+        budget += 0.008  # rounding x to 8 bits: absmax/127/sqrt(12) over a standard deviation of about absmax/3
+    assert error <= budget
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
+def test_description_rebuilds_the_format(fmt):
+    fields = dict(fmt.describe())
+    assert make_format(fields.pop("format"), **fields) == fmt
+    assert fmt.name == fmt.describe()["format"]
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_bits_per_weight(block_size):
+    spec = Block4(quant_type="nf4", block_size=block_size).state_spec((64, 4096))
+    bits = 8 * (spec["weight"].nbytes + spec["absmax"].nbytes) / (64 * 4096)
+    assert bits == 4 + 32 / block_size
+
+
+def test_a_3d_weight_is_its_matrices():
+    weight = torch.randn(3, 4, 96, device=DEVICE)
+    fmt = Block4(quant_type="nf4")
+    whole = fmt.quantize(weight)
+    for index in range(3):
+        part = fmt.quantize(weight[index])
+        assert torch.equal(whole["weight"][index], part["weight"])
+        assert torch.equal(whole["absmax"][index], part["absmax"])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
+def test_a_transposed_weight_is_no_different(fmt):
+    weight = torch.randn(100, 24, device=DEVICE).T
+    assert not weight.is_contiguous()
+    for key, tensor in fmt.quantize(weight).items():
+        assert torch.equal(tensor, fmt.quantize(weight.contiguous())[key])
+
+
+class TestQuantizeTensor:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("format_name", ["nf4", "fp4", "int8"])
+    def test_round_trip(self, format_name, dtype):
+        weight = torch.randn(16, 128, device=DEVICE).to(dtype)
+        state = quantize_tensor(weight, QuantizationConfig(format_name))
+        out = dequantize_tensor(state)
+        assert (out.dtype, out.shape) == (dtype, weight.shape)
+        assert (out - weight).norm() < 0.15 * weight.norm()
+        assert dequantize_tensor(state, torch.float32).dtype == torch.float32
+        assert state.nbytes < weight.numel() * (0.6 if format_name != "int8" else 1.1) + 200
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_nan_and_inf_are_refused(self, bad):
+        with pytest.raises(ConfigError, match=r"shape \[2, 64\] holds NaN or Inf"):
+            quantize_tensor(torch.full((2, 64), bad), QuantizationConfig("nf4"))
+
+    def test_integers_are_refused(self):
+        with pytest.raises(ConfigError, match=r"torch\.int32"):
+            quantize_tensor(torch.zeros(2, 64, dtype=torch.int32), QuantizationConfig("nf4"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_31_elements():
+    weight = torch.randn(1 << 16, (1 << 15) + 64, device="cuda", dtype=torch.bfloat16)
+    for fmt in (Block4(quant_type="nf4"), Int8()):
+        state = fmt.quantize(weight)
+        for rows in (slice(0, 2), slice(-2, None)):
+            part = fmt.quantize(weight[rows])
+            assert torch.equal(state["weight"][rows], part["weight"])
+            out = fmt.dequantize(state, tuple(weight.shape), torch.bfloat16)[rows]
+            assert torch.equal(out, fmt.dequantize(part, tuple(weight[rows].shape), torch.bfloat16))
+        x = torch.randn(1, weight.shape[1], device="cuda", dtype=torch.bfloat16)
+        tail = fmt.linear(x, fmt.quantize(weight[-64:]), None)
+        torch.testing.assert_close(fmt.linear(x, state, None)[:, -64:], tail, rtol=2e-2, atol=2.0)

@@ -1,0 +1,246 @@
+"""Matmuls against float64 products of the dequantized weight: at most twice the error torch makes in the same dtype."""
+
+import pytest
+import torch
+
+from bigq import reference
+from bigq_kernels.linear_4bit import MAX_FUSED_M, linear_4bit
+from bigq_kernels.linear_int8 import linear_int8
+
+# The interpreter truncates float32 to bfloat16 instead of rounding.
+DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def assert_within_budget(out, exact, baseline):
+    """Twice the baseline's largest error plus one rounding of the output."""
+    assert out.shape == baseline.shape
+    assert out.dtype == baseline.dtype
+    error, allowed = ((t.double() - exact).abs().amax() for t in (out, baseline))
+    rounding = exact.abs().amax() * torch.finfo(out.dtype).eps / 2
+    assert error <= 2 * allowed + rounding
+
+
+def quantized_4bit(n, k, quant_type, block_size, nested, device):
+    """(weight, absmax, nested_absmax, nested_offset) and the exact dequantized weight in float64."""
+    weight, absmax = reference.quantize_4bit(torch.randn(n, k, device=device), quant_type, block_size)
+    scale, stored = absmax, (absmax, None, None)
+    if nested:
+        stored = reference.quantize_absmax(absmax)
+        scale = reference.dequantize_absmax(*stored)
+    # A float32 code times a float32 scale needs 48 bits, so float64 holds the exact product.
+    values = reference.dequantize_4bit(weight, torch.ones_like(absmax), quant_type, block_size, k, torch.float32)
+    exact = values.double() * scale.double().repeat_interleave(block_size, dim=1)[:, :k]
+    return (weight, *stored), exact
+
+
+def check_linear_4bit(x, n, quant_type, block_size, nested=False, bias=None):
+    k = x.shape[-1]
+    (weight, absmax, nested_absmax, nested_offset), dense = quantized_4bit(
+        n, k, quant_type, block_size, nested, x.device
+    )
+    args = (x, weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size)
+    exact = x.double() @ dense.T
+    if bias is not None:
+        exact = exact + bias.double()
+    assert_within_budget(linear_4bit(*args), exact, reference.linear_4bit(*args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    "m, n, k, block_size",
+    [
+        pytest.param(1, 48, 1024, 64, id="whole-steps"),
+        pytest.param(3, 33, 96, 64, id="partial-block-and-rows"),
+        pytest.param(9, 40, 160, 32, id="block-32"),
+        pytest.param(20, 40, 512, 256, id="block-256"),
+        pytest.param(2, 20, 64, 4096, id="block-longer-than-a-row"),
+        pytest.param(40, 70, 320, 64, id="32-to-64-tokens"),
+        pytest.param(MAX_FUSED_M + 1, 30, 64, 64, id="not-fused-many-tokens"),
+        pytest.param(3, 5, 77, 64, id="not-fused-odd-columns"),
+    ],
+)
+def test_linear_4bit(m, n, k, block_size, quant_type, nested, dtype, device):
+    check_linear_4bit(torch.randn(m, k, device=device).to(dtype), n, quant_type, block_size, nested)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [2, MAX_FUSED_M + 1], ids=["fused", "not-fused"])
+def test_linear_4bit_bias(m, bias_dtype, device):
+    bias = torch.randn(40, device=device).to(bias_dtype)
+    check_linear_4bit(torch.randn(m, 128, device=device).half(), 40, "nf4", 64, bias=bias)
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (1, 1, 1, 64), (0, 64), (2, 0, 64)], ids=str)
+def test_linear_4bit_leading_shape(shape, device):
+    (weight, absmax, _, _), dense = quantized_4bit(24, 64, "nf4", 64, False, device)
+    x = torch.randn(shape, device=device).half()
+    out = linear_4bit(x, weight, absmax, None, None, None, "nf4", 64)
+    assert out.shape == (*shape[:-1], 24)
+    if x.numel():
+        assert_within_budget(out, x.double() @ dense.T, (x.double() @ dense.T).half())
+
+
+def test_linear_4bit_of_views(device):
+    (weight, absmax, _, _), dense = quantized_4bit(24, 64, "nf4", 64, False, device)
+    base = torch.randn(8 * 64 + 1, device=device).half()
+    for x in (base[1:].view(8, 64), base[:-1].view(64, 8).T, base[:-1].view(4, 128)[:, ::2]):
+        expected = reference.linear_4bit(x, weight, absmax, None, None, None, "nf4", 64)
+        out = linear_4bit(x, weight, absmax, None, None, None, "nf4", 64)
+        assert_within_budget(out, x.double() @ dense.T, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("m", [1, 4, 8, 9, 16, 32, 33, 64, 65, 512])
+@pytest.mark.parametrize("n, k", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (4100, 11008)])
+def test_linear_4bit_at_model_shapes(n, k, m, quant_type, nested, dtype, device):
+    check_linear_4bit(torch.randn(m, k, device=device).to(dtype), n, quant_type, 64, nested)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_linear_4bit_repeats_bit_for_bit(m, device):
+    (weight, absmax, nested_absmax, nested_offset), _ = quantized_4bit(4096, 4096, "nf4", 64, True, device)
+    x = torch.randn(m, 4096, device=device).bfloat16()
+    args = (x, weight, absmax, None, nested_absmax, nested_offset, "nf4", 64)
+    first = linear_4bit(*args)
+    assert all(torch.equal(linear_4bit(*args), first) for _ in range(200))
+
+
+def exact_linear_int8(x, weight, absmax, threshold):
+    """LLM.int8() with the codes of the specification and float64 sums."""
+    outlier = x.abs() >= threshold if threshold > 0 else torch.zeros_like(x, dtype=torch.bool)
+    column = outlier.any(dim=0)
+    regular = x.float().masked_fill(outlier, 0.0)
+    scale = regular.abs().amax(dim=1, keepdim=True)
+    codes = (regular * (127.0 / scale.clamp_min(2.0**-119))).round().masked_fill(column, 0)
+    total = codes.double() @ weight.double().T * scale.double() * absmax.double().T / 127**2
+    dense = reference.dequantize_int8(weight[:, column], absmax, x.dtype)
+    return total + x[:, column].double() @ dense.double().T
+
+
+def int8_case(m, n, k, dtype, device):
+    weight, absmax = reference.quantize_int8(torch.randn(n, k, device=device))
+    x = torch.randn(m, k, device=device)
+    x[0, 5], x[-1, k - 1], x[m // 2, k // 2] = 9.0, -6.0, 20.0
+    return x.to(dtype), weight, absmax
+
+
+INT8_SHAPES = [
+    pytest.param(1, 40, 256, id="one-token"),
+    pytest.param(3, 40, 97, id="odd-columns"),
+    pytest.param(20, 70, 300, id="more-tokens-than-one-scan"),
+    pytest.param(70, 33, 128, id="large-tile"),
+    pytest.param(512, 4096, 4096, id="many-tiles", marks=pytest.mark.gpu),
+    pytest.param(2049, 4100, 1000, id="many-partial-tiles", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 2.5, 6.0, 100.0])
+@pytest.mark.parametrize("m, n, k", INT8_SHAPES)
+def test_linear_int8(m, n, k, threshold, dtype, device):
+    x, weight, absmax = int8_case(m, n, k, dtype, device)
+    exact = exact_linear_int8(x, weight, absmax, threshold)
+    baseline = reference.linear_int8(x, weight, absmax, None, threshold)
+    assert_within_budget(linear_int8(x, weight, absmax, None, threshold), exact, baseline)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m, n, k", INT8_SHAPES)
+def test_linear_int8_without_outliers_is_exact(m, n, k, dtype, device):
+    x, weight, absmax = int8_case(m, n, k, dtype, device)
+    assert torch.equal(linear_int8(x, weight, absmax, None, 0.0), reference.linear_int8(x, weight, absmax, None, 0.0))
+
+
+def test_linear_int8_with_outliers_only(device):
+    x, weight, absmax = int8_case(4, 24, 70, torch.float16, device)
+    x = x.sign() * (x.abs() + 6)
+    exact = exact_linear_int8(x, weight, absmax, 6.0)
+    baseline = reference.linear_int8(x, weight, absmax, None, 6.0)
+    assert_within_budget(linear_int8(x, weight, absmax, None, 6.0), exact, baseline)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_linear_int8_bias_and_leading_shape(bias_dtype, device):
+    x, weight, absmax = int8_case(6, 24, 64, torch.float16, device)
+    bias = torch.randn(24, device=device).to(bias_dtype)
+    out = linear_int8(x.view(2, 3, 64), weight, absmax, bias, 6.0).view(6, 24)
+    exact = exact_linear_int8(x, weight, absmax, 6.0) + bias.double()
+    assert_within_budget(out, exact, reference.linear_int8(x, weight, absmax, bias, 6.0))
+    assert linear_int8(x[:0], weight, absmax, bias, 6.0).shape == (0, 24)
+    assert linear_int8(x[0], weight, absmax, bias, 6.0).shape == (24,)
+
+
+def test_linear_int8_threshold_is_compared_in_the_dtype_of_x(device):
+    x, weight, absmax = int8_case(2, 24, 64, torch.float16, device)
+    threshold = 6.1  # 6.1015625 in float16: the element below equals it only after that rounding
+    x[0, 3] = 6.1
+    exact = exact_linear_int8(x, weight, absmax, threshold)
+    baseline = reference.linear_int8(x, weight, absmax, None, threshold)
+    assert_within_budget(linear_int8(x, weight, absmax, None, threshold), exact, baseline)
+
+
+def test_linear_int8_keeps_nan_in_its_row(device):
+    x, weight, absmax = int8_case(3, 24, 64, torch.float16, device)
+    x[1, 7] = float("nan")
+    out = linear_int8(x, weight, absmax, None, 6.0)
+    assert out[1].isnan().all()
+    assert out[0].isfinite().all()
+    assert out[2].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 40, 512])
+def test_linear_int8_repeats_bit_for_bit(m, device):
+    x, weight, absmax = int8_case(m, 4096, 4096, torch.bfloat16, device)
+    first = linear_int8(x, weight, absmax, None, 3.0)
+    assert all(torch.equal(linear_int8(x, weight, absmax, None, 3.0), first) for _ in range(200))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit-nested", "linear_int8"])
+@pytest.mark.parametrize("m", [1, 40, 512])
+def test_cuda_graph_follows_its_input(m, op, device):
+    if op == "linear_int8":
+        x, weight, absmax = int8_case(m, 1024, 4096, torch.bfloat16, device)
+
+        def forward():
+            return linear_int8(x, weight, absmax, None, 6.0)
+    else:
+        nested = op.endswith("nested")
+        (weight, absmax, nested_absmax, nested_offset), _ = quantized_4bit(1024, 4096, "nf4", 64, nested, device)
+        x = torch.randn(m, 4096, device=device).bfloat16()
+
+        def forward():
+            return linear_4bit(x, weight, absmax, None, nested_absmax, nested_offset, "nf4", 64)
+
+    forward()  # compile, and make the constant tables
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    for outliers in (0, 3, 50):  # how many is known to the device only
+        x.copy_(torch.randn(x.shape, device=device))
+        x[:, :outliers] = 8.0
+        graph.replay()
+        assert torch.equal(out, forward())
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_linears_of_more_than_2_to_the_31_weights(device):
+    n, k, tail = 2**19 + 3, 4096, 64
+    x = torch.randn(3, k, device=device).bfloat16()
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    absmax = torch.rand(n, k // 64, device=device)
+    out = linear_4bit(x, packed, absmax, None, None, None, "nf4", 64)[:, -tail:]
+    assert torch.equal(out, linear_4bit(x, packed[-tail:], absmax[-tail:], None, None, None, "nf4", 64))
+    weight = packed.view(torch.int8).repeat(1, 2)
+    scale = torch.rand(n, 1, device=device)
+    out = linear_int8(x, weight, scale, None, 2.0)[:, -tail:]
+    assert torch.equal(out, linear_int8(x, weight[-tail:], scale[-tail:], None, 2.0))

@@ -1,0 +1,87 @@
+"""OffloadFile: unnamed, reserved, mapped, freed."""
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigq import PlacementError
+from bigq.formats import TensorSpec
+from bigq.offload import OffloadFile, is_file_backed
+
+SPECS = [
+    TensorSpec(shape=(3, 5), dtype=torch.float32),
+    TensorSpec(shape=(7,), dtype=torch.int8),
+    TensorSpec(shape=(), dtype=torch.bfloat16),
+    TensorSpec(shape=(0, 4), dtype=torch.float16),
+    TensorSpec(shape=(2, 2), dtype=torch.bool),
+]
+
+
+def mapped_files():
+    maps = Path("/proc/self/maps")
+    return [line for line in maps.read_text().splitlines() if "bigq-" in line or "(deleted)" in line and "/#" in line]
+
+
+def test_tensors_keep_what_they_are_given(tmp_path):
+    file = OffloadFile(tmp_path / "new" / "folder", SPECS)
+    tensors = [file.empty(spec) for spec in SPECS]
+    values = [torch.randint(0, 2, spec.shape).to(spec.dtype) for spec in SPECS]
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+    for tensor, value, spec in zip(tensors, values, SPECS, strict=True):
+        assert torch.equal(tensor, value)
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype)
+        assert is_file_backed(tensor) == bool(tensor.numel())
+        assert tensor.data_ptr() % 64 == 0 or not tensor.numel()
+
+
+def test_every_tensor_owns_its_storage(tmp_path):
+    file = OffloadFile(tmp_path, SPECS)
+    tensors = [file.empty(spec) for spec in SPECS]
+    storages = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors if t.numel()}
+    assert len(storages) == 4
+    assert all(t.untyped_storage().nbytes() == spec.nbytes for t, spec in zip(tensors, SPECS, strict=True) if t.numel())
+
+
+def test_nothing_is_left_in_the_folder(tmp_path):
+    file = OffloadFile(tmp_path, SPECS)
+    tensor = file.empty(SPECS[0])
+    assert os.listdir(tmp_path) == []
+    del file
+    tensor.fill_(2.0)
+    assert tensor.sum() == 30
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_the_last_tensor_frees_the_file(tmp_path):
+    before = len(mapped_files())
+    file = OffloadFile(tmp_path, SPECS)
+    tensors = [file.empty(spec) for spec in SPECS]
+    assert len(mapped_files()) > before
+    del file, tensors
+    gc.collect()
+    assert len(mapped_files()) == before
+
+
+def test_other_tensors_are_not_file_backed():
+    assert not is_file_backed(torch.ones(4))
+    assert not is_file_backed(torch.ones(4, device="meta"))
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
+    def full(descriptor, offset, length):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(PlacementError, match=r"cannot reserve 0\.000 GB: .*No space left.*free some space"):
+        OffloadFile(tmp_path, SPECS)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(PlacementError, match="taken"):
+        OffloadFile(tmp_path / "taken", SPECS)

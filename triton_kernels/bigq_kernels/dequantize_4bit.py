@@ -1,0 +1,75 @@
+"""Dequantize 4-bit codes: code times absmax in float32, rounded once to the output's dtype."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bigq_kernels.quantize_4bit import tile_shape
+from bigq_kernels.tiles import code_table, lookup
+
+__all__ = ["dequantize_4bit"]
+
+
+@triton.jit
+def _dequantize_4bit_kernel(
+    packed_ptr,  # [N, ceil(K / 2)] uint8
+    absmax_ptr,  # [N, B] float32
+    out_ptr,  # [N, K]
+    N,
+    K,
+    row_bytes,  # ceil(K / 2); an argument, so that the compiler sees it is divisible by 16 when it is
+    B,
+    QUANT_TYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,  # blocks of one row in a tile
+    ROWS: tl.constexpr,
+):
+    HALF: tl.constexpr = BLOCK_SIZE // 2
+    column_tiles = tl.cdiv(B, BLOCKS)
+    tile = tl.program_id(0)
+    index = tl.arange(0, ROWS * BLOCKS)
+    row = (tile // column_tiles).to(tl.int64) * ROWS + index // BLOCKS
+    block = (tile % column_tiles) * BLOCKS + index % BLOCKS
+    in_row = row < N
+
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    mask = in_row[:, None] & (byte < row_bytes)
+    packed = tl.load(packed_ptr + row[:, None] * row_bytes + byte, mask=mask, other=0)
+    absmax = tl.load(absmax_ptr + row * B + block, mask=in_row & (block < B), other=0.0)
+    table = code_table(QUANT_TYPE)
+    high = lookup(table, packed >> 4) * absmax[:, None]
+    low = lookup(table, packed & 15) * absmax[:, None]
+    values = tl.join(high, low).reshape(ROWS * BLOCKS, BLOCK_SIZE)
+
+    column = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    mask = in_row[:, None] & (column < K)
+    tl.store(out_ptr + row[:, None] * K + column, values.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def dequantize_4bit(
+    weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Packed uint8 [N, ceil(K/2)] and absmax float32 [N, B] -> [N, K] of `dtype`."""
+    rows = weight.shape[0]
+    out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
+    if out.numel() == 0:
+        return out
+    blocks = triton.cdiv(in_features, block_size)
+    tile_blocks, tile_rows = tile_shape(blocks, block_size)
+    grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(blocks, tile_blocks),)
+    with torch.cuda.device_of(weight):
+        _dequantize_4bit_kernel[grid](
+            weight.contiguous(),
+            absmax.contiguous(),
+            out,
+            rows,
+            in_features,
+            weight.shape[1],
+            blocks,
+            QUANT_TYPE=quant_type,
+            BLOCK_SIZE=block_size,
+            BLOCKS=tile_blocks,
+            ROWS=tile_rows,
+        )
+    return out

@@ -1,0 +1,49 @@
+"""Undo double quantization: code * nested_absmax, rounded, + nested_offset, rounded."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bigq_kernels.quantize_absmax import nested_code
+from bigq_kernels.tiles import NESTED_BLOCK_SIZE
+
+__all__ = ["dequantize_absmax"]
+
+
+@triton.jit
+def _dequantize_absmax_kernel(
+    codes_ptr,  # [n] uint8
+    nested_ptr,  # [ceil(n / 256)] float32
+    offset_ptr,  # [1] float32
+    code_ptr,  # [256] float32
+    out_ptr,  # [n] float32
+    n,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < n
+    value = tl.load(code_ptr + tl.load(codes_ptr + index, mask=mask, other=0).to(tl.int32))
+    nested = tl.load(nested_ptr + index // NESTED_BLOCK_SIZE, mask=mask, other=0.0)
+    tl.store(out_ptr + index, value * nested + tl.load(offset_ptr), mask=mask)
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    """Codes uint8 of any shape -> float32 of that shape."""
+    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    n = codes.numel()
+    if n == 0:
+        return out
+    block = 1024
+    with torch.cuda.device_of(codes):
+        _dequantize_absmax_kernel[(triton.cdiv(n, block),)](
+            codes.contiguous(),
+            nested_absmax.contiguous(),
+            nested_offset,
+            nested_code(codes.device),
+            out,
+            n,
+            BLOCK=block,
+            enable_fp_fusion=False,  # the product is rounded before the sum
+        )
+    return out

@@ -1,0 +1,58 @@
+"""Quantize rows to int8: one scale a row, codes rounded half to even."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bigq_kernels.tiles import absmax_bits, encode_int8, int8_inverse, nan_to_inf
+
+__all__ = ["quantize_int8"]
+
+
+@triton.jit
+def _quantize_int8_kernel(
+    weight_ptr,  # [N, K]
+    codes_ptr,  # [N, K] int8
+    absmax_ptr,  # [N, 1] float32
+    K,
+    stride_wn,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    weight_ptr += row * stride_wn
+    codes_ptr += row * K
+    columns = tl.arange(0, BLOCK_K)
+    largest = tl.zeros((BLOCK_K,), tl.int32)
+    for start in range(0, K, BLOCK_K):
+        x = tl.load(weight_ptr + start + columns, mask=start + columns < K, other=0.0)
+        largest = tl.maximum(largest, absmax_bits(x))
+    absmax = nan_to_inf(tl.max(largest, axis=0))
+    inverse = int8_inverse(absmax)
+    for start in range(0, K, BLOCK_K):  # the row comes from the cache this time
+        mask = start + columns < K
+        x = tl.load(weight_ptr + start + columns, mask=mask, other=0.0)
+        tl.store(codes_ptr + start + columns, encode_int8(x, inverse), mask=mask)
+    tl.store(absmax_ptr + row, absmax)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Float [N, K] -> codes int8 [N, K] and absmax float32 [N, 1]."""
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(rows, 1, dtype=torch.float32, device=weight.device)
+    if rows == 0:
+        return codes, absmax
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    with torch.cuda.device_of(weight):
+        _quantize_int8_kernel[(rows,)](
+            weight,
+            codes,
+            absmax,
+            columns,
+            weight.stride(0),
+            BLOCK_K=min(4096, triton.next_power_of_2(max(columns, 16))),
+            enable_fp_fusion=False,  # see encode_int8
+        )
+    return codes, absmax
