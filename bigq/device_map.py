@@ -96,10 +96,9 @@ def execution_device(device_map: DeviceMap) -> torch.device:
     return torch.device("cpu")
 
 
-def is_offloaded(device_map: DeviceMap, name: str) -> bool:
-    """Whether `name` rests elsewhere than where it runs; "cpu" is no offload when the CPU is what runs."""
-    place = place_of(device_map, name)
-    return place == "disk" or (place == "cpu" and execution_device(device_map).type != "cpu")
+def is_offloaded(place: str | None, runs_on: torch.device) -> bool:
+    """Whether what rests at `place` runs elsewhere; "cpu" is no offload where the CPU is what runs."""
+    return place == "disk" or (place == "cpu" and runs_on.type != "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

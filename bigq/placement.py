@@ -58,13 +58,14 @@ def plan_and_place(
     def plan(places: DeviceMap, policy: str | torch.dtype | None) -> Plan:
         kept = policy in ("preserve", torch.float32)
         dtype = policy if isinstance(policy, torch.dtype) else None
+        runs_on = execution_device(places)
         return make_plan(
             model,
             source.tensors,
             config,
             quantized=quantized,
-            unquantized=lambda name: kept and is_offloaded(places, name),
-            offload_dtype=lambda name: dtype if is_offloaded(places, name) else None,
+            unquantized=lambda name: kept and is_offloaded(place_of(places, name), runs_on),
+            offload_dtype=lambda name: dtype if is_offloaded(place_of(places, name), runs_on) else None,
             strict=strict,
         )
 

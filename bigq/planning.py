@@ -91,7 +91,7 @@ def _chosen_linears(
             compute_dtype=config.compute_dtype,
         )
         linears.append(_planned_linear(module, aliases, description, source))
-    if not linears:
+    if not selection.linears:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in kept.items()) or "  it has no nn.Linear or Conv1D"
         raise UnsupportedError(f"nothing to quantize in {type(model).__name__}:\n{reasons}")
     return linears, kept

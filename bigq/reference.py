@@ -115,7 +115,8 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
     if not weight.numel():
         return packed, absmax
     for start, stop in _row_chunks(rows, columns):
-        x = F.pad(weight[start:stop].float(), (0, blocks * block_size - columns)).view(-1, blocks, block_size)
+        x = F.pad(weight[start:stop].float().contiguous(), (0, blocks * block_size - columns))
+        x = x.view(-1, blocks, block_size)
         scale = torch.nan_to_num(x.abs().amax(dim=2), nan=float("inf"), posinf=float("inf"))
         # The smallest normal float keeps 1/absmax finite: a zero block then encodes 0.0, as does a subnormal one.
         scaled = x * scale.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()[:, :, None]

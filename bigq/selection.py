@@ -135,7 +135,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
             found = own()
         except (AttributeError, NotImplementedError):
             found = None
-        return found if isinstance(found, nn.Module) else None
+        if isinstance(found, nn.Module):
+            return found
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and not hasattr(model, prefix):
+        return None  # a transformers model without the head that others put on it
     if sum(_is_linear(module) for module in model.modules()) < 2:
         return None
     module = model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigq.device_map import DeviceMap, execution_device
+from bigq.device_map import DeviceMap, execution_device, is_offloaded
 from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
 from bigq.offload import OffloadFile
@@ -39,8 +39,8 @@ class Store:
 
     def is_offloaded(self, name: str) -> bool:
         """Whether the tensor called `name` rests elsewhere than where it runs."""
-        place, _ = self.resting.get(name, ("", None))
-        return place == "disk" or (place == "cpu" and self.runs_on.type != "cpu")
+        place, _ = self.resting.get(name, (None, None))
+        return is_offloaded(place, self.runs_on)
 
     def work_device(self, name: str) -> torch.device:
         """Where the tensor called `name` is cast or quantized: where it rests, or where it will run."""

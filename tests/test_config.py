@@ -110,7 +110,7 @@ def test_transformers_config():
     with pytest.raises(ConfigError, match="exactly one"):
         as_config(transformers.BitsAndBytesConfig())
     stored_wide = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
-    with pytest.raises(ConfigError, match="stores torch.uint8 only"):
+    with pytest.raises(ConfigError, match=r"stores torch\.uint8 only"):
         as_config(stored_wide)
     with pytest.raises(ConfigError, match="has_fp16_weight"):
         as_config(transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True))

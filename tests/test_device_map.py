@@ -84,9 +84,9 @@ def test_execution_device_is_the_first_gpu_in_the_order_of_the_map():
 
 
 def test_cpu_is_an_offload_only_where_a_gpu_runs():
-    assert is_offloaded({"a": "cpu", "b": "cuda:0"}, "a.weight")
-    assert not is_offloaded({"a": "cpu", "b": "disk"}, "a.weight")
-    assert is_offloaded({"a": "cpu", "b": "disk"}, "b.weight")
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert [is_offloaded(place, gpu) for place in ("cuda:0", "cpu", "disk", None)] == [False, True, True, False]
+    assert [is_offloaded(place, cpu) for place in ("cpu", "disk", None)] == [False, True, False]
 
 
 def test_as_user_map():
@@ -120,7 +120,7 @@ class TestInfer:
         assert places["layers.2"] == places["layers.3"] == "disk"
 
     def test_what_does_not_fit_is_refused_with_the_sizes(self):
-        with pytest.raises(PlacementError, match="does not fit: layers.3 is left over.*offload_folder"):
+        with pytest.raises(PlacementError, match=r"does not fit: layers\.3 is left over.*offload_folder"):
             infer_places(model(), {"cuda:0": 300, "cpu": 160})
 
     def test_every_tensor_has_a_place(self):

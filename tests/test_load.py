@@ -200,8 +200,8 @@ class TestSharing:
             model = load_and_quantize_model(empty(Shared), tmp_path, QuantizationConfig("nf4"), "cpu")
             assert model.blocks[2] is model.blocks[0]
             assert model.blocks[2].up is model.blocks[0].up
-            Accelerator(cpu=True).save_model(model, tmp_path / keep)
-            again = load_and_quantize_model(empty(Shared), tmp_path / keep)
+            Accelerator().save_model(model, tmp_path / keep)
+            again = load_and_quantize_model(empty(Shared), tmp_path / keep, device_map="cpu")
             assert torch.equal(again(ids), model(ids))
 
     @pytest.mark.parametrize("keep", ["embed.weight", "head.weight", None])
@@ -366,7 +366,7 @@ class TestRefusals:
 
     def test_a_config_that_contradicts_the_checkpoint(self, tiny, checkpoint, empty, tmp_path):
         saved = tmp_path / "saved"
-        Accelerator(cpu=True).save_model(
+        Accelerator().save_model(
             load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"), "cpu"), saved
         )
         for config, words in (
@@ -381,7 +381,7 @@ class TestRefusals:
 
     def test_a_quantized_checkpoint_of_another_shape(self, tiny, checkpoint, empty, tmp_path):
         saved = tmp_path / "saved"
-        Accelerator(cpu=True).save_model(
+        Accelerator().save_model(
             load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"), "cpu"), saved
         )
         self.refused(empty(tiny, width=64), saved, error=CheckpointError, words=r"expected shape \[192, 64\]")
@@ -433,7 +433,7 @@ class TestRefusals:
         assert_untouched(model, before)
 
     def test_a_missing_shard(self, tiny, empty, tmp_path):
-        index = {"weight_map": {name: "model-00001-of-00002.safetensors" for name in tiny().state_dict()}}
+        index = {"weight_map": dict.fromkeys(tiny().state_dict(), "model-00001-of-00002.safetensors")}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
         self.refused(
             empty(tiny),

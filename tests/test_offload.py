@@ -22,7 +22,7 @@ SPECS = [
 
 def mapped_files():
     maps = Path("/proc/self/maps")
-    return [line for line in maps.read_text().splitlines() if "bigq-" in line or "(deleted)" in line and "/#" in line]
+    return [line for line in maps.read_text().splitlines() if "bigq-" in line or ("(deleted)" in line and "/#" in line)]
 
 
 def test_tensors_keep_what_they_are_given(tmp_path):

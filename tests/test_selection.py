@@ -119,7 +119,13 @@ class TestOutputHead:
         model.get_output_embeddings = lambda: model.layers[0].qkv
         assert output_head(model) is model.layers[0].qkv
         model.get_output_embeddings = lambda: None
+        assert output_head(model) is model.head
+
+    def test_a_transformers_base_model_has_none(self):
+        model = Model()
+        model.base_model_prefix = "model"
         assert output_head(model) is None
+        assert output_head(nn.ModuleDict({"model": nn.Linear(2, 2), "classifier": nn.Linear(2, 2)})) is not None
 
 
 class TestTies:

@@ -105,12 +105,17 @@ def test_every_byte_decodes_equally(bnb, quant_type, dtype):
 FP4_MIDPOINTS = torch.tensor([1 / 384, 11 / 128, 5 / 24, 7 / 24, 5 / 12, 7 / 12, 5 / 6], dtype=torch.float64)
 
 
-# Measured on a million normal weights: 1 in 2,000,000 decodes differently from float32, 1 in 14,000 from float16 and
-# 1 in 1,600 from bfloat16, whose few significant bits make quotients such as 1/4 + 1/24 frequent.
+# Of the 1,048,576 weights here 1 decodes differently from float32, 53 from float16 and 575 from bfloat16, whose few
+# significant bits make quotients such as 1/4 + 1/24 frequent.
 @pytest.mark.parametrize(
-    "dtype, share", [(torch.float32, 1e-5), (torch.float16, 2e-4), (torch.bfloat16, 1.5e-3)], ids=str
+    "dtype, allowed",
+    [
+        pytest.param(torch.float32, 10, id="float32"),
+        pytest.param(torch.float16, 100, id="float16"),
+        pytest.param(torch.bfloat16, 1000, id="bfloat16"),
+    ],
 )
-def test_fp4_differs_only_at_a_boundary(bnb, dtype, share):
+def test_fp4_differs_only_at_a_boundary(bnb, dtype, allowed):
     weight = weights("normal", 256, 4096).to(dtype)
     packed, absmax = reference.quantize_4bit(weight, "fp4", 64)
     theirs, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="fp4")
@@ -122,8 +127,7 @@ def test_fp4_differs_only_at_a_boundary(bnb, dtype, share):
         reference.dequantize_4bit(p, one, "fp4", 64, 4096, torch.float32).double() for p in (packed, theirs)
     )
     differs = value != their_value
-    print("SHARE", dtype, int(differs.sum()), differs.numel(), int((packed!=theirs).sum()))
-    assert differs.float().mean() <= share
+    assert differs.sum() <= allowed
     # The two rules break ties to different sides, and the CUDA constants are at most 14 float32 steps off the midpoints:
     # where they disagree, the scaled weight lies that close to one, and neither value is nearer than that.
     scaled = (weight.double() / absmax.double().repeat_interleave(64, dim=1))[differs].abs()

@@ -53,5 +53,5 @@ GOOD = json.loads(bytes(DESCRIPTIONS[0].encode().tolist()))
     ids=lambda text: text[:60].decode(errors="replace"),
 )
 def test_anything_else_is_refused_by_name(text):
-    with pytest.raises(CheckpointError, match="a.quant_state in f.safetensors is not a description"):
+    with pytest.raises(CheckpointError, match=r"a\.quant_state in f\.safetensors is not a description"):
         Description.decode(tensor_of(text), where="a.quant_state in f.safetensors")
