@@ -6,16 +6,15 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from bigq.checkpoint import Checkpoint
 from bigq.commit import commit
 from bigq.errors import CheckpointError
 from bigq.model_tensors import ModelTensors
 from bigq.plan import Plan, PlannedLinear, PlannedTensor
 from bigq.store import Store
+from bigq.stream import Source, stream
 
-__all__ = ["Source", "fill"]
+__all__ = ["fill"]
 
-Source = Checkpoint | ModelTensors
 Job = PlannedLinear | PlannedTensor
 
 
@@ -39,7 +38,7 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
     total = sum(source.tensors[name].nbytes for name in jobs)
     hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
-        for name, tensor in source.read(jobs):
+        for name, tensor, owned in stream(source, jobs, lambda name: _work_device(jobs[name], store)):
             job = jobs[name]
             if isinstance(job, PlannedLinear):
                 state = _quantize(job, tensor, store)
@@ -47,7 +46,7 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
                 done.append((job, _place(job.names[0] + ".", state, store, owned=True)))
             else:
                 path, dot, leaf = job.names[0].rpartition(".")
-                done.append((job, _place(path + dot, {leaf: tensor}, store, owned=in_place)))
+                done.append((job, _place(path + dot, {leaf: tensor}, store, owned=owned or in_place)))
             del tensor  # or it would outlive its replacement by one turn
             if in_place:
                 _commit_all(model, done, store)
@@ -64,8 +63,14 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
     _commit_all(model, done, store)
 
 
+def _work_device(job: Job, store: Store) -> torch.device:
+    if isinstance(job, PlannedLinear):
+        return store.work_device(f"{job.names[0]}.weight", quantize=True)
+    return store.work_device(job.names[0], quantize=False)
+
+
 def _quantize(job: PlannedLinear, tensor: Tensor, store: Store) -> dict[str, Tensor]:
-    weight = tensor.to(store.work_device(f"{job.names[0]}.weight"))
+    weight = tensor.to(_work_device(job, store))
     if weight.dtype == torch.float64:  # no format has scales that fine
         weight = weight.float()
     return job.module.quantize(weight.T if job.transposed else weight)

@@ -8,7 +8,6 @@ import torch
 from accelerate.utils import get_max_memory
 from torch import nn
 
-from bigq.checkpoint import Checkpoint
 from bigq.config import OFFLOAD_POLICIES, QuantizationConfig, as_config
 from bigq.device_map import (
     STRATEGIES,
@@ -28,13 +27,14 @@ from bigq.formats import Description, TensorSpec
 from bigq.model_tensors import ModelTensors, tensor_groups
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
+from bigq.stream import Source
 
 __all__ = ["infer_device_map", "plan_and_place", "resting_places"]
 
 
 def plan_and_place(
     model: nn.Module,
-    source: Checkpoint | ModelTensors,
+    source: Source,
     config: QuantizationConfig | None,
     device_map: object,
     *,
@@ -124,7 +124,7 @@ def infer_device_map(
     return as_user_map(places)
 
 
-def _descriptions(source: Checkpoint | ModelTensors) -> dict[str, Description]:
+def _descriptions(source: Source) -> dict[str, Description]:
     """What a checkpoint says of the weights that it holds quantized, by module name."""
     prefixes = quantized_prefixes(source.tensors)
     states = dict(source.read(prefixes.values()))

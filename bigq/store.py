@@ -42,10 +42,12 @@ class Store:
         place, _ = self.resting.get(name, (None, None))
         return is_offloaded(place, self.runs_on)
 
-    def work_device(self, name: str) -> torch.device:
-        """Where the tensor called `name` is cast or quantized: where it rests, or where it will run."""
+    def work_device(self, name: str, *, quantize: bool) -> torch.device:
+        """Where the tensor called `name` is worked on: where it rests, or, to `quantize` it, where it will run."""
         place, _ = self.resting[name]
-        return self.runs_on if place in ("cpu", "disk") else torch.device(place)
+        if place in ("cpu", "disk"):
+            return self.runs_on if quantize else torch.device("cpu")
+        return torch.device(place)
 
     def put(self, name: str, tensor: Tensor, *, owned: bool) -> Tensor:
         """`tensor` at its resting place, in its final dtype, with a storage of its own.
@@ -53,7 +55,8 @@ class Store:
         `owned` says that its memory may be kept: it is neither a view of a file nor of another tensor.
         """
         place, spec = self.resting[name]
-        tensor = tensor.to(self.work_device(name)) if place not in ("cpu", "disk") else tensor
+        if place not in ("cpu", "disk"):
+            tensor = tensor.to(place)
         cast = tensor.to(spec.dtype)
         owned = owned or cast is not tensor
         if place == "disk":

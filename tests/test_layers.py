@@ -11,7 +11,7 @@ LAYERS = [
     {"ops"},
     {"formats", "checkpoint"},
     {"config", "linear", "offload", "device_map", "model_tensors"},
-    {"hooks", "selection", "footprint", "quantize"},
+    {"hooks", "selection", "footprint", "quantize", "stream"},
     {"plan"},
     {"fit", "commit", "dispatch"},
     {"planning"},

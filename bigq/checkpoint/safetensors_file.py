@@ -61,13 +61,16 @@ class SafetensorsFile:
 
     def describe(self) -> list[TensorInfo]:
         """Describe the tensors, in the order of their bytes in the file."""
-        # Older versions lack offset_keys; their keys() may be sorted by name, which costs locality and nothing else.
-        names = getattr(self._handle, "offset_keys", self._handle.keys)()
+        names = self._handle.offset_keys()
         headers = {name: self._handle.get_slice(name) for name in names}
         unknown = [(name, header.get_dtype()) for name, header in headers.items() if header.get_dtype() not in _DTYPES]
         if unknown:
             raise CheckpointError(f"cannot open {self._path}: {_name_dtypes(unknown)}")
-        return [self._info(name, _DTYPES[header.get_dtype()], header.get_shape()) for name, header in headers.items()]
+        infos, offset = [], 8 + self._header_nbytes()
+        for name, header in headers.items():
+            infos.append(self._info(name, _DTYPES[header.get_dtype()], header.get_shape(), offset))
+            offset += infos[-1].nbytes  # the library refuses files with holes
+        return infos
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, a view of the memory map."""
@@ -77,7 +80,11 @@ class SafetensorsFile:
             raise CheckpointError(f"cannot read tensor {name!r} of {self._path}: {error}") from error
         return tensor
 
-    def _info(self, name: str, dtype: torch.dtype, shape: list[int]) -> TensorInfo:
+    def _header_nbytes(self) -> int:
+        with self._path.open("rb") as file:
+            return int.from_bytes(file.read(8), "little")
+
+    def _info(self, name: str, dtype: torch.dtype, shape: list[int], offset: int) -> TensorInfo:
         if dtype is torch.float4_e2m1fn_x2:  # the format counts values, torch counts bytes of two
             if not shape or shape[-1] % 2:
                 raise CheckpointError(
@@ -87,7 +94,7 @@ class SafetensorsFile:
             shape = [*shape[:-1], shape[-1] // 2]
         if max(shape, default=0) > torch.iinfo(torch.int64).max:  # only an empty tensor gets this far
             raise CheckpointError(f"{self._path}: tensor {name!r} has a shape beyond 64 bits: {shape}")
-        return TensorInfo(name=name, shape=torch.Size(shape), dtype=dtype, file=self._path)
+        return TensorInfo(name=name, shape=torch.Size(shape), dtype=dtype, file=self._path, offset=offset)
 
 
 def _name_dtypes(tensors: list[tuple[str, str]]) -> str:

@@ -128,8 +128,8 @@ def test_fp4_differs_only_at_a_boundary(bnb, dtype, allowed):
     )
     differs = value != their_value
     assert differs.sum() <= allowed
-    # The two rules break ties to different sides, and the CUDA constants are at most 14 float32 steps off the midpoints:
-    # where they disagree, the scaled weight lies that close to one, and neither value is nearer than that.
+    # The rules break ties to different sides, and the CUDA constants are at most 14 float32 steps off the midpoints:
+    # where the two disagree, the scaled weight is that close to a midpoint and neither value better than the other.
     scaled = (weight.double() / absmax.double().repeat_interleave(64, dim=1))[differs].abs()
     nearest = (scaled[:, None] - FP4_MIDPOINTS).abs().amin(dim=1)
     assert (nearest <= 16 * scaled * torch.finfo(torch.float32).eps).all()

@@ -12,11 +12,11 @@ DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytes
 
 
 def assert_within_budget(out, exact, baseline):
-    """Twice the baseline's largest error plus one rounding of the output."""
+    """Twice the baseline's error plus one rounding of the output, in the Frobenius norm: a maximum is mostly luck."""
     assert out.shape == baseline.shape
     assert out.dtype == baseline.dtype
-    error, allowed = ((t.double() - exact).abs().amax() for t in (out, baseline))
-    rounding = exact.abs().amax() * torch.finfo(out.dtype).eps / 2
+    error, allowed = ((t.double() - exact).norm() for t in (out, baseline))
+    rounding = exact.norm() * torch.finfo(out.dtype).eps / 2
     assert error <= 2 * allowed + rounding
 
 
