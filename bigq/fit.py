@@ -75,7 +75,9 @@ class Fit:
             found = TensorSpec(shape=tuple(own.shape), dtype=own.dtype)
         elif source is None:
             expected = f"expected {list(own.shape)} {_short(own.dtype)}"
-            hint = "" if group.persistent else "; it is not persistent: build the model with init_empty_weights"
+            hint = "" if own.is_meta else " (strict=False keeps the model's own)"
+            if not group.persistent:
+                hint = "; it is not persistent: build the model with init_empty_weights"
             self.missing.append(f"  {group.names[0]}: {expected}{hint}")
             return None
         else:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cache
 from types import CodeType, FunctionType
 
 from torch import nn
@@ -160,22 +161,29 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _read_but_not_called(model: nn.Module, name: str) -> bool:
-    """Whether the parent of the module `name` uses its `.weight` in some method and calls the module in none.
-
-    Such a parent (as nn.MultiheadAttention is of its out_proj) would compute with packed codes. Found in its bytecode.
-    """
+    """Whether its parent reads the weight of `name` and never calls it: the parent would compute with packed codes."""
     parent_name, _, leaf = name.rpartition(".")
-    read = called = False
-    for kind in type(model.get_submodule(parent_name)).__mro__:
-        if kind in (nn.Module, object) or kind.__module__.startswith("torch.nn.modules.container"):
+    return leaf in _only_read(type(model.get_submodule(parent_name)))  # type: ignore[arg-type]
+
+
+@cache
+def _only_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Attributes of which the methods of `kind` use `.weight` and which they never call, found in their bytecode.
+
+    nn.MultiheadAttention's out_proj is one.
+    """
+    read, called = set(), set()
+    for base in kind.__mro__:
+        if base in (nn.Module, object):
             continue
-        for attribute, value in vars(kind).items():
+        for attribute, value in vars(base).items():
             if isinstance(value, FunctionType) and attribute != "__init__":
-                for chain in _attribute_chains(value.__code__):
-                    if chain[0] == leaf:
-                        read |= chain[1:2] == ("weight",)
-                        called |= chain[1:2] not in (("weight",), ("bias",))
-    return read and not called
+                for first, *rest in _attribute_chains(value.__code__):
+                    if rest[:1] == ["weight"]:
+                        read.add(first)
+                    elif rest[:1] != ["bias"]:
+                        called.add(first)
+    return frozenset(read - called)
 
 
 def _attribute_chains(code: CodeType) -> Iterator[tuple[str, ...]]:

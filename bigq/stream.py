@@ -143,6 +143,7 @@ class _Reader:
             except BaseException as error:  # handed to the consumer, which raises it
                 self.error = self.error or error
             pending.chunk_done(copied)
+            del job, pending  # or an idle thread would keep the tensor alive
         for _, event in slots:
             event.synchronize()
 

