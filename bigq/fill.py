@@ -6,8 +6,10 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
+from bigq.checkpoint import TensorInfo
 from bigq.commit import commit
 from bigq.errors import CheckpointError
+from bigq.formats import TensorSpec
 from bigq.model_tensors import ModelTensors
 from bigq.plan import Plan, PlannedLinear, PlannedTensor
 from bigq.store import Store
@@ -38,7 +40,7 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
     total = sum(source.tensors[name].nbytes for name in jobs)
     hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
-        for name, tensor, owned in stream(source, jobs, lambda name: _work_device(jobs[name], store)):
+        for name, tensor, owned in stream(source, jobs, lambda info: _receive(info, jobs[info.name], store)):
             job = jobs[name]
             if isinstance(job, PlannedLinear):
                 state = _quantize(job, tensor, store)
@@ -63,14 +65,20 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
     _commit_all(model, done, store)
 
 
-def _work_device(job: Job, store: Store) -> torch.device:
-    if isinstance(job, PlannedLinear):
-        return store.work_device(f"{job.names[0]}.weight", quantize=True)
-    return store.work_device(job.names[0], quantize=False)
+def _receive(info: TensorInfo, job: Job, store: Store) -> Tensor:
+    """Memory for a tensor of the checkpoint: that of what it becomes, or scratch on the device that quantizes it."""
+    spec = TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
+    if isinstance(job, PlannedTensor):
+        return store.receive(job.names[0], spec)
+    return torch.empty(spec.shape, dtype=spec.dtype, device=_quantizing_device(job, store))
+
+
+def _quantizing_device(job: PlannedLinear, store: Store) -> torch.device:
+    return store.work_device(f"{job.names[0]}.weight", quantize=True)
 
 
 def _quantize(job: PlannedLinear, tensor: Tensor, store: Store) -> dict[str, Tensor]:
-    weight = tensor.to(_work_device(job, store))
+    weight = tensor.to(_quantizing_device(job, store))
     if weight.dtype == torch.float64:  # no format has scales that fine
         weight = weight.float()
     return job.module.quantize(weight.T if job.transposed else weight)

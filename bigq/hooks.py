@@ -87,7 +87,7 @@ class PlacementHook(ModelHook):  # type: ignore[misc]
             own: Tensor = table[name]
             if id(own) not in copies:
                 # A file-backed tensor is copied also when the CPU runs the module: one read instead of page faults.
-                copy = own.detach().to(self.device, copy=is_file_backed(own))
+                copy = own.detach().to(self.device, non_blocking=True, copy=is_file_backed(own))
                 copies[id(own)] = nn.Parameter(copy, requires_grad=False) if table is owner._parameters else copy
             self._at_rest.append((table, name, own))
             table[name] = copies[id(own)]

@@ -1,8 +1,8 @@
-"""Store: brings each tensor of a plan to where it rests."""
+"""Store: the memory that each tensor of a plan rests in, and the way there."""
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from bigq.device_map import DeviceMap, execution_device, is_offloaded
 from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
-from bigq.offload import OffloadFile
+from bigq.offload import OffloadSpace
 from bigq.placement import resting_places
 from bigq.plan import Plan
 
@@ -19,23 +19,29 @@ __all__ = ["Store"]
 
 @dataclass(kw_only=True)
 class Store:
-    """Where each tensor rests, by its first name; the disk space of those that rest there is reserved."""
+    """Where each tensor rests, by its first name; `spaces` holds the room that is reserved on "cpu" and "disk"."""
 
     resting: Mapping[str, tuple[str, TensorSpec]]
     runs_on: torch.device
-    file: OffloadFile | None
+    spaces: Mapping[str, OffloadSpace]
+    _received: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, plan: Plan, device_map: DeviceMap, offload_folder: str | os.PathLike[str] | None) -> "Store":
-        """Raises PlacementError where the map asks for the disk and there is no folder or no room."""
-        resting = resting_places(plan, device_map)
-        on_disk = [spec for place, spec in resting.values() if place == "disk"]
-        file = None
-        if on_disk:
+        """Raises PlacementError where the disk is asked for and there is no folder, or more room than there is."""
+        resting, runs_on = resting_places(plan, device_map), execution_device(device_map)
+        offloaded: dict[str, list[TensorSpec]] = {}
+        for place, spec in resting.values():
+            if is_offloaded(place, runs_on):
+                offloaded.setdefault(place, []).append(spec)
+        spaces = {}
+        if "disk" in offloaded:
             if offload_folder is None:
                 raise PlacementError("device_map sends modules to 'disk': pass offload_folder, where they are kept")
-            file = OffloadFile(offload_folder, on_disk)
-        return cls(resting=resting, runs_on=execution_device(device_map), file=file)
+            spaces["disk"] = OffloadSpace.in_file(offload_folder, offloaded["disk"])
+        if "cpu" in offloaded:
+            spaces["cpu"] = OffloadSpace.pinned(offloaded["cpu"])
+        return cls(resting=resting, runs_on=runs_on, spaces=spaces)
 
     def is_offloaded(self, name: str) -> bool:
         """Whether the tensor called `name` rests elsewhere than where it runs."""
@@ -49,18 +55,23 @@ class Store:
             return self.runs_on if quantize else torch.device("cpu")
         return torch.device(place)
 
+    def receive(self, name: str, spec: TensorSpec) -> Tensor:
+        """Memory to read the tensor called `name` into: its own, if `spec` is what it stays; `put` then keeps it."""
+        place, final = self.resting[name]
+        if spec == final and place in self.spaces:
+            self._received[name] = self.spaces[place].empty(spec)
+            return self._received[name]
+        return torch.empty(spec.shape, dtype=spec.dtype, device=self.work_device(name, quantize=False))
+
     def put(self, name: str, tensor: Tensor, *, owned: bool) -> Tensor:
-        """`tensor` at its resting place, in its final dtype, with a storage of its own.
+        """`tensor` where it rests, in its final dtype, with a storage of its own.
 
         `owned` says that its memory may be kept: it is neither a view of a file nor of another tensor.
         """
         place, spec = self.resting[name]
-        if place not in ("cpu", "disk"):
-            tensor = tensor.to(place)
-        cast = tensor.to(spec.dtype)
-        owned = owned or cast is not tensor
-        if place == "disk":
-            assert self.file is not None
-            return self.file.empty(spec).copy_(cast)
-        final = cast.to(place)
-        return final if owned or final is not cast else final.clone()
+        if self._received.pop(name, None) is tensor:
+            return tensor
+        if place in self.spaces:
+            return self.spaces[place].empty(spec).copy_(tensor)
+        final = tensor.to(place).to(spec.dtype)  # cast at the end of the link: it is shorter there
+        return final if owned or final is not tensor else final.clone()

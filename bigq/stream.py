@@ -30,12 +30,13 @@ _BUDGET_NBYTES = 512 << 20  # of tensors on their way, besides the one that the 
 
 
 def stream(
-    source: Source, names: Collection[str], device_of: Callable[[str], torch.device]
+    source: Source, names: Collection[str], receive: Callable[[TensorInfo], Tensor]
 ) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield (name, tensor, owned) in file order, the tensor on `device_of(name)`.
+    """Yield (name, tensor, owned) in file order.
 
-    `owned` says that nothing else refers to the tensor's memory; otherwise it is a view of a file or the model's own
-    parameter. On a GPU the tensor is ready for work on the current stream.
+    `receive` makes the memory that a tensor is read into, contiguous and on the device that works on it. `owned` says
+    that it was used; otherwise the tensor is a view of a file or the model's own parameter, wherever that is. On a GPU
+    the tensor is ready for work on the current stream.
 
     Raises:
         CheckpointError: a file cannot be read, or is not what it was when the checkpoint was opened.
@@ -46,27 +47,26 @@ def stream(
         return
     laid_out = [name for name in names if source.tensors[name].offset is not None]
     if laid_out:
-        yield from _Reader(source, laid_out, device_of).tensors()
+        yield from _Reader(source, laid_out, receive).tensors()
     for name, tensor in source.read([name for name in names if source.tensors[name].offset is None]):
-        moved = tensor.to(device_of(name))
-        yield name, moved, moved is not tensor
+        yield name, tensor, False
 
 
 class _Pending:
     """A tensor on its way: `bytes` is its memory, `chunks` counts what has not been handed to the device yet."""
 
-    def __init__(self, info: TensorInfo, device: torch.device) -> None:
+    def __init__(self, info: TensorInfo, tensor: Tensor) -> None:
         self.info = info
-        self.tensor = torch.empty(info.shape, dtype=info.dtype, device=device)
+        self.tensor = tensor
         self.bytes = self.tensor.reshape(-1).view(torch.uint8)
         self.starts = range(0, info.nbytes, _CHUNK_NBYTES)
         self.chunks = len(self.starts)
         self.lock, self.handed_over = Lock(), Event()
         self.copied: list[torch.cuda.Event] = []
         self.free: torch.cuda.Event | None = None
-        if device.type == "cuda":  # the allocator may have given memory that work queued earlier still uses
+        if tensor.is_cuda:  # the allocator may have given memory that work queued earlier still uses
             self.free = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.free.record(torch.cuda.current_stream(device))
+            self.free.record(torch.cuda.current_stream(tensor.device))
         if not self.chunks:
             self.handed_over.set()
 
@@ -82,12 +82,10 @@ class _Pending:
 class _Reader:
     """Threads that read chunks, and a consumer that starts tensors within the budget and takes them in order."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, names: Collection[str], device_of: Callable[[str], torch.device]
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, names: Collection[str], receive: Callable[[TensorInfo], Tensor]) -> None:
         positions = {name: position for position, name in enumerate(checkpoint.tensors)}
         self.infos = deque(checkpoint.tensors[name] for name in sorted(names, key=positions.__getitem__))
-        self.checkpoint, self.device_of = checkpoint, device_of
+        self.checkpoint, self.receive = checkpoint, receive
         self.files: dict[Path, int] = {}
         self.work: SimpleQueue[tuple[_Pending, int] | None] = SimpleQueue()
         self.error: BaseException | None = None
@@ -126,7 +124,7 @@ class _Reader:
     def _start(self, info: TensorInfo) -> _Pending:
         if info.file not in self.files:
             self.files[info.file] = _open(info.file, self.checkpoint.file_nbytes[info.file])
-        pending = _Pending(info, self.device_of(info.name))
+        pending = _Pending(info, self.receive(info))
         for start in pending.starts:
             self.work.put((pending, start))
         return pending

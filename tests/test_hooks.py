@@ -9,7 +9,7 @@ from torch import nn
 
 from bigq.formats import TensorSpec
 from bigq.hooks import Float32Hook, PlacementHook
-from bigq.offload import OffloadFile, is_file_backed
+from bigq.offload import OffloadSpace, is_file_backed
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def offloaded(tmp_path):
     plain = Scaled()
     module = copy.deepcopy(plain)
     tensors = [(module.inner, "weight"), (module.inner, "bias"), (module, "scale")]
-    file = OffloadFile(
+    file = OffloadSpace.in_file(
         tmp_path, [TensorSpec(shape=tuple(getattr(o, n).shape), dtype=torch.float32) for o, n in tensors]
     )
     for owner, name in tensors:

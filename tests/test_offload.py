@@ -1,4 +1,4 @@
-"""OffloadFile: unnamed, reserved, mapped, freed."""
+"""OffloadSpace: reserved, mapped, unnamed or pinned, freed."""
 
 import gc
 import os
@@ -9,7 +9,7 @@ import torch
 
 from bigq import PlacementError
 from bigq.formats import TensorSpec
-from bigq.offload import OffloadFile, is_file_backed
+from bigq.offload import OffloadSpace, is_file_backed
 
 SPECS = [
     TensorSpec(shape=(3, 5), dtype=torch.float32),
@@ -26,7 +26,7 @@ def mapped_files():
 
 
 def test_tensors_keep_what_they_are_given(tmp_path):
-    file = OffloadFile(tmp_path / "new" / "folder", SPECS)
+    file = OffloadSpace.in_file(tmp_path / "new" / "folder", SPECS)
     tensors = [file.empty(spec) for spec in SPECS]
     values = [torch.randint(0, 2, spec.shape).to(spec.dtype) for spec in SPECS]
     for tensor, value in zip(tensors, values, strict=True):
@@ -39,7 +39,7 @@ def test_tensors_keep_what_they_are_given(tmp_path):
 
 
 def test_every_tensor_owns_its_storage(tmp_path):
-    file = OffloadFile(tmp_path, SPECS)
+    file = OffloadSpace.in_file(tmp_path, SPECS)
     tensors = [file.empty(spec) for spec in SPECS]
     storages = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors if t.numel()}
     assert len(storages) == 4
@@ -47,7 +47,7 @@ def test_every_tensor_owns_its_storage(tmp_path):
 
 
 def test_nothing_is_left_in_the_folder(tmp_path):
-    file = OffloadFile(tmp_path, SPECS)
+    file = OffloadSpace.in_file(tmp_path, SPECS)
     tensor = file.empty(SPECS[0])
     assert os.listdir(tmp_path) == []
     del file
@@ -58,7 +58,7 @@ def test_nothing_is_left_in_the_folder(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 def test_the_last_tensor_frees_the_file(tmp_path):
     before = len(mapped_files())
-    file = OffloadFile(tmp_path, SPECS)
+    file = OffloadSpace.in_file(tmp_path, SPECS)
     tensors = [file.empty(spec) for spec in SPECS]
     assert len(mapped_files()) > before
     del file, tensors
@@ -77,11 +77,27 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(PlacementError, match=r"cannot reserve 0\.000 GB: .*No space left.*free some space"):
-        OffloadFile(tmp_path, SPECS)
+        OffloadSpace.in_file(tmp_path, SPECS)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(PlacementError, match="taken"):
-        OffloadFile(tmp_path / "taken", SPECS)
+        OffloadSpace.in_file(tmp_path / "taken", SPECS)
+
+
+@pytest.mark.gpu
+def test_pinned_space_is_pinned_and_given_back():
+    space = OffloadSpace.pinned(SPECS)
+    tensors = [space.empty(spec) for spec in SPECS]
+    assert all(tensor.is_pinned() for tensor in tensors if tensor.numel())
+    assert not any(is_file_backed(tensor) for tensor in tensors)
+    tensors[0].fill_(2.0)
+    assert tensors[0].cuda(non_blocking=True).sum() == 30
+    del space, tensors
+    gc.collect()
+    torch.cuda.synchronize()
+    again = OffloadSpace.pinned(SPECS).empty(SPECS[0])
+    assert again.is_pinned()
+    assert torch.empty(8).is_pinned() is False

@@ -20,6 +20,11 @@ CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
 
 
+def on(device):
+    """Memory to read a tensor into, on `device`."""
+    return lambda info: torch.empty(info.shape, dtype=info.dtype, device=device)
+
+
 @pytest.fixture
 def tensors():
     return {
@@ -52,7 +57,7 @@ def small_chunks(monkeypatch):
 @pytest.mark.usefixtures("small_chunks")
 def test_arrives_as_written_in_file_order(checkpoint, tensors, device):
     names = []
-    for name, tensor, owned in stream(checkpoint, list(tensors)[::-1], lambda name: device):
+    for name, tensor, owned in stream(checkpoint, list(tensors)[::-1], on(device)):
         assert owned
         assert tensor.device == device
         assert torch.equal(tensor.cpu(), tensors[name])
@@ -62,19 +67,19 @@ def test_arrives_as_written_in_file_order(checkpoint, tensors, device):
 
 
 def test_a_selection(checkpoint, tensors):
-    got = {name: tensor for name, tensor, _ in stream(checkpoint, ["wide", "bytes"], lambda name: CPU)}
+    got = {name: tensor for name, tensor, _ in stream(checkpoint, ["wide", "bytes"], on(CPU))}
     assert list(got) == ["bytes", "wide"]
     assert torch.equal(got["bytes"], tensors["bytes"])
-    assert not list(stream(checkpoint, [], lambda name: CPU))
+    assert not list(stream(checkpoint, [], on(CPU)))
 
 
 def test_pickles_and_models_come_as_views(tensors, tmp_path):
     torch.save(tensors, tmp_path / "weights.pt")
-    for name, tensor, owned in stream(Checkpoint.open(tmp_path / "weights.pt"), tensors, lambda name: CPU):
+    for name, tensor, owned in stream(Checkpoint.open(tmp_path / "weights.pt"), tensors, on(CPU)):
         assert not owned
         assert torch.equal(tensor, tensors[name])
     model = torch.nn.Linear(3, 3)
-    for name, tensor, owned in stream(ModelTensors(model), ["weight"], lambda name: CPU):
+    for name, tensor, owned in stream(ModelTensors(model), ["weight"], on(CPU)):
         assert (name, owned) == ("weight", False)
         assert tensor.data_ptr() == model.weight.data_ptr()
 
@@ -92,7 +97,7 @@ def test_no_more_on_its_way_than_the_budget(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", counting)
     most = 0
-    for name, tensor, _ in stream(Checkpoint.open(tmp_path), [f"{i:03}" for i in range(40)], lambda name: CPU):
+    for name, tensor, _ in stream(Checkpoint.open(tmp_path), [f"{i:03}" for i in range(40)], on(CPU)):
         assert torch.equal(tensor, torch.full((1000,), float(int(name))))
         most = max(most, len(alive))
         del tensor
@@ -118,12 +123,12 @@ def grow(checkpoint, tmp_path):
 def test_damage_before_reading(checkpoint, tensors, tmp_path, damage, words):
     damage(checkpoint, tmp_path)
     with pytest.raises(CheckpointError, match=words):
-        list(stream(checkpoint, tensors, lambda name: CPU))
+        list(stream(checkpoint, tensors, on(CPU)))
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_a_file_cut_short_while_it_is_read(checkpoint, tensors):
-    reading = stream(checkpoint, tensors, lambda name: CPU)
+    reading = stream(checkpoint, tensors, on(CPU))
     next(reading)
     for file in checkpoint.files:
         os.truncate(file, 400)
@@ -136,7 +141,7 @@ def test_a_file_cut_short_while_it_is_read(checkpoint, tensors):
 def test_threads_and_files_end_with_it(checkpoint, tensors, monkeypatch, end):
     before = threading.active_count()
     files = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
-    reading = stream(checkpoint, tensors, lambda name: CPU)
+    reading = stream(checkpoint, tensors, on(CPU))
     next(reading)
     if end == "error":
 
