@@ -267,6 +267,7 @@ class TestGpu:
             assert _peak_above_rest(model, ids) <= workspace + block + (1 << 20)
         assert {t.device.type for t in model.blocks.state_dict().values()} == {"cpu"}
         assert {is_file_backed(t) for t in model.blocks.state_dict().values()} == {place == "disk"}
+        assert {t.is_pinned() for t in model.blocks.state_dict().values()} == {place == "cpu"}
 
     def test_inputs_and_outputs_keep_their_device(self, tiny, checkpoint, empty, ids):
         model = load_and_quantize_model(empty(tiny), checkpoint, CONFIGS["nf4"], {"": 0, "blocks.1": "cpu"})

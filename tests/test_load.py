@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import BnbQuantizationConfig
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -153,6 +154,14 @@ class TestArguments:
     def test_progress_counts_bytes(self, tiny, checkpoint, empty, capsys):
         load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"), progress=True)
         assert "Loading weights: 100%" in capsys.readouterr().err
+
+    def test_progress_honours_the_hubs_switch(self, tiny, checkpoint, empty, capsys):
+        disable_progress_bars()  # what HF_HUB_DISABLE_PROGRESS_BARS=1 does
+        try:
+            load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"), progress=True)
+        finally:
+            enable_progress_bars()
+        assert capsys.readouterr().err == ""
 
 
 class TestDtypes:
