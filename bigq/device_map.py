@@ -74,16 +74,20 @@ def place_of(device_map: DeviceMap, name: str) -> str | None:
         name = name.rpartition(".")[0]
 
 
-def check_device_map(device_map: DeviceMap, modules: Iterable[str], tensors: Iterable[str]) -> None:
-    """Refuse keys that name nothing and tensors that have no place, all of them in one error."""
+def check_device_map(device_map: DeviceMap, modules: Iterable[str], tensors: Iterable[tuple[str, ...]]) -> None:
+    """Refuse keys that name nothing and tensors that have no place, all of them in one error.
+
+    `tensors` are given by all of their names; one of them has to have a place.
+    """
     tensors = list(tensors)
-    known = {*modules, *tensors}
+    known = {*modules, *(name for names in tensors for name in names)}
     problems = []
     for name in device_map:
         if name not in known:
             near = ", ".join(get_close_matches(name, known, n=3))
             problems.append(f"  key {name!r} names no module or parameter" + (f"; near: {near}" if near else ""))
-    problems += [f"  {name} has no place" for name in tensors if place_of(device_map, name) is None]
+    homeless = [names for names in tensors if all(place_of(device_map, name) is None for name in names)]
+    problems += [f"  {names[0]} has no place" for names in homeless]
     if problems:
         raise PlacementError("device_map does not fit the model:\n" + "\n".join(problems))
 
@@ -168,8 +172,9 @@ def _fill(root: Node, budgets: dict[str, int]) -> DeviceMap:
     def assign(node: Node) -> None:
         nonlocal at
         wanted = {key: nbytes for key, nbytes in node.sizes.items() if key not in placed}
-        if node.sizes and not wanted and not node.children:  # only tied tensors, which have a place
-            device_map[node.name] = placed[next(iter(node.sizes))]
+        already = {placed[key] for key in node.sizes if key in placed}
+        if not wanted and len(already) == 1:  # only tied tensors, or a module seen before: it has a place
+            device_map[node.name] = already.pop()
             return
         need = sum(wanted.values())
         while need > left[places[at]]:

@@ -67,7 +67,12 @@ def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
         return
     head = output_head(model)
 
+    seen: set[nn.Module] = set()  # a module that is reached on two paths gets one hook
+
     def walk(module: nn.Module, path: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
         prefix = f"{path}." if path else ""
         own = [prefix + name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
         if path and own and _is_called(module) and by_rule.issuperset(own):
@@ -84,8 +89,12 @@ def _units(model: nn.Module, device_map: DeviceMap) -> list[_Unit]:
     """The modules to hook: blocks, and callers of tensors that lie outside of every block."""
     units: dict[str, _Unit] = {}
     split = {ancestor for name in device_map if name for ancestor in _ancestors(name)}
+    seen: set[nn.Module] = set()  # a module that is reached on two paths gets one hook, or they would undo each other
 
     def walk(module: nn.Module, path: str, caller: str, block: str | None) -> None:
+        if module in seen:
+            return
+        seen.add(module)
         if _is_called(module):
             caller = path
         if block is None and path and path not in split and _is_called(module) and not _is_stack(module):

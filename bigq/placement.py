@@ -82,8 +82,7 @@ def plan_and_place(
     else:
         places = _explicit_device_map(device_map)
         modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        persistent = [name for group in tensor_groups(model) if group.persistent for name in group.names]
-        check_device_map(places, modules, persistent)
+        check_device_map(places, modules, [group.names for group in tensor_groups(model) if group.persistent])
         if policy is None and config is not None:
             policy = config.weight_format().custom_map_offload
     return plan(places, policy), places
@@ -202,7 +201,7 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, Te
     resting = {}
     anywhere = str(execution_device(device_map))  # for non-persistent buffers that the map may leave out
     for names, spec in plan.specs().items():
-        places = {name: place_of(device_map, name) or anywhere for name in names}
+        places = {name: place for name in names if (place := place_of(device_map, name))} or {names[0]: anywhere}
         gpus = {name: place for name, place in places.items() if place not in ("cpu", "disk")}
         if len(set(gpus.values())) > 1:
             listed = ", ".join(f"{name} on {place}" for name, place in gpus.items())

@@ -71,7 +71,9 @@ def test_place_of_is_the_longest_key():
 
 def test_coverage_errors_come_together():
     with pytest.raises(PlacementError) as error:
-        check_device_map({"layer": "cpu", "embed": "cpu"}, ["layers", "embed"], ["layers.w", "embed.w", "gain"])
+        check_device_map(
+            {"layer": "cpu", "embed": "cpu"}, ["layers", "embed"], [("layers.w",), ("embed.w", "head.w"), ("gain",)]
+        )
     message = str(error.value)
     assert "key 'layer' names no module or parameter; near: layers" in message
     assert "layers.w has no place" in message
@@ -113,6 +115,13 @@ class TestInfer:
         assert places == {"": "cuda:0"}
         places = infer_places(model(tied=True), {"cuda:0": 300, "cpu": 1000})
         assert places["head"] == places["embed"] == "cuda:0"
+
+    def test_a_module_seen_before_goes_where_it_went(self):
+        shared = block("layers.0", 100)
+        again = Node(name="tail", tensors=(), children=shared.children, atomic=True)
+        root = Node(name="", tensors=(), children=(shared, block("layers.1", 100), again), atomic=False)
+        places = infer_places(root, {"cuda:0": 100, "cuda:1": 100})
+        assert places == {"layers.0": "cuda:0", "layers.1": "cuda:1", "tail": "cuda:0"}
 
     def test_the_disk_comes_last(self):
         places = infer_places(model(), {"cuda:0": 300, "cpu": 120, "disk": 1 << 60})

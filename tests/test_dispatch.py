@@ -208,6 +208,36 @@ class TestHooks:
         assert torch.equal(model(ids), expected)
         assert not any(t.is_meta for t in model.state_dict().values())
 
+    @pytest.mark.parametrize(
+        "device_map",
+        [{"": RUNS_ON, "blocks": "disk"}, {"": RUNS_ON, "blocks.0": "disk", "blocks.2": "disk"}, "auto"],
+        ids=str,
+    )
+    def test_a_block_under_two_names_has_one_hook(self, tiny, empty, ids, tmp_path, device_map):
+        class Shared(tiny):
+            def __init__(self):
+                super().__init__()
+                self.blocks[2] = self.blocks[0]
+
+        save_file({k: t.clone() for k, t in Shared().state_dict().items()}, tmp_path / "model.safetensors")
+        resident = load_and_quantize_model(empty(Shared), tmp_path, CONFIGS["nf4"], "cpu")
+        model = load_and_quantize_model(
+            empty(Shared),
+            tmp_path,
+            CONFIGS["nf4"],
+            device_map,
+            offload="quantized",
+            offload_folder=tmp_path,
+            max_memory={"cpu": 34_000},
+        )
+        assert is_file_backed(model.blocks[0].up.weight)
+        if not GPU:
+            assert torch.equal(model(ids), resident(ids))
+            assert torch.equal(model(ids), resident(ids))
+        assert model.blocks[2] is model.blocks[0]
+        assert isinstance(model.blocks[0]._hf_hook, PlacementHook)
+        assert is_file_backed(model.blocks[0].up.weight)
+
     def test_skip_keys_stay_where_they_are(self):
         hook = PlacementHook(torch.device("meta"), skip_keys="cache")
         x = torch.ones(2)
