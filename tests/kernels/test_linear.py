@@ -91,18 +91,31 @@ def test_linear_4bit_of_views(device):
         assert_within_budget(out, x.double() @ dense.T, expected)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("m", [2, 5, MAX_FUSED_M + 1], ids=["dp4a", "mma", "not-fused"])
+def test_linear_4bit_keeps_nan_and_inf_in_their_row(m, value, device):
+    weight, absmax = reference.quantize_4bit(torch.randn(24, 64, device=device), "nf4", 64)
+    x = torch.randn(m, 64, device=device).half()
+    x[1, 7] = value
+    finite = linear_4bit(x, weight, absmax, None, None, None, "nf4", 64).isfinite().all(dim=1)
+    assert not finite[1]
+    assert finite[0]
+    assert finite[2:].all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("m", [1, 4, 8, 9, 16, 32, 33, 64, 65, 512])
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 9, 16, 32, 33, 64, 65, 128, 512])
 @pytest.mark.parametrize("n, k", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (4100, 11008)])
 def test_linear_4bit_at_model_shapes(n, k, m, quant_type, nested, dtype, device):
     check_linear_4bit(torch.randn(m, k, device=device).to(dtype), n, quant_type, 64, nested)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize("m", [1, 2, 8, 16, 32, 64, 128])
 def test_linear_4bit_repeats_bit_for_bit(m, device):
     (weight, absmax, nested_absmax, nested_offset), _ = quantized_4bit(4096, 4096, "nf4", 64, True, device)
     x = torch.randn(m, 4096, device=device).bfloat16()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from timing import copies, microseconds
+from timing import copies, host_microseconds, microseconds
 
 from bigq_kernels.linear_4bit import linear_4bit
 from bigq_kernels.quantize_4bit import quantize_4bit
@@ -20,8 +20,18 @@ try:
 except ImportError:
     bnb = None
 
-SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
-TOKENS = [1, 4, 8, 16, 32, 64, 128, 512]
+SHAPES = [
+    (4096, 4096),
+    (1024, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (28672, 8192),
+    (8192, 28672),
+    (128256, 4096),
+    (4100, 11008),
+    (5000, 4128),
+]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096]
 
 
 def main() -> None:
@@ -35,7 +45,7 @@ def main() -> None:
         fp4 = [quantize_4bit(dense[0], "fp4", 64) for _ in nf4]
         if bnb:
             theirs = [bnb.functional.quantize_4bit(dense[0], quant_type="nf4") for _ in nf4]
-        for m in TOKENS:
+        for m in TOKENS if n * k < 2**28 else TOKENS[:-1]:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             calls = [
                 [partial(F.linear, x, w) for w in dense],
@@ -46,6 +56,11 @@ def main() -> None:
             if bnb:
                 calls.append([partial(bnb.matmul_4bit, x, w.t(), quant_state=s) for w, s in theirs])
             print(f"| {n} x {k} | {m} |", " | ".join(f"{microseconds(c):.1f}" for c in calls), "|", flush=True)
+    weight, absmax = quantize_4bit(torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16), "nf4", 64)
+    for m in (1, 4):
+        x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+        host = host_microseconds(partial(linear_4bit, x, weight, absmax, None, None, None, "nf4", 64))
+        print(f"host time of an eager call, {m} tokens: {host:.1f} us")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.quantize_4bit import tile_shape
-from bigq_kernels.tiles import code_table, lookup
+from bigq_kernels.tiles import ceil_div, code_table, lookup
 
 __all__ = ["dequantize_4bit"]
 
@@ -55,9 +55,9 @@ def dequantize_4bit(
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     if out.numel() == 0:
         return out
-    blocks = triton.cdiv(in_features, block_size)
-    tile_blocks, tile_rows = tile_shape(blocks, block_size)
-    grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(blocks, tile_blocks),)
+    blocks = ceil_div(in_features, block_size)
+    tile_blocks, tile_rows, warps = tile_shape(blocks, block_size)
+    grid = (ceil_div(rows, tile_rows) * ceil_div(blocks, tile_blocks),)
     with torch.cuda.device_of(weight):
         _dequantize_4bit_kernel[grid](
             weight.contiguous(),
@@ -71,5 +71,6 @@ def dequantize_4bit(
             BLOCK_SIZE=block_size,
             BLOCKS=tile_blocks,
             ROWS=tile_rows,
+            num_warps=warps,
         )
     return out

@@ -6,9 +6,24 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.quantize_absmax import nested_code
-from bigq_kernels.tiles import NESTED_BLOCK_SIZE
+from bigq_kernels.tiles import NESTED_BLOCK_SIZE, ceil_div
 
 __all__ = ["dequantize_absmax"]
+
+
+@triton.jit
+def load_absmax(absmax_ptr, first, index, nested_ptr, offset_ptr, code_ptr):
+    """absmax[first + index] in float32, stored so (nested_ptr is None) or quantized itself.
+
+    `first` is a 64-bit scalar and `index` a tile of 32 bits, so that no tile needs 64-bit arithmetic.
+    """
+    value = tl.load(absmax_ptr + first + index)
+    if nested_ptr is None:
+        return value
+    else:
+        block = ((first % NESTED_BLOCK_SIZE).to(tl.int32) + index) >> 8
+        nested = tl.load(nested_ptr + first // NESTED_BLOCK_SIZE + block)
+        return tl.load(code_ptr + value.to(tl.int32)) * nested + tl.load(offset_ptr)
 
 
 @triton.jit
@@ -36,7 +51,7 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
         return out
     block = 1024
     with torch.cuda.device_of(codes):
-        _dequantize_absmax_kernel[(triton.cdiv(n, block),)](
+        _dequantize_absmax_kernel[(ceil_div(n, block),)](
             codes.contiguous(),
             nested_absmax.contiguous(),
             nested_offset,

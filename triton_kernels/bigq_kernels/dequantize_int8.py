@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.tiles import ceil_div, next_power_of_2
+
 __all__ = ["dequantize_int8"]
 
 
@@ -36,9 +38,9 @@ def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
     out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     if out.numel() == 0:
         return out
-    block_k = min(1024, triton.next_power_of_2(columns))
+    block_k = min(1024, next_power_of_2(columns))
     block_n = 4096 // block_k  # 4096 elements a program: 32 registers a thread
-    grid = (triton.cdiv(rows, block_n) * triton.cdiv(columns, block_k),)
+    grid = (ceil_div(rows, block_n) * ceil_div(columns, block_k),)
     with torch.cuda.device_of(weight):
         _dequantize_int8_kernel[grid](
             weight.contiguous(), absmax.contiguous(), out, rows, columns, BLOCK_N=block_n, BLOCK_K=block_k

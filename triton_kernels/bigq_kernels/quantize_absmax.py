@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.tiles import FLOAT32_TINY, NESTED_BLOCK_SIZE, absmax_bits
+from bigq_kernels.tiles import FLOAT32_TINY, NESTED_BLOCK_SIZE, absmax_bits, ceil_div
 
 __all__ = ["nested_code", "quantize_absmax"]
 
@@ -58,7 +58,7 @@ def _quantize_absmax_kernel(
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 of any shape -> codes uint8 of that shape, nested_absmax float32 [ceil(n/256)], nested_offset [1]."""
     n = absmax.numel()
-    blocks = triton.cdiv(n, NESTED_BLOCK_SIZE.value)
+    blocks = ceil_div(n, NESTED_BLOCK_SIZE.value)
     codes = torch.empty(absmax.shape, dtype=torch.uint8, device=absmax.device)
     nested = torch.empty(blocks, dtype=torch.float32, device=absmax.device)
     if n == 0:

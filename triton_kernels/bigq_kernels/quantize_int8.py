@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.tiles import absmax_bits, encode_int8, int8_inverse, nan_to_inf
+from bigq_kernels.tiles import absmax_bits, encode_int8, int8_inverse, nan_to_inf, next_power_of_2
 
 __all__ = ["quantize_int8"]
 
@@ -52,7 +52,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
             absmax,
             columns,
             weight.stride(0),
-            BLOCK_K=min(4096, triton.next_power_of_2(max(columns, 16))),
+            BLOCK_K=min(4096, next_power_of_2(max(columns, 16))),
             enable_fp_fusion=False,  # see encode_int8
         )
     return codes, absmax

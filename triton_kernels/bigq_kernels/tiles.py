@@ -5,6 +5,8 @@ dozen instructions a thread; a `tl.gather` from it then costs one shared-memory 
 with its address, where a tree of `tl.where` takes 24).
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +40,23 @@ INT8_TINY = tl.constexpr(2.0**-119)  # keeps 127 / absmax finite
 ROUND_MAGIC = tl.constexpr(1.5 * 2.0**23)  # adding it leaves the integer nearest to x, ties to even, in the low bits
 ABS_MASK = tl.constexpr(0x7FFFFFFF)
 INF_BITS = tl.constexpr(0x7F800000)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """`triton.cdiv` for launchers: that one is also a compile-time function, and spends 4 us on it."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """`triton.next_power_of_2` for launchers, for the same reason; n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+@cache
+def device_features(device: torch.device) -> tuple[bool, bool]:
+    """(takes inline PTX, overlaps the start of a kernel with the end of the one before it)."""
+    ptx = device.type == "cuda" and torch.version.cuda is not None and not triton.knobs.runtime.interpret
+    return ptx, ptx and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _prmt_asm(code: tuple[float, ...], dtype: torch.dtype, high: bool) -> str:

@@ -1,0 +1,54 @@
+"""Microseconds of linear_int8 beside bf16 cuBLAS, and bitsandbytes if it is installed: python bench/linear_int8.py."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from timing import copies, microseconds
+
+from bigq_kernels.linear_int8 import linear_int8
+from bigq_kernels.quantize_int8 import quantize_int8
+
+try:
+    import bitsandbytes as bnb
+except ImportError:
+    bnb = None
+
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
+TOKENS = [1, 16, 64, 512, 4096]
+OUTLIERS = 6  # columns of x beyond the threshold of 6.0
+
+
+def main() -> None:
+    names = ["bf16", "no outliers", "6 outlier columns"] + (["bnb no outliers", "bnb 6 outlier columns"] if bnb else [])
+    print("| N x K | M |", " | ".join(names), "|")
+    print("|---" * (2 + len(names)) + "|")
+    for n, k in SHAPES:
+        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
+        weights = [quantize_int8(dense[0]) for _ in range(copies(n * k))]
+        for m in TOKENS:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16).clamp(-5, 5)
+            x[:, :: k // OUTLIERS] = 8.0
+            times = [
+                microseconds([partial(F.linear, x, w) for w in dense]),
+                microseconds([partial(linear_int8, x, w, a, None, 0.0) for w, a in weights]),
+                microseconds([partial(linear_int8, x, w, a, None, 6.0) for w, a in weights]),
+            ]
+            if bnb:  # not captured: it synchronizes to learn how many outliers there are
+                for threshold in (0.0, 6.0):
+                    calls = []
+                    for w, a in weights:
+                        state = bnb.MatmulLtState()
+                        state.CB, state.SCB, state.threshold, state.has_fp16_weights = w, a.flatten(), threshold, False
+                        calls.append(partial(bnb.matmul, x.half(), w, state=state))
+                    times.append(microseconds(calls, graph=False))
+            print(f"| {n} x {k} | {m} |", " | ".join(f"{t:.1f}" for t in times), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
