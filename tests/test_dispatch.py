@@ -287,7 +287,8 @@ class TestGpu:
             offload_folder=tmp_path / "offload",
         )
         ids = torch.arange(8, device="cuda")[None]
-        block = sum(t.numel() * t.element_size() for t in model.blocks[0].state_dict().values())
+        # torch's allocator rounds each tensor up to 512 bytes
+        block = sum(-(-t.numel() * t.element_size() // 512) * 512 for t in model.blocks[0].state_dict().values())
         all_on_gpu = load_and_quantize_model(
             empty(tiny, width=1024, blocks=6), tmp_path / "model.safetensors", CONFIGS["nf4"], 0
         )

@@ -12,9 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.dequantize_absmax import load_absmax
+from bigq_kernels.launch import launch
 from bigq_kernels.tiles import FP4_CODE, NF4_CODE, ROUND_MAGIC, absmax_bits, ceil_div, device_features, lookup
 
 __all__ = ["linear_4bit_dp4a"]
+
+ONE_WARP = {"num_warps": 1}
 
 CHUNK = tl.constexpr(32)  # elements of K in one 16-byte load of codes; they share one scale of the token
 CODE_ONE = tl.constexpr(8191)  # integer of the code value 1.0; CODE_ZERO is added to make all codes positive
@@ -244,13 +247,14 @@ def linear_4bit_dp4a(
     n, chunks = weight.shape[0], k // CHUNK.value
     block_n, block_c, warps = _config(m, n)
     asm, pdl = device_features(x.device)
-    options = {"launch_pdl": True} if pdl else {}
+    overlap = {"launch_pdl": True} if pdl else {}
     planes = torch.empty(m, chunks, 16, dtype=torch.int32, device=x.device)
     scale = torch.empty(m, chunks, 2, dtype=torch.float32, device=x.device)
-    _split_tokens_kernel[(ceil_div(chunks, 8), m)](
-        x, planes.view(torch.int8), scale, chunks, BLOCK=8, PDL=pdl, num_warps=1
-    )
-    _linear_4bit_dp4a_kernel[(ceil_div(n, block_n),)](
+    grid = (ceil_div(chunks, 8), m)
+    launch(_split_tokens_kernel, grid, x, planes.view(torch.int8), scale, chunks, BLOCK=8, PDL=pdl, options=ONE_WARP)
+    launch(
+        _linear_4bit_dp4a_kernel,
+        (ceil_div(n, block_n),),
         planes,
         scale,
         weight.view(torch.int32),
@@ -270,7 +274,5 @@ def linear_4bit_dp4a(
         M=m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        num_warps=warps,
-        num_stages=1,
-        **options,
+        options={"num_warps": warps, "num_stages": 1, **overlap},
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.dequantize_absmax import load_absmax
+from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, decode_pair, device_features, next_power_of_2
 
 __all__ = ["linear_4bit_mma"]
@@ -167,14 +168,26 @@ def linear_4bit_mma(
     groups_per_split = ceil_div(ceil_div(groups, split), unroll) * unroll
     tiles = ceil_div(n, block_n)
     prmt, pdl = device_features(x.device)
-    options = {"launch_pdl": True} if pdl else {}
+    overlap = {"launch_pdl": True} if pdl else {}
     even_odd = torch.empty(m, 2, pairs, dtype=x.dtype, device=x.device)
     count = torch.empty(tiles, dtype=torch.int32, device=x.device)
     partial = torch.empty(tiles * split * block_m * block_n if split > 1 else 0, dtype=torch.float32, device=x.device)
-    _split_pairs_kernel[(ceil_div(max(m * pairs, tiles), 512),)](
-        x.view(torch.int32), even_odd.view(torch.int16), count, m * pairs, pairs, tiles, BLOCK=512, PDL=pdl
+    launch(
+        _split_pairs_kernel,
+        (ceil_div(max(m * pairs, tiles), 512),),
+        x.view(torch.int32),
+        even_odd.view(torch.int16),
+        count,
+        m * pairs,
+        pairs,
+        tiles,
+        BLOCK=512,
+        PDL=pdl,
+        options={},
     )
-    _linear_4bit_mma_kernel[(tiles, split)](
+    launch(
+        _linear_4bit_mma_kernel,
+        (tiles, split),
         even_odd,
         weight,
         absmax,
@@ -197,7 +210,5 @@ def linear_4bit_mma(
         BLOCK_N=block_n,
         SPLIT=split,
         UNROLL=unroll,
-        num_warps=warps,
-        num_stages=stages,
-        **options,
+        options={"num_warps": warps, "num_stages": stages, **overlap},
     )

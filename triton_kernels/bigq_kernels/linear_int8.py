@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.launch import launch
 from bigq_kernels.tiles import absmax_bits, ceil_div, encode_int8, int8_inverse, next_power_of_2
 
 __all__ = ["linear_int8"]
@@ -250,7 +251,9 @@ def _quantize_tokens(
         index = torch.empty(k, dtype=torch.int32, device=x.device)
         count = torch.empty(1, dtype=torch.int32, device=x.device)
         block_m = next_power_of_2(m)
-        _quantize_few_rows_kernel[(m,)](
+        launch(
+            _quantize_few_rows_kernel,
+            (m,),
             x,
             codes,
             scale,
@@ -261,12 +264,13 @@ def _quantize_tokens(
             threshold,
             BLOCK_M=block_m,
             BLOCK_K=min(4096, 16384 // block_m, block_k),
-            num_warps=8,
-            enable_fp_fusion=False,  # see encode_int8
+            options={"num_warps": 8, "enable_fp_fusion": False},  # see encode_int8
         )
         return index, count
     outliers = _find_outliers(x, threshold) if threshold > 0 else (None, None, None)
-    _quantize_rows_kernel[(m,)](
+    launch(
+        _quantize_rows_kernel,
+        (m,),
         x,
         outliers[0],
         codes,
@@ -275,7 +279,7 @@ def _quantize_tokens(
         threshold,
         OUTLIERS=threshold > 0,
         BLOCK_K=min(4096, block_k),
-        enable_fp_fusion=False,  # see encode_int8
+        options={"enable_fp_fusion": False},  # see encode_int8
     )
     return outliers[1:]
 
@@ -293,7 +297,9 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     block_m, block_n, block_k, warps, stages, registers = _config(m, n, x.dtype, threshold > 0)
     with torch.cuda.device_of(x):
         index, count = _quantize_tokens(rows, codes, scale, _rounded(threshold, x.dtype))
-        _linear_int8_kernel[(ceil_div(m, block_m) * ceil_div(n, block_n),)](
+        launch(
+            _linear_int8_kernel,
+            (ceil_div(m, block_m) * ceil_div(n, block_n),),
             codes,
             scale,
             weight.contiguous(),
@@ -312,8 +318,6 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
             BLOCK_K=block_k,
             BLOCK_OUTLIERS=32,
             GROUP_M=8,
-            num_warps=warps,
-            num_stages=stages,
-            maxnreg=registers,
+            options={"num_warps": warps, "num_stages": stages, "maxnreg": registers},
         )
     return out
