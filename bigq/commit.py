@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from bigq.model_tensors import tensor_key
+from bigq.linear import QuantizedLinear
+from bigq.model_tensors import assign_tensor, tensor_key
 from bigq.plan import PlannedLinear, PlannedTensor
 
 __all__ = ["commit"]
@@ -25,14 +26,20 @@ def commit(
 
 
 def _commit_linear(model: nn.Module, linear: PlannedLinear, state: Mapping[str, Tensor]) -> None:
-    old = model.get_submodule(linear.names[0])
+    """Turn the linear into a QuantizedLinear where it stands.
+
+    The object stays the same, so whatever else refers to it follows: a second parent, a closure, its own hooks.
+    """
+    module = model.get_submodule(linear.names[0])
+    parameters = {**linear.module._parameters, "bias": module._parameters["bias"]}  # the bias has a job of its own
     for leaf, tensor in state.items():
-        linear.module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    linear.module._parameters["bias"] = old._parameters["bias"]  # its own job replaces it
+        parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    module.__class__ = QuantizedLinear
+    for name in QuantizedLinear.own_attributes:
+        setattr(module, name, getattr(linear.module, name))
+    module._parameters = parameters
     for name in linear.names:
-        path, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(path)
-        parent._modules[leaf] = linear.module
+        parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # turns off its fused inference path, which reads linear1.weight
 
@@ -47,8 +54,4 @@ def _commit_tensor(model: nn.Module, planned: PlannedTensor, tensor: Tensor, fro
         value = tensor if planned.is_buffer else nn.Parameter(tensor, requires_grad=requires_grad)
     for name in planned.names:
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if planned.is_buffer:
-            module._buffers[leaf] = value
-        else:
-            module._parameters[leaf] = value
+        assign_tensor(model.get_submodule(path), leaf, value)

@@ -10,7 +10,7 @@ from bigq.checkpoint import TensorInfo
 from bigq.commit import commit
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import ModelTensors
+from bigq.model_tensors import ModelTensors, tensor_name
 from bigq.plan import Plan, PlannedLinear, PlannedTensor
 from bigq.store import Store
 from bigq.stream import Source, stream
@@ -45,10 +45,10 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
             if isinstance(job, PlannedLinear):
                 state = _quantize(job, tensor, store)
                 finite[name] = _is_finite(*state.values())
-                done.append((job, _place(job.names[0] + ".", state, store, owned=True)))
+                done.append((job, _place(job.names[0], state, store, owned=True)))
             else:
-                path, dot, leaf = job.names[0].rpartition(".")
-                done.append((job, _place(path + dot, {leaf: tensor}, store, owned=owned or in_place)))
+                path, _, leaf = job.names[0].rpartition(".")
+                done.append((job, _place(path, {leaf: tensor}, store, owned=owned or in_place)))
             del tensor  # or it would outlive its replacement by one turn
             if in_place:
                 _commit_all(model, done, store)
@@ -57,9 +57,9 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
         _refuse_non_finite(source, finite)
     for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
         if job.source is None:
-            path, dot, leaf = job.names[0].rpartition(".")
+            path, _, leaf = job.names[0].rpartition(".")
             own = {leaf: getattr(model.get_submodule(path), leaf).detach()}
-            done.append((job, _place(path + dot, own, store, owned=True)))
+            done.append((job, _place(path, own, store, owned=True)))
     done += [(job, {}) for job in plan.linears if job.source is None]
     done.sort(key=lambda entry: isinstance(entry[0], PlannedTensor))  # modules before the tensors that go into them
     _commit_all(model, done, store)
@@ -74,7 +74,7 @@ def _receive(info: TensorInfo, job: Job, store: Store) -> Tensor:
 
 
 def _quantizing_device(job: PlannedLinear, store: Store) -> torch.device:
-    return store.work_device(f"{job.names[0]}.weight", quantize=True)
+    return store.work_device(tensor_name(job.names[0], "weight"), quantize=True)
 
 
 def _quantize(job: PlannedLinear, tensor: Tensor, store: Store) -> dict[str, Tensor]:
@@ -84,8 +84,8 @@ def _quantize(job: PlannedLinear, tensor: Tensor, store: Store) -> dict[str, Ten
     return job.module.quantize(weight.T if job.transposed else weight)
 
 
-def _place(prefix: str, tensors: Mapping[str, Tensor], store: Store, *, owned: bool) -> dict[str, Tensor]:
-    return {leaf: store.put(prefix + leaf, tensor, owned=owned) for leaf, tensor in tensors.items()}
+def _place(path: str, tensors: Mapping[str, Tensor], store: Store, *, owned: bool) -> dict[str, Tensor]:
+    return {leaf: store.put(tensor_name(path, leaf), tensor, owned=owned) for leaf, tensor in tensors.items()}
 
 
 def _commit_all(model: nn.Module, done: list[tuple[Job, dict[str, Tensor]]], store: Store) -> None:

@@ -10,7 +10,7 @@ from bigq.checkpoint import TensorInfo
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import TensorGroup, tensor_groups
+from bigq.model_tensors import TensorGroup, tensor_groups, tensor_name
 from bigq.plan import PlannedLinear, PlannedTensor
 from bigq.selection import match_patterns
 
@@ -43,14 +43,14 @@ class Fit:
         """Claim the weight to quantize."""
         if linear.source is not None:
             for name in linear.names:
-                self.claimed.add(f"{name}.weight")
+                self.claimed.add(tensor_name(name, "weight"))
             shape = (linear.module.out_features, linear.module.in_features)[:: -1 if linear.transposed else 1]
             self._check(linear.source, shape, floating=True)
         return linear
 
     def tensors_outside(self, linears: tuple[PlannedLinear, ...]) -> Iterator[PlannedTensor]:
         """Everything but the weights to quantize: kept parameters, buffers, biases, and state quantized already."""
-        weights = {f"{name}.weight" for linear in linears for name in linear.names}
+        weights = {tensor_name(name, "weight") for linear in linears for name in linear.names}
         for group in tensor_groups(self.model):
             if weights.isdisjoint(group.names):
                 planned = self._kept(group)
@@ -59,7 +59,7 @@ class Fit:
         for linear in linears:
             if linear.source is None:
                 for leaf, spec in linear.module.state_spec().items():
-                    names = tuple(f"{name}.{leaf}" for name in linear.names)
+                    names = tuple(tensor_name(name, leaf) for name in linear.names)
                     source = next((name for name in names if name in self.tensors), names[0])
                     self.claimed.update(names)
                     info = self._check(source, spec.shape, floating=spec.dtype.is_floating_point)

@@ -9,6 +9,7 @@ from accelerate.utils import find_device, recursively_apply, send_to_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bigq.model_tensors import assign_tensor
 from bigq.offload import is_file_backed
 
 __all__ = ["Float32Hook", "PlacementHook"]
@@ -40,7 +41,7 @@ class PlacementHook(ModelHook):  # type: ignore[misc]
         self.borrowed = list(borrowed)
         self.io_same_device = io_same_device
         self.skip_keys = skip_keys
-        self._at_rest: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._at_rest: list[tuple[nn.Module, str, Tensor]] = []
         self._depth = 0
         self._returned = False
         self._input_device: torch.device | None = None
@@ -83,21 +84,19 @@ class PlacementHook(ModelHook):  # type: ignore[misc]
     def _borrow(self) -> None:
         copies: dict[int, Tensor] = {}
         for owner, name in self.borrowed:
-            table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
-            own: Tensor = table[name]
+            own: Tensor = getattr(owner, name)
             if id(own) not in copies:
                 # A file-backed tensor is copied also when the CPU runs the module: one read instead of page faults.
                 copy = own.detach().to(self.device, non_blocking=True, copy=is_file_backed(own))
-                copies[id(own)] = nn.Parameter(copy, requires_grad=False) if table is owner._parameters else copy
-            self._at_rest.append((table, name, own))
-            table[name] = copies[id(own)]
+                copies[id(own)] = nn.Parameter(copy, requires_grad=False) if isinstance(own, nn.Parameter) else copy
+            self._at_rest.append((owner, name, own))
+            assign_tensor(owner, name, copies[id(own)])
 
     def _give_back(self) -> None:
         self._depth -= 1
         if self._depth == 0:
             while self._at_rest:
-                table, name, own = self._at_rest.pop()
-                table[name] = own
+                assign_tensor(*self._at_rest.pop())
 
 
 class Float32Hook(ModelHook):  # type: ignore[misc]

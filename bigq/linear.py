@@ -25,6 +25,7 @@ class QuantizedLinear(nn.Linear):
         device: where to make the uninitialized tensors.
     """
 
+    own_attributes = ("in_features", "out_features", "format", "source_dtype", "compute_dtype")
     _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism hands plain local shards to such a module
 
     def __init__(

@@ -3,13 +3,14 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from bigq.checkpoint import TensorInfo
 from bigq.errors import CheckpointError
 
-__all__ = ["ModelTensors", "TensorGroup", "tensor_groups", "tensor_key"]
+__all__ = ["ModelTensors", "TensorGroup", "assign_tensor", "tensor_groups", "tensor_key", "tensor_name"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,11 @@ class TensorGroup:
     tensor: Tensor
     is_buffer: bool
     persistent: bool
+
+
+def tensor_name(module_name: str, leaf: str) -> str:
+    """The name in the model of the tensor `leaf` of a module; the model itself has the name ""."""
+    return f"{module_name}.{leaf}" if module_name else leaf
 
 
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
@@ -36,7 +42,7 @@ def tensor_groups(model: nn.Module) -> list[TensorGroup]:
             for leaf, tensor in table.items():
                 if tensor is None:
                     continue
-                name = f"{path}.{leaf}" if path else leaf
+                name = tensor_name(path, leaf)
                 known = groups.get(tensor_key(tensor))
                 groups[tensor_key(tensor)] = TensorGroup(
                     names=(*known.names, name) if known else (name,),
@@ -46,6 +52,17 @@ def tensor_groups(model: nn.Module) -> list[TensorGroup]:
                     or (known is not None and known.persistent),
                 )
     return list(groups.values())
+
+
+def assign_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter or buffer `leaf` of `module`.
+
+    Not by setattr: `init_empty_weights` patches what that calls. An RNN keeps a second list of its weights.
+    """
+    table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+    table[leaf] = tensor
+    if isinstance(module, nn.RNNBase) and leaf in module._flat_weights_names:
+        module._flat_weights[module._flat_weights_names.index(leaf)] = tensor
 
 
 class ModelTensors:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from bigq.formats import TensorSpec
 from bigq.linear import QuantizedLinear
+from bigq.model_tensors import tensor_name
 
 __all__ = ["Plan", "PlannedLinear", "PlannedTensor"]
 
@@ -52,7 +53,7 @@ class Plan:
         for linear in self.linears:
             if linear.source is not None:
                 for leaf, spec in linear.module.state_spec().items():
-                    specs[tuple(f"{name}.{leaf}" for name in linear.names)] = spec
+                    specs[tuple(tensor_name(name, leaf) for name in linear.names)] = spec
         return specs
 
     def jobs(self) -> dict[str, "PlannedTensor | PlannedLinear"]:

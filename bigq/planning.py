@@ -13,6 +13,7 @@ from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.fit import Fit
 from bigq.formats import Description
 from bigq.linear import QuantizedLinear
+from bigq.model_tensors import tensor_name
 from bigq.plan import Plan, PlannedLinear
 from bigq.selection import is_transposed_linear, match_patterns, select_linears
 
@@ -21,7 +22,8 @@ __all__ = ["make_plan", "quantized_prefixes"]
 
 def quantized_prefixes(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """{module name: name of its quant_state} for the weights that a checkpoint holds quantized."""
-    return {name.removesuffix(".quant_state"): name for name in tensors if name.endswith(".quant_state")}
+    states = [name for name in tensors if name.rpartition(".")[2] == "quant_state"]
+    return {name.rpartition(".")[0]: name for name in states}
 
 
 def make_plan(
@@ -82,7 +84,8 @@ def _chosen_linears(
             kept[name] = "offloaded with its dtype"
             continue
         module = cast(nn.Linear, model.get_submodule(name))  # or a Conv1D, which has the same two parameters
-        source = next((f"{alias}.weight" for alias in aliases if f"{alias}.weight" in tensors), f"{name}.weight")
+        weights = [tensor_name(alias, "weight") for alias in aliases]
+        source = next((weight for weight in weights if weight in tensors), weights[0])
         info = tensors.get(source)
         description = Description(
             format=config.weight_format(),
@@ -113,8 +116,8 @@ def _quantized_linears(
     linears, problems = [], []
     for name, description in quantized.items():
         found = model.get_submodule(name) if name in names else None
-        if not name or found is None or not (isinstance(found, nn.Linear) or is_transposed_linear(found)):
-            problems.append(f"  {name} is quantized in the checkpoint, and no linear of the model")
+        if found is None or not (isinstance(found, nn.Linear) or is_transposed_linear(found)):
+            problems.append(f"  {name or 'the whole'} is quantized in the checkpoint, and no linear of the model")
             continue
         module = cast(nn.Linear, found)
         shape = _matrix_shape(module)

@@ -11,7 +11,7 @@ from types import CodeType, FunctionType
 from torch import nn
 
 from bigq.errors import ConfigError
-from bigq.model_tensors import tensor_groups
+from bigq.model_tensors import tensor_groups, tensor_name
 
 __all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears"]
 
@@ -74,9 +74,13 @@ def select_linears(
             continue
         canonical = aliases[0]
         reason = next((reasons[name] for name in aliases if name in reasons), None)
-        others = sorted(name for name in tied.get(f"{canonical}.weight", ()) if name.rpartition(".")[0] not in aliases)
-        if reason is None and canonical == "":
-            reason = "it is the model itself, which cannot be replaced: wrap it in an nn.Sequential"
+        others = sorted(
+            name for name in tied.get(tensor_name(canonical, "weight"), ()) if name.rpartition(".")[0] not in aliases
+        )
+        if reason is None and module._parameters.get("weight") is None:
+            reason = "its weight is computed from other parameters"
+        if reason is None and "forward" in vars(module):
+            reason = "its forward is patched"
         if reason is None and any(_read_but_not_called(model, name) for name in aliases):
             reason = "its parent reads its weight directly"
         if reason is None and others and not defaults:

@@ -241,6 +241,69 @@ class TestTorchModels:
         with torch.no_grad():
             torch.testing.assert_close(model["body"](x), expected["body"](x), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu", "rnn": "disk", "up": "disk"}], ids=["cpu", "disk"])
+    def test_recurrent_layers_follow_their_weights(self, tmp_path, empty, device_map):
+        class Recurrent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.rnn, self.up, self.head = nn.LSTM(8, 8, num_layers=2), nn.Linear(8, 8), nn.Linear(8, 4)
+
+            def forward(self, x):
+                return self.head(self.up(self.rnn(x)[0]))
+
+        plain = Recurrent()
+        save_file(plain.state_dict(), tmp_path / "model.safetensors")
+        model = load_and_quantize_model(
+            empty(Recurrent),
+            tmp_path,
+            QuantizationConfig("nf4"),
+            device_map,
+            offload="quantized",
+            offload_folder=tmp_path,
+        )
+        x = torch.randn(5, 2, 8)
+        expected = dequantized(model, plain)(x)
+        for _ in range(2):
+            torch.testing.assert_close(model(x), expected)
+
+    def test_a_bare_linear(self, tmp_path, empty):
+        plain = nn.Linear(40, 24)
+        save_file(plain.state_dict(), tmp_path / "model.safetensors")
+        model = empty(nn.Linear, in_features=40, out_features=24)
+        assert load_and_quantize_model(model, tmp_path, QuantizationConfig("nf4"), "cpu") is model
+        assert type(model) is QuantizedLinear
+        x = torch.randn(3, 40)
+        torch.testing.assert_close(model(x), nn.functional.linear(x, model.dequantize(), plain.bias))
+        Accelerator().save_model(model, tmp_path / "saved")
+        again = empty(nn.Linear, in_features=40, out_features=24)
+        assert torch.equal(load_and_quantize_model(again, tmp_path / "saved", device_map="cpu")(x), model(x))
+
+    def test_what_refers_to_a_linear_follows_it(self, tmp_path, empty):
+        """A closure, a list and a hook that were there before."""
+
+        class Closure(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+                up = self.up
+                self.listed = [up]
+                self.run = lambda x: up(x)
+
+            def forward(self, x):
+                return self.head(self.run(x))
+
+        save_file(Closure().state_dict(), tmp_path / "model.safetensors")
+        model = empty(Closure)
+        seen = []
+        handle = model.up.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+        load_and_quantize_model(model, tmp_path, QuantizationConfig("nf4"), "cpu")
+        assert model.listed[0] is model.up
+        assert model(torch.randn(2, 8)).isfinite().all()
+        assert seen == [QuantizedLinear]
+        handle.remove()
+        model(torch.randn(2, 8))
+        assert len(seen) == 1
+
     def test_odd_shapes(self, tmp_path, empty):
         def build():
             return nn.Sequential(nn.Linear(33, 17), nn.Tanh(), nn.Linear(17, 1, bias=False), nn.Linear(1, 3))

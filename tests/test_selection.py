@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from bigq import ConfigError
 from bigq.selection import match_patterns, output_head, select_linears
@@ -165,8 +166,20 @@ def test_keep_in_fp32_modules_are_not_quantized():
     assert chosen(Model(), keep_in_fp32_modules=["layers.0"]) == ["layers.1.proj", "layers.1.qkv"]
 
 
-def test_a_bare_linear_cannot_be_replaced():
-    assert "wrap it" in select_linears(nn.Linear(4, 4)).kept[""]
+def test_a_bare_linear_is_a_model_too():
+    assert select_linears(nn.Linear(4, 4)).linears == {"": ("",)}
+
+
+def test_a_computed_weight_is_left_alone():
+    model = Model()
+    prune.l1_unstructured(model.layers[0].qkv, "weight", amount=0.5)
+    assert select_linears(model).kept["layers.0.qkv"] == "its weight is computed from other parameters"
+
+
+def test_a_patched_forward_is_left_alone():
+    model = Model()
+    model.layers[0].qkv.forward = lambda x: x
+    assert select_linears(model).kept["layers.0.qkv"] == "its forward is patched"
 
 
 def test_selection_changes_nothing():
