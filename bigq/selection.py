@@ -49,53 +49,50 @@ def select_linears(
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    everything = [name for aliases in names.values() for name in aliases if name]
     groups = tensor_groups(model)
+    everything = [name for aliases in names.values() for name in aliases if name]
     everything += [name for group in groups for name in group.names]
-    reasons: dict[str, str] = {}
-    for pattern_field, patterns in (
-        ("skip_modules", skip_modules),
-        ("keep_in_fp32_modules", keep_in_fp32_modules),
-    ):
-        for name, pattern in match_patterns(pattern_field, patterns, everything).items():
-            reasons.setdefault(name, f"{pattern_field} {pattern!r}")
+    asked: dict[str, str] = {}
+    for field, patterns in (("skip_modules", skip_modules), ("keep_in_fp32_modules", keep_in_fp32_modules)):
+        for name, pattern in match_patterns(field, patterns, everything).items():
+            asked.setdefault(name, f"{field} {pattern!r}")
     own = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if defaults else ()
-    for name in everything:
-        for pattern in own:
-            if _matches(pattern, name):
-                reasons.setdefault(name, f"the model's own _keep_in_fp32_modules {pattern!r}")
-
     tied = {name: group.names for group in groups if len(group.names) > 1 for name in group.names}
     head = output_head(model) if defaults else None
+
+    def why_kept(module: nn.Module, aliases: list[str]) -> str | None:
+        for name in aliases:
+            if name in asked:
+                return asked[name]
+        if module._parameters.get("weight") is None:
+            return "its weight is computed from other parameters"
+        if "forward" in vars(module):
+            return "its forward is patched"
+        if any(_read_but_not_called(model, name) for name in aliases):
+            return "its parent reads its weight directly"
+        for pattern in own:
+            if any(_matches(pattern, name) for name in aliases):
+                return f"the model's own _keep_in_fp32_modules {pattern!r}"
+        weight = tensor_name(aliases[0], "weight")
+        others = sorted(name for name in tied.get(weight, ()) if name.rpartition(".")[0] not in aliases)
+        if others and not defaults:
+            raise ConfigError(
+                f"{weight} is tied to {', '.join(others)}: quantizing it would break the tie; "
+                f"add {aliases[0]!r} to skip_modules, or leave skip_defaults=True"
+            )
+        if others:
+            return f"tied to {', '.join(others)}"
+        return "the output head" if module is head else None
+
     linears: dict[str, tuple[str, ...]] = {}
     kept: dict[str, str] = {}
     for module, aliases in names.items():
-        if not (type(module) is nn.Linear or is_transposed_linear(module)):
-            continue
-        canonical = aliases[0]
-        reason = next((reasons[name] for name in aliases if name in reasons), None)
-        others = sorted(
-            name for name in tied.get(tensor_name(canonical, "weight"), ()) if name.rpartition(".")[0] not in aliases
-        )
-        if reason is None and module._parameters.get("weight") is None:
-            reason = "its weight is computed from other parameters"
-        if reason is None and "forward" in vars(module):
-            reason = "its forward is patched"
-        if reason is None and any(_read_but_not_called(model, name) for name in aliases):
-            reason = "its parent reads its weight directly"
-        if reason is None and others and not defaults:
-            raise ConfigError(
-                f"{canonical}.weight is tied to {', '.join(others)}: quantizing it would break the tie; "
-                f"add {canonical!r} to skip_modules, or leave skip_defaults=True"
-            )
-        if reason is None and others:
-            reason = f"tied to {', '.join(others)}"
-        if reason is None and module is head:
-            reason = "the output head"
-        if reason is None:
-            linears[canonical] = tuple(aliases)
-        else:
-            kept[canonical] = reason
+        if type(module) is nn.Linear or is_transposed_linear(module):
+            reason = why_kept(module, aliases)
+            if reason is None:
+                linears[aliases[0]] = tuple(aliases)
+            else:
+                kept[aliases[0]] = reason
     return Selection(linears=linears, kept=kept)
 
 
