@@ -1,8 +1,8 @@
 """launch: start a kernel without Triton's own binding of arguments after the first time.
 
 Triton inspects, specializes and hashes every argument on each call, which for the 30 arguments of a linear takes longer
-than the kernel. Here a call that looks like one before goes straight to the compiled kernel: 71 to 102 us of host time a
-linear instead of about 160, on the host of an H200.
+than the kernel. Here a call that looks like one before goes straight to the compiled kernel: 71 to 102 us of host time
+a linear instead of about 160, on the host of an H200.
 """
 
 from typing import Any
