@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from bigq.linear import QuantizedLinear
-from bigq.model_tensors import assign_tensor, tensor_key
+from bigq.model_tensors import assign_tensor, find_owner, tensor_key
 from bigq.plan import PlannedLinear, PlannedTensor
 
 __all__ = ["commit"]
@@ -39,19 +39,17 @@ def _commit_linear(model: nn.Module, linear: PlannedLinear, state: Mapping[str, 
         setattr(module, name, getattr(linear.module, name))
     module._parameters = parameters
     for name in linear.names:
-        parent = model.get_submodule(name.rpartition(".")[0])
+        parent, _ = find_owner(model, name)
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # turns off its fused inference path, which reads linear1.weight
 
 
 def _commit_tensor(model: nn.Module, planned: PlannedTensor, tensor: Tensor, frozen: bool) -> None:
     requires_grad = planned.requires_grad and not frozen
-    path, _, leaf = planned.names[0].rpartition(".")
-    value = getattr(model.get_submodule(path), leaf)
+    value = getattr(*find_owner(model, planned.names[0]))
     if tensor_key(value) == tensor_key(tensor) and value.device == tensor.device:
         value.requires_grad_(requires_grad)  # where nothing moved, the object stays: an optimizer may hold it
     else:
         value = tensor if planned.is_buffer else nn.Parameter(tensor, requires_grad=requires_grad)
     for name in planned.names:
-        path, _, leaf = name.rpartition(".")
-        assign_tensor(model.get_submodule(path), leaf, value)
+        assign_tensor(*find_owner(model, name), value)

@@ -9,9 +9,8 @@ import torch
 from bigq.errors import ConfigError
 from bigq.formats import Format, make_format
 
-__all__ = ["OFFLOAD_POLICIES", "QuantizationConfig", "as_config", "is_config"]
+__all__ = ["QuantizationConfig", "as_config", "check_offload", "is_config"]
 
-OFFLOAD_POLICIES = (None, "preserve", "quantized", torch.float32)
 _DTYPES = {
     name: dtype
     for dtype, names in {
@@ -68,8 +67,7 @@ class QuantizationConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         for name in ("compute_dtype", "dtype"):
             object.__setattr__(self, name, _dtype(name, getattr(self, name)))
-        if self.offload not in OFFLOAD_POLICIES:
-            raise ConfigError(f"offload is {self.offload!r}; expected None, 'preserve', 'quantized' or torch.float32")
+        check_offload(self.offload)
         self.weight_format()
 
     def weight_format(self) -> Format:
@@ -81,6 +79,12 @@ class QuantizationConfig:
             if name not in own and value != defaults[name]:
                 raise ConfigError(f"{name}={value!r} means nothing to format {self.format!r}: leave it out")
         return make_format(self.format, **{name: settings[name] for name in own})
+
+
+def check_offload(value: object) -> None:
+    """Refuse what is no offload policy."""
+    if value not in (None, "preserve", "quantized", torch.float32):
+        raise ConfigError(f"offload is {value!r}; expected None, 'preserve', 'quantized' or torch.float32")
 
 
 def is_config(value: object) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "check_device_map",
     "execution_device",
     "infer_places",
+    "is_gpu",
     "is_offloaded",
     "normalize_device_map",
     "place_of",
@@ -95,9 +96,14 @@ def check_device_map(device_map: DeviceMap, modules: Iterable[str], tensors: Ite
 def execution_device(device_map: DeviceMap) -> torch.device:
     """Where offloaded modules run: the first GPU of the map, or the CPU when it has none."""
     for place in device_map.values():
-        if place not in ("cpu", "disk"):
+        if is_gpu(place):
             return torch.device(place)
     return torch.device("cpu")
+
+
+def is_gpu(place: str) -> bool:
+    """Whether `place` computes by itself, rather than keep what a GPU runs."""
+    return place not in ("cpu", "disk")
 
 
 def is_offloaded(place: str | None, runs_on: torch.device) -> bool:
@@ -134,7 +140,7 @@ class Node:
 
 def balanced_budgets(root: Node, budgets: dict[str, int], strategy: str) -> dict[str, int]:
     """`budgets` with those of the GPUs lowered so that they share the model evenly, as `strategy` says."""
-    gpus = [place for place in budgets if place not in ("cpu", "disk")]
+    gpus = [place for place in budgets if is_gpu(place)]
     if len(gpus) < 2 or strategy == "sequential":
         return budgets
     sharing = gpus[1:] if strategy == "balanced_low_0" else gpus
@@ -156,8 +162,8 @@ def infer_places(root: Node, budgets: dict[str, int]) -> DeviceMap:
         PlacementError: the model does not fit.
     """
     device_map = _fill(root, budgets)
-    gpus = [place for place in budgets if place not in ("cpu", "disk")]
-    if gpus and any(place in ("cpu", "disk") for place in device_map.values()):
+    gpus = [place for place in budgets if is_gpu(place)]
+    if gpus and not all(is_gpu(place) for place in device_map.values()):
         room = max(0, budgets[gpus[0]] - root.largest_unit())
         device_map = _fill(root, {**budgets, gpus[0]: room})
     return device_map

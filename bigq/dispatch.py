@@ -6,7 +6,7 @@ import torch
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
-from bigq.device_map import DeviceMap, as_user_map, execution_device, place_of
+from bigq.device_map import DeviceMap, as_user_map, execution_device, is_gpu, place_of
 from bigq.hooks import Float32Hook, PlacementHook
 from bigq.offload import is_file_backed
 from bigq.plan import Plan
@@ -35,7 +35,7 @@ def dispatch(model: nn.Module, device_map: DeviceMap, *, skip_keys: str | list[s
     """
     model.hf_device_map = as_user_map(device_map)  # type: ignore[assignment]
     runs_on = execution_device(device_map)
-    gpus = {place for place in device_map.values() if place not in ("cpu", "disk")}
+    gpus = {place for place in device_map.values() if is_gpu(place)}
     if len(set(device_map.values())) == 1 and "disk" not in device_map.values():
         return
     if skip_keys is None:

@@ -10,7 +10,7 @@ from bigq.checkpoint import TensorInfo
 from bigq.commit import commit
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import ModelTensors, tensor_name
+from bigq.model_tensors import ModelTensors, find_owner, tensor_name
 from bigq.plan import Plan, PlannedLinear, PlannedTensor
 from bigq.store import Store
 from bigq.stream import Source, stream
@@ -47,8 +47,7 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
                 finite[name] = _is_finite(*state.values())
                 done.append((job, _place(job.names[0], state, store, owned=True)))
             else:
-                path, _, leaf = job.names[0].rpartition(".")
-                done.append((job, _place(path, {leaf: tensor}, store, owned=owned or in_place)))
+                done.append((job, _place_one(job, tensor, store, owned=owned or in_place)))
             del tensor  # or it would outlive its replacement by one turn
             if in_place:
                 _commit_all(model, done, store)
@@ -57,9 +56,8 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
         _refuse_non_finite(source, finite)
     for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
         if job.source is None:
-            path, _, leaf = job.names[0].rpartition(".")
-            own = {leaf: getattr(model.get_submodule(path), leaf).detach()}
-            done.append((job, _place(path, own, store, owned=True)))
+            own: Tensor = getattr(*find_owner(model, job.names[0]))
+            done.append((job, _place_one(job, own.detach(), store, owned=True)))
     done += [(job, {}) for job in plan.linears if job.source is None]
     done.sort(key=lambda entry: isinstance(entry[0], PlannedTensor))  # modules before the tensors that go into them
     _commit_all(model, done, store)
@@ -86,6 +84,11 @@ def _quantize(job: PlannedLinear, tensor: Tensor, store: Store) -> dict[str, Ten
 
 def _place(path: str, tensors: Mapping[str, Tensor], store: Store, *, owned: bool) -> dict[str, Tensor]:
     return {leaf: store.put(tensor_name(path, leaf), tensor, owned=owned) for leaf, tensor in tensors.items()}
+
+
+def _place_one(job: PlannedTensor, tensor: Tensor, store: Store, *, owned: bool) -> dict[str, Tensor]:
+    path, _, leaf = job.names[0].rpartition(".")
+    return _place(path, {leaf: tensor}, store, owned=owned)
 
 
 def _commit_all(model: nn.Module, done: list[tuple[Job, dict[str, Tensor]]], store: Store) -> None:

@@ -1,7 +1,7 @@
 """Fit: match a model's tensors with a checkpoint's, and list everything that does not match."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 from bigq.checkpoint import TensorInfo
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
-from bigq.formats import TensorSpec
+from bigq.formats import TensorSpec, dtype_name
 from bigq.model_tensors import TensorGroup, tensor_groups, tensor_name
 from bigq.plan import PlannedLinear, PlannedTensor
 from bigq.selection import match_patterns
@@ -35,23 +35,23 @@ class Fit:
         self.missing: list[str] = []
         self.misfits: list[str] = []
         patterns = config.keep_in_fp32_modules if config is not None else ()
+        self.groups = tensor_groups(model)
         names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-        names += [name for group in tensor_groups(model) for name in group.names]
+        names += [name for group in self.groups for name in group.names]
         self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, names))
 
-    def linear(self, linear: PlannedLinear) -> PlannedLinear:
-        """Claim the weight to quantize."""
+    def claim(self, linear: PlannedLinear) -> None:
+        """Claim and check the weight to quantize, if the checkpoint holds it as floats."""
         if linear.source is not None:
             for name in linear.names:
                 self.claimed.add(tensor_name(name, "weight"))
             shape = (linear.module.out_features, linear.module.in_features)[:: -1 if linear.transposed else 1]
             self._check(linear.source, shape, floating=True)
-        return linear
 
-    def tensors_outside(self, linears: tuple[PlannedLinear, ...]) -> Iterator[PlannedTensor]:
+    def tensors_outside(self, linears: Sequence[PlannedLinear]) -> Iterator[PlannedTensor]:
         """Everything but the weights to quantize: kept parameters, buffers, biases, and state quantized already."""
         weights = {tensor_name(name, "weight") for linear in linears for name in linear.names}
-        for group in tensor_groups(self.model):
+        for group in self.groups:
             if weights.isdisjoint(group.names):
                 planned = self._kept(group)
                 if planned is not None:
@@ -74,7 +74,7 @@ class Fit:
         if source is None and (not group.persistent or not self.strict) and not own.is_meta:
             found = TensorSpec(shape=tuple(own.shape), dtype=own.dtype)
         elif source is None:
-            expected = f"expected {list(own.shape)} {_short(own.dtype)}"
+            expected = f"expected {list(own.shape)} {dtype_name(own.dtype)}"
             hint = "" if own.is_meta else " (strict=False keeps the model's own)"
             if not group.persistent:
                 hint = "; it is not persistent: build the model with init_empty_weights"
@@ -120,12 +120,12 @@ class Fit:
         castable = info.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         if floating and not castable:
             self.misfits.append(
-                f"  {source} in {info.file}: expected floating-point numbers, found {_short(info.dtype)}"
+                f"  {source} in {info.file}: expected floating-point numbers, found {dtype_name(info.dtype)}"
                 + (" (a scaled storage format bigq does not know)" if info.dtype.is_floating_point else "")
             )
             return None
         if not floating and info.dtype.is_floating_point:
-            self.misfits.append(f"  {source} in {info.file}: expected integers, found {_short(info.dtype)}")
+            self.misfits.append(f"  {source} in {info.file}: expected integers, found {dtype_name(info.dtype)}")
             return None
         return info
 
@@ -133,7 +133,7 @@ class Fit:
         """Raise one error with everything that does not fit, if anything does not."""
         ignored = [re.compile(str(p)) for p in getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         unexpected = {
-            name: f"  {name} in {info.file}: found {list(info.shape)} {_short(info.dtype)}"
+            name: f"  {name} in {info.file}: found {list(info.shape)} {dtype_name(info.dtype)}"
             for name, info in self.tensors.items()
             if name not in self.claimed and not any(pattern.search(name) for pattern in ignored)
         }
@@ -157,7 +157,3 @@ def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
                 if prefix != name and prefix.endswith(".") and {prefix + x for x in shorter} & set(longer):
                     return f"\nhint: {what} names begin with {prefix!r} and the other's do not"
     return ""
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from bigq.checkpoint import TensorInfo
 from bigq.errors import CheckpointError
 
-__all__ = ["ModelTensors", "TensorGroup", "assign_tensor", "tensor_groups", "tensor_key", "tensor_name"]
+__all__ = [
+    "ModelTensors",
+    "TensorGroup",
+    "assign_tensor",
+    "find_owner",
+    "module_names",
+    "tensor_groups",
+    "tensor_key",
+    "tensor_name",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +35,20 @@ class TensorGroup:
 def tensor_name(module_name: str, leaf: str) -> str:
     """The name in the model of the tensor `leaf` of a module; the model itself has the name ""."""
     return f"{module_name}.{leaf}" if module_name else leaf
+
+
+def find_owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """(module, leaf) of the parameter, buffer or child module of `model` called `name`."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Every module of `model` with all of its names, the model itself first, as ""."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {module: tuple(aliases) for module, aliases in names.items()}
 
 
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
@@ -98,6 +121,5 @@ class ModelTensors:
                 yield name, self._tensor(name).detach()
 
     def _tensor(self, name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        tensor: Tensor = getattr(self.model.get_submodule(path), leaf)
+        tensor: Tensor = getattr(*find_owner(self.model, name))
         return tensor

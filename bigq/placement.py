@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import get_max_memory
 from torch import nn
 
-from bigq.config import OFFLOAD_POLICIES, QuantizationConfig, as_config
+from bigq.config import QuantizationConfig, as_config, check_offload
 from bigq.device_map import (
     STRATEGIES,
     DeviceMap,
@@ -18,11 +18,12 @@ from bigq.device_map import (
     check_device_map,
     execution_device,
     infer_places,
+    is_gpu,
     is_offloaded,
     normalize_device_map,
     place_of,
 )
-from bigq.errors import ConfigError, PlacementError
+from bigq.errors import PlacementError
 from bigq.formats import Description, TensorSpec
 from bigq.model_tensors import ModelTensors, tensor_groups
 from bigq.plan import Plan
@@ -48,8 +49,7 @@ def plan_and_place(
 
     A map that names places decides what is quantized, so it comes before the plan; an automatic one needs its sizes.
     """
-    if offload not in OFFLOAD_POLICIES:
-        raise ConfigError(f"offload is {offload!r}; expected None, 'preserve', 'quantized' or torch.float32")
+    check_offload(offload)
     if isinstance(source, ModelTensors):
         source.refuse_meta()
     quantized = _descriptions(source)
@@ -79,6 +79,8 @@ def plan_and_place(
             max_memory=max_memory,
             offload_folder=offload_folder,
         )
+        if policy in (None, "quantized"):
+            return everything_quantized, places
     else:
         places = _explicit_device_map(device_map)
         modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -202,7 +204,7 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, Te
     anywhere = str(execution_device(device_map))  # for non-persistent buffers that the map may leave out
     for names, spec in plan.specs().items():
         places = {name: place for name in names if (place := place_of(device_map, name))} or {names[0]: anywhere}
-        gpus = {name: place for name, place in places.items() if place not in ("cpu", "disk")}
+        gpus = {name: place for name, place in places.items() if is_gpu(place)}
         if len(set(gpus.values())) > 1:
             listed = ", ".join(f"{name} on {place}" for name, place in gpus.items())
             raise PlacementError(f"one tensor cannot rest on several devices: {listed}; give its names one place")

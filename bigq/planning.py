@@ -13,7 +13,7 @@ from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.fit import Fit
 from bigq.formats import Description
 from bigq.linear import QuantizedLinear
-from bigq.model_tensors import tensor_name
+from bigq.model_tensors import module_names, tensor_name
 from bigq.plan import Plan, PlannedLinear
 from bigq.selection import is_transposed_linear, match_patterns, select_linears
 
@@ -60,10 +60,11 @@ def make_plan(
     else:
         linears, kept = _chosen_linears(model, tensors, config, unquantized)
     fit = Fit(model=model, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
-    planned_linears = tuple(fit.linear(linear) for linear in linears)
-    planned_tensors = tuple(fit.tensors_outside(planned_linears))
+    for linear in linears:
+        fit.claim(linear)
+    planned_tensors = tuple(fit.tensors_outside(linears))
     fit.refuse()
-    return Plan(tensors=planned_tensors, linears=planned_linears, kept=kept)
+    return Plan(tensors=planned_tensors, linears=tuple(linears), kept=kept)
 
 
 def _chosen_linears(
@@ -78,7 +79,7 @@ def _chosen_linears(
         keep_in_fp32_modules=config.keep_in_fp32_modules,
         defaults=config.skip_defaults,
     )
-    kept, linears = dict(selection.kept), []
+    kept, linears, weight_format = dict(selection.kept), [], config.weight_format()
     for name, aliases in selection.linears.items():
         if unquantized(name):
             kept[name] = "offloaded with its dtype"
@@ -88,7 +89,7 @@ def _chosen_linears(
         source = next((weight for weight in weights if weight in tensors), weights[0])
         info = tensors.get(source)
         description = Description(
-            format=config.weight_format(),
+            format=weight_format,
             shape=_matrix_shape(module),
             dtype=info.dtype if info is not None else module.weight.dtype,
             compute_dtype=config.compute_dtype,
@@ -104,10 +105,7 @@ def _quantized_linears(
     model: nn.Module, quantized: Mapping[str, Description], config: QuantizationConfig | None
 ) -> list[PlannedLinear]:
     """The linears that the checkpoint holds quantized, with its descriptions."""
-    aliases: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(module, []).append(name)
-    names = {name: tuple(group) for group in aliases.values() for name in group}
+    names = {name: aliases for aliases in module_names(model).values() for name in aliases}
     if config is not None:
         for field in ("skip_modules", "keep_in_fp32_modules"):
             for name, pattern in match_patterns(field, getattr(config, field), names).items():
@@ -146,5 +144,4 @@ def _planned_linear(
     module: nn.Linear, names: tuple[str, ...], description: Description, source: str | None
 ) -> PlannedLinear:
     quantized = QuantizedLinear(description, bias=None if module.bias is None else module.bias.dtype)
-    quantized.train(module.training)
     return PlannedLinear(names=names, module=quantized, source=source, transposed=is_transposed_linear(module))

@@ -11,7 +11,7 @@ from types import CodeType, FunctionType
 from torch import nn
 
 from bigq.errors import ConfigError
-from bigq.model_tensors import tensor_groups, tensor_name
+from bigq.model_tensors import find_owner, module_names, tensor_groups, tensor_name
 
 __all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears"]
 
@@ -46,9 +46,7 @@ def select_linears(
     Raises:
         ConfigError: a pattern that matches nothing, or without `defaults` a choice that would break a tie.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = module_names(model)
     groups = tensor_groups(model)
     everything = [name for aliases in names.values() for name in aliases if name]
     everything += [name for group in groups for name in group.names]
@@ -60,7 +58,7 @@ def select_linears(
     tied = {name: group.names for group in groups if len(group.names) > 1 for name in group.names}
     head = output_head(model) if defaults else None
 
-    def why_kept(module: nn.Module, aliases: list[str]) -> str | None:
+    def why_kept(module: nn.Module, aliases: tuple[str, ...]) -> str | None:
         for name in aliases:
             if name in asked:
                 return asked[name]
@@ -90,7 +88,7 @@ def select_linears(
         if type(module) is nn.Linear or is_transposed_linear(module):
             reason = why_kept(module, aliases)
             if reason is None:
-                linears[aliases[0]] = tuple(aliases)
+                linears[aliases[0]] = aliases
             else:
                 kept[aliases[0]] = reason
     return Selection(linears=linears, kept=kept)
@@ -163,8 +161,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _read_but_not_called(model: nn.Module, name: str) -> bool:
     """Whether its parent reads the weight of `name` and never calls it: the parent would compute with packed codes."""
-    parent_name, _, leaf = name.rpartition(".")
-    return leaf in _only_read(type(model.get_submodule(parent_name)))  # type: ignore[arg-type]
+    parent, leaf = find_owner(model, name)
+    return leaf in _only_read(type(parent))  # type: ignore[arg-type]
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bigq.device_map import DeviceMap, execution_device, is_offloaded
+from bigq.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
 from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
 from bigq.offload import OffloadSpace
@@ -51,9 +51,9 @@ class Store:
     def work_device(self, name: str, *, quantize: bool) -> torch.device:
         """Where the tensor called `name` is worked on: where it rests, or, to `quantize` it, where it will run."""
         place, _ = self.resting[name]
-        if place in ("cpu", "disk"):
-            return self.runs_on if quantize else torch.device("cpu")
-        return torch.device(place)
+        if is_gpu(place):
+            return torch.device(place)
+        return self.runs_on if quantize else torch.device("cpu")
 
     def receive(self, name: str, spec: TensorSpec) -> Tensor:
         """Memory to read the tensor called `name` into: its own, if `spec` is what it stays; `put` then keeps it."""

@@ -9,6 +9,8 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import nn
 
+from bigq import QuantizationConfig
+
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined: kernel tests then run on CPU tensors in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -120,3 +122,22 @@ def checkpoint(tmp_path: Path, tiny: type[TinyModel]) -> Path:
     folder.mkdir()
     save_file(tiny().state_dict(), folder / "model.safetensors")
     return folder
+
+
+CONFIGS = {
+    "nf4": QuantizationConfig("nf4"),
+    "nf4-dq": QuantizationConfig("nf4", double_quant=True, block_size=32),
+    "fp4": QuantizationConfig("fp4"),
+    "int8": QuantizationConfig("int8"),
+}
+
+
+@pytest.fixture
+def configs() -> list[QuantizationConfig]:
+    return list(CONFIGS.values())
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request: pytest.FixtureRequest) -> QuantizationConfig:
+    """Each format once, and NF4 also with double quantization."""
+    return request.param

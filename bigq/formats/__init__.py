@@ -2,7 +2,7 @@
 
 from bigq.formats.base import Format, State, TensorSpec
 from bigq.formats.block4 import BLOCK_SIZES, Block4
-from bigq.formats.description import QUANT_STATE_SPEC, Description, make_format
+from bigq.formats.description import QUANT_STATE_SPEC, Description, dtype_name, make_format
 from bigq.formats.int8 import Int8
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Int8",
     "State",
     "TensorSpec",
+    "dtype_name",
     "make_format",
 ]

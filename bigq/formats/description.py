@@ -15,7 +15,7 @@ from bigq.formats.base import Format, TensorSpec
 from bigq.formats.block4 import Block4
 from bigq.formats.int8 import Int8
 
-__all__ = ["QUANT_STATE_SPEC", "Description", "make_format"]
+__all__ = ["QUANT_STATE_SPEC", "Description", "dtype_name", "make_format"]
 
 
 _VERSION = 1
@@ -56,8 +56,8 @@ class Description:
                 "bigq": _VERSION,
                 **self.format.describe(),
                 "shape": list(self.shape),
-                "dtype": _name(self.dtype),
-                "compute_dtype": None if self.compute_dtype is None else _name(self.compute_dtype),
+                "dtype": dtype_name(self.dtype),
+                "compute_dtype": None if self.compute_dtype is None else dtype_name(self.compute_dtype),
             }
         )
         padded = text.encode().ljust(QUANT_STATE_SPEC.nbytes)
@@ -83,7 +83,8 @@ class Description:
             raise CheckpointError(f"{where} is not a description of a bigq weight: {error!r}") from error
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
