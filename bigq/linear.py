@@ -79,10 +79,14 @@ class QuantizedLinear(nn.Linear):
                 "its input to weight.dtype does this: name this layer in skip_modules"
             )
         out_dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            out_dtype = torch.get_autocast_dtype(x.device.type)
-        out = self.format.linear(x.to(self.compute_dtype or out_dtype), self._state, self.bias)
-        return out.to(out_dtype)
+        device_type = "cuda" if x.is_cuda else x.device.type  # the property costs as much as the rest of this method
+        if torch.is_autocast_enabled(device_type) and out_dtype != torch.float64:  # which autocast leaves alone
+            out_dtype = torch.get_autocast_dtype(device_type)
+        dtype = self.compute_dtype or out_dtype
+        state = cast(State, self._parameters)
+        # A cast that changes nothing takes a microsecond, and nn.Module's lookup of a Parameter half a one.
+        out = self.format.linear(x if x.dtype == dtype else x.to(dtype), state, self._parameters["bias"])
+        return out if out.dtype == out_dtype else out.to(out_dtype)
 
     @property
     def _state(self) -> State:

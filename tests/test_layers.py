@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bigq"
 LAYERS = [  # an import points to an earlier line, or to the left within a line
     ["reference"],
-    ["ops"],
+    ["ops", "eager"],
     ["formats", "checkpoint"],
     ["config", "linear", "offload", "device_map", "model_tensors"],
     ["selection", "hooks", "stream", "footprint", "quantize"],

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bigq import ops, reference
+from bigq import eager, ops, reference
 from bigq.errors import ConfigError
 from bigq.formats.base import State, TensorSpec, matrix_shape
 
@@ -82,16 +82,8 @@ class Block4:
         return dense.view(shape)  # type: ignore[no-any-return]
 
     def linear(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
-        return ops.linear_4bit(  # type: ignore[no-any-return]
-            x,
-            state["weight"],
-            state["absmax"],
-            bias,
-            state.get("nested_absmax"),
-            state.get("nested_offset"),
-            self.quant_type,
-            self.block_size,
-        )
+        tensors = (state["weight"], state["absmax"], bias, state.get("nested_absmax"), state.get("nested_offset"))
+        return eager.linear("linear_4bit", x, tensors, (self.quant_type, self.block_size))
 
     def describe(self) -> dict[str, str | int | float | bool]:
         return {"format": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}

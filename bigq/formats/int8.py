@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigq import ops
+from bigq import eager, ops
 from bigq.errors import ConfigError
 from bigq.formats.base import State, TensorSpec, matrix_shape
 
@@ -52,7 +52,7 @@ class Int8:
         return dense.view(shape)  # type: ignore[no-any-return]
 
     def linear(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
-        return ops.linear_int8(x, state["weight"], state["absmax"], bias, self.threshold)  # type: ignore[no-any-return]
+        return eager.linear("linear_int8", x, (state["weight"], state["absmax"], bias), (self.threshold,))
 
     def describe(self) -> dict[str, str | int | float | bool]:
         return {"format": "int8", "threshold": self.threshold}
