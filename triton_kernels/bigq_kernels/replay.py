@@ -5,8 +5,10 @@ views and launches. `record` watches one call do that and keeps what it launched
 that does anything else, such as a copy or a matmul of torch's, has no replay.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -133,9 +135,30 @@ def record(
 ) -> tuple[Tensor, Replay | None]:
     """Run launcher(*tensors, *settings) once; its output, and its Replay if it did nothing that one cannot repeat."""
     seen: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
-    with _Watch() as watch, observed(lambda *launch: seen.append(launch)):
+    with _Watch() as watch, observed(lambda *launch: seen.append(launch)), _counted_launches() as count:
         out = launcher(*tensors, *settings)
-    return out, _replay(out, tensors, watch, seen) if watch.pure else None
+    if not watch.pure or count() != len(seen):  # a kernel started without `launch` was not seen
+        return out, None
+    return out, _replay(out, tensors, watch, seen)
+
+
+@contextmanager
+def _counted_launches() -> Iterator[Callable[[], int]]:
+    """How many kernels of Triton's this thread has started in the context so far."""
+    threads: list[int] = []
+    hooks = knobs.runtime.launch_enter_hook
+
+    def note(_: Any) -> None:
+        threads.append(get_ident())
+
+    if not hasattr(hooks, "add"):  # someone put a hook of their own in the chain's place
+        yield lambda: -1
+        return
+    hooks.add(note)
+    try:
+        yield lambda: threads.count(get_ident())
+    finally:
+        hooks.remove(note)
 
 
 def _replay(
