@@ -12,6 +12,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from bigq import ops
 
@@ -51,28 +52,21 @@ _SEEN: set[Any] = set()  # looks that ran once: their kernels are compiled and t
 class _Call:
     """A replay bound to the tensors of one layer, or None where only the dispatcher will do."""
 
-    __slots__ = ("pointers", "references", "replay")
+    __slots__ = ("references", "replay")
 
     def __init__(self, key: Any, replay: "Replay | None", state: State) -> None:
-        # The key holds ids, so it goes when a tensor does: another may get its id.
+        # The key holds an id and addresses, so it goes when one of the tensors does: another may get them.
         self.references = [ref(tensor, lambda _: _CALLS.pop(key, None)) for tensor in state if tensor is not None]
-        self.pointers = [None if tensor is None else tensor.data_ptr() for tensor in state]
-        self.replay = None if replay is None else replay.bind(self.pointers)
-
-    def holds(self, state: State) -> bool:
-        """Whether the tensors are where they were: assigning to `.data` moves them."""
-        for tensor, pointer in zip(state, self.pointers):  # noqa: B905 - the key fixes their number; this is hot
-            if tensor is not None and tensor.data_ptr() != pointer:
-                return False
-        return True
+        self.replay = None if replay is None else replay.bind([None if t is None else t.data_ptr() for t in state])
 
 
 def linear(name: str, x: Tensor, state: State, settings: tuple[str | int | float, ...]) -> Tensor:
     """The op `name` of x [..., K], the tensors of a quantized weight with the bias among them, and its settings."""
-    if type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling() and _CAN_TELL and _is_plain(x, state):
-        key = (name, *map(id, state), x.shape, x.dtype, settings)
+    if type(x) is Tensor and x.is_cuda and not is_compiling() and _CAN_TELL and _is_plain(x, state):
+        # With their addresses, because assigning to `.data` moves a tensor.
+        key = (name, id(state[0]), x.shape, x.dtype, settings, *[t.data_ptr() for t in state if t is not None])
         call = _CALLS.get(key)
-        if call is None or not call.holds(state):
+        if call is None:
             return _first_calls(key, name, x, state, settings)
         if call.replay is not None:
             out = call.replay(x)

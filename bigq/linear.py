@@ -80,13 +80,13 @@ class QuantizedLinear(nn.Linear):
             )
         out_dtype = x.dtype
         device_type = "cuda" if x.is_cuda else x.device.type  # the property costs as much as the rest of this method
-        if torch.is_autocast_enabled(device_type) and out_dtype != torch.float64:  # which autocast leaves alone
+        if torch.is_autocast_enabled(device_type) and out_dtype is not torch.float64:  # which autocast leaves alone
             out_dtype = torch.get_autocast_dtype(device_type)
         dtype = self.compute_dtype or out_dtype
-        state = cast(State, self._parameters)
+        state: State = self._parameters  # type: ignore[assignment]
         # A cast that changes nothing takes a microsecond, and nn.Module's lookup of a Parameter half a one.
-        out = self.format.linear(x if x.dtype == dtype else x.to(dtype), state, self._parameters["bias"])
-        return out if out.dtype == out_dtype else out.to(out_dtype)
+        out = self.format.linear(x if x.dtype is dtype else x.to(dtype), state, self._parameters["bias"])
+        return out if out.dtype is out_dtype else out.to(out_dtype)
 
     @property
     def _state(self) -> State:

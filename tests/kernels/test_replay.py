@@ -132,7 +132,7 @@ def test_workspaces_do_not_overlap(kernels):
 
     x = torch.randn(1, K)
     _, kept = record(launcher, (x,), ())
-    assert kept.workspace_nbytes == 2 * 512  # 65 floats each, rounded up to 256 bytes
+    assert kept.workspace_numel * 4 == 2 * 512  # 65 floats each, rounded up to 256 bytes
     assert torch.equal(kept.bind([])(x), 4 * x)
 
 

@@ -7,9 +7,10 @@ that does anything else, such as a copy or a matmul of torch's, has no replay.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import itemgetter
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,13 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
-_OUT, _WORKSPACE = -1, -2  # sources of a pointer, beside the index of an input
+
+
+class _Source(NamedTuple):
+    """An argument that is known at the call: "input" number `place`, "out", "workspace" at byte `place`, "stream"."""
+
+    kind: str
+    place: int = 0
 
 
 class _Watch(TorchDispatchMode):
@@ -52,52 +59,47 @@ class _Watch(TorchDispatchMode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Launch:
-    """One start of a compiled kernel; `pointers` are the (position, source, byte offset) of arguments to fill in."""
-
-    run: Callable[..., None]
-    grid: tuple[int, ...]
-    function: int
-    metadata: Any
-    args: tuple[Any, ...]
-    pointers: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Replay:
     """What `record` saw; input 0 is the tensor whose dtype and device the output shares."""
 
     device_index: int
     out_shape: tuple[int, ...]
-    workspace_nbytes: int
-    launches: tuple[_Launch, ...]
-    constants: tuple[Tensor, ...] = field(repr=False)  # tables of the launcher's own, kept alive for their addresses
+    workspace_numel: int  # in elements of input 0's dtype
+    launches: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...]  # compiled.run and its arguments
+    constants: tuple[Tensor, ...]  # tables of the launcher's own, kept alive for their addresses
 
     def bind(self, pointers: Sequence[int | None]) -> "BoundReplay":
         """For inputs 1 and up at these addresses, each aligned as its like was when recorded; None for no tensor."""
-        launches = []
-        for launch in self.launches:
-            args = list(launch.args)
-            free = []
-            for position, source, offset in launch.pointers:
-                if source > 0:
-                    args[position] = pointers[source - 1]
-                else:
-                    free.append((position, source, offset))
-            launches.append((launch.run, launch.grid, launch.function, launch.metadata, args, free))
-        return BoundReplay(self, launches)
+        return BoundReplay(self, pointers)
 
 
 class BoundReplay:
-    """A Replay whose inputs but the first have their addresses."""
+    """A Replay whose inputs but the first have their addresses.
 
-    __slots__ = ("_current_stream", "_device_index", "_launches", "_replay")
+    A call puts all that its launches need into one list, from which each picks its 30 arguments in C.
+    """
 
-    def __init__(self, replay: Replay, launches: list[tuple[Any, ...]]) -> None:
-        self._replay = replay  # and with it the constants
-        self._launches = launches
+    __slots__ = ("_current_stream", "_device_index", "_fixed", "_launches", "_offsets", "_replay")
+
+    def __init__(self, replay: Replay, pointers: Sequence[int | None]) -> None:
+        self._replay = replay
         self._device_index = replay.device_index
         self._current_stream = driver.active.get_current_stream
+        arguments = [argument for _, args in replay.launches for argument in args]
+        self._offsets = sorted({a.place for a in arguments if isinstance(a, _Source) and a.kind == "workspace"})
+        self._fixed: list[Any] = []
+        known = {_Source("input"): 0, _Source("out"): 1, _Source("stream"): 2}
+        known |= {_Source("workspace", offset): 3 + i for i, offset in enumerate(self._offsets)}
+
+        def index(argument: Any) -> int:
+            if isinstance(argument, _Source):
+                if argument in known:
+                    return known[argument]
+                argument = pointers[argument.place - 1]
+            self._fixed.append(argument)
+            return len(known) + len(self._fixed) - 1
+
+        self._launches = [(run, itemgetter(*[index(argument) for argument in args])) for run, args in replay.launches]
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The launcher's output for an x of the recorded shape and dtype; None where this moment needs the launcher."""
@@ -109,24 +111,22 @@ class BoundReplay:
             or _hooked()
         ):
             return None
-        replay = self._replay
-        out = x.new_empty(*replay.out_shape)
-        addresses = [address, 0, out.data_ptr()]  # by source: the last two are _WORKSPACE and _OUT
-        if replay.workspace_nbytes:
-            workspace = x.new_empty(replay.workspace_nbytes // x.itemsize)
-            addresses[_WORKSPACE] = workspace.data_ptr()
-        stream = self._current_stream(self._device_index)
-        for run, grid, function, metadata, args, pointers in self._launches:
-            args = args.copy()
-            for position, source, offset in pointers:
-                args[position] = addresses[source] + offset
-            run(*grid, stream, function, metadata, None, None, None, *args)
+        out = x.new_empty(*self._replay.out_shape)
+        values = [address, out.data_ptr(), self._current_stream(self._device_index)]
+        if self._offsets:
+            workspace = x.new_empty(self._replay.workspace_numel)
+            base = workspace.data_ptr()
+            values += [base + offset for offset in self._offsets]
+        values += self._fixed
+        for run, pick in self._launches:
+            run(*pick(values))
         return out
 
 
 def _hooked() -> bool:
     """Whether someone listens to Triton's launches, which a replay would not tell of."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # a chain of hooks, one hook or None
 
 
@@ -171,56 +171,40 @@ def _replay(
     assert first is not None
     if out.dtype != first.dtype or out.device != first.device or not out.is_contiguous():
         return None
-    # Where each address comes from. Two inputs at one address cannot be told apart: no replay.
-    sources: dict[int, tuple[int, int]] = {}
-    for index, tensor in enumerate(tensors):
+    sources: dict[int, _Source] = {}
+    for place, tensor in enumerate(tensors):
         if tensor is not None and tensor.numel():
-            if tensor.data_ptr() in sources:
+            if tensor.data_ptr() in sources:  # two inputs at one address cannot be told apart
                 return None
-            sources[tensor.data_ptr()] = index, 0
-    borrowed = {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+            sources[tensor.data_ptr()] = _Source("input", place)
     nbytes = 0
     for tensor in watch.allocated:
-        if tensor.numel() == 0:
-            continue
-        if tensor.data_ptr() == out.data_ptr():
-            sources[tensor.data_ptr()] = _OUT, 0
-        else:
-            sources[tensor.data_ptr()] = _WORKSPACE, nbytes
+        if tensor.numel() and tensor.data_ptr() != out.data_ptr():
+            sources[tensor.data_ptr()] = _Source("workspace", nbytes)
             nbytes += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
-    launches, constants, written = [], [], False
+        elif tensor.numel():
+            sources[tensor.data_ptr()] = _Source("out")
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (*watch.allocated, *tensors) if tensor is not None}
+    launches, constants = [], []
     for compiled, grid, values in seen:
         if compiled is None:  # the interpreter
             return None
-        args, pointers = list(values), []
+        args: list[Any] = list(values)
         for position, value in enumerate(values):
-            if not isinstance(value, Tensor):
-                continue
-            args[position] = value.data_ptr()
-            source = sources.get(value.data_ptr())
-            if source is not None:
-                pointers.append((position, *source))
-                written |= source == (_OUT, 0)
-            elif value.numel():
-                if value.untyped_storage().data_ptr() in borrowed or value.untyped_storage().data_ptr() in sources:
-                    return None  # a view that starts inside of an input or a workspace
-                constants.append(value)
-        launches.append(
-            _Launch(
-                run=compiled.run,
-                grid=grid,
-                function=compiled.function,
-                metadata=compiled.packed_metadata,
-                args=tuple(args),
-                pointers=tuple(pointers),
-            )
-        )
-    if not written:
+            if isinstance(value, Tensor):
+                args[position] = sources.get(value.data_ptr(), value.data_ptr())
+                if value.data_ptr() not in sources and value.numel():
+                    if value.untyped_storage().data_ptr() in storages:  # starts inside of an input or a workspace
+                        return None
+                    constants.append(value)
+        start = (*grid, _Source("stream"), compiled.function, compiled.packed_metadata)
+        launches.append((compiled.run, (*start, None, None, None, *args)))  # no launch metadata and no hooks
+    if not any(_Source("out") in args for _, args in launches):
         return None
     return Replay(
         device_index=first.get_device(),
         out_shape=tuple(out.shape),
-        workspace_nbytes=nbytes,
+        workspace_numel=nbytes // first.itemsize,
         launches=tuple(launches),
         constants=tuple(constants),
     )
