@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+from triton.backends.nvidia.driver import CudaLauncher
 
 from bigq_kernels import replay
 from bigq_kernels.launch import launch
@@ -171,6 +172,34 @@ def test_keeps_nothing_where_a_kernel_started_unseen(kernels):
     out, kept = record(launcher, (x,), ())
     assert torch.equal(out, 4 * x)
     assert kept is None
+
+
+@pytest.mark.parametrize("scratch", [0, 64], ids=["direct", "scratch-memory"])
+def test_asks_tritons_launcher_what_it_calls(scratch):
+    """The launcher of the Triton that is installed, with a function of ours where its C is."""
+    launcher = object.__new__(CudaLauncher)
+    called = []
+    launcher.__dict__.update(
+        launch=lambda *arguments: called.append(arguments),
+        num_ctas=1,
+        global_scratch_size=scratch,
+        global_scratch_align=1,
+        profile_scratch_size=0,
+        profile_scratch_align=1,
+        launch_cooperative_grid=False,
+        launch_pdl=True,
+        arg_annotations=["annotation"],
+        kernel_signature=b"signature",
+    )
+    start, args = (3, 1, 1, 11, 7, ("metadata",), None, None, None), (0, 2, 5.0)
+    function, first, last = replay._direct(launcher, start, args)
+    assert called == []
+    if scratch:
+        assert (function, first, last) == (launcher, start + args, ())
+    else:
+        launcher(*start, *args)
+        assert function is launcher.launch
+        assert called == [(*first, last) if last else first]
 
 
 def test_keeps_nothing_of_torch_alone():

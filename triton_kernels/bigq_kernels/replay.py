@@ -7,6 +7,7 @@ that does anything else, such as a copy or a matmul of torch's, has no replay.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from operator import itemgetter
 from threading import get_ident
@@ -58,6 +59,9 @@ class _Watch(TorchDispatchMode):
         return out
 
 
+_Launch = tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...]]  # call first(*second, third) or first(*second)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replay:
     """What `record` saw; input 0 is the tensor whose dtype and device the output shares."""
@@ -65,7 +69,7 @@ class Replay:
     device_index: int
     out_shape: tuple[int, ...]
     workspace_numel: int  # in elements of input 0's dtype
-    launches: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...]  # compiled.run and its arguments
+    launches: tuple[_Launch, ...]
     constants: tuple[Tensor, ...]  # tables of the launcher's own, kept alive for their addresses
 
     def bind(self, pointers: Sequence[int | None]) -> "BoundReplay":
@@ -85,7 +89,7 @@ class BoundReplay:
         self._replay = replay
         self._device_index = replay.device_index
         self._current_stream = driver.active.get_current_stream
-        arguments = [argument for _, args in replay.launches for argument in args]
+        arguments = [argument for _, args, last in replay.launches for argument in args + last]
         self._offsets = sorted({a.place for a in arguments if isinstance(a, _Source) and a.kind == "workspace"})
         self._fixed: list[Any] = []
         known = {_Source("input"): 0, _Source("out"): 1, _Source("stream"): 2}
@@ -99,7 +103,10 @@ class BoundReplay:
             self._fixed.append(argument)
             return len(known) + len(self._fixed) - 1
 
-        self._launches = [(run, itemgetter(*[index(argument) for argument in args])) for run, args in replay.launches]
+        self._launches: list[tuple[Any, Any, Any]] = [
+            (start, itemgetter(*map(index, args)), itemgetter(*map(index, last)) if last else None)
+            for start, args, last in replay.launches
+        ]
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The launcher's output for an x of the recorded shape and dtype; None where this moment needs the launcher."""
@@ -118,9 +125,30 @@ class BoundReplay:
             base = workspace.data_ptr()
             values += [base + offset for offset in self._offsets]
         values += self._fixed
-        for run, pick in self._launches:
-            run(*pick(values))
+        for start, pick, pick_last in self._launches:
+            if pick_last is None:
+                start(*pick(values))
+            else:
+                start(*pick(values), pick_last(values))
         return out
+
+
+def _direct(run: Any, start: tuple[Any, ...], args: tuple[Any, ...]) -> _Launch:
+    """What Triton's launcher calls in C for run(*start, *args), so that its Python, about 1 us, is not run each time.
+
+    Versions of Triton differ in the order of arguments, so a copy of the launcher is asked. One that allocates scratch
+    memory, or is no such object, is called itself.
+    """
+    if getattr(run, "global_scratch_size", None) != 0 or getattr(run, "profile_scratch_size", None) != 0:
+        return run, start + args, ()
+    taken: list[tuple[Any, ...]] = []
+    probe = copy(run)
+    probe.launch = lambda *arguments: taken.append(arguments)
+    probe(*start, *args)
+    if len(taken) != 1:
+        return run, start + args, ()
+    (arguments,) = taken
+    return (run.launch, arguments[:-1], args) if arguments[-1:] == (args,) else (run.launch, arguments, ())
 
 
 def _hooked() -> bool:
@@ -185,7 +213,7 @@ def _replay(
         elif tensor.numel():
             sources[tensor.data_ptr()] = _Source("out")
     storages = {tensor.untyped_storage().data_ptr() for tensor in (*watch.allocated, *tensors) if tensor is not None}
-    launches, constants = [], []
+    launches, constants, written = [], [], False
     for compiled, grid, values in seen:
         if compiled is None:  # the interpreter
             return None
@@ -198,8 +226,9 @@ def _replay(
                         return None
                     constants.append(value)
         start = (*grid, _Source("stream"), compiled.function, compiled.packed_metadata)
-        launches.append((compiled.run, (*start, None, None, None, *args)))  # no launch metadata and no hooks
-    if not any(_Source("out") in args for _, args in launches):
+        launches.append(_direct(compiled.run, (*start, None, None, None), tuple(args)))  # no launch metadata, no hooks
+        written |= _Source("out") in args
+    if not written:
         return None
     return Replay(
         device_index=first.get_device(),
