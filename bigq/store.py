@@ -30,10 +30,10 @@ class Store:
     def open(cls, plan: Plan, device_map: DeviceMap, offload_folder: str | os.PathLike[str] | None) -> "Store":
         """Raises PlacementError where the disk is asked for and there is no folder, or more room than there is."""
         resting, runs_on = resting_places(plan, device_map), execution_device(device_map)
-        offloaded: dict[str, list[TensorSpec]] = {}
-        for place, spec in resting.values():
+        offloaded: dict[str, dict[str, TensorSpec]] = {}
+        for name, (place, spec) in resting.items():
             if is_offloaded(place, runs_on):
-                offloaded.setdefault(place, []).append(spec)
+                offloaded.setdefault(place, {})[name] = spec
         spaces = {}
         if "disk" in offloaded:
             if offload_folder is None:
@@ -59,7 +59,7 @@ class Store:
         """Memory to read the tensor called `name` into: its own, if `spec` is what it stays; `put` then keeps it."""
         place, final = self.resting[name]
         if spec == final and place in self.spaces:
-            self._received[name] = self.spaces[place].empty(spec)
+            self._received[name] = self.spaces[place].empty(name)
             return self._received[name]
         return torch.empty(spec.shape, dtype=spec.dtype, device=self.work_device(name, quantize=False))
 
@@ -72,6 +72,6 @@ class Store:
         if self._received.pop(name, None) is tensor:
             return tensor
         if place in self.spaces:
-            return self.spaces[place].empty(spec).copy_(tensor)
+            return self.spaces[place].empty(name).copy_(tensor)
         final = tensor.to(place).to(spec.dtype)  # cast at the end of the link: it is shorter there
         return final if owned or final is not tensor else final.clone()
