@@ -76,7 +76,7 @@ def load_and_quantize_model(
         offload=offload,
         strict=strict,
     )
-    store = Store.open(plan, places, offload_folder)
+    store = Store.open(plan, places, offload_folder, source)
     fill(model, plan, source, store, progress=progress)
     keep_float32_callable(model, plan)
     dispatch(model, places, skip_keys=skip_keys)
