@@ -173,7 +173,8 @@ def _infer_from_plan(
     if offload_folder is not None:
         budgets.setdefault("disk", 1 << 62)
     root = _tree(model, plan, classes)
-    return infer_places(root, balanced_budgets(root, budgets, strategy))
+    buffers = {tensor.names[0]: tensor.spec.nbytes for tensor in plan.tensors if tensor.is_buffer}
+    return infer_places(root, balanced_budgets(root, budgets, strategy), buffer_nbytes=sum(buffers.values()))
 
 
 def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
