@@ -62,6 +62,7 @@ def materialize(model: nn.Module) -> nn.Module:
         {name: str(runs_on) if is_offloaded(place, runs_on) else place for name, place in places.items()},
         skip_keys=skip_keys,
     )
+    model.is_loaded_in_8bit = True  # type: ignore[assignment]  # see load_and_quantize_model
     return model
 
 
