@@ -213,7 +213,7 @@ class Prefetcher:
         layout = self._layout_of(block)
         slot = self._held(layout)
         if slot is None:
-            slot = self._idle_slot(layout) if block.ahead else None
+            slot = self._idle_slot(layout) if block.ahead and layout.on_host else None
             stream = self._stream
             if slot is None:
                 slot = _Slot(layout.nbytes, self.device)
@@ -273,7 +273,7 @@ class Prefetcher:
                 continue
             layout = self._layout_of(block)
             slot = self._idle_slot(layout)
-            if slot is None:
+            if slot is None or not layout.on_host:
                 return
             self._copy(layout, slot, self._stream)
 

@@ -40,11 +40,13 @@ class _Run:
 class Layout:
     """Where each of `tensors` comes to lie in one buffer of `nbytes`, and the runs that fill it.
 
-    Holds for as long as the tensors are what they are now: see `is_current`.
+    Holds for as long as the tensors are what they are now: see `is_current`. `on_host` says that all of them are there,
+    where no stream has to be waited for.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tuple(tensors)
+        self.on_host = all(tensor.device.type == "cpu" for tensor in tensors)
         self._stamps = [_stamp(tensor) for tensor in tensors]
         self.runs: list[_Run] = []
         self.nbytes = 0
