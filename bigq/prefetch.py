@@ -59,14 +59,14 @@ class _Slot:
         self.stream: torch.cuda.Stream | None = None  # on which it was filled last
         self.reads: list[Future[None]] = []  # from files, which have to end before the copies are all queued
         self.copied: torch.cuda.Event | None = None
-        self.free: list[torch.cuda.Event] = []  # what has to happen before the buffer is written again
+        self.used: dict[torch.cuda.Stream, torch.cuda.Event] = {}  # what has to happen before it is written again
         self.lent = False
         self.turn = 0  # of the last copy or use
         self._views: WeakKeyDictionary[Layout, list[Tensor]] = WeakKeyDictionary()
         self._owners = 0
 
     def lend(self, layout: Layout) -> list[Tensor]:
-        """Frozen tensors over the buffer, new ones each time so that `has_escaped` can count what is left of them."""
+        """Frozen tensors over the buffer, new ones each time so that `escaped` can count what is left."""
         if layout not in self._views:
             self._views[layout] = self._make_views(layout)
         self.lent = True
@@ -170,8 +170,12 @@ class Prefetcher:
             assert layout is not None
             if slot.copied is not None:
                 torch.cuda.current_stream(self.device).wait_event(slot.copied)
-            if block.ahead:
-                self._follow(block)
+            try:
+                if block.ahead:
+                    self._follow(block)
+            except BaseException:
+                self.leave(block)
+                raise
         if torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             return saved_at_rest(slot.buffer, layout, self._transfer)
         return None
@@ -184,7 +188,7 @@ class Prefetcher:
             assert layout is not None
             if self.device.type == "cuda":
                 stream = torch.cuda.current_stream(self.device)
-                slot.free.append(stream.record_event())
+                slot.used[stream] = stream.record_event()
                 slot.buffer.record_stream(stream)
             block.calls -= 1
             if block.calls:
@@ -248,15 +252,16 @@ class Prefetcher:
         slot = _Slot(nbytes, self.device)
         if self._stream is not None:
             slot.buffer.record_stream(self._stream)
-            slot.free = [torch.cuda.current_stream(self.device).record_event()]  # it may be used memory
+            stream = torch.cuda.current_stream(self.device)
+            slot.used[stream] = stream.record_event()  # of the memory's former owner
         return slot
 
     def _copy(self, layout: Layout, slot: _Slot, stream: torch.cuda.Stream | None) -> None:
         wait(slot.reads)  # of a copy that nobody came for
         if stream is not None:
-            for event in slot.free:
+            for event in slot.used.values():
                 stream.wait_event(event)
-        slot.free, slot.layout, slot.stream = [], layout, stream
+        slot.used, slot.layout, slot.stream = {}, layout, stream
         slot.reads = self._transfer.start(layout, slot.buffer, stream)
         slot.copied = stream.record_event() if stream is not None else None
         slot.turn = self._tick()
