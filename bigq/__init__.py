@@ -5,6 +5,7 @@ from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError,
 from bigq.footprint import MemoryFootprint, memory_footprint
 from bigq.linear import QuantizedLinear
 from bigq.load import load_and_quantize_model
+from bigq.materialize import materialize
 from bigq.placement import infer_device_map
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
 
@@ -21,6 +22,7 @@ __all__ = [
     "dequantize_tensor",
     "infer_device_map",
     "load_and_quantize_model",
+    "materialize",
     "memory_footprint",
     "quantize_tensor",
 ]

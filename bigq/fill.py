@@ -37,6 +37,10 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
         _refuse_non_finite(source, {name: _is_finite(tensor) for name, tensor in source.read(weights)})
     finite: dict[str, Tensor] = {}
     done: list[tuple[Job, dict[str, Tensor]]] = []
+    for name, job in list(jobs.items()):
+        if job.names[0] in store.in_checkpoint:  # it stays there, unread
+            done.append((job, {job.names[0].rpartition(".")[2]: store.in_checkpoint[job.names[0]]}))
+            del jobs[name]
     total = sum(source.tensors[name].nbytes for name in jobs)
     hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from torch import nn
 
 from bigq.checkpoint import Checkpoint
 from bigq.config import QuantizationConfig, as_config, is_config
+from bigq.device_map import execution_device, is_offloaded
 from bigq.dispatch import dispatch, keep_float32_callable
 from bigq.errors import CheckpointError, ConfigError
 from bigq.fill import fill
@@ -76,12 +77,14 @@ def load_and_quantize_model(
         offload=offload,
         strict=strict,
     )
-    store = Store.open(plan, places, offload_folder)
+    store = Store.open(plan, places, offload_folder, source)
     fill(model, plan, source, store, progress=progress)
     keep_float32_callable(model, plan)
     dispatch(model, places, skip_keys=skip_keys)
     model.quantization_method = "bigq"  # type: ignore[assignment]
-    model.is_loaded_in_8bit = True  # type: ignore[assignment]  # by which PEFT and TRL know a k-bit model
+    # The flag by which PEFT and TRL know a k-bit model; accelerate refuses to prepare one of those that is offloaded.
+    runs_on = execution_device(places)
+    model.is_loaded_in_8bit = not any(is_offloaded(place, runs_on) for place in places.values())  # type: ignore[assignment]
     return model
 
 

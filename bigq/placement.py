@@ -173,7 +173,8 @@ def _infer_from_plan(
     if offload_folder is not None:
         budgets.setdefault("disk", 1 << 62)
     root = _tree(model, plan, classes)
-    return infer_places(root, balanced_budgets(root, budgets, strategy))
+    buffers = {tensor.names[0]: tensor.spec.nbytes for tensor in plan.tensors if tensor.is_buffer}
+    return infer_places(root, balanced_budgets(root, budgets, strategy), buffer_nbytes=sum(buffers.values()))
 
 
 def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
@@ -199,9 +200,14 @@ def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
 
 
 def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, TensorSpec]]:
-    """{first name: (place, spec)} of each tensor; one with several names rests on the GPU if any of them does."""
+    """{first name: (place, spec)} of each tensor; one with several names rests on the GPU if any of them does.
+
+    Buffers rest where they run, as accelerate has it by default: a module may write to them, as BatchNorm does.
+    """
     resting = {}
-    anywhere = str(execution_device(device_map))  # for non-persistent buffers that the map may leave out
+    runs_on = execution_device(device_map)
+    anywhere = str(runs_on)  # for non-persistent buffers that the map may leave out
+    buffers = {tensor.names for tensor in plan.tensors if tensor.is_buffer}
     for names, spec in plan.specs().items():
         places = {name: place for name in names if (place := place_of(device_map, name))} or {names[0]: anywhere}
         gpus = {name: place for name, place in places.items() if is_gpu(place)}
@@ -209,5 +215,7 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, Te
             listed = ", ".join(f"{name} on {place}" for name, place in gpus.items())
             raise PlacementError(f"one tensor cannot rest on several devices: {listed}; give its names one place")
         place = next(iter(gpus.values()), "cpu" if "cpu" in places.values() else "disk")
+        if names in buffers and is_offloaded(place, runs_on):
+            place = str(runs_on)
         resting[names[0]] = (place, spec)
     return resting

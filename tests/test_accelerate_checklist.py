@@ -249,7 +249,7 @@ def test_buffers_are_loaded_and_keep_their_dtype(empty, tmp_path, place):
     for name, buffer in norm.named_buffers():
         assert torch.equal(getattr(loaded, name), buffer)
         assert getattr(loaded, name).dtype == buffer.dtype
-        assert is_file_backed(getattr(loaded, name)) == (place == "disk")
+        assert not is_file_backed(getattr(loaded, name)), "buffers rest where they run"
 
 
 @pytest.mark.parametrize("value", ["cpu", torch.device("cpu"), "disk"], ids=str)
@@ -357,15 +357,16 @@ def test_disk_offload_keeps_to_itself(tiny, empty, tmp_path, ids):
 
 
 def test_int8_offload_really_leaves(load, ids):
-    model = load(QuantizationConfig("int8"), {"": "cpu", "blocks.1": "disk"})
-    model(ids)
-    copies = [
-        value
+    model = load(QuantizationConfig("int8"), {"": "cpu", "blocks": "disk"})
+    for _ in range(3):
+        model(ids)
+    memories = {
+        value.untyped_storage().data_ptr()
         for value in gc.get_objects()
         if issubclass(type(value), torch.Tensor) and value.dtype == torch.int8 and value.shape == (216, 72)
-    ]
-    own = {id(model.blocks[i].up.weight) for i in range(3)}
-    assert {id(value) for value in copies} <= own
+    }
+    at_rest = {model.blocks[i].up.weight.untyped_storage().data_ptr() for i in range(3)}
+    assert len(memories - at_rest) == 2, "two slots for three blocks"
 
 
 def test_exception_in_forward(load, ids):

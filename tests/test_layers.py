@@ -12,9 +12,10 @@ LAYERS = [  # an import points to an earlier line, or to the left within a line
     ["ops", "eager"],
     ["formats", "checkpoint"],
     ["config", "linear", "offload", "device_map", "model_tensors"],
-    ["selection", "hooks", "stream", "footprint", "quantize"],
+    ["transfer", "saved_tensors", "prefetch", "attach", "moves", "hooks"],
+    ["selection", "stream", "footprint", "quantize"],
     ["plan", "fit", "planning", "placement"],
-    ["commit", "dispatch", "store", "fill"],
+    ["commit", "dispatch", "materialize", "store", "fill"],
     ["load"],
     ["__init__"],
 ]

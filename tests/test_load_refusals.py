@@ -184,7 +184,9 @@ class TestRefusals:
             ({}, "device_map is empty"),
             ({"": "cpu", "blocks.0": "disk"}, "pass offload_folder"),
         ):
-            self.refused(empty(tiny), checkpoint, config, device_map, error=PlacementError, words=words)
+            self.refused(
+                empty(tiny), checkpoint, config, device_map, error=PlacementError, words=words, offload="quantized"
+            )
         self.refused(
             empty(tiny), checkpoint, config, "auto", error=PlacementError, words="does not fit", max_memory={"cpu": 99}
         )
@@ -201,6 +203,7 @@ class TestRefusals:
             {"": "cpu", "blocks.0": "disk"},
             error=PlacementError,
             words="No space left",
+            offload="quantized",
             offload_folder=tmp_path / "offload",
         )
 

@@ -20,6 +20,7 @@ PUBLIC = {
     "dequantize_tensor",
     "infer_device_map",
     "load_and_quantize_model",
+    "materialize",
     "memory_footprint",
     "quantize_tensor",
 }
