@@ -14,7 +14,9 @@ from bigq.errors import CheckpointError, ConfigError
 from bigq.fill import fill
 from bigq.model_tensors import ModelTensors
 from bigq.placement import plan_and_place
+from bigq.stages import Stages
 from bigq.store import Store
+from bigq.stream import Budget
 
 __all__ = ["load_and_quantize_model"]
 
@@ -33,6 +35,8 @@ def load_and_quantize_model(
     skip_keys: str | list[str] | None = None,
     strict: bool = True,
     progress: bool | None = None,
+    read_threads: int | None = None,
+    read_budget: int | None = None,
 ) -> nn.Module:
     """Stream a checkpoint into `model`, quantize its linears on the way, and place it as `device_map` says.
 
@@ -63,6 +67,7 @@ def load_and_quantize_model(
     Raises:
         CheckpointError, ConfigError, PlacementError, UnsupportedError: see bigq.errors.
     """
+    budget, stages = Budget.of_machine(read_threads, read_budget), Stages()
     weights_location, config = _arguments(weights_location, quantization_config, bnb_quantization_config)
     source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
     plan, places = plan_and_place(
@@ -77,7 +82,7 @@ def load_and_quantize_model(
         strict=strict,
     )
     store = Store.open(plan, places, offload_folder)
-    fill(model, plan, source, store, progress=progress)
+    fill(model, plan, source, store, budget=budget, stages=stages, progress=progress)
     keep_float32_callable(model, plan)
     dispatch(model, places, skip_keys=skip_keys)
     model.quantization_method = "bigq"  # type: ignore[assignment]

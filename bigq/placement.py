@@ -25,10 +25,9 @@ from bigq.device_map import (
 )
 from bigq.errors import PlacementError
 from bigq.formats import Description, TensorSpec
-from bigq.model_tensors import ModelTensors, tensor_groups
+from bigq.model_tensors import ModelTensors, Source, tensor_groups
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
-from bigq.stream import Source
 
 __all__ = ["infer_device_map", "plan_and_place", "resting_places"]
 

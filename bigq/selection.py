@@ -60,8 +60,9 @@ def select_linears(
 
     def why_kept(module: nn.Module, aliases: tuple[str, ...]) -> str | None:
         for name in aliases:
-            if name in asked:
-                return asked[name]
+            for asked_for in (name, tensor_name(name, "weight")):
+                if asked_for in asked:
+                    return asked[asked_for]
         if module._parameters.get("weight") is None:
             return "its weight is computed from other parameters"
         if "forward" in vars(module):

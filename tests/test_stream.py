@@ -20,9 +20,29 @@ CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
 
 
-def on(device):
-    """Memory to read a tensor into, on `device`."""
-    return lambda info: torch.empty(info.shape, dtype=info.dtype, device=device)
+BUDGET = Budget(threads=3, nbytes=8 << 20)
+SMALL = Budget(threads=3, nbytes=8 * 4099)  # chunks that end inside elements and tensors, and runs of a few of them
+
+
+def targets(checkpoint, device, names=None, *, own=False):
+    """Every tensor to `device`, lent or in memory of its own."""
+
+    def memory(info):
+        return lambda: torch.empty(info.shape, dtype=info.dtype, device=device)
+
+    infos = checkpoint.tensors
+    return {n: Target(device=device, own=memory(infos[n]) if own else None) for n in names or infos}
+
+
+def arrivals(checkpoint, wanted, budget=BUDGET, **kwargs):
+    """{name: tensor} put together from its pieces, copied while they are lent."""
+    arrived = {}
+    for pieces in stream(checkpoint, wanted, budget, Stages(), **kwargs):
+        for info, start, tensor, _ in pieces:
+            assert tensor.is_contiguous()
+            assert start == (len(arrived[info.name]) if info.name in arrived else 0)
+            arrived[info.name] = torch.cat([*([arrived[info.name]] if start else []), tensor.cpu()]) if start else tensor.cpu().clone()
+    return arrived
 
 
 @pytest.fixture
