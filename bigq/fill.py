@@ -19,6 +19,7 @@ from bigq.quantizer import Quantizer
 from bigq.stages import Stages
 from bigq.store import Store
 from bigq.stream import Budget, Piece, Target, stream
+from bigq.warm_up import WarmUp
 
 __all__ = ["fill"]
 
@@ -33,6 +34,7 @@ def fill(
     *,
     budget: Budget,
     stages: Stages,
+    warm_up: WarmUp,
     progress: bool | None = None,
 ) -> None:
     """Fill `model` from `source` as `plan` and `store` say.
@@ -50,9 +52,10 @@ def fill(
     total = sum(source.tensors[name].nbytes for name in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
         if isinstance(source, ModelTensors):
+            warm_up.wait()
             _convert(model, jobs, source, store, stages, bar.update)
         else:
-            done = _Arrivals(jobs, source, store).read(budget, stages, bar.update)
+            done = _Arrivals(jobs, source, store, warm_up).read(budget, stages, bar.update)
     with stages.timed("commit"):
         for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
             if job.source is None:
@@ -95,8 +98,8 @@ def _convert(
 class _Arrivals:
     """What has arrived of a checkpoint, finished and in its place, beside the model."""
 
-    def __init__(self, jobs: Mapping[str, Job], checkpoint: Checkpoint, store: Store) -> None:
-        self.jobs, self.checkpoint, self.store = jobs, checkpoint, store
+    def __init__(self, jobs: Mapping[str, Job], checkpoint: Checkpoint, store: Store, warm_up: WarmUp) -> None:
+        self.jobs, self.checkpoint, self.store, self.warm_up = jobs, checkpoint, store, warm_up
         self.quantizer = Quantizer()
         self.states: dict[str, dict[str, Tensor]] = {}  # by source name
         self.incomplete: dict[str, Tensor] = {}
@@ -112,6 +115,9 @@ class _Arrivals:
         targets = {name: self._target(self.checkpoint.tensors[name], job) for name, job in self.jobs.items()}
         for pieces in stream(self.checkpoint, targets, budget, stages, room=lambda device: self.to_come.get(device, 0)):
             nbytes = sum(piece.tensor.nbytes for piece in pieces)
+            if any(isinstance(self.jobs[piece.info.name], PlannedLinear) for piece in pieces):
+                with stages.timed("wait"):
+                    self.warm_up.wait()
             with stages.timed("quantize", nbytes):
                 self._take(pieces)
             del pieces  # or they would outlive their replacements by one turn
@@ -129,7 +135,9 @@ class _Arrivals:
         return Target(device=self.store.work_device(name, quantize=False), own=own)
 
     def _take(self, pieces: list[Piece]) -> None:
-        for is_linear, group in groupby(pieces, key=lambda piece: isinstance(self.jobs[piece.info.name], PlannedLinear)):
+        for is_linear, group in groupby(
+            pieces, key=lambda piece: isinstance(self.jobs[piece.info.name], PlannedLinear)
+        ):
             if is_linear:
                 self._quantize(list(group))
             else:

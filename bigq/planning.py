@@ -146,6 +146,4 @@ def _matrix_shape(module: nn.Linear) -> tuple[int, int]:
 def _planned_linear(
     module: nn.Linear, names: tuple[str, ...], description: Description, source: str | None
 ) -> PlannedLinear:
-    return PlannedLinear(
-        names=names, description=description, source=source, transposed=is_transposed_linear(module)
-    )
+    return PlannedLinear(names=names, description=description, source=source, transposed=is_transposed_linear(module))

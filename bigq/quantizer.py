@@ -45,7 +45,10 @@ class Quantizer:
         parts: Iterable[dict[str, Tensor]] = [stacked]
         if len(group) > 1:
             counts = [len(piece.tensor) for _, piece in group]
-            split = {leaf: torch.split_with_sizes_copy(rows, counts) for leaf, rows in stacked.items()}
+            split = {
+                leaf: torch.split_with_sizes_copy(rows, counts)  # type: ignore[func-returns-value]
+                for leaf, rows in stacked.items()
+            }
             parts = (dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True))
         for (linear, piece), rows in zip(group, parts, strict=True):
             whole = self._collect(linear, piece, rows)

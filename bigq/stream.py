@@ -1,9 +1,9 @@
 """stream: read tensors with several threads, each straight to the device that works on it.
 
-A file is read in file order, in runs: neighbouring tensors for one device are one piece of memory, so what is done once
-a run is not done for each of 19,000 small tensors. What goes to a GPU passes through a small ring of pinned memory, each
-byte once, while the chunks before it are copied; what stays on the CPU is read into place. Nothing is mapped, so a file
-that is cut short meanwhile is an error and no SIGBUS.
+A file is read in file order, in runs: neighbouring tensors for one device are one piece of memory, so what is done for a
+run is not done for each of 19,000 small tensors. What goes to a GPU passes through a ring of pinned memory, each byte
+once, while the chunks before it are copied; what stays on the CPU is read into place. Nothing is mapped, so a file that
+is cut short meanwhile is an error and no SIGBUS.
 """
 
 import ctypes
@@ -352,7 +352,9 @@ class _Reader:
             try:
                 got = os.preadv(self.files[run.file], [buffer[done:]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"cannot read tensor {_tensor_at(run, start)!r} of {run.file}: {error}") from error
+                raise CheckpointError(
+                    f"cannot read tensor {_tensor_at(run, start)!r} of {run.file}: {error}"
+                ) from error
             if not got:
                 raise CheckpointError(
                     f"{run.file} ended at byte {offset + done}, in the middle of tensor "

@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parents[1] / "bigq"
 LAYERS = [  # an import points to an earlier line, or to the left within a line
     ["reference"],
     ["ops"],
-    ["formats", "checkpoint"],
+    ["formats", "checkpoint", "table"],
     ["config", "linear", "offload", "device_map", "model_tensors", "machine", "stages"],
     ["selection", "hooks", "stream", "footprint", "quantize"],
-    ["plan", "fit", "planning", "placement", "quantizer"],
-    ["commit", "dispatch", "store", "fill"],
+    ["plan", "fit", "planning", "placement"],
+    ["quantizer", "warm_up", "commit", "dispatch", "store", "fill", "report"],
     ["load"],
     ["__init__"],
 ]

@@ -41,7 +41,9 @@ def arrivals(checkpoint, wanted, budget=BUDGET, **kwargs):
         for info, start, tensor, _ in pieces:
             assert tensor.is_contiguous()
             assert start == (len(arrived[info.name]) if info.name in arrived else 0)
-            arrived[info.name] = torch.cat([*([arrived[info.name]] if start else []), tensor.cpu()]) if start else tensor.cpu().clone()
+            arrived[info.name] = (
+                torch.cat([*([arrived[info.name]] if start else []), tensor.cpu()]) if start else tensor.cpu().clone()
+            )
     return arrived
 
 
