@@ -132,7 +132,7 @@ class _Run:
         self.target, self.offset, self.nbytes = target, offset, 0
         self.parts: list[_Part] = []
         self.lock, self.handed_over = Lock(), Event()
-        self.copied: list[torch.cuda.Event] = []
+        self.copied: dict[torch.cuda.Stream, torch.cuda.Event] = {}  # the last copy of each thread
         self.free: torch.cuda.Event | None = None
 
     def append(self, part: _Part) -> None:
@@ -165,17 +165,15 @@ class _Run:
             self.handed_over.set()
         return starts
 
-    def chunk_done(self, copied: torch.cuda.Event | None) -> None:
+    def chunk_done(self) -> None:
         with self.lock:
             self.chunks -= 1
-            if copied is not None:
-                self.copied.append(copied)
             if not self.chunks:
                 self.handed_over.set()
 
     def pieces(self) -> list[Piece]:
         """The tensors, ready on the current stream."""
-        for copied in self.copied:
+        for copied in self.copied.values():
             torch.cuda.current_stream(self.target.device).wait_event(copied)
         if self.target.own is not None:
             return [Piece(self.parts[0].info, 0, self.memory, is_lent=False)]
@@ -300,13 +298,12 @@ class _Reader:
         streams: dict[torch.device, torch.cuda.Stream] = {}
         while (job := self.work.get()) is not None:
             run, start = job
-            copied = None
             try:
                 if self.error is None:
-                    copied = self._move(run, start, slots, streams)
+                    self._move(run, start, slots, streams)
             except BaseException as error:  # handed to the consumer, which raises it
                 self.error = self.error or error
-            run.chunk_done(copied)
+            run.chunk_done()
             del job, run  # or an idle thread would keep the memory alive
         for _, copied in slots:
             if copied is not None:
@@ -318,31 +315,31 @@ class _Reader:
         start: int,
         slots: deque[tuple[Tensor, torch.cuda.Event | None]],
         streams: dict[torch.device, torch.cuda.Stream],
-    ) -> torch.cuda.Event | None:
-        """Read one chunk; returns the event of its copy to a GPU."""
+    ) -> None:
+        """Read one chunk and queue its copy to the GPU, if it goes to one."""
         nbytes = self.budget.chunk_nbytes
         target = run.bytes[start : min(start + nbytes, run.nbytes)]
         if run.free is None:
             self._read(run, start, target)
-            return None
+            return
         if len(slots) < _SLOTS:
             slots.appendleft((torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), None))
         slot, last = slots.popleft()
         if last is not None:
-            with self.stages.timed("copy"):
+            with self.stages.timed("copy", len(target)):
                 last.synchronize()
         self._read(run, start, slot[: len(target)])
-        device = target.device
+        device = run.target.device
         if device not in streams:
             streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(streams[device]):
-            streams[device].wait_event(run.free)
-            target.copy_(slot[: len(target)], non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-        self.stages.add("copy", 0.0, len(target))
+        stream = streams[device]
+        torch.cuda.set_stream(stream)  # of this thread only
+        stream.wait_event(run.free)
+        target.copy_(slot[: len(target)], non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(stream)
+        run.copied[stream] = copied
         slots.append((slot, copied))
-        return copied
 
     def _read(self, run: _Run, start: int, into: Tensor) -> None:
         began = time.perf_counter()
