@@ -38,9 +38,9 @@ class ModuleReport:
 class QuantizationReport:
     """What `load_and_quantize_model` did, as `model.quantization_report`.
 
-    `stages`: "plan" (open, check, place), "wait" (for data, and for Triton to start), "quantize" (and place; on a GPU the
-    time to queue it) and "commit" follow each other in the calling thread. "read" and "copy" (waiting for a chunk's copy
-    to the GPU) run beside them in the reading threads, and their seconds are summed over those.
+    `stages`: "plan" (open, check, place), "wait" (for data, and for Triton to start), "quantize" (and place; on a GPU
+    the time to queue it) and "commit" follow each other in the calling thread. "read" and "copy" (waiting for a chunk's
+    copy to the GPU) run beside them in the reading threads; their seconds are those of all threads together.
     `modules`: every module that holds tensors, under its first name; a tied tensor counts at the first of its modules.
     """
 

@@ -1,9 +1,9 @@
 """stream: read tensors with several threads, each straight to the device that works on it.
 
-A file is read in file order, in runs: neighbouring tensors for one device are one piece of memory, so what is done for a
-run is not done for each of 19,000 small tensors. What goes to a GPU passes through a ring of pinned memory, each byte
-once, while the chunks before it are copied; what stays on the CPU is read into place. Nothing is mapped, so a file that
-is cut short meanwhile is an error and no SIGBUS.
+A file is read in file order, in runs: neighbouring tensors for one device are one piece of memory, so that what is done
+for a run is not done for each of 19,000 small tensors. What goes to a GPU passes through a ring of pinned memory, each
+byte once, while the chunks before it are copied; what stays on the CPU is read into place. Nothing is mapped, so a file
+that is cut short meanwhile is an error and no SIGBUS.
 """
 
 import ctypes
@@ -108,9 +108,8 @@ def stream(
         CheckpointError: a file cannot be read, or is not what it was when the checkpoint was opened.
     """
     infos = [info for name, info in checkpoint.tensors.items() if name in targets]
-    runs = list(_runs((info for info in infos if info.offset is not None), targets, budget.run_nbytes))
-    if runs:
-        yield from _Reader(checkpoint, _take_turns(runs), budget, stages, room).pieces()
+    runs = _runs((info for info in infos if info.offset is not None), targets, budget.run_nbytes)
+    yield from _Reader(checkpoint, _take_turns(runs), budget, stages, room).pieces()
     for name, tensor in checkpoint.read([info.name for info in infos if info.offset is None]):
         yield [Piece(checkpoint.tensors[name], 0, tensor)]
 
@@ -257,7 +256,7 @@ class _Reader:
         in_flight: deque[_Run] = deque()
         lent = 0
         try:
-            for thread in self.threads:
+            for thread in self.threads if self.runs else ():
                 thread.start()
             while self.runs or in_flight:
                 while self.runs and (not in_flight or self._may_start(self.runs[0], lent)):
