@@ -26,18 +26,7 @@ def commit(
 
 
 def _commit_linear(model: nn.Module, linear: PlannedLinear, state: Mapping[str, Tensor]) -> None:
-    """Turn the linear into a QuantizedLinear where it stands.
-
-    The object stays the same, so whatever else refers to it follows: a second parent, a closure, its own hooks.
-    """
-    module = model.get_submodule(linear.names[0])
-    parameters = {**linear.module._parameters, "bias": module._parameters["bias"]}  # the bias has a job of its own
-    for leaf, tensor in state.items():
-        parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    module.__class__ = QuantizedLinear
-    for name in QuantizedLinear.own_attributes:
-        setattr(module, name, getattr(linear.module, name))
-    module._parameters = parameters
+    QuantizedLinear.convert(model.get_submodule(linear.names[0]), linear.description, state)
     for name in linear.names:
         parent, _ = find_owner(model, name)
         if isinstance(parent, nn.TransformerEncoderLayer):
@@ -47,7 +36,7 @@ def _commit_linear(model: nn.Module, linear: PlannedLinear, state: Mapping[str, 
 def _commit_tensor(model: nn.Module, planned: PlannedTensor, tensor: Tensor, frozen: bool) -> None:
     requires_grad = planned.requires_grad and not frozen
     value = getattr(*find_owner(model, planned.names[0]))
-    if tensor_key(value) == tensor_key(tensor) and value.device == tensor.device:
+    if value is not None and tensor_key(value) == tensor_key(tensor) and value.device == tensor.device:
         value.requires_grad_(requires_grad)  # where nothing moved, the object stays: an optimizer may hold it
     else:
         value = tensor if planned.is_buffer else nn.Parameter(tensor, requires_grad=requires_grad)

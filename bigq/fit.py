@@ -45,7 +45,7 @@ class Fit:
         if linear.source is not None:
             for name in linear.names:
                 self.claimed.add(tensor_name(name, "weight"))
-            shape = (linear.module.out_features, linear.module.in_features)[:: -1 if linear.transposed else 1]
+            shape = linear.description.shape[:: -1 if linear.transposed else 1]
             self._check(linear.source, shape, floating=True)
 
     def tensors_outside(self, linears: Sequence[PlannedLinear]) -> Iterator[PlannedTensor]:
@@ -58,7 +58,7 @@ class Fit:
                     yield planned
         for linear in linears:
             if linear.source is None:
-                for leaf, spec in linear.module.state_spec().items():
+                for leaf, spec in linear.description.state_spec.items():
                     names = tuple(tensor_name(name, leaf) for name in linear.names)
                     source = next((name for name in names if name in self.tensors), names[0])
                     self.claimed.update(names)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from bigq.linear import QuantizedLinear
 from bigq.model_tensors import find_owner, tensor_groups
 from bigq.offload import is_file_backed
+from bigq.table import format_table
 
 __all__ = ["MemoryFootprint", "memory_footprint"]
 
@@ -31,10 +32,8 @@ class MemoryFootprint:
         """One line a device, in MB (1e6 bytes), with a total."""
         rows = [(device, [kinds[kind] for kind in KINDS]) for device, kinds in self.nbytes.items()]
         rows.append(("total", [sum(column) for column in zip(*(values for _, values in rows), strict=True)]))
-        lines = [f"{'MB':<10}" + "".join(f"{kind:>12}" for kind in (*KINDS, "all"))]
-        for device, values in rows:
-            lines.append(f"{device:<10}" + "".join(f"{value / 1e6:>12.3f}" for value in (*values, sum(values))))
-        return "\n".join(lines)
+        cells = [(device, *(f"{value / 1e6:.3f}" for value in (*values, sum(values)))) for device, values in rows]
+        return format_table([("MB", *KINDS, "all"), *cells])
 
 
 def memory_footprint(model: nn.Module) -> MemoryFootprint:

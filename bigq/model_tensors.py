@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bigq.checkpoint import TensorInfo
+from bigq.checkpoint import Checkpoint, TensorInfo
 from bigq.errors import CheckpointError
 
 __all__ = [
     "ModelTensors",
+    "Source",
     "TensorGroup",
     "assign_tensor",
     "find_owner",
@@ -123,3 +124,6 @@ class ModelTensors:
     def _tensor(self, name: str) -> Tensor:
         tensor: Tensor = getattr(*find_owner(self.model, name))
         return tensor
+
+
+Source = Checkpoint | ModelTensors

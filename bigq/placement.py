@@ -25,12 +25,11 @@ from bigq.device_map import (
 )
 from bigq.errors import PlacementError
 from bigq.formats import Description, TensorSpec
-from bigq.model_tensors import ModelTensors, tensor_groups
+from bigq.model_tensors import ModelTensors, Source, tensor_groups
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
-from bigq.stream import Source
 
-__all__ = ["infer_device_map", "plan_and_place", "resting_places"]
+__all__ = ["expected_device", "infer_device_map", "plan_and_place", "resting_places"]
 
 
 def plan_and_place(
@@ -88,6 +87,12 @@ def plan_and_place(
         if policy is None and config is not None:
             policy = config.weight_format().custom_map_offload
     return plan(places, policy), places
+
+
+def expected_device(device_map: object) -> torch.device:
+    """Where a load under `device_map` will most likely quantize, which is known for sure only after the plan."""
+    automatic = isinstance(device_map, str) and device_map in STRATEGIES
+    return execution_device(_explicit_device_map(None if automatic else device_map))
 
 
 def infer_device_map(

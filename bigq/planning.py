@@ -13,7 +13,7 @@ from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.fit import Fit
 from bigq.formats import Description
 from bigq.linear import QuantizedLinear
-from bigq.model_tensors import module_names, tensor_name
+from bigq.model_tensors import module_names, tensor_groups, tensor_name
 from bigq.plan import Plan, PlannedLinear
 from bigq.selection import is_transposed_linear, match_patterns, select_linears
 
@@ -80,6 +80,7 @@ def _chosen_linears(
         defaults=config.skip_defaults,
     )
     kept, linears, weight_format = dict(selection.kept), [], config.weight_format()
+    descriptions: dict[tuple[tuple[int, int], torch.dtype], Description] = {}  # one for all linears that look alike
     for name, aliases in selection.linears.items():
         if unquantized(name):
             kept[name] = "offloaded with its dtype"
@@ -88,13 +89,12 @@ def _chosen_linears(
         weights = [tensor_name(alias, "weight") for alias in aliases]
         source = next((weight for weight in weights if weight in tensors), weights[0])
         info = tensors.get(source)
-        description = Description(
-            format=weight_format,
-            shape=_matrix_shape(module),
-            dtype=info.dtype if info is not None else module.weight.dtype,
-            compute_dtype=config.compute_dtype,
-        )
-        linears.append(_planned_linear(module, aliases, description, source))
+        looks = _matrix_shape(module), info.dtype if info is not None else module.weight.dtype
+        if looks not in descriptions:
+            descriptions[looks] = Description(
+                format=weight_format, shape=looks[0], dtype=looks[1], compute_dtype=config.compute_dtype
+            )
+        linears.append(_planned_linear(module, aliases, descriptions[looks], source))
     if not selection.linears:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in kept.items()) or "  it has no nn.Linear or Conv1D"
         raise UnsupportedError(f"nothing to quantize in {type(model).__name__}:\n{reasons}")
@@ -107,10 +107,13 @@ def _quantized_linears(
     """The linears that the checkpoint holds quantized, with its descriptions."""
     names = {name: aliases for aliases in module_names(model).values() for name in aliases}
     if config is not None:
+        everything = [*filter(None, names), *(name for group in tensor_groups(model) for name in group.names)]
         for field in ("skip_modules", "keep_in_fp32_modules"):
-            for name, pattern in match_patterns(field, getattr(config, field), names).items():
-                if name in quantized:
-                    raise ConfigError(f"{field} {pattern!r} matches {name}, which the checkpoint holds quantized")
+            for name, pattern in match_patterns(field, getattr(config, field), everything).items():
+                owner, _, leaf = name.rpartition(".")
+                linear = owner if leaf == "weight" else name
+                if linear in quantized:
+                    raise ConfigError(f"{field} {pattern!r} matches {linear}, which the checkpoint holds quantized")
     linears, problems = [], []
     for name, description in quantized.items():
         found = model.get_submodule(name) if name in names else None
@@ -143,5 +146,4 @@ def _matrix_shape(module: nn.Linear) -> tuple[int, int]:
 def _planned_linear(
     module: nn.Linear, names: tuple[str, ...], description: Description, source: str | None
 ) -> PlannedLinear:
-    quantized = QuantizedLinear(description, bias=None if module.bias is None else module.bias.dtype)
-    return PlannedLinear(names=names, module=quantized, source=source, transposed=is_transposed_linear(module))
+    return PlannedLinear(names=names, description=description, source=source, transposed=is_transposed_linear(module))

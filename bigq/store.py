@@ -12,10 +12,10 @@ from bigq.checkpoint import Checkpoint
 from bigq.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
 from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
+from bigq.model_tensors import Source
 from bigq.offload import CheckpointMap, OffloadSpace
 from bigq.placement import resting_places
 from bigq.plan import Plan
-from bigq.stream import Source
 
 __all__ = ["Store"]
 

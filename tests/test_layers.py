@@ -10,12 +10,12 @@ PACKAGE = Path(__file__).parents[1] / "bigq"
 LAYERS = [  # an import points to an earlier line, or to the left within a line
     ["reference"],
     ["ops", "eager"],
-    ["formats", "checkpoint"],
-    ["config", "linear", "offload", "device_map", "model_tensors"],
+    ["formats", "checkpoint", "table"],
+    ["config", "linear", "offload", "device_map", "model_tensors", "machine", "stages"],
     ["transfer", "saved_tensors", "prefetch", "attach", "moves", "hooks"],
     ["selection", "stream", "footprint", "quantize"],
     ["plan", "fit", "planning", "placement"],
-    ["commit", "dispatch", "materialize", "store", "fill"],
+    ["quantizer", "warm_up", "commit", "dispatch", "materialize", "store", "fill", "report"],
     ["load"],
     ["__init__"],
 ]

@@ -14,10 +14,10 @@ from bigq import (
     ConfigError,
     PlacementError,
     QuantizationConfig,
-    QuantizedLinear,
     UnsupportedError,
     load_and_quantize_model,
 )
+from bigq.formats import Block4
 
 
 def snapshot(model):
@@ -211,15 +211,15 @@ class TestRefusals:
         model = empty(tiny)
         before = snapshot(model)
         calls = []
-        quantize = QuantizedLinear.quantize
+        finish = Block4.finish
 
-        def interrupted(self, weight):
+        def interrupted(self, rows, shape):
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt
-            return quantize(self, weight)
+            return finish(self, rows, shape)
 
-        monkeypatch.setattr(QuantizedLinear, "quantize", interrupted)
+        monkeypatch.setattr(Block4, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"))
         assert_untouched(model, before)

@@ -48,8 +48,22 @@ class Format(Protocol):
     def state_spec(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """The named tensors that hold a weight of `shape`; "weight" is the packed codes."""
 
+    def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """Tensors with one row for each of `rows` [R, K], on its device; what a row gives depends on it alone.
+
+        So the rows of several weights can be quantized in one launch, and those of a huge weight in several.
+        """
+
+    def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The tensors of `state_spec` from what `quantize_rows` gave for all rows of a weight of `shape`.
+
+        Each owns its storage if those of `rows` do.
+        """
+
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors of `state_spec`, on the weight's device; each owns its storage."""
+        shape = tuple(weight.shape)
+        return self.finish(self.quantize_rows(weight.reshape(matrix_shape(shape))), shape)
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The weight of `shape` that `state` stands for, rounded once to `dtype`."""

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from bigq import eager, ops
 from bigq.errors import ConfigError
-from bigq.formats.base import State, TensorSpec, matrix_shape
+from bigq.formats.base import Format, State, TensorSpec, matrix_shape
 
 __all__ = ["Int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8:
+class Int8(Format):
     """State: weight int8 [..., K], absmax float32 [..., 1].
 
     `threshold` is the activation magnitude from which a column of x is multiplied in x's own dtype; 0 for never.
@@ -40,10 +40,13 @@ class Int8:
             "absmax": TensorSpec(shape=(*leading, 1), dtype=torch.float32),
         }
 
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        spec = self.state_spec(tuple(weight.shape))
-        codes, absmax = ops.quantize_int8(weight.reshape(matrix_shape(tuple(weight.shape))))
-        return {"weight": codes.view(spec["weight"].shape), "absmax": absmax.view(spec["absmax"].shape)}
+    def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        codes, absmax = ops.quantize_int8(rows)
+        return {"weight": codes, "absmax": absmax}
+
+    def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        spec = self.state_spec(shape)
+        return {leaf: tensor.view(spec[leaf].shape) for leaf, tensor in rows.items()}
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         weight, absmax = state["weight"], state["absmax"]
