@@ -84,7 +84,7 @@ def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
     """
     floating = [tensor for tensor in plan.tensors if tensor.spec.dtype.is_floating_point and not tensor.is_buffer]
     by_rule = {name for tensor in floating if tensor.is_float32_by_rule for name in tensor.names}
-    if not any(tensor.spec.dtype in (torch.float16, torch.bfloat16) for tensor in floating):
+    if not by_rule or not any(tensor.spec.dtype in (torch.float16, torch.bfloat16) for tensor in floating):
         return
     head = output_head(model)
 
@@ -102,8 +102,7 @@ def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
         for name, child in module.named_children():
             walk(child, prefix + name)
 
-    if by_rule:
-        walk(model, "")
+    walk(model, "")
 
 
 def _units(model: nn.Module, device_map: DeviceMap) -> list[_Unit]:

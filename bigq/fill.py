@@ -1,5 +1,6 @@
 """fill: read, quantize and place every tensor of a plan, then change the model."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import groupby
@@ -13,7 +14,7 @@ from bigq.commit import commit
 from bigq.device_map import is_gpu
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import ModelTensors, Source, find_owner, tensor_name
+from bigq.model_tensors import ModelTensors, Source, find_owner, modules_by_name, tensor_name
 from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
 from bigq.quantizer import Quantizer
 from bigq.stages import Stages
@@ -60,15 +61,16 @@ def fill(
             _convert(model, jobs, source, store, stages, bar.update)
         else:
             done += _Arrivals(jobs, source, store, warm_up).read(budget, stages, bar.update)
+    modules = modules_by_name(model)
     with stages.timed("commit"):
         for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
             if job.source is None:
-                own: Tensor = getattr(*find_owner(model, job.names[0]))
+                own: Tensor = getattr(*find_owner(modules, job.names[0]))
                 done.append((job, _place_one(job, own.detach(), store)))
         done += [(job, {}) for job in plan.linears if job.source is None]
         done.sort(key=lambda entry: isinstance(entry[0], PlannedTensor))  # modules before the tensors that go into them
         for planned, tensors in done:
-            _commit(model, planned, tensors, store)
+            _commit(modules, planned, tensors, store)
 
 
 def _convert(
@@ -83,7 +85,7 @@ def _convert(
     weights = [name for name, job in jobs.items() if isinstance(job, PlannedLinear)]
     finite = {name: tensor.isfinite().all() for name, tensor in source.read(weights)}
     _refuse_non_finite(source, [name for name, flag in finite.items() if not flag])
-    quantizer = Quantizer()
+    quantizer, modules = Quantizer(), modules_by_name(model)
     for name, tensor in source.read(jobs):
         job, nbytes = jobs[name], tensor.nbytes
         with stages.timed("quantize", nbytes):
@@ -95,7 +97,7 @@ def _convert(
             else:
                 placed = _place_one(job, tensor, store)
         del tensor  # or it would outlive its replacement by one turn
-        _commit(model, job, placed, store)
+        _commit(modules, job, placed, store)
         progressed(nbytes)
 
 
@@ -107,17 +109,16 @@ class _Arrivals:
         self.quantizer = Quantizer()
         self.states: dict[str, dict[str, Tensor]] = {}  # by source name
         self.incomplete: dict[str, Tensor] = {}
-        self.to_come: dict[torch.device, int] = {}  # bytes of quantized weights that GPUs do not hold yet
-        for job in jobs.values():
-            if isinstance(job, PlannedLinear):
-                self._count(job, job.description.nbytes)
+        self.targets = {name: self._target(checkpoint.tensors[name], job) for name, job in jobs.items()}
+        self.to_come: Counter[torch.device] = Counter()  # bytes of quantized weights that GPUs do not hold yet
+        for name, job in jobs.items():
+            self.to_come[self.targets[name].device] += self._nbytes_on_gpu(job)
 
     def read(
         self, budget: Budget, stages: Stages, progressed: Callable[[int], object]
     ) -> list[tuple[Job, dict[str, Tensor]]]:
         """Read everything; `progressed` is told bytes."""
-        targets = {name: self._target(self.checkpoint.tensors[name], job) for name, job in self.jobs.items()}
-        for pieces in stream(self.checkpoint, targets, budget, stages, room=lambda device: self.to_come.get(device, 0)):
+        for pieces in stream(self.checkpoint, self.targets, budget, stages, self.to_come.__getitem__):
             nbytes = sum(piece.tensor.nbytes for piece in pieces)
             if any(isinstance(self.jobs[piece.info.name], PlannedLinear) for piece in pieces):
                 with stages.timed("wait"):
@@ -153,17 +154,18 @@ class _Arrivals:
         for piece in pieces:
             job = self.jobs[piece.info.name]
             assert isinstance(job, PlannedLinear)
-            items.append((job, piece._replace(tensor=piece.tensor.to(_quantizing_device(job, self.store)))))
+            items.append((job, piece._replace(tensor=piece.tensor.to(self.targets[piece.info.name].device))))
         for job, state in self.quantizer.quantize(items):
             assert job.source is not None
             self.states[job.source] = _place(job.names[0], state, self.store)
-            self._count(job, -job.description.nbytes)
+            self.to_come[self.targets[job.source].device] -= self._nbytes_on_gpu(job)
 
-    def _count(self, job: PlannedLinear, nbytes: int) -> None:
+    def _nbytes_on_gpu(self, job: Job) -> int:
+        """Bytes that a quantized weight will take on a GPU; until then, weights to quantize may have them."""
+        if not isinstance(job, PlannedLinear):
+            return 0
         place, _ = self.store.resting[tensor_name(job.names[0], "weight")]
-        if is_gpu(place):
-            device = torch.device(place)
-            self.to_come[device] = self.to_come.get(device, 0) + nbytes
+        return job.description.nbytes if is_gpu(place) else 0
 
     def _keep(self, piece: Piece) -> None:
         """Copy rows of a tensor that is not quantized to where it stays, unless they were read there."""
@@ -194,9 +196,9 @@ def _place_one(job: Job, tensor: Tensor, store: Store) -> dict[str, Tensor]:
     return _place(path, {leaf: tensor}, store)
 
 
-def _commit(model: nn.Module, job: Job, tensors: Mapping[str, Tensor], store: Store) -> None:
+def _commit(modules: Mapping[str, nn.Module], job: Job, tensors: Mapping[str, Tensor], store: Store) -> None:
     frozen = isinstance(job, PlannedTensor) and any(store.is_offloaded(name) for name in job.names)
-    commit(model, job, tensors, frozen=frozen)
+    commit(modules, job, tensors, frozen=frozen)
 
 
 def _refuse_non_finite(source: Source, bad: list[str]) -> None:

@@ -59,7 +59,7 @@ class QuantizedLinear(nn.Linear):
             parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         parameters["bias"] = linear._parameters["bias"]
         linear.__class__ = cls
-        linear._parameters = parameters
+        vars(linear)["_parameters"] = parameters
         cast(QuantizedLinear, linear)._describe(description)
 
     def _describe(self, description: Description) -> None:

@@ -1,7 +1,9 @@
 """load_and_quantize_model: checkpoint -> plan -> quantize -> place -> hook."""
 
+import gc
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,22 @@ from bigq.warm_up import WarmUp
 __all__ = ["load_and_quantize_model"]
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep Python's cyclic garbage collector from looking at every module of a large model again and again.
+
+    It took a third of the time of 9,000 small tensors; what a load drops is freed by its reference count.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def load_and_quantize_model(
     model: nn.Module,
     weights_location: str | os.PathLike[str] | None = None,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from bigq.device_map import (
 )
 from bigq.errors import PlacementError
 from bigq.formats import Description, TensorSpec
-from bigq.model_tensors import ModelTensors, Source, tensor_groups
+from bigq.model_tensors import ModelTensors, Source, modules_by_name, tensor_groups
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
 
@@ -82,7 +83,7 @@ def plan_and_place(
             return everything_quantized, places
     else:
         places = _explicit_device_map(device_map)
-        modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        modules = modules_by_name(model)
         check_device_map(places, modules, [group.names for group in tensor_groups(model) if group.persistent])
         if policy is None and config is not None:
             policy = config.weight_format().custom_map_offload
@@ -213,8 +214,16 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, Te
     runs_on = execution_device(device_map)
     anywhere = str(runs_on)  # for non-persistent buffers that the map may leave out
     buffers = {tensor.names for tensor in plan.tensors if tensor.is_buffer}
+
+    @cache  # thousands of modules hold several tensors each
+    def of_module(name: str) -> str | None:
+        return place_of(device_map, name)
+
+    def of_tensor(name: str) -> str | None:
+        return device_map[name] if name in device_map else of_module(name.rpartition(".")[0])
+
     for names, spec in plan.specs().items():
-        places = {name: place for name in names if (place := place_of(device_map, name))} or {names[0]: anywhere}
+        places = {name: place for name in names if (place := of_tensor(name))} or {names[0]: anywhere}
         gpus = {name: place for name, place in places.items() if is_gpu(place)}
         if len(set(gpus.values())) > 1:
             listed = ", ".join(f"{name} on {place}" for name, place in gpus.items())

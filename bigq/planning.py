@@ -13,7 +13,7 @@ from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.fit import Fit
 from bigq.formats import Description
 from bigq.linear import QuantizedLinear
-from bigq.model_tensors import module_names, tensor_groups, tensor_name
+from bigq.model_tensors import module_names, modules_by_name, tensor_groups, tensor_name
 from bigq.plan import Plan, PlannedLinear
 from bigq.selection import is_transposed_linear, match_patterns, select_linears
 
@@ -79,13 +79,14 @@ def _chosen_linears(
         keep_in_fp32_modules=config.keep_in_fp32_modules,
         defaults=config.skip_defaults,
     )
+    modules = modules_by_name(model)
     kept, linears, weight_format = dict(selection.kept), [], config.weight_format()
     descriptions: dict[tuple[tuple[int, int], torch.dtype], Description] = {}  # one for all linears that look alike
     for name, aliases in selection.linears.items():
         if unquantized(name):
             kept[name] = "offloaded with its dtype"
             continue
-        module = cast(nn.Linear, model.get_submodule(name))  # or a Conv1D, which has the same two parameters
+        module = cast(nn.Linear, modules[name])  # or a Conv1D, which has the same two parameters
         weights = [tensor_name(alias, "weight") for alias in aliases]
         source = next((weight for weight in weights if weight in tensors), weights[0])
         info = tensors.get(source)
@@ -114,9 +115,9 @@ def _quantized_linears(
                 linear = owner if leaf == "weight" else name
                 if linear in quantized:
                     raise ConfigError(f"{field} {pattern!r} matches {linear}, which the checkpoint holds quantized")
-    linears, problems = [], []
+    linears, problems, modules = [], [], modules_by_name(model)
     for name, description in quantized.items():
-        found = model.get_submodule(name) if name in names else None
+        found = modules.get(name)
         if found is None or not (isinstance(found, nn.Linear) or is_transposed_linear(found)):
             problems.append(f"  {name or 'the whole'} is quantized in the checkpoint, and no linear of the model")
             continue

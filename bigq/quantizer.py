@@ -44,7 +44,7 @@ class Quantizer:
         self._finite.append(([piece.info.name for _, piece in group], _is_finite(stacked)))
         parts: Iterable[dict[str, Tensor]] = [stacked]
         if len(group) > 1:
-            counts = [len(piece.tensor) for _, piece in group]
+            counts = [piece.tensor.shape[0] for _, piece in group]
             split = {
                 leaf: torch.split_with_sizes_copy(rows, counts)  # type: ignore[func-returns-value]
                 for leaf, rows in stacked.items()
@@ -60,7 +60,7 @@ class Quantizer:
     def _collect(self, linear: PlannedLinear, piece: Piece, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """`rows`, or those of all pieces so far where they are the last ones, or None."""
         total = linear.description.shape[0]
-        count = len(next(iter(rows.values())))
+        count = next(iter(rows.values())).shape[0]
         if count == total:
             return rows
         name, stop = piece.info.name, piece.start + count
@@ -90,7 +90,7 @@ def _stacked(group: list[_Item]) -> Tensor:
     linear, piece = group[0]
     rows = piece.tensor.T if linear.transposed else piece.tensor
     if len(group) > 1:
-        count, columns = sum(len(piece.tensor) for _, piece in group), rows.shape[1]
+        count, columns = sum(piece.tensor.shape[0] for _, piece in group), rows.shape[1]
         rows = rows.as_strided((count, columns), (columns, 1))
     return rows.float() if rows.dtype == torch.float64 else rows  # no format has scales that fine
 

@@ -1,6 +1,6 @@
 """QuantizationReport: what a load did: how long each stage took, and what became of each module."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bigq.formats import TensorSpec, dtype_name
@@ -62,25 +62,26 @@ class QuantizationReport:
 def make_report(plan: Plan, resting: Mapping[str, tuple[str, TensorSpec]], stages: Stages) -> QuantizationReport:
     """The report on a load that carried out `plan`; `resting` says where each tensor is, by its first name."""
     formats = {linear.names[0]: linear.description.format.name for linear in plan.linears}
-    parts: dict[str, list[tuple[str, str, int]]] = {}  # by module: (dtype, place, bytes) of each tensor
-    for names, spec in plan.specs().items():
-        place, _ = resting[names[0]]
-        parts.setdefault(names[0].rpartition(".")[0], []).append((dtype_name(spec.dtype), place, spec.nbytes))
-    modules = []
-    for name, tensors in parts.items():
-        dtypes, places, sizes = zip(*tensors, strict=True)
-        modules.append(
-            ModuleReport(
-                name=name,
-                rule="quantized" if name in formats else plan.kept.get(name, "not a linear"),
-                format=formats.get(name) or " and ".join(dict.fromkeys(dtypes)),
-                device=" and ".join(dict.fromkeys(places)),
-                nbytes=sum(sizes),
-            )
+    parts: dict[str, list[tuple[str, TensorSpec]]] = {}  # by module: the place and the spec of each tensor
+    for names in plan.specs():
+        parts.setdefault(names[0].rpartition(".")[0], []).append(resting[names[0]])
+    modules = [
+        ModuleReport(
+            name=name,
+            rule="quantized" if name in formats else plan.kept.get(name, "not a linear"),
+            format=formats.get(name) or _joined(dtype_name(spec.dtype) for _, spec in tensors),
+            device=_joined(place for place, _ in tensors),
+            nbytes=sum(spec.nbytes for _, spec in tensors),
         )
+        for name, tensors in parts.items()
+    ]
     return QuantizationReport(
         stages=tuple(
             StageReport(name=name, seconds=seconds, nbytes=nbytes) for name, (seconds, nbytes) in stages.totals.items()
         ),
         modules=tuple(modules),
     )
+
+
+def _joined(words: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(words))

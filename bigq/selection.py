@@ -1,7 +1,7 @@
 """Which linears of a model are quantized, and why the others are not."""
 
 import dis
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -11,7 +11,7 @@ from types import CodeType, FunctionType
 from torch import nn
 
 from bigq.errors import ConfigError
-from bigq.model_tensors import find_owner, module_names, tensor_groups, tensor_name
+from bigq.model_tensors import find_owner, module_names, modules_by_name, tensor_groups, tensor_name
 
 __all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears"]
 
@@ -46,7 +46,7 @@ def select_linears(
     Raises:
         ConfigError: a pattern that matches nothing, or without `defaults` a choice that would break a tie.
     """
-    names = module_names(model)
+    modules, names = modules_by_name(model), module_names(model)
     groups = tensor_groups(model)
     everything = [name for aliases in names.values() for name in aliases if name]
     everything += [name for group in groups for name in group.names]
@@ -67,7 +67,7 @@ def select_linears(
             return "its weight is computed from other parameters"
         if "forward" in vars(module):
             return "its forward is patched"
-        if any(_read_but_not_called(model, name) for name in aliases):
+        if any(_read_but_not_called(modules, name) for name in aliases):
             return "its parent reads its weight directly"
         for pattern in own:
             if any(_matches(pattern, name) for name in aliases):
@@ -160,9 +160,9 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed_linear(module)
 
 
-def _read_but_not_called(model: nn.Module, name: str) -> bool:
+def _read_but_not_called(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether its parent reads the weight of `name` and never calls it: the parent would compute with packed codes."""
-    parent, leaf = find_owner(model, name)
+    parent, leaf = find_owner(modules, name)
     return leaf in _only_read(type(parent))  # type: ignore[arg-type]
 
 

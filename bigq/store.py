@@ -84,6 +84,8 @@ class Store:
             return tensor
         if place in self.spaces:
             return self.spaces[place].empty(name).copy_(tensor)
+        if owned and tensor.dtype == spec.dtype and tensor.device == torch.device(place):
+            return tensor
         final = tensor.to(place).to(spec.dtype)  # cast at the end of the link: it is shorter there
         return final if owned or final is not tensor else final.clone()
 

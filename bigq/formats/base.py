@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Format", "State", "TensorSpec", "matrix_shape"]
+__all__ = ["Format", "State", "TensorSpec", "like_weight", "matrix_shape"]
 
 State = Mapping[str, Tensor]
 
@@ -28,6 +28,11 @@ class TensorSpec:
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """A weight of `shape` [..., K] seen as (rows, K); a scalar is one row of one."""
     return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def like_weight(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor [R, C] with a row for each of a weight of `shape` [..., K], as [..., C]."""
+    return rows.view(*shape[:-1], rows.shape[1])
 
 
 class Format(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bigq import eager, ops, reference
 from bigq.errors import ConfigError
-from bigq.formats.base import Format, State, TensorSpec, matrix_shape
+from bigq.formats.base import Format, State, TensorSpec, like_weight, matrix_shape
 
 __all__ = ["BLOCK_SIZES", "Block4"]
 
@@ -63,10 +63,9 @@ class Block4(Format):
         return {"weight": packed, "absmax": absmax}
 
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        spec = self.state_spec(shape)
-        absmax = rows["absmax"].view(spec["absmax"].shape)
+        absmax = like_weight(rows["absmax"], shape)
         state = {
-            "weight": rows["weight"].view(spec["weight"].shape),
+            "weight": like_weight(rows["weight"], shape),
             "absmax": absmax,
             "quant_map": _quant_map(self.quant_type, absmax.device).clone(),
         }

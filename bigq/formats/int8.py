@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bigq import eager, ops
 from bigq.errors import ConfigError
-from bigq.formats.base import Format, State, TensorSpec, matrix_shape
+from bigq.formats.base import Format, State, TensorSpec, like_weight, matrix_shape
 
 __all__ = ["Int8"]
 
@@ -45,8 +45,7 @@ class Int8(Format):
         return {"weight": codes, "absmax": absmax}
 
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        spec = self.state_spec(shape)
-        return {leaf: tensor.view(spec[leaf].shape) for leaf, tensor in rows.items()}
+        return {leaf: like_weight(tensor, shape) for leaf, tensor in rows.items()}
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         weight, absmax = state["weight"], state["absmax"]
