@@ -15,11 +15,11 @@ from torch import Tensor
 
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, device_features, next_power_of_2
-from bigq_kernels.tokens_int8 import gather_outliers, load_rest, load_weight_columns, outlier_columns, quantize_tokens
+from bigq_kernels.tokens_int8 import dense_of, gather_outliers, outlier_columns, quantize_tokens, rest_of
 
 __all__ = ["linear_int8"]
 
-BLOCK_OUTLIERS = 32
+BLOCK_OUTLIERS = 16  # the least that a tensor core takes; 32 spills registers in the largest tile
 PREFETCH_BYTES = tl.constexpr(512)
 PREFETCH_ASM = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH_BYTES.value}; mov.b32 $0, 0;")
 
@@ -78,17 +78,20 @@ def _linear_int8_kernel(
         tl.extra.cuda.gdc_wait()
     scale = tl.load(scale_ptr + m, mask=m < M, other=0.0)
 
+    # The first outlier columns are on their way while the loop below runs.
     number = tl.arange(0, BLOCK_OUTLIERS)
-    if count_ptr is not None:
-        if CAPACITY > 0:
-            count = tl.load(total_ptr)
-        else:  # on its way while the loop below runs
-            column, count = outlier_columns(count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS)
-            in_list = (number < count)[None, :]
-            rest = load_rest(x_ptr, codes_ptr, scale[:, None], x_row + column[None, :], in_m & in_list)
-            dense = load_weight_columns(
-                weight_ptr, absmax[:, None], weight_row + column[None, :], in_list, DTYPE
-            )
+    if CAPACITY > 0:
+        count = tl.load(total_ptr)
+        rest_ptrs = rest_ptr + tl.minimum(m, M - 1)[:, None] * CAPACITY + number[None, :]
+        dense_ptrs = dense_ptr + tl.minimum(n, N - 1)[:, None] * CAPACITY + number[None, :]
+        first_rest = tl.load(rest_ptrs)
+        first_dense = tl.load(dense_ptrs)
+    elif count_ptr is not None:
+        column, count = outlier_columns(count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS)
+        in_list = (number < count)[None, :]
+        first_x = tl.load(x_ptr + x_row + column[None, :], mask=in_m & in_list, other=0.0)
+        first_codes = tl.load(codes_ptr + x_row + column[None, :], mask=in_m & in_list, other=0)
+        first_weight = tl.load(weight_ptr + weight_row + column[None, :], mask=in_list, other=0)
 
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -104,20 +107,20 @@ def _linear_int8_kernel(
 
     if count_ptr is not None:
         if CAPACITY > 0:
-            rest_row = rest_ptr + tl.minimum(m, M - 1)[:, None] * CAPACITY
-            dense_row = dense_ptr + tl.minimum(n, N - 1)[:, None] * CAPACITY
-            for start in range(0, min(count, CAPACITY), BLOCK_OUTLIERS):
-                rest = tl.load(rest_row + start + number[None, :])
-                dense = tl.load(dense_row + start + number[None, :])
-                out = tl.dot(rest, dense.T, out, input_precision="ieee")
+            out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
+            for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
+                out = tl.dot(tl.load(rest_ptrs + start), tl.load(dense_ptrs + start).T, out, input_precision="ieee")
         else:
-            out = tl.dot(rest, dense.T, out, input_precision="ieee")
+            rest = rest_of(first_x, first_codes, scale[:, None])
+            out = tl.dot(rest, dense_of(first_weight, absmax[:, None], DTYPE).T, out, input_precision="ieee")
         for start in range(max(CAPACITY, BLOCK_OUTLIERS), count, BLOCK_OUTLIERS):
             column, _ = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS)
             in_list = (start + number < count)[None, :]
-            rest = load_rest(x_ptr, codes_ptr, scale[:, None], x_row + column[None, :], in_m & in_list)
-            dense = load_weight_columns(weight_ptr, absmax[:, None], weight_row + column[None, :], in_list, DTYPE)
-            out = tl.dot(rest, dense.T, out, input_precision="ieee")
+            x = tl.load(x_ptr + x_row + column[None, :], mask=in_m & in_list, other=0.0)
+            codes = tl.load(codes_ptr + x_row + column[None, :], mask=in_m & in_list, other=0)
+            weight = tl.load(weight_ptr + weight_row + column[None, :], mask=in_list, other=0)
+            rest = rest_of(x, codes, scale[:, None])
+            out = tl.dot(rest, dense_of(weight, absmax[:, None], DTYPE).T, out, input_precision="ieee")
 
     if bias_ptr is not None:
         out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -144,7 +147,7 @@ def _config(m: int, n: int, dtype: torch.dtype, outliers: bool) -> Config:
     if dtype == torch.float32 and outliers:
         return Config(64, 32, 128, 4, 4)  # the float32 product has no tensor core: a larger tile spills
     if m <= 64:
-        return Config(64, 64 if n > 8192 else 32, 128, 4, 4, prefetches=2)
+        return Config(64, 64 if n > 8192 else 32, 128, 4, 4, capacity=128, prefetches=2)
     if m <= 256 or n <= 2048:
         return Config(128, 64, 128, 4, 4, capacity=128)
     if m > 1024 or n <= 8192:  # two programs an SM: 384 us at 4096 x 14336 x 4096, 460 for the tile below

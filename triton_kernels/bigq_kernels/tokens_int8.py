@@ -13,7 +13,7 @@ from torch import Tensor
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import absmax_bits, ceil_div, encode_int8, int8_inverse, next_power_of_2
 
-__all__ = ["gather_outliers", "load_rest", "load_weight_columns", "outlier_columns", "quantize_tokens"]
+__all__ = ["dense_of", "gather_outliers", "outlier_columns", "quantize_tokens", "rest_of"]
 
 
 @triton.jit
@@ -40,9 +40,7 @@ def _quantize_row(x_ptr, codes_ptr, scale_ptr, K, threshold, OUTLIERS: tl.conste
 
 
 @triton.jit
-def _find_outliers(
-    x_ptr, count_ptr, column_ptr, first, M, K, threshold, SEGMENT: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def _find_outliers(x_ptr, count_ptr, column_ptr, first, M, K, threshold, SEGMENT: tl.constexpr, BLOCK_M: tl.constexpr):
     """The columns first to first + SEGMENT that hold an outlier, ascending, and how many they are."""
     column = first + tl.arange(0, SEGMENT)
     found = tl.zeros((SEGMENT,), tl.int32)
@@ -104,18 +102,15 @@ def outlier_columns(
 
 
 @triton.jit
-def load_rest(x_ptr, codes_ptr, scale, offset, mask):
-    """What the codes leave of x at offset, in its dtype; an outlier has code 0 and comes back as it is."""
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0)
-    codes = tl.load(codes_ptr + offset, mask=mask, other=0).to(tl.float32)
-    return tl.where(mask, x.to(tl.float32) - codes * (scale * (1.0 / 127.0)), 0.0).to(x.dtype)
+def rest_of(x, codes, scale):
+    """What the codes leave of x, in its dtype; an outlier has code 0 and comes back as it is."""
+    return (x.to(tl.float32) - codes.to(tl.float32) * (scale * (1.0 / 127.0))).to(x.dtype)
 
 
 @triton.jit
-def load_weight_columns(weight_ptr, absmax, offset, mask, DTYPE: tl.constexpr):
-    """The dequantized weight at offset, as `dequantize_int8` has it."""
-    weight = tl.load(weight_ptr + offset, mask=mask, other=0).to(tl.float32)
-    return (weight * absmax * (1.0 / 127.0)).to(DTYPE)
+def dense_of(weight, absmax, DTYPE: tl.constexpr):
+    """The dequantized weight, as `dequantize_int8` has it."""
+    return (weight.to(tl.float32) * absmax * (1.0 / 127.0)).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -127,7 +122,7 @@ def _gather_outliers_kernel(
     absmax_ptr,  # [N, 1] float32
     count_ptr,  # see _quantize_tokens_kernel
     column_ptr,
-    rest_ptr,  # [M, CAPACITY]: the rest of the first outlier columns, padded to a multiple of BLOCK
+    rest_ptr,  # [M, CAPACITY]: the rest of the first outlier columns, zero-padded to whole BLOCKs
     dense_ptr,  # [N, CAPACITY]: the weight's
     total_ptr,  # [1] int32: how many outlier columns there are
     M,
@@ -150,7 +145,7 @@ def _gather_outliers_kernel(
     if program == 0:
         tl.store(total_ptr, count)
     number = tl.arange(0, BLOCK)
-    for start in range(0, min(count, CAPACITY), BLOCK):
+    for start in range(0, max(min(count, CAPACITY), 1), BLOCK):  # one block at least
         if start > 0:
             column, _ = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK)
         in_list = (start + number < count)[None, :]
@@ -158,15 +153,16 @@ def _gather_outliers_kernel(
             row = program.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
             in_n = (row < N)[:, None]
             absmax = tl.load(absmax_ptr + row, mask=row < N, other=0.0)[:, None]
-            dense = load_weight_columns(
-                weight_ptr, absmax, row[:, None] * K + column[None, :], in_n & in_list, dense_ptr.dtype.element_ty
-            )
+            weight = tl.load(weight_ptr + row[:, None] * K + column[None, :], mask=in_n & in_list, other=0)
+            dense = dense_of(weight, absmax, dense_ptr.dtype.element_ty)
             tl.store(dense_ptr + row[:, None] * CAPACITY + (start + number)[None, :], dense, mask=in_n)
         else:
             row = (program - tiles_n).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
             in_m = (row < M)[:, None]
-            scale = tl.load(scale_ptr + row, mask=row < M, other=0.0)[:, None]
-            rest = load_rest(x_ptr, codes_ptr, scale, row[:, None] * K + column[None, :], in_m & in_list)
+            offset = row[:, None] * K + column[None, :]
+            x = tl.load(x_ptr + offset, mask=in_m & in_list, other=0.0)
+            codes = tl.load(codes_ptr + offset, mask=in_m & in_list, other=0)
+            rest = rest_of(x, codes, tl.load(scale_ptr + row, mask=row < M, other=0.0)[:, None])
             tl.store(rest_ptr + row[:, None] * CAPACITY + (start + number)[None, :], rest, mask=in_m)
 
 
@@ -180,6 +176,7 @@ def quantize_tokens(x: Tensor, threshold: float, pdl: bool) -> tuple[Tensor, Ten
     m, k = x.shape
     segment = segment_size(m)
     segments = ceil_div(k, segment) if threshold > 0 else 0
+    block_k = min(16384, next_power_of_2(max(k, 16)))
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     counts = columns = None
@@ -200,9 +197,9 @@ def quantize_tokens(x: Tensor, threshold: float, pdl: bool) -> tuple[Tensor, Ten
         segments,
         SEGMENT=segment,
         BLOCK_M=min(16384 // segment, next_power_of_2(m)),  # 16384 elements of x: 64 a thread
-        BLOCK_K=min(16384, next_power_of_2(max(k, 16))),
+        BLOCK_K=block_k,
         PDL=pdl,
-        options={"num_warps": 8, "enable_fp_fusion": False},  # see encode_int8
+        options={"num_warps": 16 if block_k > 8192 else 8, "enable_fp_fusion": False},  # see encode_int8
     )
     return codes, scale, counts, columns
 
@@ -221,7 +218,7 @@ def gather_outliers(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(rest [M, capacity], dequantized weight [N, capacity], count [1]) of the first `capacity` outlier columns.
 
-    They are set up to the count, and padded with zeros to a multiple of `block`.
+    Those are set up to the count, padded with zeros to whole blocks of `block` columns, one at least.
     """
     (m, k), n = x.shape, weight.shape[0]
     rest = torch.empty(m, capacity, dtype=x.dtype, device=x.device)
