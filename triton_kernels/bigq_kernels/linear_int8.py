@@ -145,7 +145,7 @@ def _config(m: int, n: int, dtype: torch.dtype, outliers: bool) -> Config:
     if m <= 16:  # 128 programs at N = 4096, each with 48 KiB in flight
         return Config(16, 64 if n > 8192 else 32, 256, 4, 4, prefetches=2)
     if dtype == torch.float32 and outliers:
-        return Config(64, 32, 128, 4, 4)  # the float32 product has no tensor core: a larger tile spills
+        return Config(64, 32, 128, 4, 4, capacity=128)  # the float32 product has no tensor core: a larger tile spills
     if m <= 64:
         return Config(64, 64 if n > 8192 else 32, 128, 4, 4, capacity=128, prefetches=2)
     if m <= 256 or n <= 2048:
@@ -174,7 +174,7 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     with torch.cuda.device_of(x):
         codes, scale, counts, columns = quantize_tokens(rows, _rounded(threshold, x.dtype), pdl)
         capacity = config.capacity if counts is not None else 0
-        gathered = (None, None, None)
+        gathered: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
         if counts is not None and columns is not None and capacity:
             gathered = gather_outliers(
                 rows, codes, scale, weight, absmax, counts, columns, capacity, BLOCK_OUTLIERS, pdl
