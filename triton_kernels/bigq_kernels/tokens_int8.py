@@ -166,15 +166,20 @@ def _gather_outliers_kernel(
             tl.store(rest_ptr + row[:, None] * CAPACITY + (start + number)[None, :], rest, mask=in_m)
 
 
-def segment_size(m: int) -> int:
-    """Columns that one program searches: few where it has many rows to read."""
-    return 256 if m <= 64 else 32
+def search_tile(m: int, outliers: bool) -> tuple[int, int]:
+    """(rows, columns) that one program searches at a time: the fewer columns, the more programs share many rows.
+
+    Three kinds for all numbers of tokens, since each is compiled.
+    """
+    if m <= 16 or not outliers:
+        return 16, 256
+    return (64, 256) if m <= 64 else (512, 32)
 
 
 def quantize_tokens(x: Tensor, threshold: float, pdl: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Codes int8 [M, K] and scale [M] of x [M, K]; the counts and columns of its outliers, None for threshold 0."""
     m, k = x.shape
-    segment = segment_size(m)
+    block_m, segment = search_tile(m, threshold > 0)
     segments = ceil_div(k, segment) if threshold > 0 else 0
     block_k = min(16384, next_power_of_2(max(k, 16)))
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
@@ -196,7 +201,7 @@ def quantize_tokens(x: Tensor, threshold: float, pdl: bool) -> tuple[Tensor, Ten
         threshold,
         segments,
         SEGMENT=segment,
-        BLOCK_M=min(16384 // segment, next_power_of_2(m)),  # 16384 elements of x: 64 a thread
+        BLOCK_M=block_m,
         BLOCK_K=block_k,
         PDL=pdl,
         options={"num_warps": 16 if block_k > 8192 else 8, "enable_fp_fusion": False},  # see encode_int8
