@@ -7,6 +7,7 @@ from bigq.linear import QuantizedLinear
 from bigq.load import load_and_quantize_model
 from bigq.placement import infer_device_map
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
+from bigq.report import QuantizationReport
 
 __all__ = [
     "BigqError",
@@ -15,6 +16,7 @@ __all__ = [
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
+    "QuantizationReport",
     "QuantizedLinear",
     "QuantizedTensor",
     "UnsupportedError",
