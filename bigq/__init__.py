@@ -8,6 +8,7 @@ from bigq.load import load_and_quantize_model
 from bigq.materialize import materialize
 from bigq.placement import infer_device_map
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
+from bigq.report import QuantizationReport
 
 __all__ = [
     "BigqError",
@@ -16,6 +17,7 @@ __all__ = [
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
+    "QuantizationReport",
     "QuantizedLinear",
     "QuantizedTensor",
     "UnsupportedError",

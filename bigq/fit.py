@@ -10,7 +10,7 @@ from bigq.checkpoint import TensorInfo
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
-from bigq.model_tensors import TensorGroup, modules_by_name, tensor_groups, tensor_name
+from bigq.model_tensors import TensorGroup, modules_by_name, tensor_name
 from bigq.plan import PlannedLinear, PlannedTensor
 from bigq.selection import match_patterns
 
@@ -24,6 +24,7 @@ class Fit:
         self,
         *,
         model: nn.Module,
+        groups: Sequence[TensorGroup],
         tensors: Mapping[str, TensorInfo],
         config: QuantizationConfig | None,
         offload_dtype: Callable[[str], torch.dtype | None],
@@ -35,7 +36,7 @@ class Fit:
         self.missing: list[str] = []
         self.misfits: list[str] = []
         patterns = config.keep_in_fp32_modules if config is not None else ()
-        self.groups = tensor_groups(model)
+        self.groups = groups
         names = [name for name in modules_by_name(model) if name]
         names += [name for group in self.groups for name in group.names]
         self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, names))

@@ -95,20 +95,21 @@ def load_and_quantize_model(
     budget, stages = Budget.of_machine(read_threads, read_budget), Stages()
     with stages.timed("plan"):
         source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
-        warm_up = WarmUp(config, source, expected_device(device_map))
-        plan, places = plan_and_place(
-            model,
-            source,
-            config,
-            device_map,
-            no_split_module_classes=no_split_module_classes,
-            max_memory=max_memory,
-            offload_folder=offload_folder,
-            offload=offload,
-            strict=strict,
-        )
-        store = Store.open(plan, places, offload_folder, source)
-    fill(model, plan, source, store, budget=budget, stages=stages, warm_up=warm_up, progress=progress)
+    with WarmUp(config, source, expected_device(device_map)) as warm_up:
+        with stages.timed("plan"):
+            plan, places = plan_and_place(
+                model,
+                source,
+                config,
+                device_map,
+                no_split_module_classes=no_split_module_classes,
+                max_memory=max_memory,
+                offload_folder=offload_folder,
+                offload=offload,
+                strict=strict,
+            )
+            store = Store.open(plan, places, offload_folder, source)
+        fill(model, plan, source, store, budget=budget, stages=stages, warm_up=warm_up, progress=progress)
     keep_float32_callable(model, plan)
     dispatch(model, places, skip_keys=skip_keys)
     model.quantization_method = "bigq"  # type: ignore[assignment]

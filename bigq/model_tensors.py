@@ -74,7 +74,7 @@ def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
     """Equal for two names of one tensor, also on meta, where `init_empty_weights` re-wraps a tied Parameter."""
     storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def tensor_groups(model: nn.Module) -> list[TensorGroup]:

@@ -1,6 +1,6 @@
 """make_plan: decide what becomes of every tensor of a model, before anything is read or changed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -13,7 +13,7 @@ from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.fit import Fit
 from bigq.formats import Description
 from bigq.linear import QuantizedLinear
-from bigq.model_tensors import module_names, modules_by_name, tensor_groups, tensor_name
+from bigq.model_tensors import TensorGroup, module_names, modules_by_name, tensor_groups, tensor_name
 from bigq.plan import Plan, PlannedLinear
 from bigq.selection import is_transposed_linear, match_patterns, select_linears
 
@@ -52,14 +52,15 @@ def make_plan(
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise UnsupportedError("the model already holds QuantizedLinear modules: load into a model built anew")
+    groups = tensor_groups(model)
     if quantized:
-        linears = _quantized_linears(model, quantized, config)
+        linears = _quantized_linears(model, groups, quantized, config)
         kept: Mapping[str, str] = {}
     elif config is None:
         raise ConfigError("the checkpoint is not quantized: pass a quantization_config")
     else:
-        linears, kept = _chosen_linears(model, tensors, config, unquantized)
-    fit = Fit(model=model, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
+        linears, kept = _chosen_linears(model, groups, tensors, config, unquantized)
+    fit = Fit(model=model, groups=groups, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
     for linear in linears:
         fit.claim(linear)
     planned_tensors = tuple(fit.tensors_outside(linears))
@@ -69,6 +70,7 @@ def make_plan(
 
 def _chosen_linears(
     model: nn.Module,
+    groups: Sequence[TensorGroup],
     tensors: Mapping[str, TensorInfo],
     config: QuantizationConfig,
     unquantized: Callable[[str], bool],
@@ -78,6 +80,7 @@ def _chosen_linears(
         skip_modules=config.skip_modules,
         keep_in_fp32_modules=config.keep_in_fp32_modules,
         defaults=config.skip_defaults,
+        groups=groups,
     )
     modules = modules_by_name(model)
     kept, linears, weight_format = dict(selection.kept), [], config.weight_format()
@@ -103,12 +106,15 @@ def _chosen_linears(
 
 
 def _quantized_linears(
-    model: nn.Module, quantized: Mapping[str, Description], config: QuantizationConfig | None
+    model: nn.Module,
+    groups: Sequence[TensorGroup],
+    quantized: Mapping[str, Description],
+    config: QuantizationConfig | None,
 ) -> list[PlannedLinear]:
     """The linears that the checkpoint holds quantized, with its descriptions."""
     names = {name: aliases for aliases in module_names(model).values() for name in aliases}
     if config is not None:
-        everything = [*filter(None, names), *(name for group in tensor_groups(model) for name in group.names)]
+        everything = [*filter(None, names), *(name for group in groups for name in group.names)]
         for field in ("skip_modules", "keep_in_fp32_modules"):
             for name, pattern in match_patterns(field, getattr(config, field), everything).items():
                 owner, _, leaf = name.rpartition(".")

@@ -11,7 +11,7 @@ from types import CodeType, FunctionType
 from torch import nn
 
 from bigq.errors import ConfigError
-from bigq.model_tensors import find_owner, module_names, modules_by_name, tensor_groups, tensor_name
+from bigq.model_tensors import TensorGroup, find_owner, module_names, modules_by_name, tensor_groups, tensor_name
 
 __all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears"]
 
@@ -36,18 +36,20 @@ def select_linears(
     skip_modules: Sequence[str] = (),
     keep_in_fp32_modules: Sequence[str] = (),
     defaults: bool = True,
+    groups: Sequence[TensorGroup] | None = None,
 ) -> Selection:
     """Choose the modules to quantize: every `nn.Linear` by exact type and every GPT-2 Conv1D.
 
     Never chosen: a module that its parent does not call but whose weight it reads; what `skip_modules` or
     `keep_in_fp32_modules` match. With `defaults`, neither: the output head, weights tied to another module, and what
-    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry.
+    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry. `groups` are the model's
+    tensors, where the caller has them already.
 
     Raises:
         ConfigError: a pattern that matches nothing, or without `defaults` a choice that would break a tie.
     """
     modules, names = modules_by_name(model), module_names(model)
-    groups = tensor_groups(model)
+    groups = tensor_groups(model) if groups is None else groups
     everything = [name for aliases in names.values() for name in aliases if name]
     everything += [name for group in groups for name in group.names]
     asked: dict[str, str] = {}

@@ -14,6 +14,7 @@ PUBLIC = {
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
+    "QuantizationReport",
     "QuantizedLinear",
     "QuantizedTensor",
     "UnsupportedError",

@@ -1,6 +1,7 @@
 """WarmUp: nothing on a CPU, and on a GPU an error that surfaces."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -27,20 +28,35 @@ def test_nothing_to_warm_up(source, config, device):
 
 
 def test_an_error_is_raised_by_wait(source, monkeypatch):
-    def broken(self, weight):
+    def broken(*args, **kwargs):
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr(Block4, "quantize", broken)
-    monkeypatch.setattr(torch, "zeros", lambda shape, *, dtype, device: None)  # no GPU is needed to fail
+    monkeypatch.setattr(torch, "zeros", broken)
     warm_up = WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0"))
     with pytest.raises(RuntimeError, match="no driver"):
         warm_up.wait()
 
 
+def test_no_thread_is_left(source, monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: time.sleep(0.2))
+    before = threading.active_count()
+    with WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_what_it_runs_is_what_a_load_runs(source, monkeypatch):
+    launches, plain, zeros = [], Block4.quantize_rows, torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, dtype, device: zeros(*args, dtype=dtype))
+    monkeypatch.setattr(Block4, "quantize_rows", lambda self, rows: launches.append(rows) or plain(self, rows))
+    WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")).wait()
+    assert [(rows.dtype, tuple(rows.shape)) for rows in launches] == [(torch.float32, (16, 4096))]
+
+
 @pytest.mark.gpu
 def test_it_quantizes_each_dtype_once(source, monkeypatch):
     seen = []
-    plain = Block4.quantize
-    monkeypatch.setattr(Block4, "quantize", lambda self, weight: seen.append(weight) or plain(self, weight))
+    plain = Block4.quantize_rows
+    monkeypatch.setattr(Block4, "quantize_rows", lambda self, rows: seen.append(rows) or plain(self, rows))
     WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")).wait()
     assert [(weight.dtype, weight.device.type) for weight in seen] == [(torch.float32, "cuda")]
