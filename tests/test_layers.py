@@ -12,11 +12,11 @@ LAYERS = [  # an import points to an earlier line, or to the left within a line
     ["ops", "eager"],
     ["formats", "checkpoint"],
     ["config", "linear", "offload", "device_map", "model_tensors"],
-    ["selection", "hooks", "stream", "footprint", "quantize"],
+    ["selection", "hooks", "stream", "footprint", "quantize", "bench"],
     ["plan", "fit", "planning", "placement"],
     ["commit", "dispatch", "store", "fill"],
     ["load"],
-    ["__init__"],
+    ["__init__", "__main__"],
 ]
 ORDER = [unit for layer in LAYERS for unit in layer]
 ANYWHERE = {"errors"}
