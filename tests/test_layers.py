@@ -13,11 +13,11 @@ LAYERS = [  # an import points to an earlier line, or to the left within a line
     ["formats", "checkpoint", "table"],
     ["config", "linear", "offload", "device_map", "model_tensors", "machine", "stages"],
     ["transfer", "saved_tensors", "prefetch", "attach", "moves", "hooks"],
-    ["selection", "stream", "footprint", "quantize"],
+    ["selection", "stream", "footprint", "quantize", "bench"],
     ["plan", "fit", "planning", "placement"],
     ["quantizer", "warm_up", "commit", "dispatch", "materialize", "store", "fill", "report"],
     ["load"],
-    ["__init__"],
+    ["__init__", "__main__"],
 ]
 ORDER = [unit for layer in LAYERS for unit in layer]
 ANYWHERE = {"errors"}
