@@ -1,8 +1,8 @@
 """Replay: the launches of one launcher call, repeated on other tensors of the same looks without the launcher's Python.
 
 What a launcher does follows from its tensors' looks (shape, strides, dtype, device, alignment): it allocates, takes
-views and launches, and may end with a `dense_linear`. `record` watches one call do that and keeps what it launched, with
-a source for each pointer. A call that does anything else, such as a copy, has no replay.
+views and launches, and may end with a `dense_linear`. `record` watches one call do that and keeps what it launched,
+with a source for each pointer. A call that does anything else, such as a copy, has no replay.
 """
 
 from collections.abc import Callable, Iterator, Sequence
