@@ -188,7 +188,7 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
         threshold = _rounded(threshold, x.dtype)
         counts = columns = rest = dense = total = None
         if config.planes:
-            codes, scale = quantize_planes(rows, threshold, pdl)
+            codes, scale = quantize_planes(rows, threshold, config.block_m // 4, pdl)
         else:
             codes, scale, counts, columns = quantize_tokens(rows, threshold, pdl)
         if counts is not None and columns is not None:

@@ -89,13 +89,14 @@ def _quantize_tokens_kernel(
 
 
 @triton.jit
-def _in_outlier_column(x_ptr, column, M, K, threshold):
-    """Whether any token's |x| reaches the threshold in these columns."""
-    found = tl.zeros(column.shape, tl.int1)
-    for row in range(M):
-        x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0).to(tl.float32)
-        found |= tl.abs(x) >= threshold
-    return found
+def _load_with_outliers(x_ptr, row, column, M, K, threshold, TOKENS: tl.constexpr):
+    """One tile of a row in float32, and which of its columns hold an outlier of any token."""
+    x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+    found = tl.abs(x) >= threshold
+    for token in tl.static_range(TOKENS):  # unrolled: a loop would wait for one load after another
+        other = tl.load(x_ptr + token * K + column, mask=(column < K) & (token < M), other=0.0)
+        found |= tl.abs(other.to(tl.float32)) >= threshold
+    return x, found
 
 
 @triton.jit
@@ -108,6 +109,14 @@ def _plane_codes(x, inverse):
     return hi.to(tl.int8), (code - hi * 128).to(tl.int8)
 
 
+@triton.jit
+def _store_planes(codes_ptr, column, x, found, plane, K, inverse, outlier_inverse):
+    hi, lo = _plane_codes(tl.where(found, x, 0.0), outlier_inverse)
+    tl.store(codes_ptr + column, encode_int8(tl.where(found, 0.0, x), inverse), mask=column < K)
+    tl.store(codes_ptr + plane + column, hi, mask=column < K)
+    tl.store(codes_ptr + 2 * plane + column, lo, mask=column < K)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _quantize_planes_kernel(
     x_ptr,  # [M, K]
@@ -116,6 +125,7 @@ def _quantize_planes_kernel(
     M,
     K,
     threshold,
+    TOKENS: tl.constexpr,  # at least M
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -123,28 +133,23 @@ def _quantize_planes_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     plane = M * K
-    row_ptr = x_ptr + row * K
     codes_ptr += row * K
-    regular_bits = tl.zeros((BLOCK_K,), tl.int32)
-    outlier_bits = tl.zeros((BLOCK_K,), tl.int32)
-    for start in range(0, K, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        x = tl.load(row_ptr + column, mask=column < K, other=0.0).to(tl.float32)
-        found = _in_outlier_column(x_ptr, column, M, K, threshold)
-        regular_bits = tl.maximum(regular_bits, absmax_bits(tl.where(tl.abs(x) >= threshold, 0.0, x)))
-        outlier_bits = tl.maximum(outlier_bits, absmax_bits(tl.where(found, x, 0.0)))
+    column = tl.arange(0, BLOCK_K)
+    x, found = _load_with_outliers(x_ptr, row, column, M, K, threshold, TOKENS)  # kept: most rows are one tile
+    regular = absmax_bits(tl.where(tl.abs(x) >= threshold, 0.0, x))
+    outlier = absmax_bits(tl.where(found, x, 0.0))
+    for start in range(BLOCK_K, K, BLOCK_K):
+        more, found_more = _load_with_outliers(x_ptr, row, start + column, M, K, threshold, TOKENS)
+        regular = tl.maximum(regular, absmax_bits(tl.where(tl.abs(more) >= threshold, 0.0, more)))
+        outlier = tl.maximum(outlier, absmax_bits(tl.where(found_more, more, 0.0)))
     # NaN stays NaN here and makes the row NaN
-    scale = tl.max(regular_bits, axis=0).to(tl.float32, bitcast=True)
-    outlier_scale = tl.max(outlier_bits, axis=0).to(tl.float32, bitcast=True)
+    scale = tl.max(regular, axis=0).to(tl.float32, bitcast=True)
+    outlier_scale = tl.max(outlier, axis=0).to(tl.float32, bitcast=True)
     inverse, outlier_inverse = int8_inverse(scale), int8_inverse(outlier_scale)
-    for start in range(0, K, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        x = tl.load(row_ptr + column, mask=column < K, other=0.0).to(tl.float32)
-        found = _in_outlier_column(x_ptr, column, M, K, threshold)
-        tl.store(codes_ptr + column, encode_int8(tl.where(found, 0.0, x), inverse), mask=column < K)
-        hi, lo = _plane_codes(tl.where(found, x, 0.0), outlier_inverse)
-        tl.store(codes_ptr + plane + column, hi, mask=column < K)
-        tl.store(codes_ptr + 2 * plane + column, lo, mask=column < K)
+    _store_planes(codes_ptr, column, x, found, plane, K, inverse, outlier_inverse)
+    for start in range(BLOCK_K, K, BLOCK_K):
+        more, found_more = _load_with_outliers(x_ptr, row, start + column, M, K, threshold, TOKENS)
+        _store_planes(codes_ptr, start + column, more, found_more, plane, K, inverse, outlier_inverse)
     tl.store(scale_ptr + row, scale)
     tl.store(scale_ptr + M + row, outlier_scale)
     tl.store(scale_ptr + 2 * M + row, outlier_scale * (1.0 / 128.0))
@@ -273,17 +278,29 @@ def quantize_tokens(x: Tensor, threshold: float, pdl: bool) -> tuple[Tensor, Ten
     return codes, scale, counts, columns
 
 
-def quantize_planes(x: Tensor, threshold: float, pdl: bool) -> tuple[Tensor, Tensor]:
-    """Codes int8 [3, M, K] and scales [3, M] of a few tokens [M, K]; x is the sum of codes * scale / 127.
+def quantize_planes(x: Tensor, threshold: float, tokens: int, pdl: bool) -> tuple[Tensor, Tensor]:
+    """Codes int8 [3, M, K] and scales [3, M] of at most `tokens` tokens; x is the sum of codes * scale / 127.
 
     The first plane has 0 in every outlier column, the other two hold only those: the high and the low byte.
     """
     m, k = x.shape
-    block_k = min(4096, next_power_of_2(max(k, 16)))
+    block_k = min(65536 // tokens, 8192, next_power_of_2(max(k, 16)))  # 16384 spills registers
     codes = torch.empty(3, m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(3, m, dtype=torch.float32, device=x.device)
-    options = {"num_warps": 16, "enable_fp_fusion": False}  # see encode_int8
-    launch(_quantize_planes_kernel, (m,), x, codes, scale, m, k, threshold, BLOCK_K=block_k, PDL=pdl, options=options)
+    launch(
+        _quantize_planes_kernel,
+        (m,),
+        x,
+        codes,
+        scale,
+        m,
+        k,
+        threshold,
+        TOKENS=tokens,
+        BLOCK_K=block_k,
+        PDL=pdl,
+        options={"num_warps": 16, "enable_fp_fusion": False},  # see encode_int8
+    )
     return codes, scale
 
 
