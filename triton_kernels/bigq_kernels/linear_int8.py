@@ -14,15 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.launch import launch
+from bigq_kernels.planes_int8 import quantize_planes
 from bigq_kernels.tiles import ceil_div, device_features, next_power_of_2
-from bigq_kernels.tokens_int8 import (
-    dense_of,
-    gather_outliers,
-    outlier_columns,
-    quantize_planes,
-    quantize_tokens,
-    rest_of,
-)
+from bigq_kernels.tokens_int8 import dense_of, gather_outliers, outlier_columns, quantize_tokens, rest_of
 
 __all__ = ["linear_int8"]
 
