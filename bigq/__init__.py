@@ -5,8 +5,10 @@ from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError,
 from bigq.footprint import MemoryFootprint, memory_footprint
 from bigq.linear import QuantizedLinear
 from bigq.load import load_and_quantize_model
+from bigq.materialize import materialize
 from bigq.placement import infer_device_map
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
+from bigq.report import QuantizationReport
 
 __all__ = [
     "BigqError",
@@ -15,12 +17,14 @@ __all__ = [
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
+    "QuantizationReport",
     "QuantizedLinear",
     "QuantizedTensor",
     "UnsupportedError",
     "dequantize_tensor",
     "infer_device_map",
     "load_and_quantize_model",
+    "materialize",
     "memory_footprint",
     "quantize_tensor",
 ]

@@ -4,8 +4,8 @@ A place is the string "cuda:0", "cpu" or "disk". The place of a tensor is that o
 ancestor of it.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 import torch
@@ -119,7 +119,7 @@ class Node:
     tensors: tuple[tuple[str, object, int], ...]
     children: tuple["Node", ...]
     atomic: bool
-    sizes: dict[object, int] = field(init=False)
+    sizes: dict[object, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = {key: nbytes for _, key, nbytes in self.tensors}
@@ -130,6 +130,15 @@ class Node:
     @property
     def nbytes(self) -> int:
         return sum(self.sizes.values())
+
+    def walk(self) -> Iterator[tuple[str, "Node"]]:
+        """(name, node) of everything that may have a place of its own, tensors of split modules included."""
+        yield self.name, self
+        if not self.atomic:
+            for name, key, nbytes in self.tensors:
+                yield name, Node(name=name, tensors=((name, key, nbytes),), children=(), atomic=True)
+            for child in self.children:
+                yield from child.walk()
 
     def largest_unit(self) -> int:
         """Bytes of the largest module that is never split."""
@@ -152,21 +161,61 @@ def balanced_budgets(root: Node, budgets: dict[str, int], strategy: str) -> dict
     return {**budgets, **lowered}
 
 
-def infer_places(root: Node, budgets: dict[str, int]) -> DeviceMap:
+def infer_places(root: Node, budgets: dict[str, int], *, buffer_nbytes: int = 0, slots: int = 2) -> DeviceMap:
     """Fill the places of `budgets` {place: bytes}, in their order, with the modules in theirs.
 
     A module that does not fit is split into its children unless it is atomic; a tied tensor counts once and goes where
-    it went first. If anything spills from the GPUs, room for the largest unit is kept free on the first of them.
+    it went first. If anything spills from the GPUs, room is kept on the first of them for what offloaded modules need
+    there: `slots` of the largest one's size, and `buffer_nbytes`. With one GPU, what lies outside of stacks of blocks
+    stays on it first, and so do blocks in even strides, whose work then hides the copies of those between.
 
     Raises:
         PlacementError: the model does not fit.
     """
-    device_map = _fill(root, budgets)
     gpus = [place for place in budgets if is_gpu(place)]
-    if gpus and not all(is_gpu(place) for place in device_map.values()):
-        room = max(0, budgets[gpus[0]] - root.largest_unit())
-        device_map = _fill(root, {**budgets, gpus[0]: room})
-    return device_map
+    first = _stacks_last(root) if len(gpus) == 1 else root
+    device_map, room, largest = _fill(first, budgets), dict(budgets), 0
+    while gpus:
+        offloaded = [node for name, node in root.walk() if not is_gpu(device_map.get(name, gpus[0]))]
+        spilled = max((node.largest_unit() for node in offloaded), default=0)
+        if spilled <= largest:
+            break
+        largest = spilled
+        room[gpus[0]] = max(0, budgets[gpus[0]] - slots * largest - buffer_nbytes)
+        device_map = _fill(first, room)
+    if len(gpus) == 1:
+        device_map = _strided(root, device_map)
+    return {name: device_map[name] for name, _ in root.walk() if name in device_map}
+
+
+def _stacks_last(node: Node) -> Node:
+    """`node` with the children that hold stacks of blocks after the others."""
+    if node.atomic:
+        return node
+    return replace(node, children=tuple(sorted(map(_stacks_last, node.children), key=_holds_stack)))
+
+
+def _holds_stack(node: Node) -> bool:
+    return not node.atomic and any(child.atomic or _holds_stack(child) for child in node.children)
+
+
+def _strided(root: Node, device_map: DeviceMap) -> DeviceMap:
+    """`device_map` with the GPU's share of each stack of equal blocks spread evenly over the stack."""
+    strided = dict(device_map)
+    for _, node in root.walk():
+        stack = [child for child in node.children if child.atomic and child.name in device_map]
+        alike = len({child.nbytes for child in stack}) == 1
+        apart = sum(len(child.sizes) for child in stack) == len({key for child in stack for key in child.sizes})
+        if not alike or not apart:
+            continue
+        places = [device_map[child.name] for child in stack]
+        resident = [place for place in places if is_gpu(place)]
+        offloaded = [place for place in places if not is_gpu(place)]
+        count = len(resident)
+        for i, child in enumerate(stack):
+            stays = (i + 1) * count // len(stack) > i * count // len(stack)
+            strided[child.name] = (resident if stays else offloaded).pop(0)
+    return strided
 
 
 def _fill(root: Node, budgets: dict[str, int]) -> DeviceMap:

@@ -1,15 +1,18 @@
 """dispatch: put hooks on the modules of a loaded model that need them, and on no others."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
+from bigq.attach import attach
 from bigq.device_map import DeviceMap, as_user_map, execution_device, is_gpu, place_of
 from bigq.hooks import Float32Hook, PlacementHook
+from bigq.moves import refuse_moves
 from bigq.offload import is_file_backed
 from bigq.plan import Plan
+from bigq.prefetch import Block, Prefetcher
 from bigq.selection import output_head
 
 __all__ = ["dispatch", "keep_float32_callable"]
@@ -40,7 +43,8 @@ def dispatch(model: nn.Module, device_map: DeviceMap, *, skip_keys: str | list[s
         return
     if skip_keys is None:
         skip_keys = getattr(model, "_skip_keys_device_placement", None)
-    root_hook = PlacementHook(runs_on, io_same_device=True, skip_keys=skip_keys)
+    hooks: dict[str, PlacementHook] = {"": PlacementHook(runs_on, io_same_device=True, skip_keys=skip_keys)}
+    modules: dict[str, nn.Module] = {"": model}
     for unit in _units(model, device_map):
         own_gpus = [place for _, _, _, place in unit.tensors if place in gpus]
         device = torch.device(own_gpus[0]) if own_gpus else runs_on
@@ -49,11 +53,28 @@ def dispatch(model: nn.Module, device_map: DeviceMap, *, skip_keys: str | list[s
             for owner, leaf, tensor, _ in unit.tensors
             if tensor.device != device or is_file_backed(tensor)
         ]
-        if unit.path == "":
-            root_hook.borrowed = borrowed
-        elif borrowed or len(gpus) > 1:
-            add_hook_to_module(unit.module, PlacementHook(device, borrowed=borrowed, skip_keys=skip_keys), append=True)
-    add_hook_to_module(model, root_hook, append=True)
+        if unit.path and (borrowed or len(gpus) > 1):
+            hooks[unit.path] = PlacementHook(device, skip_keys=skip_keys)
+            modules[unit.path] = unit.module
+        if borrowed:
+            hooks[unit.path].block = Block(borrowed, ahead=True)
+    _share_prefetchers(hooks)
+    for path, hook in hooks.items():
+        attach(modules[path], hook)
+    refuse_moves(model)
+
+
+def _share_prefetchers(hooks: Mapping[str, PlacementHook]) -> None:
+    """One Prefetcher a device; a module around other blocks keeps what it borrows out of the slots."""
+    prefetchers: dict[torch.device, Prefetcher] = {}
+    around = {ancestor for path, hook in hooks.items() if path and hook.block for ancestor in _ancestors(path)[:-1]}
+    for path, hook in hooks.items():
+        if hook.block is not None:
+            if hook.device not in prefetchers:
+                prefetchers[hook.device] = Prefetcher(hook.device)
+            hook.block.ahead = path not in around
+            hook.prefetcher = prefetchers[hook.device]
+            hook.prefetcher.add(hook.block)
 
 
 def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
@@ -63,7 +84,7 @@ def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
     """
     floating = [tensor for tensor in plan.tensors if tensor.spec.dtype.is_floating_point and not tensor.is_buffer]
     by_rule = {name for tensor in floating if tensor.is_float32_by_rule for name in tensor.names}
-    if not any(tensor.spec.dtype in (torch.float16, torch.bfloat16) for tensor in floating):
+    if not by_rule or not any(tensor.spec.dtype in (torch.float16, torch.bfloat16) for tensor in floating):
         return
     head = output_head(model)
 
@@ -76,13 +97,12 @@ def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
         prefix = f"{path}." if path else ""
         own = [prefix + name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
         if path and own and _is_called(module) and by_rule.issuperset(own):
-            add_hook_to_module(module, Float32Hook(restore=module is not head), append=True)
+            attach(module, Float32Hook(restore=module is not head))
             return
         for name, child in module.named_children():
             walk(child, prefix + name)
 
-    if by_rule:
-        walk(model, "")
+    walk(model, "")
 
 
 def _units(model: nn.Module, device_map: DeviceMap) -> list[_Unit]:

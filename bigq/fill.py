@@ -1,26 +1,43 @@
 """fill: read, quantize and place every tensor of a plan, then change the model."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import groupby
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from bigq.checkpoint import TensorInfo
+from bigq.checkpoint import Checkpoint, TensorInfo
 from bigq.commit import commit
+from bigq.device_map import is_gpu
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import ModelTensors, find_owner, tensor_name
-from bigq.plan import Plan, PlannedLinear, PlannedTensor
+from bigq.model_tensors import ModelTensors, Source, find_owner, modules_by_name, tensor_name
+from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
+from bigq.quantizer import Quantizer
+from bigq.stages import Stages
 from bigq.store import Store
-from bigq.stream import Source, stream
+from bigq.stream import Budget, Piece, Target, stream
+from bigq.warm_up import WarmUp
 
 __all__ = ["fill"]
 
-Job = PlannedLinear | PlannedTensor
+_OWN_NBYTES = 1 << 20  # a smaller tensor is read with its neighbours and copied, which takes less than a run of its own
 
 
-def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress: bool | None) -> None:
+def fill(
+    model: nn.Module,
+    plan: Plan,
+    source: Source,
+    store: Store,
+    *,
+    budget: Budget,
+    stages: Stages,
+    warm_up: WarmUp,
+    progress: bool | None = None,
+) -> None:
     """Fill `model` from `source` as `plan` and `store` say.
 
     From a checkpoint, the model changes after the last tensor has arrived and none was found wrong. A model that held
@@ -31,81 +48,160 @@ def fill(model: nn.Module, plan: Plan, source: Source, store: Store, *, progress
         CheckpointError: a tensor cannot be read, or a weight to quantize holds NaN or Inf.
     """
     jobs = plan.jobs()
-    in_place = isinstance(source, ModelTensors)
-    if in_place:
-        weights = [name for name, job in jobs.items() if isinstance(job, PlannedLinear)]
-        _refuse_non_finite(source, {name: _is_finite(tensor) for name, tensor in source.read(weights)})
-    finite: dict[str, Tensor] = {}
     done: list[tuple[Job, dict[str, Tensor]]] = []
-    total = sum(source.tensors[name].nbytes for name in jobs)
+    for name, job in list(jobs.items()):
+        if job.names[0] in store.in_checkpoint:  # it stays there, unread
+            done.append((job, {job.names[0].rpartition(".")[2]: store.in_checkpoint[job.names[0]]}))
+            del jobs[name]
     hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
+    total = sum(source.tensors[name].nbytes for name in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
-        for name, tensor, owned in stream(source, jobs, lambda info: _receive(info, jobs[info.name], store)):
-            job = jobs[name]
+        if isinstance(source, ModelTensors):
+            warm_up.wait()
+            _convert(model, jobs, source, store, stages, bar.update)
+        else:
+            done += _Arrivals(jobs, source, store, warm_up).read(budget, stages, bar.update)
+    modules = modules_by_name(model)
+    with stages.timed("commit"):
+        for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
+            if job.source is None:
+                own: Tensor = getattr(*find_owner(modules, job.names[0]))
+                done.append((job, _place_one(job, own.detach(), store)))
+        done += [(job, {}) for job in plan.linears if job.source is None]
+        done.sort(key=lambda entry: isinstance(entry[0], PlannedTensor))  # modules before the tensors that go into them
+        for planned, tensors in done:
+            _commit(modules, planned, tensors, store)
+
+
+def _convert(
+    model: nn.Module,
+    jobs: Mapping[str, Job],
+    source: ModelTensors,
+    store: Store,
+    stages: Stages,
+    progressed: Callable[[int], object],
+) -> None:
+    """Check the weights of a model that holds them, then carry out the jobs one by one."""
+    weights = [name for name, job in jobs.items() if isinstance(job, PlannedLinear)]
+    finite = {name: tensor.isfinite().all() for name, tensor in source.read(weights)}
+    _refuse_non_finite(source, [name for name, flag in finite.items() if not flag])
+    quantizer, modules = Quantizer(), modules_by_name(model)
+    for name, tensor in source.read(jobs):
+        job, nbytes = jobs[name], tensor.nbytes
+        with stages.timed("quantize", nbytes):
             if isinstance(job, PlannedLinear):
-                state = _quantize(job, tensor, store)
-                finite[name] = _is_finite(*state.values())
-                done.append((job, _place(job.names[0], state, store, owned=True)))
+                piece = Piece(source.tensors[name], 0, tensor.to(_quantizing_device(job, store)))
+                ((_, state),) = quantizer.quantize([(job, piece)])
+                del piece
+                placed = _place(job.names[0], state, store)
             else:
-                done.append((job, _place_one(job, tensor, store, owned=owned or in_place)))
-            del tensor  # or it would outlive its replacement by one turn
-            if in_place:
-                _commit_all(model, done, store)
-            bar.update(source.tensors[name].nbytes)
-    if not in_place:
-        _refuse_non_finite(source, finite)
-    for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
-        if job.source is None:
-            own: Tensor = getattr(*find_owner(model, job.names[0]))
-            done.append((job, _place_one(job, own.detach(), store, owned=True)))
-    done += [(job, {}) for job in plan.linears if job.source is None]
-    done.sort(key=lambda entry: isinstance(entry[0], PlannedTensor))  # modules before the tensors that go into them
-    _commit_all(model, done, store)
+                placed = _place_one(job, tensor, store)
+        del tensor  # or it would outlive its replacement by one turn
+        _commit(modules, job, placed, store)
+        progressed(nbytes)
 
 
-def _receive(info: TensorInfo, job: Job, store: Store) -> Tensor:
-    """Memory for a tensor of the checkpoint: that of what it becomes, or scratch on the device that quantizes it."""
-    spec = TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
-    if isinstance(job, PlannedTensor):
-        return store.receive(job.names[0], spec)
-    return torch.empty(spec.shape, dtype=spec.dtype, device=_quantizing_device(job, store))
+class _Arrivals:
+    """What has arrived of a checkpoint, finished and in its place, beside the model."""
+
+    def __init__(self, jobs: Mapping[str, Job], checkpoint: Checkpoint, store: Store, warm_up: WarmUp) -> None:
+        self.jobs, self.checkpoint, self.store, self.warm_up = jobs, checkpoint, store, warm_up
+        self.quantizer = Quantizer()
+        self.states: dict[str, dict[str, Tensor]] = {}  # by source name
+        self.incomplete: dict[str, Tensor] = {}
+        self.targets = {name: self._target(checkpoint.tensors[name], job) for name, job in jobs.items()}
+        self.to_come: Counter[torch.device] = Counter()  # bytes of quantized weights that GPUs do not hold yet
+        for name, job in jobs.items():
+            self.to_come[self.targets[name].device] += self._nbytes_on_gpu(job)
+
+    def read(
+        self, budget: Budget, stages: Stages, progressed: Callable[[int], object]
+    ) -> list[tuple[Job, dict[str, Tensor]]]:
+        """Read everything; `progressed` is told bytes."""
+        for pieces in stream(self.checkpoint, self.targets, budget, stages, self.to_come.__getitem__):
+            nbytes = sum(piece.tensor.nbytes for piece in pieces)
+            if any(isinstance(self.jobs[piece.info.name], PlannedLinear) for piece in pieces):
+                with stages.timed("wait"):
+                    self.warm_up.wait()
+            with stages.timed("quantize", nbytes):
+                self._take(pieces)
+            del pieces  # or they would outlive their replacements by one turn
+            progressed(nbytes)
+        with stages.timed("quantize"):
+            _refuse_non_finite(self.checkpoint, self.quantizer.non_finite(self.states))
+        return [(self.jobs[name], state) for name, state in self.states.items()]
+
+    def _target(self, info: TensorInfo, job: Job) -> Target:
+        if isinstance(job, PlannedLinear):
+            return Target(device=_quantizing_device(job, self.store), splits=not job.transposed)
+        name, spec = job.names[0], TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
+        _, final = self.store.resting[name]
+        own = partial(self.store.receive, name, spec) if spec == final and info.nbytes >= _OWN_NBYTES else None
+        return Target(device=self.store.work_device(name, quantize=False), own=own)
+
+    def _take(self, pieces: list[Piece]) -> None:
+        for is_linear, group in groupby(
+            pieces, key=lambda piece: isinstance(self.jobs[piece.info.name], PlannedLinear)
+        ):
+            if is_linear:
+                self._quantize(list(group))
+            else:
+                for piece in group:
+                    self._keep(piece)
+
+    def _quantize(self, pieces: list[Piece]) -> None:
+        items = []
+        for piece in pieces:
+            job = self.jobs[piece.info.name]
+            assert isinstance(job, PlannedLinear)
+            items.append((job, piece._replace(tensor=piece.tensor.to(self.targets[piece.info.name].device))))
+        for job, state in self.quantizer.quantize(items):
+            assert job.source is not None
+            self.states[job.source] = _place(job.names[0], state, self.store)
+            self.to_come[self.targets[job.source].device] -= self._nbytes_on_gpu(job)
+
+    def _nbytes_on_gpu(self, job: Job) -> int:
+        """Bytes that a quantized weight will take on a GPU; until then, weights to quantize may have them."""
+        if not isinstance(job, PlannedLinear):
+            return 0
+        place, _ = self.store.resting[tensor_name(job.names[0], "weight")]
+        return job.description.nbytes if is_gpu(place) else 0
+
+    def _keep(self, piece: Piece) -> None:
+        """Copy rows of a tensor that is not quantized to where it stays, unless they were read there."""
+        name, tensor = piece.info.name, piece.tensor
+        job = self.jobs[name]
+        if not piece.is_lent:
+            self.states[name] = _place_one(job, tensor, self.store)
+            return
+        if name not in self.states:
+            _, final = self.store.resting[job.names[0]]
+            self.states[name] = _place_one(job, self.store.receive(job.names[0], final), self.store)
+        (memory,) = self.states[name].values()
+        if tensor.shape != memory.shape:
+            memory = memory[piece.start : piece.start + len(tensor)]
+        memory.copy_(tensor.to(memory.device))  # cast at the end of the link: it is shorter there
 
 
 def _quantizing_device(job: PlannedLinear, store: Store) -> torch.device:
     return store.work_device(tensor_name(job.names[0], "weight"), quantize=True)
 
 
-def _quantize(job: PlannedLinear, tensor: Tensor, store: Store) -> dict[str, Tensor]:
-    weight = tensor.to(_quantizing_device(job, store))
-    if weight.dtype == torch.float64:  # no format has scales that fine
-        weight = weight.float()
-    return job.module.quantize(weight.T if job.transposed else weight)
+def _place(path: str, tensors: Mapping[str, Tensor], store: Store) -> dict[str, Tensor]:
+    return {leaf: store.put(tensor_name(path, leaf), tensor, owned=True) for leaf, tensor in tensors.items()}
 
 
-def _place(path: str, tensors: Mapping[str, Tensor], store: Store, *, owned: bool) -> dict[str, Tensor]:
-    return {leaf: store.put(tensor_name(path, leaf), tensor, owned=owned) for leaf, tensor in tensors.items()}
-
-
-def _place_one(job: PlannedTensor, tensor: Tensor, store: Store, *, owned: bool) -> dict[str, Tensor]:
+def _place_one(job: Job, tensor: Tensor, store: Store) -> dict[str, Tensor]:
     path, _, leaf = job.names[0].rpartition(".")
-    return _place(path, {leaf: tensor}, store, owned=owned)
+    return _place(path, {leaf: tensor}, store)
 
 
-def _commit_all(model: nn.Module, done: list[tuple[Job, dict[str, Tensor]]], store: Store) -> None:
-    for job, tensors in done:
-        commit(model, job, tensors, frozen=any(store.is_offloaded(name) for name in job.names))
-    done.clear()
+def _commit(modules: Mapping[str, nn.Module], job: Job, tensors: Mapping[str, Tensor], store: Store) -> None:
+    frozen = isinstance(job, PlannedTensor) and any(store.is_offloaded(name) for name in job.names)
+    commit(modules, job, tensors, frozen=frozen)
 
 
-def _is_finite(*tensors: Tensor) -> Tensor:
-    """Whether every float32 scale, or every element of one weight, is finite: a 0-d bool on its device."""
-    flags = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
-    return torch.stack(flags).all()
-
-
-def _refuse_non_finite(source: Source, finite: Mapping[str, Tensor]) -> None:
-    """One look at the flags of all weights, so that no weight has to wait for its own."""
-    bad = [name for name, flag in finite.items() if not flag]
+def _refuse_non_finite(source: Source, bad: list[str]) -> None:
     if bad:
         listed = "\n".join(f"  {name} in {source.tensors[name].file}" for name in bad)
         raise CheckpointError(f"{len(bad)} weights hold NaN or Inf and cannot be quantized:\n{listed}")

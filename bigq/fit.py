@@ -10,7 +10,7 @@ from bigq.checkpoint import TensorInfo
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
-from bigq.model_tensors import TensorGroup, tensor_groups, tensor_name
+from bigq.model_tensors import TensorGroup, modules_by_name, tensor_name
 from bigq.plan import PlannedLinear, PlannedTensor
 from bigq.selection import match_patterns
 
@@ -24,6 +24,7 @@ class Fit:
         self,
         *,
         model: nn.Module,
+        groups: Sequence[TensorGroup],
         tensors: Mapping[str, TensorInfo],
         config: QuantizationConfig | None,
         offload_dtype: Callable[[str], torch.dtype | None],
@@ -35,8 +36,8 @@ class Fit:
         self.missing: list[str] = []
         self.misfits: list[str] = []
         patterns = config.keep_in_fp32_modules if config is not None else ()
-        self.groups = tensor_groups(model)
-        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+        self.groups = groups
+        names = [name for name in modules_by_name(model) if name]
         names += [name for group in self.groups for name in group.names]
         self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, names))
 
@@ -45,7 +46,7 @@ class Fit:
         if linear.source is not None:
             for name in linear.names:
                 self.claimed.add(tensor_name(name, "weight"))
-            shape = (linear.module.out_features, linear.module.in_features)[:: -1 if linear.transposed else 1]
+            shape = linear.description.shape[:: -1 if linear.transposed else 1]
             self._check(linear.source, shape, floating=True)
 
     def tensors_outside(self, linears: Sequence[PlannedLinear]) -> Iterator[PlannedTensor]:
@@ -58,7 +59,7 @@ class Fit:
                     yield planned
         for linear in linears:
             if linear.source is None:
-                for leaf, spec in linear.module.state_spec().items():
+                for leaf, spec in linear.description.state_spec.items():
                     names = tuple(tensor_name(name, leaf) for name in linear.names)
                     source = next((name for name in names if name in self.tensors), names[0])
                     self.claimed.update(names)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bigq.linear import QuantizedLinear
-from bigq.model_tensors import find_owner, tensor_groups
+from bigq.model_tensors import find_owner, modules_by_name, tensor_groups
 from bigq.offload import is_file_backed
+from bigq.table import format_table
 
 __all__ = ["MemoryFootprint", "memory_footprint"]
 
@@ -31,17 +32,16 @@ class MemoryFootprint:
         """One line a device, in MB (1e6 bytes), with a total."""
         rows = [(device, [kinds[kind] for kind in KINDS]) for device, kinds in self.nbytes.items()]
         rows.append(("total", [sum(column) for column in zip(*(values for _, values in rows), strict=True)]))
-        lines = [f"{'MB':<10}" + "".join(f"{kind:>12}" for kind in (*KINDS, "all"))]
-        for device, values in rows:
-            lines.append(f"{device:<10}" + "".join(f"{value / 1e6:>12.3f}" for value in (*values, sum(values))))
-        return "\n".join(lines)
+        cells = [(device, *(f"{value / 1e6:.3f}" for value in (*values, sum(values)))) for device, values in rows]
+        return format_table([("MB", *KINDS, "all"), *cells])
 
 
 def memory_footprint(model: nn.Module) -> MemoryFootprint:
     """Count the bytes of `model`'s parameters and buffers by device and kind; tied tensors once."""
     nbytes: dict[str, dict[str, int]] = {}
+    modules = modules_by_name(model)
     for group in tensor_groups(model):
-        owner, leaf = find_owner(model, group.names[0])
+        owner, leaf = find_owner(modules, group.names[0])
         quantized = owner.state_spec() if isinstance(owner, QuantizedLinear) else {}
         kind = "kept" if leaf not in quantized else "packed" if leaf == "weight" else "scales"
         of_device = nbytes.setdefault(_where(group.tensor), dict.fromkeys(KINDS, 0))

@@ -1,6 +1,8 @@
 """Hooks that bring a module's inputs and its offloaded tensors to the device it runs on; accelerate `ModelHook`s."""
 
-from collections.abc import Sequence
+import threading
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,21 +11,31 @@ from accelerate.utils import find_device, recursively_apply, send_to_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bigq.model_tensors import assign_tensor
-from bigq.offload import is_file_backed
+from bigq.attach import outside_of_graphs
+from bigq.moves import allow_moves
+from bigq.prefetch import Block, Prefetcher
 
 __all__ = ["Float32Hook", "PlacementHook"]
+
+
+@dataclass(kw_only=True)
+class _Call:
+    """A call that has begun and not ended."""
+
+    input_device: torch.device | None = None
+    entered: bool = False
+    saving: AbstractContextManager[object] | None = None  # in force while the block computes
 
 
 class PlacementHook(ModelHook):  # type: ignore[misc]
     """Runs a module on `device`: moves its inputs there, and lends it its offloaded tensors for the length of the call.
 
     At rest the module keeps its own tensors, on the CPU or file-backed. What it is lent are frozen copies, given back
-    when the call ends, also by an exception; a module that calls itself borrows once.
+    when the last call of it ends, also by an exception.
 
     Args:
         device: where the module runs.
-        borrowed: (owner, name) of each parameter or buffer to lend.
+        block: what to lend it, and `prefetcher`: who lends it.
         io_same_device: move the outputs back to the device of the first input tensor.
         skip_keys: keyword arguments that are left where they are, such as a KV cache.
     """
@@ -32,71 +44,82 @@ class PlacementHook(ModelHook):  # type: ignore[misc]
         self,
         device: torch.device,
         *,
-        borrowed: Sequence[tuple[nn.Module, str]] = (),
+        block: Block | None = None,
+        prefetcher: Prefetcher | None = None,
         io_same_device: bool = False,
         skip_keys: str | list[str] | None = None,
     ) -> None:
         super().__init__()
         self.device = device
-        self.borrowed = list(borrowed)
+        self.block = block
+        self.prefetcher = prefetcher
         self.io_same_device = io_same_device
         self.skip_keys = skip_keys
-        self._at_rest: list[tuple[nn.Module, str, Tensor]] = []
-        self._depth = 0
-        self._returned = False
-        self._input_device: torch.device | None = None
+        self._calls = threading.local()
         self._handle: RemovableHandle | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_calls"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _calls=threading.local())
+
     def init_hook(self, module: nn.Module) -> nn.Module:
-        if self.borrowed:  # accelerate calls no post_forward after an exception; torch calls this hook always
-            self._handle = module.register_forward_hook(self._after_call, always_call=True)
+        # accelerate calls no post_forward after an exception; torch calls this hook always
+        self._handle = module.register_forward_hook(self._after_call, always_call=True)
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         if self._handle is not None:
             self._handle.remove()
+        allow_moves(module)
         return module
 
+    @outside_of_graphs
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.io_same_device:
-            self._input_device = find_device([args, kwargs])
-        self._returned = False
-        self._depth += 1
-        if self._depth == 1:
-            self._borrow()
-        return (
-            send_to_device(args, self.device),
-            send_to_device(kwargs, self.device, skip_keys=self.skip_keys),
-        )
+        self._calls.returned = False
+        call = _Call(input_device=find_device([args, kwargs]) if self.io_same_device else None)
+        self._stack.append(call)
+        args = send_to_device(args, self.device)
+        kwargs = send_to_device(kwargs, self.device, skip_keys=self.skip_keys)
+        if self.block is not None and self.prefetcher is not None:
+            call.saving = self.prefetcher.enter(self.block)
+            call.entered = True
+            if call.saving is not None:
+                call.saving.__enter__()
+        return args, kwargs
 
+    @outside_of_graphs
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        self._give_back()
-        self._returned = True
-        if self.io_same_device and self._input_device is not None:
-            output = send_to_device(output, self._input_device, skip_keys=self.skip_keys)
+        call = self._stack.pop()
+        self._calls.returned = True
+        output = self._end(call, output)
+        if call.input_device is not None:
+            output = send_to_device(output, call.input_device, skip_keys=self.skip_keys)
         return output
 
+    @outside_of_graphs
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._returned:  # the call raised before post_forward
-            self._give_back()
-        self._returned = False
+        if not self._calls.returned:  # the call raised before post_forward
+            self._end(self._stack.pop())
+        self._calls.returned = False
 
-    def _borrow(self) -> None:
-        copies: dict[int, Tensor] = {}
-        for owner, name in self.borrowed:
-            own: Tensor = getattr(owner, name)
-            if id(own) not in copies:
-                # A file-backed tensor is copied also when the CPU runs the module: one read instead of page faults.
-                copy = own.detach().to(self.device, non_blocking=True, copy=is_file_backed(own))
-                copies[id(own)] = nn.Parameter(copy, requires_grad=False) if isinstance(own, nn.Parameter) else copy
-            self._at_rest.append((owner, name, own))
-            assign_tensor(owner, name, copies[id(own)])
+    @property
+    def _stack(self) -> list[_Call]:
+        """The calls of this thread: a module may call itself."""
+        if not hasattr(self._calls, "stack"):
+            self._calls.stack = []
+        stack: list[_Call] = self._calls.stack
+        return stack
 
-    def _give_back(self) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            while self._at_rest:
-                assign_tensor(*self._at_rest.pop())
+    def _end(self, call: _Call, output: Any = None) -> Any:
+        if call.saving is not None:
+            call.saving.__exit__(None, None, None)
+        if call.entered:
+            assert self.block is not None
+            assert self.prefetcher is not None
+            output = self.prefetcher.leave(self.block, output)
+        return output
 
 
 class Float32Hook(ModelHook):  # type: ignore[misc]

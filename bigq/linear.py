@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedError
-from bigq.formats import QUANT_STATE_SPEC, Description, Format, State, TensorSpec
+from bigq.formats import Description, Format, State, TensorSpec
 
 __all__ = ["QuantizedLinear"]
 
@@ -25,18 +25,17 @@ class QuantizedLinear(nn.Linear):
         device: where to make the uninitialized tensors.
     """
 
-    own_attributes = ("in_features", "out_features", "format", "source_dtype", "compute_dtype")
+    format: Format
+    source_dtype: torch.dtype
+    compute_dtype: torch.dtype | None
     _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism hands plain local shards to such a module
 
     def __init__(
         self, description: Description, *, bias: torch.dtype | None, device: torch.device | str = "meta"
     ) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = description.shape
-        self.format: Format = description.format
-        self.source_dtype = description.dtype
-        self.compute_dtype = description.compute_dtype
-        for name, spec in self.state_spec().items():
+        self._describe(description)
+        for name, spec in description.state_spec.items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         if bias is None:
@@ -44,9 +43,38 @@ class QuantizedLinear(nn.Linear):
         else:
             self.register_parameter("bias", nn.Parameter(torch.empty(self.out_features, dtype=bias, device=device)))
 
+    @classmethod
+    def convert(cls, linear: nn.Module, description: Description, state: State) -> None:
+        """Turn `linear` into a QuantizedLinear where it stands; its bias stays.
+
+        The object stays the same, so whatever else refers to it follows: a second parent, a closure, its own hooks.
+
+        Args:
+            linear: an nn.Linear or a GPT-2 Conv1D; changed.
+            description: of the weight.
+            state: the tensors of the quantized weight, as far as they are known yet.
+        """
+        parameters: dict[str, nn.Parameter | None] = dict.fromkeys(description.state_spec)
+        for leaf, tensor in state.items():
+            parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        parameters["bias"] = linear._parameters["bias"]
+        linear.__class__ = cls
+        vars(linear)["_parameters"] = parameters
+        cast(QuantizedLinear, linear)._describe(description)
+
+    def _describe(self, description: Description) -> None:
+        out_features, in_features = description.shape
+        vars(self).update(  # nn.Module's own setattr takes 3 us an attribute, and a model may have 19,000 linears
+            out_features=out_features,
+            in_features=in_features,
+            format=description.format,
+            source_dtype=description.dtype,
+            compute_dtype=description.compute_dtype,
+        )
+
     def state_spec(self) -> dict[str, TensorSpec]:
         """The named tensors of the quantized weight, by the name of their Parameter."""
-        return {**self.format.state_spec((self.out_features, self.in_features)), "quant_state": QUANT_STATE_SPEC}
+        return self.description.state_spec
 
     @property
     def description(self) -> Description:
@@ -79,10 +107,14 @@ class QuantizedLinear(nn.Linear):
                 "its input to weight.dtype does this: name this layer in skip_modules"
             )
         out_dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            out_dtype = torch.get_autocast_dtype(x.device.type)
-        out = self.format.linear(x.to(self.compute_dtype or out_dtype), self._state, self.bias)
-        return out.to(out_dtype)
+        device_type = "cuda" if x.is_cuda else x.device.type  # the property costs as much as the rest of this method
+        if torch.is_autocast_enabled(device_type) and out_dtype is not torch.float64:  # which autocast leaves alone
+            out_dtype = torch.get_autocast_dtype(device_type)
+        dtype = self.compute_dtype or out_dtype
+        state: State = self._parameters  # type: ignore[assignment]
+        # A cast that changes nothing takes a microsecond, and nn.Module's lookup of a Parameter half a one.
+        out = self.format.linear(x if x.dtype is dtype else x.to(dtype), state, self._parameters["bias"])
+        return out if out.dtype is out_dtype else out.to(out_dtype)
 
     @property
     def _state(self) -> State:

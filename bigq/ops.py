@@ -17,6 +17,7 @@ from bigq import reference
 from bigq.errors import UnsupportedError
 
 __all__ = [
+    "cuda_launcher",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
@@ -42,6 +43,12 @@ _SCHEMAS = {
     "dequantize_int8": "(Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
     "linear_int8": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
 }
+
+
+def cuda_launcher(name: str) -> Callable[..., Any] | None:
+    """The launcher that the op `name` calls on CUDA tensors; None where the reference runs there."""
+    implementation = _cuda_implementation(name)
+    return None if implementation is getattr(reference, name) else implementation
 
 
 @cache

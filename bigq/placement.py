@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,12 +26,11 @@ from bigq.device_map import (
 )
 from bigq.errors import PlacementError
 from bigq.formats import Description, TensorSpec
-from bigq.model_tensors import ModelTensors, tensor_groups
+from bigq.model_tensors import ModelTensors, Source, modules_by_name, tensor_groups
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
-from bigq.stream import Source
 
-__all__ = ["infer_device_map", "plan_and_place", "resting_places"]
+__all__ = ["expected_device", "infer_device_map", "plan_and_place", "resting_places"]
 
 
 def plan_and_place(
@@ -83,11 +83,17 @@ def plan_and_place(
             return everything_quantized, places
     else:
         places = _explicit_device_map(device_map)
-        modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        modules = modules_by_name(model)
         check_device_map(places, modules, [group.names for group in tensor_groups(model) if group.persistent])
         if policy is None and config is not None:
             policy = config.weight_format().custom_map_offload
     return plan(places, policy), places
+
+
+def expected_device(device_map: object) -> torch.device:
+    """Where a load under `device_map` will most likely quantize, which is known for sure only after the plan."""
+    automatic = isinstance(device_map, str) and device_map in STRATEGIES
+    return execution_device(_explicit_device_map(None if automatic else device_map))
 
 
 def infer_device_map(
@@ -173,7 +179,8 @@ def _infer_from_plan(
     if offload_folder is not None:
         budgets.setdefault("disk", 1 << 62)
     root = _tree(model, plan, classes)
-    return infer_places(root, balanced_budgets(root, budgets, strategy))
+    buffers = {tensor.names[0]: tensor.spec.nbytes for tensor in plan.tensors if tensor.is_buffer}
+    return infer_places(root, balanced_budgets(root, budgets, strategy), buffer_nbytes=sum(buffers.values()))
 
 
 def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
@@ -199,15 +206,30 @@ def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
 
 
 def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, TensorSpec]]:
-    """{first name: (place, spec)} of each tensor; one with several names rests on the GPU if any of them does."""
+    """{first name: (place, spec)} of each tensor; one with several names rests on the GPU if any of them does.
+
+    Buffers rest where they run, as accelerate has it by default: a module may write to them, as BatchNorm does.
+    """
     resting = {}
-    anywhere = str(execution_device(device_map))  # for non-persistent buffers that the map may leave out
+    runs_on = execution_device(device_map)
+    anywhere = str(runs_on)  # for non-persistent buffers that the map may leave out
+    buffers = {tensor.names for tensor in plan.tensors if tensor.is_buffer}
+
+    @cache  # thousands of modules hold several tensors each
+    def of_module(name: str) -> str | None:
+        return place_of(device_map, name)
+
+    def of_tensor(name: str) -> str | None:
+        return device_map[name] if name in device_map else of_module(name.rpartition(".")[0])
+
     for names, spec in plan.specs().items():
-        places = {name: place for name in names if (place := place_of(device_map, name))} or {names[0]: anywhere}
+        places = {name: place for name in names if (place := of_tensor(name))} or {names[0]: anywhere}
         gpus = {name: place for name, place in places.items() if is_gpu(place)}
         if len(set(gpus.values())) > 1:
             listed = ", ".join(f"{name} on {place}" for name, place in gpus.items())
             raise PlacementError(f"one tensor cannot rest on several devices: {listed}; give its names one place")
         place = next(iter(gpus.values()), "cpu" if "cpu" in places.values() else "disk")
+        if names in buffers and is_offloaded(place, runs_on):
+            place = str(runs_on)
         resting[names[0]] = (place, spec)
     return resting

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from bigq.formats import TensorSpec
-from bigq.linear import QuantizedLinear
+from bigq.formats import Description, TensorSpec
 from bigq.model_tensors import tensor_name
 
-__all__ = ["Plan", "PlannedLinear", "PlannedTensor"]
+__all__ = ["Job", "Plan", "PlannedLinear", "PlannedTensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,18 @@ class PlannedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedLinear:
-    """A linear that becomes `module`, a QuantizedLinear on meta, under each of `names`.
+    """A linear that becomes a QuantizedLinear of `description` under each of `names`.
 
     `source` is the checkpoint's name of the weight to quantize, None where the checkpoint holds it quantized.
     """
 
     names: tuple[str, ...]
-    module: QuantizedLinear
+    description: Description
     source: str | None
     transposed: bool
+
+
+Job = PlannedTensor | PlannedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +50,20 @@ class Plan:
     linears: tuple[PlannedLinear, ...]
     kept: Mapping[str, str]
 
-    def specs(self) -> dict[tuple[str, ...], TensorSpec]:
+    def specs(self) -> Mapping[tuple[str, ...], TensorSpec]:
         """Shape and dtype of every tensor of the loaded model, by all of its names."""
+        return self._specs
+
+    @cached_property
+    def _specs(self) -> dict[tuple[str, ...], TensorSpec]:
         specs = {tensor.names: tensor.spec for tensor in self.tensors}
         for linear in self.linears:
             if linear.source is not None:
-                for leaf, spec in linear.module.state_spec().items():
+                for leaf, spec in linear.description.state_spec.items():
                     specs[tuple(tensor_name(name, leaf) for name in linear.names)] = spec
         return specs
 
-    def jobs(self) -> dict[str, "PlannedTensor | PlannedLinear"]:
+    def jobs(self) -> dict[str, Job]:
         """What to do with each tensor of the checkpoint, by the checkpoint's name for it."""
-        jobs: tuple[PlannedTensor | PlannedLinear, ...] = (*self.tensors, *self.linears)
+        jobs: tuple[Job, ...] = (*self.tensors, *self.linears)
         return {job.source: job for job in jobs if job.source is not None}

@@ -1,6 +1,6 @@
 """make_plan: decide what becomes of every tensor of a model, before anything is read or changed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -13,7 +13,7 @@ from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.fit import Fit
 from bigq.formats import Description
 from bigq.linear import QuantizedLinear
-from bigq.model_tensors import module_names, tensor_name
+from bigq.model_tensors import TensorGroup, module_names, modules_by_name, tensor_groups, tensor_name
 from bigq.plan import Plan, PlannedLinear
 from bigq.selection import is_transposed_linear, match_patterns, select_linears
 
@@ -52,14 +52,15 @@ def make_plan(
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise UnsupportedError("the model already holds QuantizedLinear modules: load into a model built anew")
+    groups = tensor_groups(model)
     if quantized:
-        linears = _quantized_linears(model, quantized, config)
+        linears = _quantized_linears(model, groups, quantized, config)
         kept: Mapping[str, str] = {}
     elif config is None:
         raise ConfigError("the checkpoint is not quantized: pass a quantization_config")
     else:
-        linears, kept = _chosen_linears(model, tensors, config, unquantized)
-    fit = Fit(model=model, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
+        linears, kept = _chosen_linears(model, groups, tensors, config, unquantized)
+    fit = Fit(model=model, groups=groups, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
     for linear in linears:
         fit.claim(linear)
     planned_tensors = tuple(fit.tensors_outside(linears))
@@ -69,6 +70,7 @@ def make_plan(
 
 def _chosen_linears(
     model: nn.Module,
+    groups: Sequence[TensorGroup],
     tensors: Mapping[str, TensorInfo],
     config: QuantizationConfig,
     unquantized: Callable[[str], bool],
@@ -78,23 +80,25 @@ def _chosen_linears(
         skip_modules=config.skip_modules,
         keep_in_fp32_modules=config.keep_in_fp32_modules,
         defaults=config.skip_defaults,
+        groups=groups,
     )
+    modules = modules_by_name(model)
     kept, linears, weight_format = dict(selection.kept), [], config.weight_format()
+    descriptions: dict[tuple[tuple[int, int], torch.dtype], Description] = {}  # one for all linears that look alike
     for name, aliases in selection.linears.items():
         if unquantized(name):
             kept[name] = "offloaded with its dtype"
             continue
-        module = cast(nn.Linear, model.get_submodule(name))  # or a Conv1D, which has the same two parameters
+        module = cast(nn.Linear, modules[name])  # or a Conv1D, which has the same two parameters
         weights = [tensor_name(alias, "weight") for alias in aliases]
         source = next((weight for weight in weights if weight in tensors), weights[0])
         info = tensors.get(source)
-        description = Description(
-            format=weight_format,
-            shape=_matrix_shape(module),
-            dtype=info.dtype if info is not None else module.weight.dtype,
-            compute_dtype=config.compute_dtype,
-        )
-        linears.append(_planned_linear(module, aliases, description, source))
+        looks = _matrix_shape(module), info.dtype if info is not None else module.weight.dtype
+        if looks not in descriptions:
+            descriptions[looks] = Description(
+                format=weight_format, shape=looks[0], dtype=looks[1], compute_dtype=config.compute_dtype
+            )
+        linears.append(_planned_linear(module, aliases, descriptions[looks], source))
     if not selection.linears:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in kept.items()) or "  it has no nn.Linear or Conv1D"
         raise UnsupportedError(f"nothing to quantize in {type(model).__name__}:\n{reasons}")
@@ -102,18 +106,24 @@ def _chosen_linears(
 
 
 def _quantized_linears(
-    model: nn.Module, quantized: Mapping[str, Description], config: QuantizationConfig | None
+    model: nn.Module,
+    groups: Sequence[TensorGroup],
+    quantized: Mapping[str, Description],
+    config: QuantizationConfig | None,
 ) -> list[PlannedLinear]:
     """The linears that the checkpoint holds quantized, with its descriptions."""
     names = {name: aliases for aliases in module_names(model).values() for name in aliases}
     if config is not None:
+        everything = [*filter(None, names), *(name for group in groups for name in group.names)]
         for field in ("skip_modules", "keep_in_fp32_modules"):
-            for name, pattern in match_patterns(field, getattr(config, field), names).items():
-                if name in quantized:
-                    raise ConfigError(f"{field} {pattern!r} matches {name}, which the checkpoint holds quantized")
-    linears, problems = [], []
+            for name, pattern in match_patterns(field, getattr(config, field), everything).items():
+                owner, _, leaf = name.rpartition(".")
+                linear = owner if leaf == "weight" else name
+                if linear in quantized:
+                    raise ConfigError(f"{field} {pattern!r} matches {linear}, which the checkpoint holds quantized")
+    linears, problems, modules = [], [], modules_by_name(model)
     for name, description in quantized.items():
-        found = model.get_submodule(name) if name in names else None
+        found = modules.get(name)
         if found is None or not (isinstance(found, nn.Linear) or is_transposed_linear(found)):
             problems.append(f"  {name or 'the whole'} is quantized in the checkpoint, and no linear of the model")
             continue
@@ -143,5 +153,4 @@ def _matrix_shape(module: nn.Linear) -> tuple[int, int]:
 def _planned_linear(
     module: nn.Linear, names: tuple[str, ...], description: Description, source: str | None
 ) -> PlannedLinear:
-    quantized = QuantizedLinear(description, bias=None if module.bias is None else module.bias.dtype)
-    return PlannedLinear(names=names, module=quantized, source=source, transposed=is_transposed_linear(module))
+    return PlannedLinear(names=names, description=description, source=source, transposed=is_transposed_linear(module))

@@ -1,7 +1,7 @@
 """Which linears of a model are quantized, and why the others are not."""
 
 import dis
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -11,7 +11,7 @@ from types import CodeType, FunctionType
 from torch import nn
 
 from bigq.errors import ConfigError
-from bigq.model_tensors import find_owner, module_names, tensor_groups, tensor_name
+from bigq.model_tensors import TensorGroup, find_owner, module_names, modules_by_name, tensor_groups, tensor_name
 
 __all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears"]
 
@@ -36,18 +36,20 @@ def select_linears(
     skip_modules: Sequence[str] = (),
     keep_in_fp32_modules: Sequence[str] = (),
     defaults: bool = True,
+    groups: Sequence[TensorGroup] | None = None,
 ) -> Selection:
     """Choose the modules to quantize: every `nn.Linear` by exact type and every GPT-2 Conv1D.
 
     Never chosen: a module that its parent does not call but whose weight it reads; what `skip_modules` or
     `keep_in_fp32_modules` match. With `defaults`, neither: the output head, weights tied to another module, and what
-    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry.
+    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry. `groups` are the model's
+    tensors, where the caller has them already.
 
     Raises:
         ConfigError: a pattern that matches nothing, or without `defaults` a choice that would break a tie.
     """
-    names = module_names(model)
-    groups = tensor_groups(model)
+    modules, names = modules_by_name(model), module_names(model)
+    groups = tensor_groups(model) if groups is None else groups
     everything = [name for aliases in names.values() for name in aliases if name]
     everything += [name for group in groups for name in group.names]
     asked: dict[str, str] = {}
@@ -60,13 +62,14 @@ def select_linears(
 
     def why_kept(module: nn.Module, aliases: tuple[str, ...]) -> str | None:
         for name in aliases:
-            if name in asked:
-                return asked[name]
+            for asked_for in (name, tensor_name(name, "weight")):
+                if asked_for in asked:
+                    return asked[asked_for]
         if module._parameters.get("weight") is None:
             return "its weight is computed from other parameters"
         if "forward" in vars(module):
             return "its forward is patched"
-        if any(_read_but_not_called(model, name) for name in aliases):
+        if any(_read_but_not_called(modules, name) for name in aliases):
             return "its parent reads its weight directly"
         for pattern in own:
             if any(_matches(pattern, name) for name in aliases):
@@ -159,9 +162,9 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed_linear(module)
 
 
-def _read_but_not_called(model: nn.Module, name: str) -> bool:
+def _read_but_not_called(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether its parent reads the weight of `name` and never calls it: the parent would compute with packed codes."""
-    parent, leaf = find_owner(model, name)
+    parent, leaf = find_owner(modules, name)
     return leaf in _only_read(type(parent))  # type: ignore[arg-type]
 
 
@@ -171,18 +174,23 @@ def _only_read(kind: type[nn.Module]) -> frozenset[str]:
 
     nn.MultiheadAttention's out_proj is one.
     """
-    read, called = set(), set()
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for attribute, value in vars(base).items():
-            if isinstance(value, FunctionType) and attribute != "__init__":
-                for first, *rest in _attribute_chains(value.__code__):
-                    if rest[:1] == ["weight"]:
-                        read.add(first)
-                    elif rest[:1] != ["bias"]:
-                        called.add(first)
-    return frozenset(read - called)
+    methods = [
+        value.__code__
+        for base in kind.__mro__
+        if base not in (nn.Module, object)
+        for attribute, value in vars(base).items()
+        if isinstance(value, FunctionType) and attribute != "__init__"
+    ]
+    # Only code that has one of the names is disassembled: to disassemble all of a transformers class takes 0.3 s.
+    chains = [chain for code in methods if _has_name(code, {"weight"}) for chain in _attribute_chains(code)]
+    read = {first for first, *rest in chains if rest[:1] == ["weight"]}
+    chains = [chain for code in methods if _has_name(code, read) for chain in _attribute_chains(code)]
+    return frozenset(read - {first for first, *rest in chains if rest[:1] not in (["weight"], ["bias"])})
+
+
+def _has_name(code: CodeType, names: Set[str]) -> bool:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return not names.isdisjoint(code.co_names) or any(_has_name(constant, names) for constant in inner)
 
 
 def _attribute_chains(code: CodeType) -> Iterator[tuple[str, ...]]:

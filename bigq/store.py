@@ -3,14 +3,17 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bigq.checkpoint import Checkpoint
 from bigq.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
 from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
-from bigq.offload import OffloadSpace
+from bigq.model_tensors import Source
+from bigq.offload import CheckpointMap, OffloadSpace
 from bigq.placement import resting_places
 from bigq.plan import Plan
 
@@ -19,21 +22,29 @@ __all__ = ["Store"]
 
 @dataclass(kw_only=True)
 class Store:
-    """Where each tensor rests, by its first name; `spaces` holds the room that is reserved on "cpu" and "disk"."""
+    """Where each tensor rests, by its first name.
+
+    `spaces` holds the room that is reserved on "cpu" and "disk", `in_checkpoint` the tensors on "disk" that the
+    checkpoint holds just as the model needs them: they rest there, and no second copy is made.
+    """
 
     resting: Mapping[str, tuple[str, TensorSpec]]
     runs_on: torch.device
     spaces: Mapping[str, OffloadSpace]
+    in_checkpoint: Mapping[str, Tensor]
     _received: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, plan: Plan, device_map: DeviceMap, offload_folder: str | os.PathLike[str] | None) -> "Store":
+    def open(
+        cls, plan: Plan, device_map: DeviceMap, offload_folder: str | os.PathLike[str] | None, source: Source
+    ) -> "Store":
         """Raises PlacementError where the disk is asked for and there is no folder, or more room than there is."""
         resting, runs_on = resting_places(plan, device_map), execution_device(device_map)
-        offloaded: dict[str, list[TensorSpec]] = {}
-        for place, spec in resting.values():
-            if is_offloaded(place, runs_on):
-                offloaded.setdefault(place, []).append(spec)
+        in_checkpoint = _rest_in_checkpoint(plan, resting, source)
+        offloaded: dict[str, dict[str, TensorSpec]] = {}
+        for name, (place, spec) in resting.items():
+            if is_offloaded(place, runs_on) and name not in in_checkpoint:
+                offloaded.setdefault(place, {})[name] = spec
         spaces = {}
         if "disk" in offloaded:
             if offload_folder is None:
@@ -41,7 +52,7 @@ class Store:
             spaces["disk"] = OffloadSpace.in_file(offload_folder, offloaded["disk"])
         if "cpu" in offloaded:
             spaces["cpu"] = OffloadSpace.pinned(offloaded["cpu"])
-        return cls(resting=resting, runs_on=runs_on, spaces=spaces)
+        return cls(resting=resting, runs_on=runs_on, spaces=spaces, in_checkpoint=in_checkpoint)
 
     def is_offloaded(self, name: str) -> bool:
         """Whether the tensor called `name` rests elsewhere than where it runs."""
@@ -59,7 +70,7 @@ class Store:
         """Memory to read the tensor called `name` into: its own, if `spec` is what it stays; `put` then keeps it."""
         place, final = self.resting[name]
         if spec == final and place in self.spaces:
-            self._received[name] = self.spaces[place].empty(spec)
+            self._received[name] = self.spaces[place].empty(name)
             return self._received[name]
         return torch.empty(spec.shape, dtype=spec.dtype, device=self.work_device(name, quantize=False))
 
@@ -72,6 +83,31 @@ class Store:
         if self._received.pop(name, None) is tensor:
             return tensor
         if place in self.spaces:
-            return self.spaces[place].empty(spec).copy_(tensor)
+            return self.spaces[place].empty(name).copy_(tensor)
+        if owned and tensor.dtype == spec.dtype and tensor.device == torch.device(place):
+            return tensor
         final = tensor.to(place).to(spec.dtype)  # cast at the end of the link: it is shorter there
         return final if owned or final is not tensor else final.clone()
+
+
+def _rest_in_checkpoint(plan: Plan, resting: Mapping[str, tuple[str, TensorSpec]], source: Source) -> dict[str, Tensor]:
+    """{first name: tensor} of what goes to "disk" unchanged, and lies in a file of the checkpoint as bytes."""
+    tensors: dict[str, Tensor] = {}
+    if not isinstance(source, Checkpoint):
+        return tensors
+    files: dict[Path, CheckpointMap] = {}
+    for planned in plan.tensors:
+        name, (place, spec) = planned.names[0], resting[planned.names[0]]
+        if place != "disk" or planned.source is None:
+            continue
+        info = source.tensors[planned.source]
+        if (
+            info.offset is None
+            or info.offset % spec.dtype.itemsize
+            or spec != TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
+        ):
+            continue
+        if info.file not in files:
+            files[info.file] = CheckpointMap.open(info.file, source.file_nbytes[info.file])
+        tensors[name] = files[info.file].tensor(info.offset, spec)
+    return tensors

@@ -105,10 +105,39 @@ class TestInfer:
         assert places["layers.2"] == places["layers.3"] == places["head"] == "cuda:1"
         assert not any(name.endswith((".a", ".b")) for name in places)
 
-    def test_a_spill_leaves_room_for_the_largest_block(self):
-        # 300 on the GPU would take the embedding and two blocks; with 100 kept free for lending, one.
-        places = infer_places(model(), {"cuda:0": 300, "cpu": 1000})
-        assert [name for name, place in places.items() if place == "cuda:0"] == ["gain", "embed", "layers.0"]
+    def test_a_spill_leaves_room_for_two_of_the_largest_block(self):
+        # 460 on the GPU would take all but half a block; with 200 kept free for lending, one block.
+        places = infer_places(model(), {"cuda:0": 460, "cpu": 1000})
+        assert [name for name, place in places.items() if place == "cuda:0"] == ["gain", "embed", "layers.3", "head"]
+        assert list(places) == ["gain", "embed", "layers.0", "layers.1", "layers.2", "layers.3", "head"]
+
+    def test_what_is_in_no_stack_stays_first(self):
+        places = infer_places(model(), {"cuda:0": 302, "cpu": 1000})
+        assert [name for name, place in places.items() if place == "cuda:0"] == ["gain", "embed", "head"]
+
+    def test_only_what_is_offloaded_needs_room(self):
+        places = infer_places(model(embed=5000), {"cuda:0": 10_302, "cpu": 1000})
+        assert [name for name, place in places.items() if place == "cpu"] == ["layers.0", "layers.1", "layers.2"]
+
+    def test_buffers_stay_on_the_gpu(self):
+        assert infer_places(model(), {"cuda:0": 402, "cpu": 1000})["layers.3"] == "cuda:0"
+        places = infer_places(model(), {"cuda:0": 402, "cpu": 1000}, buffer_nbytes=1)
+        assert places["layers.3"] == "cpu"
+        assert infer_places(model(), {"cuda:0": 502, "cpu": 0}, buffer_nbytes=1) == {"": "cuda:0"}
+
+    @pytest.mark.parametrize(
+        "resident, expected",
+        [(0, "--------"), (1, "-------g"), (2, "---g---g"), (4, "-g-g-g-g"), (5, "-g-gg-gg")],
+        ids=["none", "1", "2", "4", "5"],
+    )
+    def test_resident_blocks_are_strided(self, resident, expected):
+        places = infer_places(model(blocks=8), {"cuda:0": 302 + 100 * resident, "cpu": 1000})
+        assert "".join("g" if place_of(places, f"layers.{i}") == "cuda:0" else "-" for i in range(8)) == expected
+
+    def test_several_gpus_keep_blocks_together(self):
+        places = infer_places(model(blocks=8), {"cuda:0": 450, "cuda:1": 200, "cpu": 1000})
+        kinds = [place_of(places, f"layers.{i}") for i in range(8)]
+        assert kinds == sorted(kinds, key=["cuda:0", "cuda:1", "cpu"].index)
 
     def test_a_tied_head_goes_where_the_embedding_went(self):
         places = infer_places(model(tied=True), {"cuda:0": 452, "cpu": 1000})
@@ -124,12 +153,12 @@ class TestInfer:
         assert places == {"layers.0": "cuda:0", "layers.1": "cuda:1", "tail": "cuda:0"}
 
     def test_the_disk_comes_last(self):
-        places = infer_places(model(), {"cuda:0": 300, "cpu": 120, "disk": 1 << 60})
-        assert places["layers.1"] == "cpu"
-        assert places["layers.2"] == places["layers.3"] == "disk"
+        places = infer_places(model(), {"cuda:0": 402, "cpu": 120, "disk": 1 << 60})
+        assert places["layers.0"] == "cpu"
+        assert places["layers.1"] == places["layers.2"] == "disk"
 
     def test_what_does_not_fit_is_refused_with_the_sizes(self):
-        with pytest.raises(PlacementError, match=r"does not fit: layers\.3 is left over.*offload_folder"):
+        with pytest.raises(PlacementError, match=r"does not fit: layers\.\d is left over.*offload_folder"):
             infer_places(model(), {"cuda:0": 300, "cpu": 160})
 
     def test_every_tensor_has_a_place(self):

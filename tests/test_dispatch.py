@@ -250,7 +250,8 @@ def test_nothing_grows_from_pass_to_pass(tiny, checkpoint, empty, ids, tmp_path)
     model = load_and_quantize_model(
         empty(tiny), checkpoint, CONFIGS["nf4"], MAPS["disk"], offload="quantized", offload_folder=tmp_path
     )
-    model(ids)
+    for _ in range(3):  # three blocks meet two slots in six ways
+        model(ids)
     gc.collect()
     alive = sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
     for grad in (False, True):

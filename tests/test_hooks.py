@@ -7,9 +7,11 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 
+from bigq.attach import attach
 from bigq.formats import TensorSpec
 from bigq.hooks import Float32Hook, PlacementHook
 from bigq.offload import OffloadSpace, is_file_backed
+from bigq.prefetch import Block, Prefetcher
 
 CPU = torch.device("cpu")
 
@@ -35,15 +37,16 @@ def offloaded(tmp_path):
     plain = Scaled()
     module = copy.deepcopy(plain)
     tensors = [(module.inner, "weight"), (module.inner, "bias"), (module, "scale")]
-    file = OffloadSpace.in_file(
-        tmp_path, [TensorSpec(shape=tuple(getattr(o, n).shape), dtype=torch.float32) for o, n in tensors]
-    )
+    specs = {n: TensorSpec(shape=tuple(getattr(o, n).shape), dtype=torch.float32) for o, n in tensors}
+    file = OffloadSpace.in_file(tmp_path, specs)
     for owner, name in tensors:
         value = getattr(owner, name)
-        rest = file.empty(TensorSpec(shape=tuple(value.shape), dtype=value.dtype)).copy_(value.detach())
+        rest = file.empty(name).copy_(value.detach())
         table = owner._parameters if name in owner._parameters else owner._buffers
         table[name] = nn.Parameter(rest, requires_grad=False) if table is owner._parameters else rest
-    add_hook_to_module(module, PlacementHook(CPU, borrowed=tensors))
+    block, prefetcher = Block(tensors, ahead=True), Prefetcher(CPU)
+    prefetcher.add(block)
+    attach(module, PlacementHook(CPU, block=block, prefetcher=prefetcher))
     return module, plain
 
 
@@ -94,7 +97,7 @@ def test_an_exception_inside_a_recursive_call(offloaded):
     with pytest.raises(ValueError, match="deep"):
         module(torch.randn(3, 4), depth=4)
     assert at_rest(module)
-    assert module._hf_hook._depth == 0
+    assert module._hf_hook.block.calls == 0
 
 
 def test_what_is_lent_is_frozen_and_gradients_pass_through(offloaded):

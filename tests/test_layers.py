@@ -9,14 +9,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bigq"
 LAYERS = [  # an import points to an earlier line, or to the left within a line
     ["reference"],
-    ["ops"],
-    ["formats", "checkpoint"],
-    ["config", "linear", "offload", "device_map", "model_tensors"],
-    ["selection", "hooks", "stream", "footprint", "quantize"],
+    ["ops", "eager"],
+    ["formats", "checkpoint", "table"],
+    ["config", "linear", "offload", "device_map", "model_tensors", "machine", "stages"],
+    ["transfer", "saved_tensors", "prefetch", "attach", "moves", "hooks"],
+    ["selection", "stream", "footprint", "quantize", "bench"],
     ["plan", "fit", "planning", "placement"],
-    ["commit", "dispatch", "store", "fill"],
+    ["quantizer", "warm_up", "commit", "dispatch", "materialize", "store", "fill", "report"],
     ["load"],
-    ["__init__"],
+    ["__init__", "__main__"],
 ]
 ORDER = [unit for layer in LAYERS for unit in layer]
 ANYWHERE = {"errors"}

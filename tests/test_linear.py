@@ -94,6 +94,15 @@ def test_autocast_decides_as_it_does_for_linear():
     assert torch.equal(out, layer(x.bfloat16()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_under_autocast_every_dtype_comes_out_as_of_linear(layer, dtype):
+    x = torch.randn(4, 72, device=DEVICE, dtype=dtype)
+    plain = nn.Linear(72, 12, device=DEVICE, dtype=dtype)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
+        out, expected = layer(x), plain(x)
+    assert out.dtype == expected.dtype
+
+
 def test_integer_activations_are_refused(layer):
     with pytest.raises(UnsupportedError, match=r"activations of torch\.uint8.*skip_modules"):
         layer(torch.zeros(2, 72, dtype=torch.uint8, device=DEVICE))
@@ -110,16 +119,32 @@ def test_gradients_flow_through_frozen_weights(layer):
 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks(layer):
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for tokens in (2, 5):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    for tokens in (2, 5, 9):
         x = torch.randn(tokens, 72, device=DEVICE)
         torch.testing.assert_close(compiled(x), layer(x))
+    (graph,) = graphs  # one for every number of tokens
+    assert sum("bigq.linear" in str(node.target) for node in graph.graph.nodes) == 1
 
 
 def test_exports(layer):
     x = torch.randn(2, 72, device=DEVICE)
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_exports_with_any_number_of_tokens(layer):
+    x = torch.randn(3, 72, device=DEVICE)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
+    for tokens in (2, 8):
+        x = torch.randn(tokens, 72, device=DEVICE)
+        torch.testing.assert_close(program.module()(x), layer(x))
 
 
 def test_reset_parameters_keeps_the_weight(layer):

@@ -1,6 +1,11 @@
 """What load_and_quantize_model refuses, each with an error of ours, and that a refused call changes nothing."""
 
+import _thread
 import json
+import os
+import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -14,10 +19,10 @@ from bigq import (
     ConfigError,
     PlacementError,
     QuantizationConfig,
-    QuantizedLinear,
     UnsupportedError,
     load_and_quantize_model,
 )
+from bigq.formats import Block4
 
 
 def snapshot(model):
@@ -163,8 +168,15 @@ class TestRefusals:
             (QuantizationConfig("nf4", block_size=32), "'block_size': 64.*'block_size': 32"),
             (QuantizationConfig("int8"), "'format': 'nf4'.*'format': 'int8'"),
             (QuantizationConfig("nf4", skip_modules=["up"]), "skip_modules 'up' matches blocks.0.up"),
+            (QuantizationConfig("nf4", skip_modules=["up.weight"]), "skip_modules 'up.weight' matches blocks.0.up"),
+            (QuantizationConfig("nf4", skip_modules=["ups"]), "matches no module or parameter"),
         ):
             self.refused(empty(tiny), saved, config, error=ConfigError, words=words)
+        for config in (
+            QuantizationConfig("nf4", skip_modules=["head.weight"]),
+            QuantizationConfig("nf4", skip_modules=["up.bias"]),
+        ):
+            load_and_quantize_model(empty(tiny), saved, config)  # nothing of that is quantized
         computed = load_and_quantize_model(empty(tiny), saved, QuantizationConfig("nf4", compute_dtype="bf16"))
         assert computed.blocks[0].up.compute_dtype == torch.bfloat16
 
@@ -184,7 +196,9 @@ class TestRefusals:
             ({}, "device_map is empty"),
             ({"": "cpu", "blocks.0": "disk"}, "pass offload_folder"),
         ):
-            self.refused(empty(tiny), checkpoint, config, device_map, error=PlacementError, words=words)
+            self.refused(
+                empty(tiny), checkpoint, config, device_map, error=PlacementError, words=words, offload="quantized"
+            )
         self.refused(
             empty(tiny), checkpoint, config, "auto", error=PlacementError, words="does not fit", max_memory={"cpu": 99}
         )
@@ -201,22 +215,75 @@ class TestRefusals:
             {"": "cpu", "blocks.0": "disk"},
             error=PlacementError,
             words="No space left",
+            offload="quantized",
             offload_folder=tmp_path / "offload",
         )
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+    def test_a_disk_that_is_full_indeed(self, tiny, checkpoint, empty, tmp_path):
+        import resource
+
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # what the disk would still hold
+        try:
+            self.refused(
+                empty(tiny),
+                checkpoint,
+                QuantizationConfig("nf4"),
+                {"": "cpu", "blocks.0": "disk"},
+                error=PlacementError,
+                words="cannot reserve .* GB",
+                offload_folder=tmp_path / "offload",
+            )
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert list((tmp_path / "offload").iterdir()) == []
+
+    def test_a_read_error_in_one_thread(self, tiny, checkpoint, empty, monkeypatch):
+        def failing(*_):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("os.preadv", failing)
+        threads = threading.active_count()
+        for _ in range(3):
+            self.refused(
+                empty(tiny), checkpoint, QuantizationConfig("nf4"), error=CheckpointError, words="Input/output error"
+            )
+        assert threading.active_count() == threads
+
+    @pytest.mark.parametrize("name", ["read_threads", "read_budget"])
+    def test_budgets(self, tiny, checkpoint, empty, name):
+        self.refused(empty(tiny), checkpoint, QuantizationConfig("nf4"), error=ConfigError, words=name, **{name: 0})
+
+    def test_an_interrupt_while_it_waits_for_a_file(self, tiny, checkpoint, empty, monkeypatch):
+        """Ctrl-C comes while the main thread waits and a read hangs for a while."""
+        model = empty(tiny)
+        before, threads, preadv = snapshot(model), threading.active_count(), os.preadv
+
+        def slow(*args):
+            _thread.interrupt_main()
+            time.sleep(0.2)
+            return preadv(*args)
+
+        monkeypatch.setattr("os.preadv", slow)
+        with pytest.raises(KeyboardInterrupt):
+            load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"), read_threads=1)
+        assert threading.active_count() == threads
+        assert_untouched(model, before)
 
     def test_an_interrupt_in_the_middle(self, tiny, checkpoint, empty, monkeypatch):
         model = empty(tiny)
         before = snapshot(model)
         calls = []
-        quantize = QuantizedLinear.quantize
+        finish = Block4.finish
 
-        def interrupted(self, weight):
+        def interrupted(self, rows, shape):
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt
-            return quantize(self, weight)
+            return finish(self, rows, shape)
 
-        monkeypatch.setattr(QuantizedLinear, "quantize", interrupted)
+        monkeypatch.setattr(Block4, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"))
         assert_untouched(model, before)

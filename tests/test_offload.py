@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigq import PlacementError
+from bigq import CheckpointError, PlacementError
 from bigq.formats import TensorSpec
-from bigq.offload import OffloadSpace, is_file_backed
+from bigq.offload import CheckpointMap, OffloadSpace, is_file_backed, locate
 
-SPECS = [
-    TensorSpec(shape=(3, 5), dtype=torch.float32),
-    TensorSpec(shape=(7,), dtype=torch.int8),
-    TensorSpec(shape=(), dtype=torch.bfloat16),
-    TensorSpec(shape=(0, 4), dtype=torch.float16),
-    TensorSpec(shape=(2, 2), dtype=torch.bool),
-]
+SPECS = {
+    "b.weight": TensorSpec(shape=(3, 5), dtype=torch.float32),
+    "a.weight": TensorSpec(shape=(7,), dtype=torch.int8),
+    "b.scale": TensorSpec(shape=(), dtype=torch.bfloat16),
+    "a.nothing": TensorSpec(shape=(0, 4), dtype=torch.float16),
+    "a.flags": TensorSpec(shape=(2, 2), dtype=torch.bool),
+}
 
 
 def mapped_files():
@@ -27,28 +27,32 @@ def mapped_files():
 
 def test_tensors_keep_what_they_are_given(tmp_path):
     file = OffloadSpace.in_file(tmp_path / "new" / "folder", SPECS)
-    tensors = [file.empty(spec) for spec in SPECS]
-    values = [torch.randint(0, 2, spec.shape).to(spec.dtype) for spec in SPECS]
+    tensors = [file.empty(name) for name in SPECS]
+    values = [torch.randint(0, 2, spec.shape).to(spec.dtype) for spec in SPECS.values()]
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
-    for tensor, value, spec in zip(tensors, values, SPECS, strict=True):
+    for tensor, value, spec in zip(tensors, values, SPECS.values(), strict=True):
         assert torch.equal(tensor, value)
         assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype)
         assert is_file_backed(tensor) == bool(tensor.numel())
-        assert tensor.data_ptr() % 64 == 0 or not tensor.numel()
+        assert tensor.data_ptr() % 256 == 0 or not tensor.numel()
 
 
 def test_every_tensor_owns_its_storage(tmp_path):
     file = OffloadSpace.in_file(tmp_path, SPECS)
-    tensors = [file.empty(spec) for spec in SPECS]
+    tensors = [file.empty(name) for name in SPECS]
     storages = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors if t.numel()}
     assert len(storages) == 4
-    assert all(t.untyped_storage().nbytes() == spec.nbytes for t, spec in zip(tensors, SPECS, strict=True) if t.numel())
+    assert all(
+        t.untyped_storage().nbytes() == spec.nbytes
+        for t, spec in zip(tensors, SPECS.values(), strict=True)
+        if t.numel()
+    )
 
 
 def test_nothing_is_left_in_the_folder(tmp_path):
     file = OffloadSpace.in_file(tmp_path, SPECS)
-    tensor = file.empty(SPECS[0])
+    tensor = file.empty("b.weight")
     assert os.listdir(tmp_path) == []
     del file
     tensor.fill_(2.0)
@@ -60,7 +64,7 @@ def test_the_last_tensor_frees_the_file(tmp_path):
     gc.collect()  # models of other tests
     before = len(mapped_files())
     file = OffloadSpace.in_file(tmp_path, SPECS)
-    tensors = [file.empty(spec) for spec in SPECS]
+    tensors = [file.empty(name) for name in SPECS]
     assert len(mapped_files()) > before
     del file, tensors
     gc.collect()
@@ -88,10 +92,46 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         OffloadSpace.in_file(tmp_path / "taken", SPECS)
 
 
+def test_the_tensors_of_a_module_are_neighbours(tmp_path):
+    file = OffloadSpace.in_file(tmp_path, SPECS)
+    places = sorted((locate(file.empty(name))[1], name) for name in SPECS if name != "a.nothing")
+    assert places == [(0, "a.flags"), (256, "a.weight"), (512, "b.scale"), (768, "b.weight")]
+
+
+class TestCheckpointMap:
+    @pytest.fixture
+    def file(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_bytes(bytes(range(100)))
+        return path
+
+    def test_tensors_rest_in_the_file(self, file):
+        tensor = CheckpointMap.open(file, 100).tensor(8, TensorSpec(shape=(2, 3), dtype=torch.uint8))
+        assert tensor.tolist() == [[8, 9, 10], [11, 12, 13]]
+        assert is_file_backed(tensor)
+
+    def test_an_edit_does_not_reach_the_file(self, file):
+        tensor = CheckpointMap.open(file, 100).tensor(0, TensorSpec(shape=(100,), dtype=torch.uint8))
+        tensor.zero_()
+        assert not tensor.any()
+        assert file.read_bytes() == bytes(range(100))
+
+    def test_a_file_of_another_size_is_refused(self, file):
+        with pytest.raises(CheckpointError, match="had 99 bytes and now has 100"):
+            CheckpointMap.open(file, 99)
+
+    def test_a_file_cut_short_is_an_error_that_names_it(self, file):
+        tensor = CheckpointMap.open(file, 100).tensor(90, TensorSpec(shape=(10,), dtype=torch.uint8))
+        mapping, offset = locate(tensor)
+        os.truncate(file, 95)
+        with pytest.raises(CheckpointError, match=rf"{file} ended at byte 95.*cut short"):
+            mapping.read(offset, torch.zeros(10, dtype=torch.uint8))
+
+
 @pytest.mark.gpu
 def test_pinned_space_is_pinned_and_given_back():
     space = OffloadSpace.pinned(SPECS)
-    tensors = [space.empty(spec) for spec in SPECS]
+    tensors = [space.empty(name) for name in SPECS]
     assert all(tensor.is_pinned() for tensor in tensors if tensor.numel())
     assert not any(is_file_backed(tensor) for tensor in tensors)
     tensors[0].fill_(2.0)
@@ -99,6 +139,6 @@ def test_pinned_space_is_pinned_and_given_back():
     del space, tensors
     gc.collect()
     torch.cuda.synchronize()
-    again = OffloadSpace.pinned(SPECS).empty(SPECS[0])
+    again = OffloadSpace.pinned(SPECS).empty("b.weight")
     assert again.is_pinned()
     assert torch.empty(8).is_pinned() is False

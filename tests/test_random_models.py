@@ -1,5 +1,7 @@
 """Random module trees under random device maps: every placement computes the bits of the resident model."""
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -8,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from bigq import QuantizationConfig, QuantizedLinear, load_and_quantize_model, memory_footprint
+from bigq import QuantizationConfig, QuantizedLinear, load_and_quantize_model, materialize, memory_footprint
 
 WIDTH = 8
 
@@ -73,38 +75,68 @@ class RandomModel(nn.Module):
         return self.head(self.second(self.first(x))) * self.scale
 
 
-@pytest.mark.parametrize("seed", range(20))
-@torch.no_grad()
-def test_every_placement_computes_the_same_bits(seed, empty, tmp_path):
+@pytest.fixture
+def load(empty, tmp_path):
+    def build(seed, weights, config, device_map, **options):
+        options = {"offload": "quantized", "offload_folder": tmp_path / "offload", **options}
+        return load_and_quantize_model(empty(RandomModel, seed=seed).eval(), weights, config, device_map, **options)
+
+    return build
+
+
+def random_case(seed, folder):
+    """(draw, model with its weights, folder of its checkpoint, config, names a device map may have, input)."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     plain = RandomModel(seed).eval()
-    save_file({name: tensor.clone() for name, tensor in plain.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file({name: tensor.clone() for name, tensor in plain.state_dict().items()}, folder / "model.safetensors")
     config = draw.choice([QuantizationConfig(name) for name in ("nf4", "fp4", "int8")])
     names = [name for name, _ in plain.named_modules() if name] + [name for name, _ in plain.named_parameters()]
-    x = torch.randn(2, 5, WIDTH)
+    return draw, plain, config, names, torch.randn(2, 5, WIDTH)
 
-    def load(weights, config, device_map, **options):
-        skeleton = empty(RandomModel, seed=seed).eval()
-        return load_and_quantize_model(
-            skeleton, weights, config, device_map, offload="quantized", offload_folder=tmp_path / "offload", **options
-        )
 
-    resident = load(tmp_path, config, "cpu")
+@pytest.mark.parametrize("seed", range(20))
+@torch.no_grad()
+def test_every_placement_computes_the_same_bits(seed, load, tmp_path):
+    draw, plain, config, names, x = random_case(seed, tmp_path)
+    resident = load(seed, tmp_path, config, "cpu")
     expected = resident(x)
     for round_ in range(2):
         device_map = {"": "cpu", **{name: draw.choice(["disk", "disk", "cpu"]) for name in draw.sample(names, k=4)}}
-        model = load(tmp_path, config, device_map)
+        model = load(seed, tmp_path, config, device_map)
         assert torch.equal(model(x), expected), device_map
         assert torch.equal(model(x), expected), device_map
         Accelerator().save_model(model, tmp_path / f"saved{round_}")
-        again = load(tmp_path / f"saved{round_}", None, {"": "cpu", draw.choice(names): "disk"})
+        again = load(seed, tmp_path / f"saved{round_}", None, {"": "cpu", draw.choice(names): "disk"})
         assert torch.equal(again(x), expected)
     budget = int(memory_footprint(resident).total_nbytes * draw.random())
-    assert torch.equal(load(tmp_path, config, "auto", max_memory={"cpu": budget})(x), expected)
+    assert torch.equal(load(seed, tmp_path, config, "auto", max_memory={"cpu": budget})(x), expected)
 
     for name, module in resident.named_modules():
         if isinstance(module, QuantizedLinear):
             plain.get_submodule(name).weight.data = module.dequantize()
     error = (expected - plain(x)).norm() / plain(x).norm()
     assert error < (0.05 if config.format == "int8" else 1e-4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_offloaded_as_it_is_or_packed_it_computes_and_trains_as_at_home(seed, load, tmp_path):
+    """What is materialized is the reference: the same tensors without hooks."""
+    draw, _, config, names, x = random_case(seed, tmp_path)
+    home = 0 if torch.cuda.is_available() else "cpu"
+    device_map = {"": home, **{name: draw.choice(["disk", "cpu"]) for name in draw.sample(names, k=5)}}
+    model = load(seed, tmp_path, config, device_map, offload=draw.choice(["quantized", "preserve"]))
+    other = pickle.loads(pickle.dumps(model)) if draw.random() < 0.5 else copy.deepcopy(model)
+    plain_math = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
+    with torch.backends.cudnn.flags(enabled=False), plain_math:  # cuDNN's RNNs need a training mode and flat weights
+        with torch.no_grad():
+            outputs = [model(x) for _ in range(3)] + [other(x)]
+        leaf = x.clone().requires_grad_()
+        model(leaf).square().sum().backward()
+        materialize(model)
+        with torch.no_grad():
+            expected = model(x.to(home)).cpu()
+        assert all(torch.equal(out, expected) for out in outputs)
+        again = x.clone().to(home).requires_grad_()
+        model(again).square().sum().backward()
+        torch.testing.assert_close(leaf.grad, again.grad.cpu(), rtol=1e-4, atol=1e-6)  # attention fused, and not

@@ -188,3 +188,8 @@ def test_selection_changes_nothing():
     select_linears(model, skip_modules=["qkv"])
     assert before == {name: id(value) for name, value in model.named_modules()}
     assert torch.is_grad_enabled()
+
+
+def test_a_pattern_may_name_a_parameter():
+    assert "layers.0.proj" not in chosen(Model(), skip_modules=["layers.0.proj.weight"])
+    assert "layers.0.proj" in chosen(Model(), skip_modules=["layers.0.proj.bias"])  # no bias is quantized anyway

@@ -1,5 +1,6 @@
 """stream: every tensor arrives as it was written, in file order, within the budget, or not at all."""
 
+import errno
 import gc
 import os
 import sys
@@ -10,19 +11,46 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import bigq.stream
-from bigq import CheckpointError
+from bigq import CheckpointError, ConfigError
 from bigq.checkpoint import Checkpoint
-from bigq.model_tensors import ModelTensors
-from bigq.stream import stream
+from bigq.stages import Stages
+from bigq.stream import Budget, Target, stream
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
+BUDGET = Budget(threads=3, nbytes=8 << 20)
+SMALL = Budget(threads=3, nbytes=1 << 15)  # chunks of 5 kB that end inside elements, runs of 8 KiB, four at once
 
 
-def on(device):
-    """Memory to read a tensor into, on `device`."""
-    return lambda info: torch.empty(info.shape, dtype=info.dtype, device=device)
+def targets(checkpoint, device=CPU, names=None, *, own=False):
+    """Every tensor to `device`, lent or in memory of its own."""
+
+    def memory(info):
+        return lambda: torch.empty(info.shape, dtype=info.dtype, device=device)
+
+    infos = checkpoint.tensors
+    return {name: Target(device=device, own=memory(infos[name]) if own else None) for name in names or infos}
+
+
+def arrivals(checkpoint, wanted, budget=BUDGET, **kwargs):
+    """{name: tensor}, put together from its pieces, copied while they are lent."""
+    arrived = {}
+    for pieces in stream(checkpoint, wanted, budget, Stages(), **kwargs):
+        for piece in pieces:
+            name = piece.info.name
+            assert piece.tensor.device == wanted[name].device
+            assert piece.is_lent == (wanted[name].own is None)
+            assert piece.start == (len(arrived[name]) if name in arrived else 0)
+            before = [arrived[name]] if name in arrived else []
+            arrived[name] = torch.cat([*before, piece.tensor.cpu()]) if before else piece.tensor.cpu().clone()
+    return arrived
+
+
+def assert_equal(arrived, tensors, names=None):
+    assert list(arrived) == list(names or arrived)
+    for name, tensor in arrived.items():
+        assert torch.equal(tensor, tensors[name]), name
+        assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape)
 
 
 @pytest.fixture
@@ -35,6 +63,7 @@ def tensors():
         "empty": torch.zeros(0, 7),
         "flags": torch.tensor([True, False, True]),
         "wide": torch.randn(9, 9).bfloat16(),
+        "long": torch.randn(2, 9000),
     }
 
 
@@ -46,47 +75,74 @@ def checkpoint(tensors, tmp_path):
     return Checkpoint.open(tmp_path)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks that end inside elements and tensors, and a budget of a few of them."""
-    monkeypatch.setattr(bigq.stream, "_CHUNK_NBYTES", 4099)
-    monkeypatch.setattr(bigq.stream, "_BUDGET_NBYTES", 3 * 4099)
-
-
+@pytest.mark.parametrize("own", [False, True], ids=["lent", "own"])
+@pytest.mark.parametrize("budget", [BUDGET, SMALL], ids=["ample", "small"])
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.usefixtures("small_chunks")
-def test_arrives_as_written_in_file_order(checkpoint, tensors, device):
-    names = []
-    for name, tensor, owned in stream(checkpoint, list(tensors)[::-1], on(device)):
-        assert owned
-        assert tensor.device == device
-        assert torch.equal(tensor.cpu(), tensors[name])
-        assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape)
-        names.append(name)
-    assert names == list(checkpoint.tensors)
+def test_arrives_as_written_in_file_order(checkpoint, tensors, device, budget, own):
+    wanted = targets(checkpoint, device, list(tensors)[::-1], own=own)
+    assert_equal(arrivals(checkpoint, wanted, budget), tensors, checkpoint.tensors)
 
 
 def test_a_selection(checkpoint, tensors):
-    got = {name: tensor for name, tensor, _ in stream(checkpoint, ["wide", "bytes"], on(CPU))}
-    assert list(got) == ["bytes", "wide"]
-    assert torch.equal(got["bytes"], tensors["bytes"])
-    assert not list(stream(checkpoint, [], on(CPU)))
+    assert_equal(arrivals(checkpoint, targets(checkpoint, names=["wide", "bytes"])), tensors, ["bytes", "wide"])
+    assert not list(stream(checkpoint, {}, BUDGET, Stages()))
 
 
-def test_pickles_and_models_come_as_views(tensors, tmp_path):
+def test_neighbours_come_together_and_side_by_side(tmp_path):
+    """Except where another tensor lies between them, the alignment breaks or the run is full."""
+    stored = {f"{i:02}": torch.full((4, 64), float(i)) for i in range(40)}  # 1 KiB each
+    save_file({**stored, "10b": torch.zeros(1)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    wanted = targets(checkpoint, names=[name for name in stored if name != "20"])
+    runs = [
+        [(piece.info.name, piece.tensor.data_ptr()) for piece in pieces]
+        for pieces in stream(checkpoint, wanted, SMALL, Stages())
+    ]
+    sizes = [len(run) for run in runs]
+    assert sum(sizes) == 39
+    assert max(sizes) == 8
+    assert len(runs) <= 8
+    for run in runs:
+        first = run[0][1]
+        assert first % 16 == 0
+        assert [address - first for _, address in run] == [1024 * position for position in range(len(run))]
+        assert not {"10", "11"} <= {name for name, _ in run}
+        assert not {"19", "21"} <= {name for name, _ in run}
+
+
+def test_what_does_not_split_comes_whole(tmp_path):
+    tensors = {"large": torch.randn(64, 1000), "small": torch.randn(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    for splits, least in ((True, 20), (False, 1)):
+        wanted = {name: Target(device=CPU, splits=splits) for name in tensors}
+        pieces = [p for run in stream(checkpoint, wanted, SMALL, Stages()) for p in run if p.info.name == "large"]
+        assert len(pieces) == least if least == 1 else len(pieces) >= least
+    assert_equal(arrivals(checkpoint, wanted, SMALL), tensors)
+
+
+def test_pickles_are_read_like_any_file_and_views_of_them_come_last(tensors, tmp_path, monkeypatch):
+    tensors["transposed"] = tensors["big"].t()
     torch.save(tensors, tmp_path / "weights.pt")
-    for name, tensor, owned in stream(Checkpoint.open(tmp_path / "weights.pt"), tensors, on(CPU)):
-        assert not owned
-        assert torch.equal(tensor, tensors[name])
-    model = torch.nn.Linear(3, 3)
-    for name, tensor, owned in stream(ModelTensors(model), ["weight"], on(CPU)):
-        assert (name, owned) == ("weight", False)
-        assert tensor.data_ptr() == model.weight.data_ptr()
+    checkpoint = Checkpoint.open(tmp_path / "weights.pt")
+    read = []
+    plain = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, names: read.extend(names) or plain(self, names))
+    arrived = arrivals(checkpoint, targets(checkpoint))
+    assert_equal(arrived, tensors)
+    if sys.platform == "linux":
+        assert set(read) == {"empty", "transposed"}
+        assert list(arrived)[-1] == "transposed"
 
 
-@pytest.mark.usefixtures("small_chunks")
-def test_no_more_on_its_way_than_the_budget(tmp_path, monkeypatch):
-    save_file({f"{i:03}": torch.full((1000,), float(i)) for i in range(40)}, tmp_path / "model.safetensors")
+def test_legacy_pickles_come_as_views(tensors, tmp_path):
+    torch.save(tensors, tmp_path / "weights.pt", _use_new_zipfile_serialization=False)
+    checkpoint = Checkpoint.open(tmp_path / "weights.pt")
+    assert_equal(arrivals(checkpoint, targets(checkpoint)), tensors)
+
+
+def test_no_more_is_lent_than_the_budget(tmp_path, monkeypatch):
+    save_file({f"{i:03}": torch.full((2000,), float(i)) for i in range(40)}, tmp_path / "model.safetensors")
     alive = weakref.WeakSet()
     original = torch.empty
 
@@ -97,11 +153,41 @@ def test_no_more_on_its_way_than_the_budget(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", counting)
     most = 0
-    for name, tensor, _ in stream(Checkpoint.open(tmp_path), [f"{i:03}" for i in range(40)], on(CPU)):
-        assert torch.equal(tensor, torch.full((1000,), float(int(name))))
+    checkpoint = Checkpoint.open(tmp_path)
+    for pieces in stream(checkpoint, targets(checkpoint), SMALL, Stages()):  # 8,000 bytes in 8 KiB: each a run
+        for piece in pieces:
+            assert torch.equal(piece.tensor, torch.full((2000,), float(int(piece.info.name))))
         most = max(most, len(alive))
-        del tensor
-    assert most <= 3 + 2  # a budget of three, the consumer's, and one that a thread is done with
+        del pieces, piece
+    assert most <= 4 + 2  # a budget of four, the consumer's, and one that a thread is done with
+
+
+def test_room_lends_more(tmp_path):
+    save_file({f"{i:03}": torch.full((2000,), float(i)) for i in range(40)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    asked = []
+    arrived = arrivals(checkpoint, targets(checkpoint), SMALL, room=lambda device: asked.append(device) or 1 << 20)
+    assert len(arrived) == 40
+    assert set(asked) == {CPU}
+
+
+def test_devices_take_turns(tmp_path):
+    """Two queues: the runs of each come in file order, one of each in turn."""
+    save_file({f"{i:03}": torch.full((2000,), float(i)) for i in range(12)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    other = torch.device("cpu", 0)  # as good as a second device to all but the memory
+    wanted = {name: Target(device=CPU if int(name) < 6 else other) for name in checkpoint.tensors}
+    order = [int(piece.info.name) for pieces in stream(checkpoint, wanted, SMALL, Stages()) for piece in pieces]
+    assert order == [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]
+
+
+def test_stages_count_every_byte(checkpoint):
+    stages = Stages()
+    for _ in stream(checkpoint, targets(checkpoint), BUDGET, stages):
+        pass
+    assert stages.totals["read"][1] == checkpoint.nbytes
+    assert stages.totals["read"][0] > 0
+    assert stages.totals["wait"][0] > 0
 
 
 def truncate(checkpoint, tmp_path):
@@ -120,15 +206,14 @@ def grow(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "damage, words", [(truncate, "changed after"), (remove, "cannot open"), (grow, "changed after")]
 )
-def test_damage_before_reading(checkpoint, tensors, tmp_path, damage, words):
+def test_damage_before_reading(checkpoint, tmp_path, damage, words):
     damage(checkpoint, tmp_path)
     with pytest.raises(CheckpointError, match=words):
-        list(stream(checkpoint, tensors, on(CPU)))
+        list(stream(checkpoint, targets(checkpoint), BUDGET, Stages()))
 
 
-@pytest.mark.usefixtures("small_chunks")
-def test_a_file_cut_short_while_it_is_read(checkpoint, tensors):
-    reading = stream(checkpoint, tensors, on(CPU))
+def test_a_file_cut_short_while_it_is_read(checkpoint):
+    reading = stream(checkpoint, targets(checkpoint), SMALL, Stages())
     next(reading)
     for file in checkpoint.files:
         os.truncate(file, 400)
@@ -136,19 +221,22 @@ def test_a_file_cut_short_while_it_is_read(checkpoint, tensors):
         list(reading)
 
 
-@pytest.mark.parametrize("end", ["error", "abandoned", "interrupt"])
-@pytest.mark.usefixtures("small_chunks")
-def test_threads_and_files_end_with_it(checkpoint, tensors, monkeypatch, end):
+@pytest.mark.parametrize("end", ["error", "one thread", "abandoned", "interrupt"])
+def test_threads_and_files_end_with_it(checkpoint, monkeypatch, end):
     before = threading.active_count()
     files = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
-    reading = stream(checkpoint, tensors, on(CPU))
+    reading = stream(checkpoint, targets(checkpoint), SMALL, Stages())
     next(reading)
-    if end == "error":
+    if end in ("error", "one thread"):
+        preadv, broken = os.preadv, []
 
-        def broken(*args):
-            raise OSError(5, "Input/output error")
+        def failing(*args):
+            if end == "one thread" and broken not in ([], [threading.get_ident()]):
+                return preadv(*args)
+            broken[:] = [threading.get_ident()]
+            raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(os, "preadv", broken)
+        monkeypatch.setattr(os, "preadv", failing)
         with pytest.raises(CheckpointError, match=r"cannot read tensor .*Input/output error"):
             list(reading)
     elif end == "interrupt":
@@ -159,3 +247,21 @@ def test_threads_and_files_end_with_it(checkpoint, tensors, monkeypatch, end):
     assert threading.active_count() == before
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/fd")) <= files
+
+
+@pytest.mark.parametrize("threads, nbytes", [(0, None), (1.5, None), (None, 1000), ("2", None)], ids=repr)
+def test_budgets_that_are_none(threads, nbytes):
+    with pytest.raises(ConfigError, match=r"read_threads is|read_budget is"):
+        Budget.of_machine(threads, nbytes)
+
+
+def test_the_budget_of_the_machine(monkeypatch):
+    monkeypatch.setattr("bigq.stream.usable_cores", lambda: 64)
+    monkeypatch.setattr("bigq.stream.usable_memory_nbytes", lambda: 1 << 40)
+    assert Budget.of_machine(None, None) == Budget(threads=8, nbytes=512 << 20)
+    monkeypatch.setattr("bigq.stream.usable_cores", lambda: 2)
+    monkeypatch.setattr("bigq.stream.usable_memory_nbytes", lambda: 1 << 30)
+    assert Budget.of_machine(None, None) == Budget(threads=2, nbytes=128 << 20)
+    for budget in (Budget.of_machine(16, 1 << 20), Budget.of_machine(8, 512 << 20), SMALL):
+        assert 2 * budget.threads * budget.chunk_nbytes <= max(budget.nbytes // 2, 8192 * budget.threads)
+        assert 4 * budget.run_nbytes <= budget.nbytes

@@ -11,7 +11,16 @@ from bigq.checkpoint.index import read_index
 from bigq.checkpoint.shortlist import shortlist
 from bigq.errors import CheckpointError
 
-__all__ = ["INDEX_SUFFIX", "PICKLE_SUFFIXES", "SAFETENSORS_SUFFIX", "Choice", "Listing", "choose", "list_folder"]
+__all__ = [
+    "INDEX_SUFFIX",
+    "PICKLE_SUFFIXES",
+    "SAFETENSORS_SUFFIX",
+    "Choice",
+    "Listing",
+    "choose",
+    "choose_indexed",
+    "list_folder",
+]
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -87,7 +96,7 @@ def choose(listing: Listing) -> Choice:
     @cache  # an index is read only if nothing preferable is there: on the Hub, reading it is a download
     def open_index(name: str) -> Choice | None:
         try:
-            return _choose_indexed(listing, name)
+            return choose_indexed(listing, name)
         except CheckpointError as error:
             problems.append(str(error))
             return None
@@ -115,7 +124,7 @@ def choose(listing: Listing) -> Choice:
     )
 
 
-def _choose_indexed(listing: Listing, index: str) -> Choice | None:
+def choose_indexed(listing: Listing, index: str) -> Choice | None:
     """The shards that an index names, or None if they are another framework's."""
     weight_map = listing.read_index(index)
     files = sorted(set(weight_map.values()))
@@ -123,7 +132,9 @@ def _choose_indexed(listing: Listing, index: str) -> Choice | None:
         return None
     missing = [file for file in files if not listing.contains(file)]
     if missing:
-        raise CheckpointError(f"the index {index} names {len(missing)} missing file(s): {', '.join(missing)}")
+        raise CheckpointError(
+            f"the index {index} names {len(missing)} missing file(s): {', '.join(missing)}; put them beside it"
+        )
     return Choice(files=tuple(files), index=index, weight_map=weight_map)
 
 

@@ -5,9 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bigq.checkpoint.choose import INDEX_SUFFIX, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX, Choice, choose, list_folder
+from bigq.checkpoint.choose import (
+    INDEX_SUFFIX,
+    PICKLE_SUFFIXES,
+    SAFETENSORS_SUFFIX,
+    Choice,
+    choose,
+    choose_indexed,
+    list_folder,
+)
 from bigq.checkpoint.hub import download, is_repo_id
 from bigq.checkpoint.index import read_index
+from bigq.checkpoint.shortlist import shortlist
 from bigq.errors import CheckpointError
 
 __all__ = ["Location", "locate"]
@@ -55,19 +64,13 @@ def _locate_file(path: Path) -> Location:
         return Location(files=(path,))
     if path.suffix != ".json":
         raise CheckpointError(f"{path} has a suffix that is not one of a checkpoint: expected {_FORMS}")
-    weight_map = read_index(path)
-    files = sorted(set(weight_map.values()))
-    foreign = [file for file in files if not file.endswith(_FILE_SUFFIXES)]
-    if foreign:
+    choice = choose_indexed(list_folder(path.parent), path.name)
+    if choice is None:
+        foreign = shortlist(sorted(set(read_index(path).values())))
         raise CheckpointError(
-            f"the index {path} names files of another kind: {', '.join(foreign)}; expected {', '.join(_FILE_SUFFIXES)}"
+            f"the index {path} names files of another kind: {foreign}; expected {', '.join(_FILE_SUFFIXES)}"
         )
-    missing = [file for file in files if not os.path.isfile(path.parent / file)]
-    if missing:
-        raise CheckpointError(
-            f"the index {path} names {len(missing)} missing file(s): {', '.join(missing)}; put them beside it"
-        )
-    return _resolve(path.parent, Choice(files=tuple(files), index=path.name, weight_map=weight_map))
+    return _resolve(path.parent, choice)
 
 
 def _resolve(folder: Path, choice: Choice) -> Location:

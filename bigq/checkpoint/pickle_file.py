@@ -1,8 +1,11 @@
 """A state dict that torch.save pickled, read without running any code it may carry."""
 
+import os
 import re
+import sys
 from pathlib import Path
 from types import TracebackType
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +39,11 @@ class PickleFile:
 
     def describe(self) -> list[TensorInfo]:
         """Describe the tensors, in the order of their bytes in the file."""
+        maps = _maps(self._path)
         return [
-            TensorInfo(name=name, shape=tensor.shape, dtype=tensor.dtype, file=self._path)
+            TensorInfo(
+                name=name, shape=tensor.shape, dtype=tensor.dtype, file=self._path, offset=_file_offset(tensor, maps)
+            )
             for name, tensor in self._tensors.items()
         ]
 
@@ -55,7 +61,11 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             mapped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+        if mapped:
+            _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error
     except Exception as error:  # a damaged pickle fails in whatever way its opcodes happen to
@@ -63,6 +73,40 @@ def _load(path: Path) -> dict[str, Tensor]:
     tensors = _flat(path, content)
     # Tensors of a map lie in memory as they do in the file; the dict's order is the writer's.
     return dict(sorted(tensors.items(), key=lambda item: item[1].data_ptr())) if mapped else tensors
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose bytes are not those of the tensors, which a memory map would not notice."""
+    with ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != ZIP_STORED:
+                raise CheckpointError(f"{path} is compressed ({entry.filename}): load and save it again with torch")
+            if entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder:
+                raise CheckpointError(f"{path} was saved on a machine of another byte order: save it as safetensors")
+
+
+def _maps(path: Path) -> list[tuple[range, int]]:
+    """(addresses, offset in the file) of each memory map of a file; empty where the system has no list of them."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    maps = []
+    for line in lines:
+        addresses, _, offset, _, _, *name = line.split(maxsplit=5)
+        if name == [os.path.realpath(path)]:
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            maps.append((range(start, stop), int(offset, 16)))
+    return maps
+
+
+def _file_offset(tensor: Tensor, maps: list[tuple[range, int]]) -> int | None:
+    """Where the bytes of a mapped tensor lie in the file; None for one in memory or with gaps."""
+    if tensor.is_contiguous():
+        for addresses, offset in maps:
+            if tensor.data_ptr() in addresses:
+                return tensor.data_ptr() - addresses.start + offset
+    return None
 
 
 def _explain(path: Path, error: Exception) -> str:

@@ -63,12 +63,13 @@ class SafetensorsFile:
         """Describe the tensors, in the order of their bytes in the file."""
         names = self._handle.offset_keys()
         headers = {name: self._handle.get_slice(name) for name in names}
-        unknown = [(name, header.get_dtype()) for name, header in headers.items() if header.get_dtype() not in _DTYPES]
+        dtypes = {name: header.get_dtype() for name, header in headers.items()}
+        unknown = [(name, dtype) for name, dtype in dtypes.items() if dtype not in _DTYPES]
         if unknown:
             raise CheckpointError(f"cannot open {self._path}: {_name_dtypes(unknown)}")
-        infos, offset = [], 8 + self._header_nbytes()
+        infos, offset = [], self._data_offset(len(names))
         for name, header in headers.items():
-            infos.append(self._info(name, _DTYPES[header.get_dtype()], header.get_shape(), offset))
+            infos.append(self._info(name, _DTYPES[dtypes[name]], header.get_shape(), offset))
             offset += infos[-1].nbytes  # the library refuses files with holes
         return infos
 
@@ -80,9 +81,17 @@ class SafetensorsFile:
             raise CheckpointError(f"cannot read tensor {name!r} of {self._path}: {error}") from error
         return tensor
 
-    def _header_nbytes(self) -> int:
+    def _data_offset(self, count: int) -> int:
+        """Where the bytes of the tensors begin; refuses a header that names one of the `count` tensors twice."""
         with self._path.open("rb") as file:
-            return int.from_bytes(file.read(8), "little")
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+        if header.count(b'"data_offsets"') != count:  # the library takes one of two entries
+            twice: list[str] = []
+            json.loads(header, object_pairs_hook=lambda pairs: twice.extend(_repeated(pairs)))
+            if twice:
+                raise CheckpointError(f"cannot open {self._path}: its header names {shortlist(twice)} twice")
+        return 8 + length
 
     def _info(self, name: str, dtype: torch.dtype, shape: list[int], offset: int) -> TensorInfo:
         if dtype is torch.float4_e2m1fn_x2:  # the format counts values, torch counts bytes of two
@@ -95,6 +104,11 @@ class SafetensorsFile:
         if max(shape, default=0) > torch.iinfo(torch.int64).max:  # only an empty tensor gets this far
             raise CheckpointError(f"{self._path}: tensor {name!r} has a shape beyond 64 bits: {shape}")
         return TensorInfo(name=name, shape=torch.Size(shape), dtype=dtype, file=self._path, offset=offset)
+
+
+def _repeated(pairs: list[tuple[str, object]]) -> list[str]:
+    names = [name for name, _ in pairs]
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
 
 
 def _name_dtypes(tensors: list[tuple[str, str]]) -> str:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Format", "State", "TensorSpec", "matrix_shape"]
+__all__ = ["Format", "State", "TensorSpec", "like_weight", "matrix_shape"]
 
 State = Mapping[str, Tensor]
 
@@ -30,6 +30,11 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return prod(shape[:-1]), shape[-1] if shape else 1
 
 
+def like_weight(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor [R, C] with a row for each of a weight of `shape` [..., K], as [..., C]."""
+    return rows.view(*shape[:-1], rows.shape[1])
+
+
 class Format(Protocol):
     """A weight format; a frozen dataclass whose fields are its settings.
 
@@ -48,8 +53,22 @@ class Format(Protocol):
     def state_spec(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """The named tensors that hold a weight of `shape`; "weight" is the packed codes."""
 
+    def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """Tensors with one row for each of `rows` [R, K], on its device; what a row gives depends on it alone.
+
+        So the rows of several weights can be quantized in one launch, and those of a huge weight in several.
+        """
+
+    def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The tensors of `state_spec` from what `quantize_rows` gave for all rows of a weight of `shape`.
+
+        Each owns its storage if those of `rows` do.
+        """
+
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors of `state_spec`, on the weight's device; each owns its storage."""
+        shape = tuple(weight.shape)
+        return self.finish(self.quantize_rows(weight.reshape(matrix_shape(shape))), shape)
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The weight of `shape` that `state` stands for, rounded once to `dtype`."""

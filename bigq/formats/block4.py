@@ -6,14 +6,15 @@ their own, in flat blocks of 256 around their mean (QLoRA, arXiv 2305.14314, sec
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch
 from torch import Tensor
 
-from bigq import ops, reference
+from bigq import eager, ops, reference
 from bigq.errors import ConfigError
-from bigq.formats.base import State, TensorSpec, matrix_shape
+from bigq.formats.base import Format, State, TensorSpec, like_weight, matrix_shape
 
 __all__ = ["BLOCK_SIZES", "Block4"]
 
@@ -21,7 +22,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block4:
+class Block4(Format):
     """State: weight uint8 [..., ceil(K/2)], absmax [..., B], quant_map float32 [16]; two more with `double_quant`."""
 
     quant_type: str
@@ -57,19 +58,19 @@ class Block4:
             spec["nested_offset"] = TensorSpec(shape=(1,), dtype=torch.float32)
         return spec
 
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        spec = self.state_spec(tuple(weight.shape))
-        packed, absmax = ops.quantize_4bit(
-            weight.reshape(matrix_shape(tuple(weight.shape))), self.quant_type, self.block_size
-        )
-        table = torch.tensor(reference.CODES[self.quant_type], dtype=torch.float32, device=weight.device)
+    def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        packed, absmax = ops.quantize_4bit(rows, self.quant_type, self.block_size)
+        return {"weight": packed, "absmax": absmax}
+
+    def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        absmax = like_weight(rows["absmax"], shape)
         state = {
-            "weight": packed.view(spec["weight"].shape),
-            "absmax": absmax.view(spec["absmax"].shape),
-            "quant_map": table,
+            "weight": like_weight(rows["weight"], shape),
+            "absmax": absmax,
+            "quant_map": _quant_map(self.quant_type, absmax.device).clone(),
         }
         if self.double_quant:
-            state["absmax"], state["nested_absmax"], state["nested_offset"] = ops.quantize_absmax(state["absmax"])
+            state["absmax"], state["nested_absmax"], state["nested_offset"] = ops.quantize_absmax(absmax)
         return state
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -82,16 +83,13 @@ class Block4:
         return dense.view(shape)  # type: ignore[no-any-return]
 
     def linear(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
-        return ops.linear_4bit(  # type: ignore[no-any-return]
-            x,
-            state["weight"],
-            state["absmax"],
-            bias,
-            state.get("nested_absmax"),
-            state.get("nested_offset"),
-            self.quant_type,
-            self.block_size,
-        )
+        tensors = (state["weight"], state["absmax"], bias, state.get("nested_absmax"), state.get("nested_offset"))
+        return eager.linear("linear_4bit", x, tensors, (self.quant_type, self.block_size))
 
     def describe(self) -> dict[str, str | int | float | bool]:
         return {"format": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
+
+
+@cache  # a layer's own is cloned from it: to upload 16 numbers for each layer would wait for the GPU each time
+def _quant_map(quant_type: str, device: torch.device) -> Tensor:
+    return torch.tensor(reference.CODES[quant_type], dtype=torch.float32, device=device)

@@ -6,6 +6,7 @@ shape. A tensor, because accelerate's save_model and safetensors carry nothing e
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +49,16 @@ class Description:
     shape: tuple[int, ...]
     dtype: torch.dtype
     compute_dtype: torch.dtype | None = None
+
+    @cached_property
+    def state_spec(self) -> dict[str, TensorSpec]:
+        """The named tensors of the quantized weight, this description among them."""
+        return {**self.format.state_spec(self.shape), "quant_state": QUANT_STATE_SPEC}
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the quantized weight, everything that `state_spec` names."""
+        return sum(spec.nbytes for spec in self.state_spec.values())
 
     def encode(self) -> Tensor:
         """This description as a quant_state tensor on the CPU."""

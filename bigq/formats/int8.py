@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigq import ops
+from bigq import eager, ops
 from bigq.errors import ConfigError
-from bigq.formats.base import State, TensorSpec, matrix_shape
+from bigq.formats.base import Format, State, TensorSpec, like_weight, matrix_shape
 
 __all__ = ["Int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8:
+class Int8(Format):
     """State: weight int8 [..., K], absmax float32 [..., 1].
 
     `threshold` is the activation magnitude from which a column of x is multiplied in x's own dtype; 0 for never.
@@ -40,10 +40,12 @@ class Int8:
             "absmax": TensorSpec(shape=(*leading, 1), dtype=torch.float32),
         }
 
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        spec = self.state_spec(tuple(weight.shape))
-        codes, absmax = ops.quantize_int8(weight.reshape(matrix_shape(tuple(weight.shape))))
-        return {"weight": codes.view(spec["weight"].shape), "absmax": absmax.view(spec["absmax"].shape)}
+    def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        codes, absmax = ops.quantize_int8(rows)
+        return {"weight": codes, "absmax": absmax}
+
+    def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        return {leaf: like_weight(tensor, shape) for leaf, tensor in rows.items()}
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         weight, absmax = state["weight"], state["absmax"]
@@ -52,7 +54,7 @@ class Int8:
         return dense.view(shape)  # type: ignore[no-any-return]
 
     def linear(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
-        return ops.linear_int8(x, state["weight"], state["absmax"], bias, self.threshold)  # type: ignore[no-any-return]
+        return eager.linear("linear_int8", x, (state["weight"], state["absmax"], bias), (self.threshold,))
 
     def describe(self) -> dict[str, str | int | float | bool]:
         return {"format": "int8", "threshold": self.threshold}

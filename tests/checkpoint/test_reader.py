@@ -317,6 +317,13 @@ DAMAGED = {
     "metadata that is no text": (raw({"__metadata__": {"a": 1}}), "header"),
     "overlap": (raw({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, bytes(6)), "offset for tensor `b`"),
     "hole": (raw({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 4, 6)}, bytes(6)), "offset for tensor `b`"),
+    "a name twice": (
+        raw(
+            b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]}}',
+            b"1234",
+        ),
+        "names a twice",
+    ),
     "offsets backwards": (raw({"a": entry("U8", [4], 4, 0)}, bytes(4)), "bytes, but it has"),
     "offsets beyond the file": (raw({"a": entry("U8", [99], 0, 99)}, bytes(4)), "bytes, but it has"),
     "shape does not fill the bytes": (raw({"a": entry("F32", [3], 0, 8)}, bytes(8)), "header"),

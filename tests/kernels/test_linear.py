@@ -148,6 +148,7 @@ INT8_SHAPES = [
     pytest.param(3, 40, 97, id="odd-columns"),
     pytest.param(20, 70, 300, id="more-tokens-than-one-scan"),
     pytest.param(70, 33, 128, id="large-tile"),
+    pytest.param(2, 6, 17000, id="row-longer-than-a-tile"),
     pytest.param(512, 4096, 4096, id="many-tiles", marks=pytest.mark.gpu),
     pytest.param(2049, 4100, 1000, id="many-partial-tiles", marks=pytest.mark.gpu),
 ]
@@ -170,8 +171,17 @@ def test_linear_int8_without_outliers_is_exact(m, n, k, dtype, device):
     assert torch.equal(linear_int8(x, weight, absmax, None, 0.0), reference.linear_int8(x, weight, absmax, None, 0.0))
 
 
-def test_linear_int8_with_outliers_only(device):
-    x, weight, absmax = int8_case(4, 24, 70, torch.float16, device)
+@pytest.mark.parametrize(
+    "m, k",
+    [
+        pytest.param(4, 70, id="few-tokens"),
+        pytest.param(20, 300, id="more-than-are-gathered-before"),
+        pytest.param(70, 300, id="many-tokens"),
+        pytest.param(2, 600, id="several-segments"),
+    ],
+)
+def test_linear_int8_with_outliers_only(m, k, device):
+    x, weight, absmax = int8_case(m, 24, k, torch.float16, device)
     x = x.sign() * (x.abs() + 6)
     exact = exact_linear_int8(x, weight, absmax, 6.0)
     baseline = reference.linear_int8(x, weight, absmax, None, 6.0)
@@ -198,13 +208,27 @@ def test_linear_int8_threshold_is_compared_in_the_dtype_of_x(device):
     assert_within_budget(linear_int8(x, weight, absmax, None, threshold), exact, baseline)
 
 
-def test_linear_int8_keeps_nan_in_its_row(device):
-    x, weight, absmax = int8_case(3, 24, 64, torch.float16, device)
-    x[1, 7] = float("nan")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("m", [3, 20, 70], ids=["few-tokens", "more-tokens", "many-tokens"])
+def test_linear_int8_keeps_nan_and_inf_in_their_row(m, value, device):
+    x, weight, absmax = int8_case(m, 24, 64, torch.float16, device)
+    x[1, 7] = value
+    finite = linear_int8(x, weight, absmax, None, 6.0).isfinite()
+    assert not finite[1].any()
+    assert finite[0].all()
+    assert finite[2:].all()
+
+
+@pytest.mark.parametrize("m", [3, 20], ids=["few-tokens", "more-tokens"])
+def test_linear_int8_multiplies_all_of_an_outlier_column_in_the_dtype_of_x(m, device):
+    x, weight, absmax = int8_case(m, 24, 64, torch.float16, device)
+    x[:, :] = 0.0
+    x[0, 5], x[1, 5], x[1, 6] = 8.0, 0.3, 5.0  # 0.3 would round to 8/127 * 5.0 in int8
     out = linear_int8(x, weight, absmax, None, 6.0)
-    assert out[1].isnan().all()
-    assert out[0].isfinite().all()
-    assert out[2].isfinite().all()
+    dense = reference.dequantize_int8(weight, absmax, x.dtype).double()
+    expected = x.double() @ dense.T
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -9,10 +9,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from timing import copies, microseconds
-
 from bigq_kernels.linear_int8 import linear_int8
 from bigq_kernels.quantize_int8 import quantize_int8
+from bigq_kernels.timing import copies, microseconds
 
 try:
     import bitsandbytes as bnb

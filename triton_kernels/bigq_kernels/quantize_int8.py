@@ -22,17 +22,18 @@ def _quantize_int8_kernel(
     row = tl.program_id(0).to(tl.int64)
     weight_ptr += row * stride_wn
     codes_ptr += row * K
-    columns = tl.arange(0, BLOCK_K)
-    largest = tl.zeros((BLOCK_K,), tl.int32)
-    for start in range(0, K, BLOCK_K):
-        x = tl.load(weight_ptr + start + columns, mask=start + columns < K, other=0.0)
-        largest = tl.maximum(largest, absmax_bits(x))
+    column = tl.arange(0, BLOCK_K)
+    x = tl.load(weight_ptr + column, mask=column < K, other=0.0)  # kept: most rows are one tile, read once
+    largest = absmax_bits(x)
+    for start in range(BLOCK_K, K, BLOCK_K):
+        more = tl.load(weight_ptr + start + column, mask=start + column < K, other=0.0)
+        largest = tl.maximum(largest, absmax_bits(more))
     absmax = nan_to_inf(tl.max(largest, axis=0))
     inverse = int8_inverse(absmax)
-    for start in range(0, K, BLOCK_K):  # the row comes from the cache this time
-        mask = start + columns < K
-        x = tl.load(weight_ptr + start + columns, mask=mask, other=0.0)
-        tl.store(codes_ptr + start + columns, encode_int8(x, inverse), mask=mask)
+    tl.store(codes_ptr + column, encode_int8(x, inverse), mask=column < K)
+    for start in range(BLOCK_K, K, BLOCK_K):
+        more = tl.load(weight_ptr + start + column, mask=start + column < K, other=0.0)
+        tl.store(codes_ptr + start + column, encode_int8(more, inverse), mask=start + column < K)
     tl.store(absmax_ptr + row, absmax)
 
 
@@ -45,6 +46,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         return codes, absmax
     if weight.stride(1) != 1:
         weight = weight.contiguous()
+    block_k = min(16384, next_power_of_2(max(columns, 16)))
     with torch.cuda.device_of(weight):
         _quantize_int8_kernel[(rows,)](
             weight,
@@ -52,7 +54,8 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
             absmax,
             columns,
             weight.stride(0),
-            BLOCK_K=min(4096, next_power_of_2(max(columns, 16))),
+            BLOCK_K=block_k,
+            num_warps=16 if block_k > 8192 else 8,
             enable_fp_fusion=False,  # see encode_int8
         )
     return codes, absmax

@@ -25,7 +25,7 @@ def microseconds(calls: list[Callable[[], object]], repeats: int = 20, graph: bo
         with torch.cuda.graph(captured):
             for call in calls:
                 call()
-    times = []
+    times: list[float] = []
     for _ in range(repeats + 3):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -1,0 +1,228 @@
+"""A replay gives what the launcher gives, on other inputs of the same looks; what it cannot repeat it refuses to keep.
+
+The kernels here are Python on raw addresses, so that all runs without a GPU; tests/test_eager.py runs real ones.
+"""
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.backends.nvidia.driver import CudaLauncher
+
+from bigq_kernels import replay
+from bigq_kernels.launch import launch
+from bigq_kernels.replay import record
+
+K, N = 64, 6
+TABLE = torch.tensor([0.5])
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty():
+    """Not here: filling what a launcher allocates is work of torch's that no replay can repeat."""
+
+
+def at(address, *shape):
+    """The float32 tensor at an address; a wrong source of a pointer shows as wrong values."""
+    buffer = (ctypes.c_float * torch.Size(shape).numel()).from_address(address)
+    return torch.frombuffer(buffer, dtype=torch.float32).view(shape)
+
+
+class Kernel:
+    """Stands for a JIT function and its compiled kernel: `function` takes addresses and numbers."""
+
+    function, packed_metadata = 7, ("metadata",)
+
+    def __init__(self, body, arg_names):
+        self.body, self.arg_names, self.runs = body, arg_names, 0
+
+    def __getitem__(self, grid):
+        def start(*args, **constants):
+            replay.knobs.runtime.launch_enter_hook(None)
+            constants = {name: constants[name] for name in self.arg_names[len(args) :] if name in constants}
+            values = (*args, *constants.values())
+            with _disable_current_modes():  # a kernel is not work of torch's
+                self.body(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values))
+            return self
+
+        return start
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        assert (x, y, z, stream, function, metadata) == (3, 1, 1, 11, 7, ("metadata",))
+        assert launch_metadata is enter is leave is None
+        self.runs += 1
+        self.body(*args)
+
+
+def _double(x, doubled, m):
+    at(doubled, m, K).copy_(2 * at(x, m, K))
+
+
+def _multiply(doubled, weight, bias, table, out, m, SCALE):
+    total = at(doubled, m, K) @ at(weight, N, K).T * at(table, 1) * SCALE
+    at(out, m, N).copy_(total if bias in (None, 0) else total + at(bias, N))
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as get_device() of a CPU tensor
+    monkeypatch.setattr(
+        replay, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device_index: 11))
+    )
+    double = Kernel(_double, ["x", "doubled", "m"])
+    multiply = Kernel(_multiply, ["doubled", "weight", "bias", "table", "out", "m", "SCALE"])
+    return double, multiply
+
+
+def launcher_of(kernels, unusual=None):
+    double, multiply = kernels
+
+    def launcher(x, weight, bias, scale):
+        rows = x.reshape(-1, K)
+        m = rows.shape[0]
+        doubled = torch.empty(m, K + 1, device=x.device)  # not a multiple of the alignment
+        out = x.new_empty(*x.shape[:-1], N)
+        if unusual is not None:
+            weight, out = unusual(weight, out)
+        launch(double, (3,), rows, doubled, m, options={})
+        launch(multiply, (3,), doubled, weight, bias, TABLE, out, m, SCALE=scale, options={})
+        return out
+
+    return launcher
+
+
+def inputs(m=2):
+    return torch.randn(1, m, K), torch.randn(N, K), torch.randn(N)
+
+
+def addresses(*tensors):
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+def test_repeats_the_launches_on_other_tensors(kernels, with_bias):
+    launcher = launcher_of(kernels)
+    x, weight, bias = inputs()
+    bias = bias if with_bias else None
+    out, kept = record(launcher, (x, weight, bias), (3.0,))
+    assert torch.equal(out, launcher(x, weight, bias, 3.0))
+    for _ in range(2):
+        x, weight, other = inputs()
+        bias = other if with_bias else None
+        bound = kept.bind(addresses(weight, bias))
+        first = bound(x)
+        assert first.shape == (1, 2, N)
+        assert torch.equal(first, launcher(x, weight, bias, 3.0))
+        weight.mul_(2)  # what is bound is the memory, not the values
+        assert torch.equal(bound(x), launcher(x, weight, bias, 3.0))
+        assert torch.equal(first, launcher(x, weight / 2, bias, 3.0))
+    assert [kernel.runs for kernel in kernels] == [4, 4]
+
+
+def test_workspaces_do_not_overlap(kernels):
+    double, _ = kernels
+
+    def launcher(x):
+        one, two, out = torch.empty(K + 1), torch.empty(K + 1), x.new_empty(1, K)
+        launch(double, (3,), x, one, 1, options={})
+        launch(double, (3,), one, two, 1, options={})
+        launch(double, (3,), one, out, 1, options={})
+        return out
+
+    x = torch.randn(1, K)
+    _, kept = record(launcher, (x,), ())
+    assert kept.workspace_numel * 4 == 2 * 512  # 65 floats each, rounded up to 256 bytes
+    assert torch.equal(kept.bind([])(x), 4 * x)
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        pytest.param(lambda weight, out: (weight.clone(), out), id="copies-an-input"),
+        pytest.param(lambda weight, out: (weight, out.zero_()), id="writes-with-torch"),
+        pytest.param(lambda weight, out: (weight, torch.empty(N * 2 + 4)[4:].view(1, 2, N)), id="view-inside"),
+        pytest.param(lambda weight, out: (weight, torch.empty(1, 2, N, dtype=torch.float64)), id="other-dtype"),
+        pytest.param(lambda weight, out: (torch.empty(2 * N, K)[:N], weight), id="returns-an-input"),
+    ],
+)
+def test_keeps_nothing_it_could_not_repeat(kernels, unusual):
+    launcher = launcher_of(kernels, unusual)
+    _, kept = record(launcher, inputs(), (3.0,))
+    assert kept is None
+
+
+def test_keeps_nothing_where_two_inputs_share_an_address(kernels):
+    x, weight, _ = inputs()
+    _, kept = record(launcher_of(kernels), (x, weight, weight[0]), (3.0,))
+    assert kept is None
+
+
+def test_keeps_nothing_where_a_kernel_started_unseen(kernels):
+    double, _ = kernels
+
+    def launcher(x):
+        out, unseen = x.new_empty(1, 2, K), x.new_empty(1, 2, K)
+        double[(3,)](x, unseen, 2)
+        launch(double, (3,), unseen, out, 2, options={})
+        return out
+
+    x, _, _ = inputs()
+    out, kept = record(launcher, (x,), ())
+    assert torch.equal(out, 4 * x)
+    assert kept is None
+
+
+@pytest.mark.parametrize("scratch", [0, 64], ids=["direct", "scratch-memory"])
+def test_asks_tritons_launcher_what_it_calls(scratch):
+    """The launcher of the Triton that is installed, with a function of ours where its C is."""
+    launcher = object.__new__(CudaLauncher)
+    called = []
+    launcher.__dict__.update(
+        launch=lambda *arguments: called.append(arguments),
+        num_ctas=1,
+        global_scratch_size=scratch,
+        global_scratch_align=1,
+        profile_scratch_size=0,
+        profile_scratch_align=1,
+        launch_cooperative_grid=False,
+        launch_pdl=True,
+        arg_annotations=["annotation"],
+        kernel_signature=b"signature",
+    )
+    start, args = (3, 1, 1, 11, 7, ("metadata",), None, None, None), (0, 2, 5.0)
+    function, first, last = replay._direct(launcher, start, args)
+    assert called == []
+    if scratch:
+        assert (function, first, last) == (launcher, start + args, ())
+    else:
+        launcher(*start, *args)
+        assert function is launcher.launch
+        assert called == [(*first, last) if last else first]
+
+
+def test_keeps_nothing_of_torch_alone():
+    x, weight, _ = inputs()
+    out, kept = record(torch.nn.functional.linear, (x, weight), ())
+    assert torch.equal(out, x @ weight.T)
+    assert kept is None
+
+
+def test_steps_aside_when_x_or_the_moment_differs(kernels, monkeypatch):
+    x, weight, bias = inputs()
+    _, kept = record(launcher_of(kernels), (x, weight, bias), (3.0,))
+    bound = kept.bind(addresses(weight, bias))
+    assert bound(x) is not None
+    assert bound(torch.randn(1, K, 2).transpose(1, 2)) is None  # strides
+    assert bound(torch.randn(1 + 2 * K)[1:].view(1, 2, K)) is None  # alignment
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: 1)
+        assert bound(x) is None
+    hooks = replay.knobs.runtime.launch_exit_hook
+    hooks.add(print)
+    try:
+        assert bound(x) is None
+    finally:
+        hooks.remove(print)
+    assert bound(x) is not None

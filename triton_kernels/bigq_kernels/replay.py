@@ -1,0 +1,239 @@
+"""Replay: the launches of one launcher call, repeated on other tensors of the same looks without the launcher's Python.
+
+What a launcher does follows from its tensors' looks (shape, strides, dtype, device, alignment): it allocates, takes
+views and launches. `record` watches one call do that and keeps what it launched, with a source for each pointer. A call
+that does anything else, such as a copy or a matmul of torch's, has no replay.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from operator import itemgetter
+from threading import get_ident
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+from triton.runtime import driver
+
+from bigq_kernels.launch import observed
+
+__all__ = ["BoundReplay", "Replay", "record"]
+
+_ALIGNMENT = 256  # bytes between workspaces: more than any vector load or TMA descriptor asks for
+_ALLOCATIONS = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+
+
+class _Source(NamedTuple):
+    """An argument that is known at the call: "input" number `place`, "out", "workspace" at byte `place`, "stream"."""
+
+    kind: str
+    place: int = 0
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what a launcher allocates, and whether it runs anything but allocations and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[Tensor] = []  # kept alive, so that no two share an address
+        self.pure = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS:
+            self.allocated.append(out)
+        elif not func.is_view:
+            self.pure = False
+        return out
+
+
+_Launch = tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...]]  # call first(*second, third) or first(*second)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What `record` saw; input 0 is the tensor whose dtype and device the output shares."""
+
+    device_index: int
+    out_shape: tuple[int, ...]
+    workspace_numel: int  # in elements of input 0's dtype
+    launches: tuple[_Launch, ...]
+    constants: tuple[Tensor, ...]  # tables of the launcher's own, kept alive for their addresses
+
+    def bind(self, pointers: Sequence[int | None]) -> "BoundReplay":
+        """For inputs 1 and up at these addresses, each aligned as its like was when recorded; None for no tensor."""
+        return BoundReplay(self, pointers)
+
+
+class BoundReplay:
+    """A Replay whose inputs but the first have their addresses.
+
+    A call puts all that its launches need into one list, from which each picks its 30 arguments in C.
+    """
+
+    __slots__ = ("_current_stream", "_device_index", "_fixed", "_launches", "_offsets", "_replay")
+
+    def __init__(self, replay: Replay, pointers: Sequence[int | None]) -> None:
+        self._replay = replay
+        self._device_index = replay.device_index
+        self._current_stream = driver.active.get_current_stream
+        arguments = [argument for _, args, last in replay.launches for argument in args + last]
+        self._offsets = sorted({a.place for a in arguments if isinstance(a, _Source) and a.kind == "workspace"})
+        self._fixed: list[Any] = []
+        known = {_Source("input"): 0, _Source("out"): 1, _Source("stream"): 2}
+        known |= {_Source("workspace", offset): 3 + i for i, offset in enumerate(self._offsets)}
+
+        def index(argument: Any) -> int:
+            if isinstance(argument, _Source):
+                if argument in known:
+                    return known[argument]
+                argument = pointers[argument.place - 1]
+            self._fixed.append(argument)
+            return len(known) + len(self._fixed) - 1
+
+        self._launches: list[tuple[Any, Any, Any]] = [
+            (start, itemgetter(*map(index, args)), itemgetter(*map(index, last)) if last else None)
+            for start, args, last in replay.launches
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The launcher's output for an x of the recorded shape and dtype; None where this moment needs the launcher."""
+        address = x.data_ptr()
+        if (
+            address % 16 != 0
+            or not x.is_contiguous()
+            or not self._device_index == x.get_device() == torch.cuda.current_device()
+            or _hooked()
+        ):
+            return None
+        out = x.new_empty(*self._replay.out_shape)
+        values = [address, out.data_ptr(), self._current_stream(self._device_index)]
+        if self._offsets:
+            workspace = x.new_empty(self._replay.workspace_numel)
+            base = workspace.data_ptr()
+            values += [base + offset for offset in self._offsets]
+        values += self._fixed
+        for start, pick, pick_last in self._launches:
+            if pick_last is None:
+                start(*pick(values))
+            else:
+                start(*pick(values), pick_last(values))
+        return out
+
+
+def _direct(run: Any, start: tuple[Any, ...], args: tuple[Any, ...]) -> _Launch:
+    """What Triton's launcher calls in C for run(*start, *args), so that its Python, about 1 us, is not run each time.
+
+    Versions of Triton differ in the order of arguments, so a copy of the launcher is asked. One that allocates scratch
+    memory, or is no such object, is called itself.
+    """
+    if getattr(run, "global_scratch_size", None) != 0 or getattr(run, "profile_scratch_size", None) != 0:
+        return run, start + args, ()
+    taken: list[tuple[Any, ...]] = []
+    probe = copy(run)
+    probe.launch = lambda *arguments: taken.append(arguments)
+    probe(*start, *args)
+    if len(taken) != 1:
+        return run, start + args, ()
+    (arguments,) = taken
+    return (run.launch, arguments[:-1], args) if arguments[-1:] == (args,) else (run.launch, arguments, ())
+
+
+def _hooked() -> bool:
+    """Whether someone listens to Triton's launches, which a replay would not tell of."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # a chain of hooks, one hook or None
+
+
+def record(
+    launcher: Callable[..., Tensor], tensors: Sequence[Tensor | None], settings: Sequence[Any]
+) -> tuple[Tensor, Replay | None]:
+    """Run launcher(*tensors, *settings) once; its output, and its Replay if it did nothing that one cannot repeat."""
+    seen: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
+    with _Watch() as watch, observed(lambda *launch: seen.append(launch)), _counted_launches() as count:
+        out = launcher(*tensors, *settings)
+    if not watch.pure or count() != len(seen):  # a kernel started without `launch` was not seen
+        return out, None
+    return out, _replay(out, tensors, watch, seen)
+
+
+@contextmanager
+def _counted_launches() -> Iterator[Callable[[], int]]:
+    """How many kernels of Triton's this thread has started in the context so far."""
+    threads: list[int] = []
+    hooks = knobs.runtime.launch_enter_hook
+
+    def note(_: Any) -> None:
+        threads.append(get_ident())
+
+    if not hasattr(hooks, "add"):  # someone put a hook of their own in the chain's place
+        yield lambda: -1
+        return
+    hooks.add(note)
+    try:
+        yield lambda: threads.count(get_ident())
+    finally:
+        hooks.remove(note)
+
+
+def _replay(
+    out: Tensor,
+    tensors: Sequence[Tensor | None],
+    watch: _Watch,
+    seen: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]],
+) -> Replay | None:
+    first = tensors[0]
+    assert first is not None
+    if out.dtype != first.dtype or out.device != first.device or not out.is_contiguous():
+        return None
+    sources: dict[int, _Source] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor is not None and tensor.numel():
+            if tensor.data_ptr() in sources:  # two inputs at one address cannot be told apart
+                return None
+            sources[tensor.data_ptr()] = _Source("input", place)
+    nbytes = 0
+    for tensor in watch.allocated:
+        if tensor.numel() and tensor.data_ptr() != out.data_ptr():
+            sources[tensor.data_ptr()] = _Source("workspace", nbytes)
+            nbytes += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
+        elif tensor.numel():
+            sources[tensor.data_ptr()] = _Source("out")
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (*watch.allocated, *tensors) if tensor is not None}
+    launches, constants, written = [], [], False
+    for compiled, grid, values in seen:
+        if compiled is None:  # the interpreter
+            return None
+        args: list[Any] = list(values)
+        for position, value in enumerate(values):
+            if isinstance(value, Tensor):
+                args[position] = sources.get(value.data_ptr(), value.data_ptr())
+                if value.data_ptr() not in sources and value.numel():
+                    if value.untyped_storage().data_ptr() in storages:  # starts inside of an input or a workspace
+                        return None
+                    constants.append(value)
+        start = (*grid, _Source("stream"), compiled.function, compiled.packed_metadata)
+        launches.append(_direct(compiled.run, (*start, None, None, None), tuple(args)))  # no launch metadata, no hooks
+        written |= _Source("out") in args
+    if not written:
+        return None
+    return Replay(
+        device_index=first.get_device(),
+        out_shape=tuple(out.shape),
+        workspace_numel=nbytes // first.itemsize,
+        launches=tuple(launches),
+        constants=tuple(constants),
+    )
