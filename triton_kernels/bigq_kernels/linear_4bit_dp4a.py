@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigq_kernels.dequantize_absmax import load_absmax
 from bigq_kernels.launch import launch
-from bigq_kernels.linear_4bit_configs import dp4a_config
+from bigq_kernels.linear_4bit_configs import Dp4aConfig, dp4a_config
 from bigq_kernels.tiles import FP4_CODE, NF4_CODE, ROUND_MAGIC, absmax_bits, ceil_div, device_features, lookup
 
 __all__ = ["linear_4bit_dp4a"]
@@ -237,11 +237,12 @@ def linear_4bit_dp4a(
     out: Tensor,
     quant_type: str,
     block_size: int,
+    config: Dp4aConfig | None = None,
 ) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; M <= 2 and K % 32 == 0."""
     m, k = x.shape
     n, chunks = weight.shape[0], k // CHUNK.value
-    config = dp4a_config(x.device, m, n, k)
+    config = config or dp4a_config(x.device, m, n, k)
     asm, pdl = device_features(x.device)
     overlap = {"launch_pdl": True} if pdl else {}
     planes = torch.empty(m, chunks, 16, dtype=torch.int32, device=x.device)

@@ -11,8 +11,6 @@ Gluon promises no stability between releases of Triton: `linear_4bit` takes this
 and `linear_4bit_mma` on others. It has no interpreter either, so values are tested on a GPU only.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -22,69 +20,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_wait
 
+from bigq_kernels.decode_words import code_layout, code_tables, decode_words
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_4bit_configs import GluonConfig, gluon_config
-from bigq_kernels.tiles import FP4_CODE, NF4_CODE, ceil_div, device_features
+from bigq_kernels.tiles import ceil_div, device_features
 
 __all__ = ["linear_4bit_gluon"]
 
 STEP_BYTES = gl.constexpr(128)  # of a row in one stage
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
-
-
-def _decode_asm(quant_type: str) -> str:
-    """PTX from 8 codes ($4) to their 16-bit values in order of K, two each in $0 to $3; $5, $9, ..: `_tables`.
-
-    The tables are operands, not literals: ptxas would copy a literal to a register before each use. With pack=4 an
-    operand comes four times, hence every fourth.
-    """
-    nf4 = quant_type == "nf4"
-    lines = ["and.b32 c0, $4, 0x77777777;", "shr.u32 c1, c0, 16;"]
-    if nf4:  # bit 3 of a code chooses between the lookups of entries 0..7 and 8..15
-        lines += ["shr.u32 up, $4, 1;", "lop3.b32 m0, up, 0x44444444, 0x32103210, 0xEA;", "shr.u32 m1, m0, 16;"]
-    else:
-        lines += ["shl.b32 up4, $4, 4;"]
-    for half, signs in enumerate(("0xD9C8", "0xFBEA")):
-        for name, table in (("lo", 5), ("hi", 21)):
-            lines.append(f"prmt.b32 {name}, ${table}, ${table + 4}, c{half};")
-            if nf4:
-                lines.append(f"prmt.b32 up, ${table + 8}, ${table + 12}, c{half};")
-                lines.append(f"prmt.b32 {name}, {name}, up, m{half};")
-        if not nf4:  # a selector's bit 3 spreads the sign bit of its byte
-            lines.append(f"prmt.b32 up, up4, $4, {signs};")
-            lines.append("lop3.b32 hi, hi, up, 0x80808080, 0xF8;")
-        # Byte i of lo and hi belongs to nibble i, and the high nibble of a byte comes first.
-        lines.append(f"prmt.b32 ${2 * half}, lo, hi, 0x4051;")
-        lines.append(f"prmt.b32 ${2 * half + 1}, lo, hi, 0x6273;")
-    return "{\n.reg .b32 c0, c1, m0, m1, up, up4, lo, hi;\n" + "\n".join(lines) + "\n}"
-
-
-NF4_ASM = gl.constexpr(_decode_asm("nf4"))
-FP4_ASM = gl.constexpr(_decode_asm("fp4"))
-ASM_CONSTRAINTS = gl.constexpr("=&r,=&r,=&r,=&r,r" + ",r" * 32)
-
-
-@cache
-def _tables(quant_type: str, dtype: torch.dtype) -> tuple[int, ...]:
-    """The low bytes of the 16 code values, then the high bytes, four an int32."""
-    code = torch.tensor((NF4_CODE if quant_type == "nf4" else FP4_CODE).value, device="cpu")
-    bits = [value & 0xFFFF for value in code.to(dtype).view(torch.int16).tolist()]
-    planes = [value & 255 for value in bits] + [value >> 8 for value in bits]
-    return tuple(int.from_bytes(bytes(planes[i : i + 4]), "little", signed=True) for i in range(0, 32, 4))
-
-
-@gluon.constexpr_function
-def _code_layout(block_n, warps):
-    """[block_n, 128] bytes: lane (g, c) of a warp holds bytes 8c to 8c + 7 of each 32 of rows g and g + 8."""
-    rows = [[16 << i, 0] for i in range((block_n // 16).bit_length() - 1)]
-    of_warps = warps.bit_length() - 1
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], *rows[of_warps:]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=rows[:of_warps],
-        block_bases=[],
-        shape=[block_n, 128],
-    )
 
 
 @gluon.constexpr_function
@@ -95,12 +39,6 @@ def _token_layout(block_m):
     """
     bases = [[1, 0], [8, 0], [16, 0], [32, 0], [2, 0], [4, 0], [32, 1]]
     return gl.SharedLinearLayout(offset_bases=bases + [[0, 2 << i] for i in range(block_m.bit_length() - 2)])
-
-
-@gluon.constexpr_function
-def _two(dtype):
-    """The types of an asm's two results; a tuple written in a kernel would hold constexprs."""
-    return dtype, dtype
 
 
 @triton.jit
@@ -149,37 +87,6 @@ def _step_absmax(absmax_ptr, first, row, step, B, nested_ptr, offset_ptr, code_p
     b2 = _load_absmax(absmax_ptr, first, row, (step * 256 + 128) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
     b3 = _load_absmax(absmax_ptr, first, row, (step * 256 + 192) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
     return b0, b1, b2, b3
-
-
-@gluon.jit
-def _decode(
-    packed, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr
-):
-    """Bytes in `_code_layout` -> four operands of 64 elements of K, without a move.
-
-    The asm takes 4 bytes of a register to 8 values, which is not elementwise: a row of bytes is [block, lane, two bits
-    of the byte, ..] there. Reshape and permute say what each value is, and `assert_trivial` that none is moved.
-    """
-    ASM: gl.constexpr = NF4_ASM if QUANT_TYPE == "nf4" else FP4_ASM
-    N: gl.constexpr = packed.shape[0]
-    v0, v1 = gl.inline_asm_elementwise(
-        ASM,
-        ASM_CONSTRAINTS,
-        [packed, t0, t1, t2, t3, t4, t5, t6, t7],
-        dtype=_two(DTYPE),
-        is_pure=True,
-        pack=4,
-    )
-    values = gl.join(v0, v1).reshape([N, 4, 4, 2, 2, 2, 2]).permute((0, 3, 6, 4, 2, 5, 1)).reshape([N, 64, 2, 2])
-    even, odd = gl.split(values)
-    w0, w2 = gl.split(even)
-    w1, w3 = gl.split(odd)
-    return (
-        gl.convert_layout(w0, OPERAND, assert_trivial=True),
-        gl.convert_layout(w1, OPERAND, assert_trivial=True),
-        gl.convert_layout(w2, OPERAND, assert_trivial=True),
-        gl.convert_layout(w3, OPERAND, assert_trivial=True),
-    )
 
 
 @gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
@@ -240,7 +147,7 @@ def _linear_4bit_gluon_kernel(
     token = part % BLOCK_M
     column = part // BLOCK_M * 64 + gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :]
     x_ptrs = x_ptr + (token * (PAIRS * 2) + column)
-    in_m = (token < M) & (column >= 0)
+    in_m = (token < M) & (column >= 0)  # the second for the shape
     absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA)), last_row)
     absmax_first = first_row * B
 
@@ -263,8 +170,8 @@ def _linear_4bit_gluon_kernel(
         next_absmax = _step_absmax(
             absmax_ptr, absmax_first, absmax_row, ahead, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE
         )
-        packed = w_smem.index(step % STAGES).load(_code_layout(BLOCK_N, WARPS))
-        w = _decode(packed, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
+        packed = w_smem.index(step % STAGES).load(code_layout(BLOCK_N, WARPS))
+        w = decode_words(packed, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
         for i in gl.static_range(4):
             x = x_blocks.index(step % STAGES * 4 + i).load(X_OPERAND)
             total += mma_v2(w[i], x, zero) * absmax[i][:, None]  # once a block, and the decoded codes stay exact
@@ -272,7 +179,7 @@ def _linear_4bit_gluon_kernel(
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))[None, :]
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-    in_m = (m < M) & (n >= 0)[:, None]
+    in_m = (m < M) & (n >= 0)[:, None]  # the second for the shape
     partial_ptrs = partial_ptr + tile * (SPLIT * BLOCK_M * BLOCK_N) + (m + n[:, None] * BLOCK_M)
     last = 0
     if SPLIT > 1:
@@ -336,7 +243,7 @@ def linear_4bit_gluon(
         pairs,
         absmax.shape[1],
         config.steps_per_split,
-        *_tables(quant_type, x.dtype),
+        *code_tables(quant_type, x.dtype),
         QUANT_TYPE=quant_type,
         BLOCK_SIZE=block_size,
         EVEN=pairs % STEP_BYTES.value == 0,

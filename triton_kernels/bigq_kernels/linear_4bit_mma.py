@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigq_kernels.dequantize_absmax import load_absmax
 from bigq_kernels.launch import launch
-from bigq_kernels.linear_4bit_configs import mma_config
+from bigq_kernels.linear_4bit_configs import MmaConfig, mma_config
 from bigq_kernels.tiles import ceil_div, decode_pair, device_features
 
 __all__ = ["linear_4bit_mma"]
@@ -134,13 +134,14 @@ def linear_4bit_mma(
     out: Tensor,
     quant_type: str,
     block_size: int,
+    config: MmaConfig | None = None,
 ) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; M <= 128 and K % 32 == 0."""
     m, k = x.shape
     n, pairs = weight.shape
     group = min(block_size, 64)
     groups = ceil_div(k, group)
-    config = mma_config(x.device, m, n, k, groups)
+    config = config or mma_config(x.device, m, n, k, groups)
     split = config.split
     groups_per_split = ceil_div(ceil_div(groups, split), config.unroll) * config.unroll
     tiles = ceil_div(n, config.block_n)
