@@ -1,6 +1,8 @@
 """commit: the only code that changes a model; everything before it works on the side."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,7 +10,27 @@ from bigq.linear import QuantizedLinear
 from bigq.model_tensors import assign_tensor, find_owner, tensor_key
 from bigq.plan import Job, PlannedLinear, PlannedTensor
 
-__all__ = ["commit"]
+__all__ = ["commit", "restored_on_error"]
+
+
+@contextmanager
+def restored_on_error(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Give `modules` back the class, attributes and tensors that they had if the block raises, Ctrl-C included."""
+    before = [(module, module.__class__, _copy_of(vars(module))) for module in modules.values()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+
+
+def _copy_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of a module, with lists and dicts of their own for what a commit changes in place."""
+    changed = {"_parameters", "_buffers", "_flat_weights"} & attributes.keys()
+    return {**attributes, **{name: attributes[name].copy() for name in changed}}
 
 
 def commit(modules: Mapping[str, nn.Module], job: Job, tensors: Mapping[str, Tensor], *, frozen: bool = False) -> None:

@@ -10,7 +10,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
 from bigq.checkpoint import Checkpoint, TensorInfo
-from bigq.commit import commit
+from bigq.commit import commit, restored_on_error
 from bigq.device_map import is_gpu
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
@@ -25,6 +25,7 @@ from bigq.warm_up import WarmUp
 __all__ = ["fill"]
 
 _OWN_NBYTES = 1 << 20  # a smaller tensor is read with its neighbours and copied, which takes less than a run of its own
+_SMALL_NBYTES = 1 << 20  # torch keeps smaller tensors in segments of their own: they take no memory that was lent
 
 
 def fill(
@@ -69,8 +70,9 @@ def fill(
                 done.append((job, _place_one(job, own.detach(), store)))
         done += [(job, {}) for job in plan.linears if job.source is None]
         done.sort(key=lambda entry: isinstance(entry[0], PlannedTensor))  # modules before the tensors that go into them
-        for planned, tensors in done:
-            _commit(modules, planned, tensors, store)
+        with restored_on_error(modules):
+            for planned, tensors in done:
+                _commit(modules, planned, tensors, store)
 
 
 def _convert(
@@ -161,11 +163,11 @@ class _Arrivals:
             self.to_come[self.targets[job.source].device] -= self._nbytes_on_gpu(job)
 
     def _nbytes_on_gpu(self, job: Job) -> int:
-        """Bytes that a quantized weight will take on a GPU; until then, weights to quantize may have them."""
+        """Bytes of lent memory that a quantized weight will take over on a GPU; until then, others may have them."""
         if not isinstance(job, PlannedLinear):
             return 0
-        place, _ = self.store.resting[tensor_name(job.names[0], "weight")]
-        return job.description.nbytes if is_gpu(place) else 0
+        place, spec = self.store.resting[tensor_name(job.names[0], "weight")]
+        return job.description.nbytes if is_gpu(place) and spec.nbytes > _SMALL_NBYTES else 0
 
     def _keep(self, piece: Piece) -> None:
         """Copy rows of a tensor that is not quantized to where it stays, unless they were read there."""

@@ -93,7 +93,7 @@ class PlacementHook(ModelHook):  # type: ignore[misc]
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         call = self._stack.pop()
         self._calls.returned = True
-        output = self._end(call, output)
+        self._end(call)
         if call.input_device is not None:
             output = send_to_device(output, call.input_device, skip_keys=self.skip_keys)
         return output
@@ -112,14 +112,13 @@ class PlacementHook(ModelHook):  # type: ignore[misc]
         stack: list[_Call] = self._calls.stack
         return stack
 
-    def _end(self, call: _Call, output: Any = None) -> Any:
+    def _end(self, call: _Call) -> None:
         if call.saving is not None:
             call.saving.__exit__(None, None, None)
         if call.entered:
             assert self.block is not None
             assert self.prefetcher is not None
-            output = self.prefetcher.leave(self.block, output)
-        return output
+            self.prefetcher.leave(self.block)
 
 
 class Float32Hook(ModelHook):  # type: ignore[misc]

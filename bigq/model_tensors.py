@@ -21,6 +21,7 @@ __all__ = [
     "tensor_groups",
     "tensor_key",
     "tensor_name",
+    "tensor_table",
 ]
 
 
@@ -97,13 +98,17 @@ def tensor_groups(model: nn.Module) -> list[TensorGroup]:
     return list(groups.values())
 
 
+def tensor_table(module: nn.Module, leaf: str) -> dict[str, Any]:
+    """The dict in which `module` itself holds its parameter or buffer `leaf`."""
+    return module._parameters if leaf in module._parameters else module._buffers
+
+
 def assign_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:
     """Make `tensor` the parameter or buffer `leaf` of `module`.
 
     Not by setattr: `init_empty_weights` patches what that calls. An RNN keeps a second list of its weights.
     """
-    table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-    table[leaf] = tensor
+    tensor_table(module, leaf)[leaf] = tensor
     if isinstance(module, nn.RNNBase) and leaf in module._flat_weights_names:
         module._flat_weights[module._flat_weights_names.index(leaf)] = tensor
 

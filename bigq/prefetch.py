@@ -9,18 +9,22 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
+from functools import cached_property
+from operator import methodcaller
+from sys import getrefcount
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from bigq.model_tensors import assign_tensor
+from bigq.model_tensors import assign_tensor, tensor_table
 from bigq.saved_tensors import saved_at_rest
 from bigq.transfer import Layout, Transfer
 
 __all__ = ["Block", "Prefetcher"]
+
+_USE_COUNT = methodcaller("_use_count")
 
 
 class Block:
@@ -33,20 +37,38 @@ class Block:
     def __init__(self, borrowed: Iterable[tuple[nn.Module, str]], *, ahead: bool) -> None:
         self.borrowed = list(borrowed)
         self.ahead = ahead
+        self._start()
+
+    def _start(self) -> None:
         self.layout: Layout | None = None
         self.slot: _Slot | None = None  # what it is lent, while `calls` is positive
         self.calls = 0
 
+    @cached_property
+    def _tables(self) -> list[tuple[dict[str, Any], str]]:
+        """The dicts of the owners themselves: nn.Module's own lookup takes longer than all the rest of a call."""
+        return [(tensor_table(owner, name), name) for owner, name in self.borrowed]
+
+    @cached_property
+    def _in_lists(self) -> list[int]:
+        return [i for i, (owner, _) in enumerate(self.borrowed) if isinstance(owner, nn.RNNBase)]
+
     def tensors(self) -> list[Tensor]:
         """What the modules hold now: outside of a call, the tensors at rest."""
-        return [getattr(owner, name) for owner, name in self.borrowed]
+        return [table[name] for table, name in self._tables]
 
     def assign(self, tensors: Sequence[Tensor]) -> None:
-        for (owner, name), tensor in zip(self.borrowed, tensors, strict=True):
-            assign_tensor(owner, name, tensor)
+        for (table, name), tensor in zip(self._tables, tensors, strict=True):
+            table[name] = tensor
+        for i in self._in_lists:  # an RNN keeps a second list of its weights
+            assign_tensor(*self.borrowed[i], tensors[i])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "slot": None, "calls": 0}
+        return {"borrowed": self.borrowed, "ahead": self.ahead}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
 
 class _Slot:
@@ -62,20 +84,32 @@ class _Slot:
         self.used: dict[torch.cuda.Stream, torch.cuda.Event] = {}  # what has to happen before it is written again
         self.lent = False
         self.turn = 0  # of the last copy or use
-        self._views: WeakKeyDictionary[Layout, list[Tensor]] = WeakKeyDictionary()
-        self._owners = 0
+        self._uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+        self._lendable: WeakKeyDictionary[Layout, list[Tensor]] = WeakKeyDictionary()
+        self._tensors: list[Tensor] = []  # what is lent
+        self._holders = self._count_holders()
 
     def lend(self, layout: Layout) -> list[Tensor]:
-        """Frozen tensors over the buffer, new ones each time so that `escaped` can count what is left."""
-        if layout not in self._views:
-            self._views[layout] = self._make_views(layout)
-        self.lent = True
-        self._owners = self._count_owners()
-        lent: dict[int, Tensor] = {}
-        for own, view in zip(layout.tensors, self._views[layout], strict=True):
-            if id(own) not in lent:
-                lent[id(own)] = nn.Parameter(view, requires_grad=False) if isinstance(own, nn.Parameter) else view[...]
-        return [lent[id(own)] for own in layout.tensors]
+        """Frozen tensors over the buffer; the same ones each time, since compiled code and replays know them again."""
+        if layout not in self._lendable:
+            self._lendable[layout] = self._make_tensors(layout)
+        self.lent, self._tensors = True, self._lendable[layout]
+        self._holders = self._count_holders()
+        return self._tensors
+
+    def mark_used(self, stream: torch.cuda.Stream) -> None:
+        """Note that the buffer is free once the work that `stream` has now is done."""
+        if stream not in self._uses:
+            self._uses[stream] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.buffer.record_stream(stream)
+        self._uses[stream].record(stream)
+        self.used[stream] = self._uses[stream]
+
+    def mark_copied(self) -> None:
+        """Note that the buffer is filled once the copies queued so far are done."""
+        if self.stream is not None:
+            self.copied = self.copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.copied.record(self.stream)
 
     def finish(self) -> None:
         """Wait for the reads from files, if there are any; raises what went wrong there, and then holds nothing."""
@@ -87,28 +121,25 @@ class _Slot:
         for read in reads:
             read.result()
         self.layout = layout
-        self.copied = self.stream.record_event() if self.stream is not None else None
+        self.mark_copied()
 
-    def _make_views(self, layout: Layout) -> list[Tensor]:
+    def _make_tensors(self, layout: Layout) -> list[Tensor]:
+        made: dict[int, Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
-            return [
-                self.buffer[start : start + own.nbytes].view(own.dtype).view(own.shape)
-                for own, start in zip(layout.tensors, layout.starts, strict=True)
-            ]
+            for own, start in zip(layout.tensors, layout.starts, strict=True):
+                if id(own) not in made:
+                    view = self.buffer[start : start + own.nbytes].view(own.dtype).view(own.shape)
+                    made[id(own)] = nn.Parameter(view, requires_grad=False) if isinstance(own, nn.Parameter) else view
+        return [made[id(own)] for own in layout.tensors]
 
-    def _count_owners(self) -> int:
-        count: int = torch._C._storage_Use_Count(self.buffer.untyped_storage()._cdata)
-        return count
+    def _count_holders(self) -> tuple[int, list[int], list[int]]:
+        """How many hold the memory, such as views, and each of the tensors that are lent: in Python, and in C++."""
+        owners: int = torch._C._storage_Use_Count(self.buffer.untyped_storage()._cdata)
+        return owners, list(map(getrefcount, self._tensors)), list(map(_USE_COUNT, self._tensors))
 
-    def escaped(self) -> int:
-        """How many of the tensors lent, or views of them, are still alive."""
-        return self._count_owners() - self._owners
-
-    def holds(self, tensor: object) -> bool:
-        """Whether `tensor` lies in this buffer."""
-        if not isinstance(tensor, Tensor) or tensor.device != self.buffer.device or tensor.layout != torch.strided:
-            return False
-        return bool(tensor.untyped_storage()._cdata == self.buffer.untyped_storage()._cdata)
+    def has_escaped(self) -> bool:
+        """Whether anything that was lent, or a view of it, outlives the call."""
+        return self._count_holders() != self._holders
 
 
 class Prefetcher:
@@ -180,38 +211,23 @@ class Prefetcher:
             return saved_at_rest(slot.buffer, layout, self._transfer)
         return None
 
-    def leave(self, block: Block, output: Any = None) -> Any:
-        """End a call; the last one to end gives the tensors back. Returns `output`, free of what was only lent."""
+    def leave(self, block: Block) -> None:
+        """End a call; the last one to end gives the tensors back."""
         with self._lock:
             slot, layout = block.slot, block.layout
             assert slot is not None
             assert layout is not None
             if self.device.type == "cuda":
-                stream = torch.cuda.current_stream(self.device)
-                slot.used[stream] = stream.record_event()
-                slot.buffer.record_stream(stream)
+                slot.mark_used(torch.cuda.current_stream(self.device))
             block.calls -= 1
             if block.calls:
-                return output
+                return
             block.assign(layout.tensors)
             block.slot, slot.lent = None, False
             slot.turn = self._tick()
-            if self._slots is not None and slot in self._slots and slot.escaped():
-                output = self._keep_output(slot, output)
-            return output
-
-    def _keep_output(self, slot: _Slot, output: Any) -> Any:
-        """A lent tensor that outlives the call would change with the next copy."""
-        assert self._slots is not None
-        kept: dict[int, Tensor] = {}
-
-        def clone(tensor: Tensor) -> Tensor:
-            return kept.setdefault(id(tensor), tensor.clone())
-
-        output = recursively_apply(clone, output, test_type=slot.holds)
-        if slot.escaped() > len(kept):  # somebody else has one: the buffer is theirs
-            self._slots[self._slots.index(slot)] = self._new_slot(slot.buffer.nbytes)
-        return output
+            if self._slots is not None and slot in self._slots and slot.has_escaped():
+                # It would change with the next copy: the buffer is theirs now.
+                self._slots[self._slots.index(slot)] = self._new_slot(slot.buffer.nbytes)
 
     def _lend(self, block: Block) -> None:
         layout = self._layout_of(block)
@@ -252,8 +268,7 @@ class Prefetcher:
         slot = _Slot(nbytes, self.device)
         if self._stream is not None:
             slot.buffer.record_stream(self._stream)
-            stream = torch.cuda.current_stream(self.device)
-            slot.used[stream] = stream.record_event()  # of the memory's former owner
+            slot.mark_used(torch.cuda.current_stream(self.device))  # by the memory's former owner
         return slot
 
     def _copy(self, layout: Layout, slot: _Slot, stream: torch.cuda.Stream | None) -> None:
@@ -263,7 +278,7 @@ class Prefetcher:
                 stream.wait_event(event)
         slot.used, slot.layout, slot.stream = {}, layout, stream
         slot.reads = self._transfer.start(layout, slot.buffer, stream)
-        slot.copied = stream.record_event() if stream is not None else None
+        slot.mark_copied()
         slot.turn = self._tick()
 
     def _follow(self, block: Block) -> None:

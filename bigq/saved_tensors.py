@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigq.transfer import Layout, Transfer
+from bigq.transfer import Layout, Transfer, version_of
 
 __all__ = ["saved_at_rest"]
 
@@ -57,14 +57,14 @@ def saved_at_rest(buffer: Tensor, layout: Layout, transfer: Transfer) -> Abstrac
     def pack(tensor: Tensor) -> object:
         if tensor.layout != torch.strided or tensor.untyped_storage()._cdata != storage:
             return (
-                _Packed(outer[0](tensor), outer[1]) if outer is not None else _Kept(tensor.detach(), _version(tensor))
+                _Packed(outer[0](tensor), outer[1]) if outer is not None else _Kept(tensor.detach(), version_of(tensor))
             )
         position = int(tensor.storage_offset()) * tensor.element_size()
         start, index = starts[bisect_right(starts, (position, len(layout.tensors))) - 1]
         own = layout.tensors[index]
         return _AtRest(
             own=own,
-            version=_version(own),
+            version=version_of(own),
             offset=position - start,
             dtype=tensor.dtype,
             size=tensor.size(),
@@ -93,13 +93,9 @@ def _fetch(saved: _AtRest, transfer: Transfer) -> Tensor:
     return whole.as_strided(saved.size, saved.stride, saved.offset // saved.dtype.itemsize)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _refuse_edit(tensor: Tensor, version: int) -> None:
     """What torch checks where there are no hooks."""
-    if _version(tensor) != version:
+    if version_of(tensor) != version:
         raise RuntimeError(
             f"a tensor of shape {tuple(tensor.shape)} that the backward pass of an offloaded block needs was modified "
             f"in place after the forward pass: it is at version {tensor._version}, expected version {version}"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from bigq.formats import TensorSpec
 from bigq.offload import ALIGNMENT, FileMap, OffloadSpace, align, locate
 
-__all__ = ["Layout", "Transfer"]
+__all__ = ["Layout", "Transfer", "version_of"]
 
 _CHUNK_NBYTES = 4 << 20  # of a file at a time: all threads end a block at nearly the same time
 _STAGES = 2  # pinned chunks a thread: one is filled while the other is copied
@@ -47,7 +48,9 @@ class Layout:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tuple(tensors)
         self.on_host = all(tensor.device.type == "cpu" for tensor in tensors)
-        self._stamps = [_stamp(tensor) for tensor in tensors]
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._versioned]
         self.runs: list[_Run] = []
         self.nbytes = 0
         starts: dict[int, int] = {}
@@ -60,9 +63,10 @@ class Layout:
 
     def is_current(self, tensors: Sequence[Tensor]) -> bool:
         """Whether `tensors` are the ones laid out, and torch knows of no edit of them since."""
-        return all(
-            own is laid_out and _stamp(own) == stamp
-            for own, laid_out, stamp in zip(tensors, self.tensors, self._stamps, strict=True)
+        return (  # in C loops: it is asked twice a call of a block, which may have hundreds of tensors
+            all(map(is_, tensors, self.tensors))
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and list(map(_VERSION, self._versioned)) == self._versions
         )
 
     def _add(self, tensor: Tensor, place: tuple[mmap.mmap, int] | None) -> int:
@@ -152,8 +156,12 @@ def _new_stage() -> tuple[Tensor, torch.cuda.Event]:
     return pinned, torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int]:
-    return (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+_VERSION = attrgetter("_version")
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often torch has seen `tensor` edited; 0 for one made in inference mode, of which it keeps no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _in_order_of_rest(tensors: Sequence[Tensor]) -> list[tuple[Tensor, tuple[mmap.mmap, int] | None]]:
@@ -167,7 +175,7 @@ def _fetched_from(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
     place = locate(tensor)
     if place is None or not tensor.is_contiguous():
         return None
-    edited = isinstance(place[0], FileMap) and place[0].is_private and _stamp(tensor)[0] > 0
+    edited = isinstance(place[0], FileMap) and place[0].is_private and version_of(tensor) > 0
     return None if edited else place  # an edit of a private map is in memory only
 
 

@@ -384,5 +384,27 @@ def test_no_file_stays_open(tiny, checkpoint, empty, tmp_path):
         {"": "cpu", "blocks.0": "disk"},
         offload_folder=tmp_path / "offload",
     )
-    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the map of the offload file keeps its own descriptor
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # of the offload file: its map's, and one that is read by
     del model
+
+
+def test_an_interrupted_commit_leaves_the_model_as_it_was(tiny, checkpoint, monkeypatch):
+    import bigq.fill
+
+    model, commit, calls = tiny(), bigq.fill.commit, []
+    before = [(module, type(module), dict(module._parameters)) for module in model.modules()]
+
+    def interrupted(*args, **kwargs):
+        commit(*args, **kwargs)
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bigq.fill, "commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"), "cpu")
+    assert len(calls) == 3
+    for module, kind, parameters in before:
+        assert type(module) is kind
+        assert module._parameters.keys() == parameters.keys()
+        assert all(module._parameters[name] is tensor for name, tensor in parameters.items())

@@ -234,6 +234,7 @@ class TestRefusals:
                 error=PlacementError,
                 words="cannot reserve .* GB",
                 offload_folder=tmp_path / "offload",
+                offload="quantized",  # what keeps its dtype would rest in the checkpoint, unwritten
             )
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

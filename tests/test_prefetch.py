@@ -338,13 +338,17 @@ class Returns(nn.Module):
         self.how, self.kept = how, None
 
     def forward(self, x):
-        if self.how == "output":
+        if self.how == "views in the output":
+            return {"rows": (self.table[:2], self.table[:]), "x": x}
+        if self.how == "itself in the output":
             return {"rows": (self.table[:2], self.table), "x": x}
-        self.kept = self.table[1:3]
+        self.kept = self.table[1:3] if self.how == "view in an attribute" else [self.table]
         return {"rows": (self.table[:2].clone(), self.table.clone()), "x": x}
 
 
-@pytest.mark.parametrize("how", ["output", "attribute"])
+@pytest.mark.parametrize(
+    "how", ["views in the output", "itself in the output", "view in an attribute", "itself in an attribute"]
+)
 def test_what_outlives_the_call_does_not_change(tmp_path, how):
     model = nn.Module()
     model.layers = nn.ModuleList(Returns(how) for _ in range(4))
@@ -356,10 +360,12 @@ def test_what_outlives_the_call_does_not_change(tmp_path, how):
         for output, table, layer in zip(outputs, tables, model.layers, strict=True):
             assert torch.equal(output["rows"][0], table[:2])
             assert torch.equal(output["rows"][1], table)
-            if how == "attribute":
+            if how == "view in an attribute":
                 assert torch.equal(layer.kept, table[1:3])
+            elif how == "itself in an attribute":
+                assert torch.equal(layer.kept[0], table)
         slots.append(set(prefetcher._slots))
-    assert (slots[1] == slots[2]) == (how == "output"), "an output is cloned; any other reference takes the slot along"
+    assert slots[1].isdisjoint(slots[2]), "what outlives a call takes the slot along"
 
 
 class TestCopies:

@@ -44,9 +44,9 @@ def test_they_are_not_read_at_load(load, monkeypatch):
     read = []
     start = _Reader._start
 
-    def counted(self, info):
-        read.append(info.name)
-        return start(self, info)
+    def counted(self, run):
+        read.extend(part.info.name for part in run.parts)
+        return start(self, run)
 
     monkeypatch.setattr(_Reader, "_start", counted)
     load()
@@ -59,8 +59,16 @@ def test_quantized_tensors_need_a_folder(load):
         load(offload="quantized")
 
 
-def test_pickles_need_a_folder(load, checkpoint, ids, tmp_path):
+def test_a_zipped_state_dict_is_rested_in_too(load, checkpoint, ids, tmp_path):
     torch.save(load_file(checkpoint / "model.safetensors"), tmp_path / "model.pt")
+    model = load(tmp_path / "model.pt")
+    assert files_of(model) == {str(tmp_path / "model.pt")}
+    assert torch.equal(model(ids), load()(ids))
+
+
+def test_legacy_pickles_need_a_folder(load, checkpoint, ids, tmp_path):
+    state = load_file(checkpoint / "model.safetensors")
+    torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(PlacementError, match="pass offload_folder"):
         load(tmp_path / "model.pt")
     assert torch.equal(load(tmp_path / "model.pt", offload_folder=tmp_path / "off")(ids), load()(ids))

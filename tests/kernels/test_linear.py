@@ -310,6 +310,15 @@ def test_linear_int8_multiplies_all_of_an_outlier_column_in_the_dtype_of_x(m, de
     torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("m", [1, 4, 5, 8, 16], ids="tokens={}".format)
+def test_linear_int8_of_few_tokens_with_outliers_of_very_different_sizes(m, device):
+    x, weight, absmax = int8_case(m, 24, 128, torch.float16, device)
+    x[0, 9], x[m - 1, 11], x[m // 2, 13] = 2000.0, -40.0, 6.0
+    exact = exact_linear_int8(x, weight, absmax, 6.0)
+    baseline = reference.linear_int8(x, weight, absmax, None, 6.0)
+    assert_within_budget(linear_int8(x, weight, absmax, None, 6.0), exact, baseline)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 40, 512])
 def test_linear_int8_repeats_bit_for_bit(m, device):

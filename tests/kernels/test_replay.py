@@ -4,6 +4,8 @@ The kernels here are Python on raw addresses, so that all runs without a GPU; te
 """
 
 import ctypes
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +14,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.nvidia.driver import CudaLauncher
 
 from bigq_kernels import replay
-from bigq_kernels.launch import launch
+from bigq_kernels.launch import dense_linear, launch, observed
+from bigq_kernels.linear_4bit import linear_4bit
+from bigq_kernels.linear_int8 import linear_int8
 from bigq_kernels.replay import record
 
 K, N = 64, 6
+MODULES = [path.stem for path in Path(replay.__file__).parent.glob("[!_]*.py") if path.stem != "launch"]
 TABLE = torch.tensor([0.5])
 
 
@@ -112,11 +117,11 @@ def test_repeats_the_launches_on_other_tensors(kernels, with_bias):
         x, weight, other = inputs()
         bias = other if with_bias else None
         bound = kept.bind(addresses(weight, bias))
-        first = bound(x)
+        first = bound(x, (weight, bias))
         assert first.shape == (1, 2, N)
         assert torch.equal(first, launcher(x, weight, bias, 3.0))
         weight.mul_(2)  # what is bound is the memory, not the values
-        assert torch.equal(bound(x), launcher(x, weight, bias, 3.0))
+        assert torch.equal(bound(x, (weight, bias)), launcher(x, weight, bias, 3.0))
         assert torch.equal(first, launcher(x, weight / 2, bias, 3.0))
     assert [kernel.runs for kernel in kernels] == [4, 4]
 
@@ -134,7 +139,7 @@ def test_workspaces_do_not_overlap(kernels):
     x = torch.randn(1, K)
     _, kept = record(launcher, (x,), ())
     assert kept.workspace_numel * 4 == 2 * 512  # 65 floats each, rounded up to 256 bytes
-    assert torch.equal(kept.bind([])(x), 4 * x)
+    assert torch.equal(kept.bind([])(x, ()), 4 * x)
 
 
 @pytest.mark.parametrize(
@@ -213,16 +218,86 @@ def test_steps_aside_when_x_or_the_moment_differs(kernels, monkeypatch):
     x, weight, bias = inputs()
     _, kept = record(launcher_of(kernels), (x, weight, bias), (3.0,))
     bound = kept.bind(addresses(weight, bias))
-    assert bound(x) is not None
-    assert bound(torch.randn(1, K, 2).transpose(1, 2)) is None  # strides
-    assert bound(torch.randn(1 + 2 * K)[1:].view(1, 2, K)) is None  # alignment
+    assert bound(x, (weight, bias)) is not None
+    assert bound(torch.randn(1, K, 2).transpose(1, 2), (weight, bias)) is None  # strides
+    assert bound(torch.randn(1 + 2 * K)[1:].view(1, 2, K), (weight, bias)) is None  # alignment
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: 1)
-        assert bound(x) is None
+        assert bound(x, (weight, bias)) is None
     hooks = replay.knobs.runtime.launch_exit_hook
     hooks.add(print)
     try:
-        assert bound(x) is None
+        assert bound(x, (weight, bias)) is None
     finally:
         hooks.remove(print)
-    assert bound(x) is not None
+    assert bound(x, (weight, bias)) is not None
+
+
+def _dense_launcher(kernels, multiply=dense_linear):
+    """Unpacks a weight by a kernel, here to 2 * weight, and leaves the product to torch."""
+    double, _ = kernels
+
+    def launcher(x, weight, bias):
+        dense = torch.empty(N, K)
+        launch(double, (3,), weight, dense, N, options={})
+        return multiply(x, dense, bias)
+
+    return launcher
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+def test_ends_with_a_product_of_torchs(kernels, with_bias):
+    launcher = _dense_launcher(kernels)
+    x, weight, bias = inputs(m=5)
+    bias = bias if with_bias else None
+    out, kept = record(launcher, (x, weight, bias), ())
+    assert torch.equal(out, launcher(x, weight, bias))
+    x, weight, other = inputs(m=5)
+    bias = other if with_bias else None
+    again = kept.bind(addresses(weight, bias))(x, (weight, bias))
+    assert again.shape == (1, 5, N)
+    assert torch.equal(again, launcher(x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        pytest.param(lambda x, dense, bias: dense_linear(x, dense, bias).neg_(), id="not-the-last-step"),
+        pytest.param(lambda x, dense, bias: dense_linear(x * 2, dense, bias), id="not-of-x"),
+        pytest.param(lambda x, dense, bias: dense_linear(x, dense, bias.clone()), id="another-bias"),
+        pytest.param(lambda x, dense, bias: dense_linear(x, torch.empty(N, K), bias), id="another-weight"),
+        pytest.param(torch.nn.functional.linear, id="unseen"),
+    ],
+)
+def test_keeps_no_other_product(kernels, multiply):
+    _, kept = record(_dense_launcher(kernels, multiply), inputs(), ())
+    assert kept is None
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 17, 64, 129, 300])
+@pytest.mark.parametrize("fmt", ["nf4", "nf4-double-quant", "int8", "int8-no-outliers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_linears_do_nothing_that_a_replay_could_not(monkeypatch, fmt, m, dtype):
+    """With kernels that do nothing: what is between them only allocates and takes views."""
+    n, k = 96, 128
+    if fmt.startswith("int8"):
+        launcher, settings = linear_int8, (0.0 if fmt.endswith("outliers") else 6.0,)
+        tensors = (torch.ones(n, k, dtype=torch.int8), torch.ones(n, 1), torch.ones(n, dtype=dtype))
+    else:
+        launcher, settings = linear_4bit, ("nf4", 64)
+        nested = fmt.endswith("quant")
+        absmax = torch.ones(n, k // 64, dtype=torch.uint8 if nested else torch.float32)
+        tensors = (torch.zeros(n, k // 2, dtype=torch.uint8), absmax, torch.ones(n, dtype=dtype))
+        tensors += (torch.ones(1), torch.ones(1)) if nested else (None, None)
+    launched = []
+    for name in MODULES:
+        module = import_module(f"bigq_kernels.{name}")
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", lambda kernel, *args, **kwargs: launched.append(kernel))
+    x = torch.ones(m, k, dtype=dtype)
+    launcher(x, *tensors, *settings)  # makes its tables
+    launched.clear()
+    with replay._Watch() as watch, observed(lambda *launch: None):
+        launcher(x, *tensors, *settings)
+    assert watch.pure
+    assert launched

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.launch import launch
 from bigq_kernels.quantize_4bit import tile_shape
 from bigq_kernels.tiles import ceil_div, code_table, lookup
 
@@ -59,7 +60,9 @@ def dequantize_4bit(
     tile_blocks, tile_rows, warps = tile_shape(blocks, block_size)
     grid = (ceil_div(rows, tile_rows) * ceil_div(blocks, tile_blocks),)
     with torch.cuda.device_of(weight):
-        _dequantize_4bit_kernel[grid](
+        launch(
+            _dequantize_4bit_kernel,
+            grid,
             weight.contiguous(),
             absmax.contiguous(),
             out,
@@ -71,6 +74,6 @@ def dequantize_4bit(
             BLOCK_SIZE=block_size,
             BLOCKS=tile_blocks,
             ROWS=tile_rows,
-            num_warps=warps,
+            options={"num_warps": warps},
         )
     return out

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.launch import launch
 from bigq_kernels.quantize_absmax import nested_code
 from bigq_kernels.tiles import NESTED_BLOCK_SIZE, ceil_div
 
@@ -51,7 +52,9 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
         return out
     block = 1024
     with torch.cuda.device_of(codes):
-        _dequantize_absmax_kernel[(ceil_div(n, block),)](
+        launch(
+            _dequantize_absmax_kernel,
+            (ceil_div(n, block),),
             codes.contiguous(),
             nested_absmax.contiguous(),
             nested_offset,
@@ -59,6 +62,6 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
             out,
             n,
             BLOCK=block,
-            enable_fp_fusion=False,  # the product is rounded before the sum
+            options={"enable_fp_fusion": False},  # the product is rounded before the sum
         )
     return out

@@ -7,10 +7,10 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 
 from bigq_kernels.dequantize_4bit import dequantize_4bit
 from bigq_kernels.dequantize_absmax import dequantize_absmax
+from bigq_kernels.launch import dense_linear
 from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
 from bigq_kernels.linear_4bit_mma import linear_4bit_mma
 from bigq_kernels.quantize_absmax import nested_code
@@ -74,7 +74,7 @@ def linear_4bit(
         if nested_absmax is not None and nested_offset is not None:
             absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
         dense = dequantize_4bit(weight, absmax, quant_type, block_size, k, x.dtype)
-        return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        return dense_linear(x, dense, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
 
     out = x.new_empty(*x.shape[:-1], n)
     nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)

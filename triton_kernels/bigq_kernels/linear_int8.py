@@ -14,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.launch import launch
+from bigq_kernels.planes_int8 import quantize_planes
 from bigq_kernels.tiles import ceil_div, device_features, next_power_of_2
 from bigq_kernels.tokens_int8 import dense_of, gather_outliers, outlier_columns, quantize_tokens, rest_of
 
 __all__ = ["linear_int8"]
 
+CAPACITY = 128  # outlier columns that are gathered before the product; it gathers any further ones itself
 BLOCK_OUTLIERS = 16  # the least that a tensor core takes; 32 spills registers in the largest tile
 PREFETCH_BYTES = tl.constexpr(512)
 PREFETCH_ASM = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH_BYTES.value}; mov.b32 $0, 0;")
@@ -32,15 +34,15 @@ def _prefetch(ptrs):
 
 @triton.jit(do_not_specialize=["M"])  # a new number of tokens compiles nothing
 def _linear_int8_kernel(
-    codes_ptr,  # [M, K] int8: x
-    scale_ptr,  # [M] float32
+    codes_ptr,  # [M, K] int8: x; with PLANES [3, M, K]
+    scale_ptr,  # [M] float32; with PLANES [3, M]
     weight_ptr,  # [N, K] int8
     absmax_ptr,  # [N, 1] float32
     bias_ptr,  # [N] or None
     x_ptr,  # [M, K]
     count_ptr,  # see _quantize_tokens_kernel
     column_ptr,
-    rest_ptr,  # see _gather_outliers_kernel; None if CAPACITY is 0
+    rest_ptr,  # see _gather_outliers_kernel; None without a list of outliers
     dense_ptr,
     total_ptr,
     out_ptr,  # [M, N]
@@ -51,6 +53,7 @@ def _linear_int8_kernel(
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     CAPACITY: tl.constexpr,  # outlier columns that were gathered before
+    PLANES: tl.constexpr,  # a tile is 4 groups of tokens: their codes, and the two planes of their outliers
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCHES: tl.constexpr,  # PREFETCH_BYTES of a weight row to bring to L2 before x is quantized
@@ -68,30 +71,33 @@ def _linear_int8_kernel(
     m = ((first_m + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
     n = (tile % (GROUP_M * tiles_n) // group_m * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
     # Rows past the end read the last row, or nothing in the loop: 16 copies of one token would load one cache line.
-    x_row = tl.minimum(m, M - 1)[:, None] * K
-    in_m = (m < M)[:, None]
+    if PLANES:
+        TOKENS: tl.constexpr = BLOCK_M // 4
+        row = tl.arange(0, BLOCK_M)
+        in_tile = (row % TOKENS < M) & (row // TOKENS < 3)
+        scale_row = tl.where(in_tile, row // TOKENS * M + row % TOKENS, 0).to(tl.int64)
+        m = tl.arange(0, TOKENS).to(tl.int64)
+    else:
+        in_tile = m < M
+        scale_row = tl.minimum(m, M - 1)
+    x_row = scale_row[:, None] * K
+    in_m = in_tile[:, None]
     weight_row = tl.minimum(n, N - 1)[:, None] * K
     if PREFETCHES > 0:
         _prefetch(weight_ptr + weight_row + tl.arange(0, PREFETCHES)[None, :] * PREFETCH_BYTES)
     absmax = tl.load(absmax_ptr + n, mask=n < N, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    scale = tl.load(scale_ptr + m, mask=m < M, other=0.0)
+    scale = tl.load(scale_ptr + scale_row, mask=in_tile, other=0.0)
 
     # The first outlier columns are on their way while the loop below runs.
     number = tl.arange(0, BLOCK_OUTLIERS)
-    if CAPACITY > 0:
+    if count_ptr is not None:
         count = tl.load(total_ptr)
         rest_ptrs = rest_ptr + tl.minimum(m, M - 1)[:, None] * CAPACITY + number[None, :]
         dense_ptrs = dense_ptr + tl.minimum(n, N - 1)[:, None] * CAPACITY + number[None, :]
         first_rest = tl.load(rest_ptrs)
         first_dense = tl.load(dense_ptrs)
-    elif count_ptr is not None:
-        column, count = outlier_columns(count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS)
-        in_list = (number < count)[None, :]
-        first_x = tl.load(x_ptr + x_row + column[None, :], mask=in_m & in_list, other=0.0)
-        first_codes = tl.load(codes_ptr + x_row + column[None, :], mask=in_m & in_list, other=0)
-        first_weight = tl.load(weight_ptr + weight_row + column[None, :], mask=in_list, other=0)
 
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -105,15 +111,13 @@ def _linear_int8_kernel(
         total = tl.dot(codes, weight.T, total, out_dtype=tl.int32)
     out = total.to(tl.float32) * (scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
 
+    if PLANES:
+        out = tl.sum(tl.reshape(out, (4, BLOCK_M // 4, BLOCK_N)), axis=0)
     if count_ptr is not None:
-        if CAPACITY > 0:
-            out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
-            for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
-                out = tl.dot(tl.load(rest_ptrs + start), tl.load(dense_ptrs + start).T, out, input_precision="ieee")
-        else:
-            rest = rest_of(first_x, first_codes, scale[:, None])
-            out = tl.dot(rest, dense_of(first_weight, absmax[:, None], DTYPE).T, out, input_precision="ieee")
-        for start in range(max(CAPACITY, BLOCK_OUTLIERS), count, BLOCK_OUTLIERS):
+        out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
+        for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
+            out = tl.dot(tl.load(rest_ptrs + start), tl.load(dense_ptrs + start).T, out, input_precision="ieee")
+        for start in range(CAPACITY, count, BLOCK_OUTLIERS):
             column, _ = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS)
             in_list = (start + number < count)[None, :]
             x = tl.load(x_ptr + x_row + column[None, :], mask=in_m & in_list, other=0.0)
@@ -137,22 +141,25 @@ class Config(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None  # most a thread may have
-    capacity: int = 0  # outlier columns gathered in a launch of their own: pays where several tiles share them
     prefetches: int = 0
+    planes: bool = False  # outliers as two more int8 rows a token: block_m holds 4 groups of tokens
 
 
 def _config(m: int, n: int, dtype: torch.dtype, outliers: bool) -> Config:
-    if m <= 16:  # 128 programs at N = 4096, each with 48 KiB in flight
+    if m <= 16 and outliers and dtype != torch.float32:  # whose 24 bits two planes do not hold
+        block_m = 4 * max(4, next_power_of_2(m))
+        return Config(block_m, 64 if n > 8192 else 32, 256 if block_m == 16 else 128, 4, 4, prefetches=2, planes=True)
+    if m <= 16 and not outliers:  # 128 programs at N = 4096, each with 48 KiB in flight
         return Config(16, 64 if n > 8192 else 32, 256, 4, 4, prefetches=2)
     if dtype == torch.float32 and outliers:
-        return Config(64, 32, 128, 4, 4, capacity=128)  # the float32 product has no tensor core: a larger tile spills
+        return Config(64, 32, 128, 4, 4)  # the float32 product has no tensor core: a larger tile spills
     if m <= 64:
-        return Config(64, 64 if n > 8192 else 32, 128, 4, 4, capacity=128, prefetches=2)
+        return Config(64, 64 if n > 8192 else 32, 128, 4, 4, prefetches=2)
     if m <= 256 or n <= 2048:
-        return Config(128, 64, 128, 4, 4, capacity=128)
+        return Config(128, 64, 128, 4, 4)
     if m > 1024 or n <= 8192:  # two programs an SM: 384 us at 4096 x 14336 x 4096, 460 for the tile below
-        return Config(128, 128, 128, 8, 3, registers=128, capacity=128)
-    return Config(128, 256, 128, 8, 3, capacity=128)
+        return Config(128, 128, 128, 8, 3, registers=128)
+    return Config(128, 256, 128, 8, 3)
 
 
 @cache
@@ -172,12 +179,15 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     config = _config(m, n, x.dtype, threshold > 0)
     _, pdl = device_features(x.device)
     with torch.cuda.device_of(x):
-        codes, scale, counts, columns = quantize_tokens(rows, _rounded(threshold, x.dtype), pdl)
-        capacity = config.capacity if counts is not None else 0
-        gathered: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
-        if counts is not None and columns is not None and capacity:
-            gathered = gather_outliers(
-                rows, codes, scale, weight, absmax, counts, columns, capacity, BLOCK_OUTLIERS, pdl
+        threshold = _rounded(threshold, x.dtype)
+        counts = columns = rest = dense = total = None
+        if config.planes:
+            codes, scale = quantize_planes(rows, threshold, config.block_m // 4, pdl)
+        else:
+            codes, scale, counts, columns = quantize_tokens(rows, threshold, pdl)
+        if counts is not None and columns is not None:
+            rest, dense, total = gather_outliers(
+                rows, codes, scale, weight, absmax, counts, columns, CAPACITY, BLOCK_OUTLIERS, pdl
             )
         segments, segment = (0, 1) if columns is None else columns.shape
         prefetch = pdl and k % 16 == 0 and k >= config.prefetches * PREFETCH_BYTES.value and weight.data_ptr() % 16 == 0
@@ -192,7 +202,9 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
             rows,
             counts,
             columns,
-            *gathered,
+            rest,
+            dense,
+            total,
             out,
             m,
             n,
@@ -200,7 +212,8 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
             segments,
             SEGMENT=segment,
             SEGMENTS=next_power_of_2(max(segments, 1)),
-            CAPACITY=capacity,
+            CAPACITY=CAPACITY,
+            PLANES=config.planes,
             EVEN_K=k % config.block_k == 0,
             PDL=pdl,
             PREFETCHES=config.prefetches if prefetch else 0,

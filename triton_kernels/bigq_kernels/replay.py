@@ -1,20 +1,21 @@
 """Replay: the launches of one launcher call, repeated on other tensors of the same looks without the launcher's Python.
 
 What a launcher does follows from its tensors' looks (shape, strides, dtype, device, alignment): it allocates, takes
-views and launches. `record` watches one call do that and keeps what it launched, with a source for each pointer. A call
-that does anything else, such as a copy or a matmul of torch's, has no replay.
+views and launches, and may end with a `dense_linear`. `record` watches one call do that and keeps what it launched,
+with a source for each pointer. A call that does anything else, such as a copy, has no replay.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import driver
@@ -64,13 +65,18 @@ _Launch = tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...]]  # call f
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What `record` saw; input 0 is the tensor whose dtype and device the output shares."""
+    """What `record` saw; input 0 is the tensor whose dtype and device the output shares.
+
+    With a `dense_linear` at the end, "out" is its weight, and `bias` the number of the input it adds.
+    """
 
     device_index: int
     out_shape: tuple[int, ...]
     workspace_numel: int  # in elements of input 0's dtype
     launches: tuple[_Launch, ...]
     constants: tuple[Tensor, ...]  # tables of the launcher's own, kept alive for their addresses
+    multiplies: bool = False
+    bias: int | None = None
 
     def bind(self, pointers: Sequence[int | None]) -> "BoundReplay":
         """For inputs 1 and up at these addresses, each aligned as its like was when recorded; None for no tensor."""
@@ -108,8 +114,11 @@ class BoundReplay:
             for start, args, last in replay.launches
         ]
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """The launcher's output for an x of the recorded shape and dtype; None where this moment needs the launcher."""
+    def __call__(self, x: Tensor, inputs: Sequence[Tensor | None]) -> Tensor | None:
+        """The launcher's output for an x of the recorded shape and dtype; None where this moment needs the launcher.
+
+        `inputs` are the tensors whose addresses were bound.
+        """
         address = x.data_ptr()
         if (
             address % 16 != 0
@@ -130,6 +139,9 @@ class BoundReplay:
                 start(*pick(values))
             else:
                 start(*pick(values), pick_last(values))
+        if self._replay.multiplies:
+            bias = self._replay.bias
+            return F.linear(x, out, None if bias is None else inputs[bias - 1])
         return out
 
 
@@ -165,9 +177,17 @@ def record(
     seen: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
     with _Watch() as watch, observed(lambda *launch: seen.append(launch)), _counted_launches() as count:
         out = launcher(*tensors, *settings)
+    product = seen.pop()[2] if seen and seen[-1][0] is F.linear else None
     if not watch.pure or count() != len(seen):  # a kernel started without `launch` was not seen
         return out, None
-    return out, _replay(out, tensors, watch, seen)
+    if product is None:
+        return out, _replay(out, tensors, watch, seen)
+    x, dense, bias, result = product
+    place = next((place for place, tensor in enumerate(tensors) if tensor is bias and bias is not None), None)
+    if result is not out or x is not tensors[0] or (place is None) != (bias is None):
+        return out, None
+    replay = _replay(dense, tensors, watch, seen)
+    return out, replay and replace(replay, multiplies=True, bias=place)
 
 
 @contextmanager

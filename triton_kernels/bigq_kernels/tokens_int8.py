@@ -3,6 +3,8 @@
 An element beyond the threshold gets code 0. What the codes leave of an outlier column, its *rest*, is multiplied in the
 dtype of x: the outliers themselves, and the rounding errors of the others. So a row is quantized without a look at the
 other rows, in the launch that finds the columns.
+
+Few tokens need no list: `planes_int8.py`.
 """
 
 import torch
