@@ -116,9 +116,9 @@ def block_m(m: int) -> int:
 def split_steps(tiles: int, steps: int, multiprocessors: int, overhead: float) -> tuple[int, int]:
     """(programs along K, steps of each): the least work for the multiprocessor that gets most of it.
 
-    A program works for its steps plus `overhead` of one. Multiprocessors are shared evenly by what runs on them, so how
-    many programs one gets decides, and not whether all are resident at once: of 224 tiles with 16 steps, splits 1, 2, 4
-    and 8 give the busiest of 132 multiprocessors 32, 32, 28 and 28 steps, and an H100 takes 25.6, 26.4, 23.2, 23.8 us.
+    A program works for its steps plus `overhead` of one. Programs share a multiprocessor evenly, so how many of them the
+    busiest gets decides, not whether all are resident at once: of 224 tiles with 16 steps over 132 multiprocessors it
+    gets 2 of 16 steps, 4 of 8 (32 steps) or 7 of 4 (28), though 7 do not fit at once.
     """
     best = None
     for per_split in range(min(MIN_STEPS, steps), steps + 1):
