@@ -117,8 +117,8 @@ def split_steps(tiles: int, steps: int, multiprocessors: int, overhead: float) -
     """(programs along K, steps of each): the least work for the multiprocessor that gets most of it.
 
     A program works for its steps plus `overhead` of one. Programs share a multiprocessor evenly, so how many of them the
-    busiest gets decides, not whether all are resident at once: of 224 tiles with 16 steps over 132 multiprocessors it
-    gets 2 of 16 steps, 4 of 8 (32 steps) or 7 of 4 (28), though 7 do not fit at once.
+    busiest gets decides, not whether all fit at once: of 224 tiles with 16 steps over 132 multiprocessors it gets 2
+    programs of 16 steps, 4 of 8, or 7 of 4, which are 32, 32 and 28 steps; the 7 do not fit at once.
     """
     best = None
     for per_split in range(min(MIN_STEPS, steps), steps + 1):
