@@ -1,10 +1,13 @@
 """Matmuls against float64 products of the dequantized weight: at most twice the error torch makes in the same dtype."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bigq import reference
-from bigq_kernels.linear_4bit import MAX_FUSED_M, linear_4bit
+from bigq_kernels.linear_4bit import MAX_FUSED_M, _takes_gluon, linear_4bit
+from bigq_kernels.linear_4bit_configs import gluon_config
 from bigq_kernels.linear_int8 import linear_int8
 
 # The interpreter truncates float32 to bfloat16 instead of rounding.
@@ -122,6 +125,82 @@ def test_linear_4bit_repeats_bit_for_bit(m, device):
     args = (x, weight, absmax, None, nested_absmax, nested_offset, "nf4", 64)
     first = linear_4bit(*args)
     assert all(torch.equal(linear_4bit(*args), first) for _ in range(200))
+
+
+@pytest.fixture
+def only_gluon(monkeypatch, device):
+    """linear_4bit fails where it would take another kernel."""
+    if not _takes_gluon(device):
+        pytest.skip("another release of Triton, or another GPU")
+    monkeypatch.setattr("bigq_kernels.linear_4bit.linear_4bit_mma", None)
+    monkeypatch.setattr("bigq_kernels.linear_4bit.linear_4bit_dp4a", None)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("only_gluon")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("m", [3, 4, 5, 8, 9, 16, 17, 31, 32])
+@pytest.mark.parametrize(
+    "n, k",
+    [
+        pytest.param(1024, 4096, id="whole-tiles"),
+        pytest.param(1003, 4128, id="partial-tile-step-and-block"),
+        pytest.param(5, 32, id="less-than-a-tile-and-a-block"),
+    ],
+)
+def test_linear_4bit_gluon(n, k, m, quant_type, nested, dtype, device):
+    bias = torch.randn(n, device=device)
+    check_linear_4bit(torch.randn(m, k, device=device).to(dtype), n, quant_type, 64, nested, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("only_gluon")
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+@pytest.mark.parametrize("block_size", [64, 128, 4096])
+@pytest.mark.parametrize("m", [3, 16, 32])
+def test_linear_4bit_gluon_block_sizes(m, block_size, nested, device):
+    check_linear_4bit(torch.randn(m, 4224, device=device).bfloat16(), 200, "nf4", block_size, nested)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("only_gluon")
+@pytest.mark.parametrize("m", [3, 16, 32])
+@pytest.mark.parametrize("split, next_split", [(1, 2), (2, 3), (3, 5), (5, 8), (8, 1)])
+def test_linear_4bit_gluon_of_every_split_repeats_bit_for_bit(m, split, next_split, device):
+    from bigq_kernels.linear_4bit_gluon import linear_4bit_gluon  # not on all releases of Triton
+
+    (weight, absmax, _, _), dense = quantized_4bit(1003, 4128, "nf4", 64, False, device)
+    x = torch.randn(m, 4128, device=device).bfloat16()
+    out = torch.empty(m, 1003, device=device, dtype=x.dtype)
+    shipped = gluon_config(x.device, m, 1003, 4128)
+
+    def run(split):
+        out.fill_(torch.nan)
+        config = replace(shipped, split=split, steps_per_split=-(-17 // split))  # 17 steps of 256
+        linear_4bit_gluon(x, weight, absmax, None, (None, None, None), out, "nf4", 64, config)
+        return out.clone()
+
+    first = run(split)
+    baseline = reference.linear_4bit(x, weight, absmax, None, None, None, "nf4", 64)
+    assert_within_budget(first, x.double() @ dense.T, baseline)
+    run(next_split)  # its counters and partial sums lie where the allocator puts the next call's
+    assert all(torch.equal(run(split), first) for _ in range(50))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("only_gluon")
+@pytest.mark.parametrize("m", [3, 32])
+def test_linear_4bit_gluon_of_more_than_2_to_the_31_weights(m, device):
+    n, k, tail = 2**19 + 67, 8192, 64  # 2**31 bytes of codes as well
+    x = torch.randn(m, k, device=device).bfloat16()
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    absmax = torch.rand(n, k // 64, device=device)
+    out = linear_4bit(x, packed, absmax, None, None, None, "nf4", 64)[:, -tail:]
+    expected = reference.linear_4bit(x, packed[-tail:], absmax[-tail:], None, None, None, "nf4", 64)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=0.5)
 
 
 def exact_linear_int8(x, weight, absmax, threshold):

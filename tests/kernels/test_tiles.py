@@ -56,13 +56,13 @@ _PTX = {
 }
 
 
-def _emulate(asm: str, packed: int) -> list[int]:
-    """The four 16-bit results of the asm on one 32-bit word of packed codes."""
-    registers = {"$2": packed}
-    for opcode, operands in re.findall(r"^(\w+\.[bu]32) (.*);$", asm, flags=re.MULTILINE):
-        out, *names = operands.split(", ")
+def _emulate(asm: str, operands: dict[str, int], results: list[str]) -> list[int]:
+    """The 16-bit results of the asm, two in each of the registers named, on 32-bit operands."""
+    registers = dict(operands)
+    for opcode, arguments in re.findall(r"^(\w+\.[bu]32) (.*);$", asm, flags=re.MULTILINE):
+        out, *names = arguments.split(", ")
         registers[out] = _PTX[opcode](*(registers[n] if n in registers else int(n, 0) for n in names))
-    return [registers[r] >> shift & 0xFFFF for r in ("$0", "$1") for shift in (0, 16)]
+    return [registers[r] >> shift & 0xFFFF for r in results for shift in (0, 16)]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -74,5 +74,22 @@ def test_asm_decodes_every_byte_in_every_position(quant_type, name, dtype):
         for byte in range(256):
             word = [byte, byte * 7 + 1 & 255, byte ^ 0xA5, 255 - byte]
             packed = int.from_bytes(bytes(word), "little")
-            values = torch.tensor(_emulate(asm, packed), dtype=torch.int32).to(torch.int16).view(dtype)
+            values = (
+                torch.tensor(_emulate(asm, {"$2": packed}, ["$0", "$1"]), dtype=torch.int32).to(torch.int16).view(dtype)
+            )
             assert torch.equal(values, code[[b >> shift & 15 for b in word]])
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_gluon_asm_decodes_every_byte_in_every_position(quant_type, dtype):
+    # Gluon is not the same in all releases of Triton.
+    module = pytest.importorskip("bigq_kernels.decode_words", exc_type=ImportError)
+    code = torch.tensor(reference.CODES[quant_type]).to(dtype)
+    asm = module.decode_asm(quant_type)
+    tables = {f"${5 + 4 * i}": value & 0xFFFFFFFF for i, value in enumerate(module.code_tables(quant_type, dtype))}
+    for byte in range(256):
+        word = [byte, byte * 7 + 1 & 255, byte ^ 0xA5, 255 - byte]
+        results = _emulate(asm, {"$4": int.from_bytes(bytes(word), "little"), **tables}, ["$0", "$1", "$2", "$3"])
+        values = torch.tensor(results, dtype=torch.int32).to(torch.int16).view(dtype)
+        assert torch.equal(values, code[[nibble for b in word for nibble in (b >> 4, b & 15)]])

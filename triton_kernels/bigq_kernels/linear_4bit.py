@@ -1,8 +1,11 @@
 """Multiply by a 4-bit weight: fused for few tokens, dequantized for cuBLAS for many."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 
 import torch
+import triton
 from torch import Tensor
 
 from bigq_kernels.dequantize_4bit import dequantize_4bit
@@ -11,13 +14,16 @@ from bigq_kernels.launch import dense_linear
 from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
 from bigq_kernels.linear_4bit_mma import linear_4bit_mma
 from bigq_kernels.quantize_absmax import nested_code
+from bigq_kernels.tiles import device_features
 
 __all__ = ["linear_4bit"]
 
 MAX_DP4A_M = 2  # above, its work for each token costs more than the tensor core's decode, which they share
+MAX_GLUON_M = 32  # at 64, 51 us against 45 of the kernel without shared memory (14336 x 4096, H100)
 MAX_FUSED_M = 128  # above, the bf16 GEMM of cuBLAS after one dequantization is faster...
 MAX_FUSED_M_PARTIAL = 64  # ...and already here if N is too small to fill the GPU, or K leaves a partial step
 NARROW_N = 2048
+GLUON_RELEASES = ((3, 6), (3, 7))  # of Triton, that the Gluon kernel was compiled with: no other is promised to take it
 
 
 def _fuses(x: Tensor, m: int, n: int) -> bool:
@@ -25,6 +31,24 @@ def _fuses(x: Tensor, m: int, n: int) -> bool:
     k = x.shape[-1]
     most = MAX_FUSED_M if n > NARROW_N and k % 64 == 0 else MAX_FUSED_M_PARTIAL
     return 0 < m <= most and n > 0 and k % 32 == 0 and x.dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def _takes_gluon(device: torch.device) -> bool:
+    """Whether the Gluon kernel runs there: it wants PTX, cp.async, bfloat16 and a release it is known to."""
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    ptx, _ = device_features(device)
+    return ptx and torch.cuda.get_device_capability(device) >= (8, 0) and release in GLUON_RELEASES
+
+
+def _kernel(device: torch.device, m: int, block_size: int) -> Callable[..., None]:
+    if m <= MAX_DP4A_M:
+        return linear_4bit_dp4a
+    if m <= MAX_GLUON_M and block_size >= 64 and _takes_gluon(device):
+        from bigq_kernels.linear_4bit_gluon import linear_4bit_gluon  # what it imports other releases need not have
+
+        return linear_4bit_gluon
+    return linear_4bit_mma
 
 
 def _contiguous(t: Tensor) -> Tensor:
@@ -56,7 +80,7 @@ def linear_4bit(
     nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
     if nested_absmax is not None and nested_offset is not None:
         nested = (nested_absmax, nested_offset, nested_code(x.device))
-    kernel = linear_4bit_dp4a if m <= MAX_DP4A_M else linear_4bit_mma
+    kernel = _kernel(x.device, m, block_size)
     rows = _contiguous(x.reshape(m, k))
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device_of(x):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bigq_kernels.dequantize_absmax import load_absmax
 from bigq_kernels.launch import launch
+from bigq_kernels.linear_4bit_configs import Dp4aConfig, dp4a_config
 from bigq_kernels.tiles import FP4_CODE, NF4_CODE, ROUND_MAGIC, absmax_bits, ceil_div, device_features, lookup
 
 __all__ = ["linear_4bit_dp4a"]
@@ -227,11 +228,6 @@ def _linear_4bit_dp4a_kernel(
         tl.store(out_ptr + N + n, out1.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _config(m: int, n: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_C, warps): two tokens leave registers for 4 rows, not 8; few rows need more warps each."""
-    return (8 if m == 1 else 4, *((128, 4) if n <= 2048 else (64, 2)))
-
-
 def linear_4bit_dp4a(
     x: Tensor,
     weight: Tensor,
@@ -241,11 +237,12 @@ def linear_4bit_dp4a(
     out: Tensor,
     quant_type: str,
     block_size: int,
+    config: Dp4aConfig | None = None,
 ) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; M <= 2 and K % 32 == 0."""
     m, k = x.shape
     n, chunks = weight.shape[0], k // CHUNK.value
-    block_n, block_c, warps = _config(m, n)
+    config = config or dp4a_config(x.device, m, n, k)
     asm, pdl = device_features(x.device)
     overlap = {"launch_pdl": True} if pdl else {}
     planes = torch.empty(m, chunks, 16, dtype=torch.int32, device=x.device)
@@ -254,7 +251,7 @@ def linear_4bit_dp4a(
     launch(_split_tokens_kernel, grid, x, planes.view(torch.int8), scale, chunks, BLOCK=8, PDL=pdl, options=ONE_WARP)
     launch(
         _linear_4bit_dp4a_kernel,
-        (ceil_div(n, block_n),),
+        (ceil_div(n, config.block_n),),
         planes,
         scale,
         weight.view(torch.int32),
@@ -268,11 +265,11 @@ def linear_4bit_dp4a(
         *BYTE_TABLES[quant_type],
         QUANT_TYPE=quant_type,
         BLOCK_SIZE=block_size,
-        EVEN_K=chunks % block_c == 0,
+        EVEN_K=chunks % config.block_c == 0,
         USE_ASM=asm,
         PDL=pdl,
         M=m,
-        BLOCK_N=block_n,
-        BLOCK_C=block_c,
-        options={"num_warps": warps, "num_stages": 1, **overlap},
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+        options={"num_warps": config.warps, "num_stages": 1, **overlap},
     )

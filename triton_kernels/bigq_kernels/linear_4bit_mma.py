@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bigq_kernels.dequantize_absmax import load_absmax
 from bigq_kernels.launch import launch
-from bigq_kernels.tiles import ceil_div, decode_pair, device_features, next_power_of_2
+from bigq_kernels.linear_4bit_configs import MmaConfig, mma_config
+from bigq_kernels.tiles import ceil_div, decode_pair, device_features
 
 __all__ = ["linear_4bit_mma"]
 
@@ -124,31 +125,6 @@ def _linear_4bit_mma_kernel(
         tl.store(out_ptr + token.to(tl.int64)[None, :] * N + n[:, None], total.to(DTYPE), mask=in_m & (n < N)[:, None])
 
 
-def _config(m: int, n: int, groups: int) -> tuple[int, int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, SPLIT, UNROLL, warps, stages) for m tokens, n rows and `groups` dots along K.
-
-    The fastest on an H200 over N x K of 1024 x 4096 to 28672 x 8192; about 2000 warps fill its 132 SMs.
-    """
-    block_m = max(8, next_power_of_2(m))
-    narrow, wide, deep = n <= 2048, n > 8192, groups > 64
-    if block_m == 8 or (block_m == 16 and narrow):
-        config = 32, 4 if wide else 8, 2, 2, 3
-    elif block_m == 16:
-        config = 64, 8, 1, 2, 4
-    elif block_m == 32:
-        config = 64, 4 if wide else 8, 1, 2 if deep else 4, 4
-    elif block_m == 64:
-        config = (64, 8, 1, 4, 3) if narrow else (128, 2 if wide and not deep else 4, 1, 8, 4)
-    else:
-        config = (64, 1, 1, 4, 3) if wide else (64, 4, 2, 4, 2)
-    block_n, split, unroll, warps, stages = config
-    if n > 65536:
-        split = 1
-    while split > 1 and groups < split * 8:
-        split //= 2
-    return block_m, block_n, split, unroll, warps, stages
-
-
 def linear_4bit_mma(
     x: Tensor,
     weight: Tensor,
@@ -158,20 +134,23 @@ def linear_4bit_mma(
     out: Tensor,
     quant_type: str,
     block_size: int,
+    config: MmaConfig | None = None,
 ) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; M <= 128 and K % 32 == 0."""
     m, k = x.shape
     n, pairs = weight.shape
     group = min(block_size, 64)
     groups = ceil_div(k, group)
-    block_m, block_n, split, unroll, warps, stages = _config(m, n, groups)
-    groups_per_split = ceil_div(ceil_div(groups, split), unroll) * unroll
-    tiles = ceil_div(n, block_n)
+    config = config or mma_config(x.device, m, n, k, groups)
+    split = config.split
+    groups_per_split = ceil_div(ceil_div(groups, split), config.unroll) * config.unroll
+    tiles = ceil_div(n, config.block_n)
     prmt, pdl = device_features(x.device)
     overlap = {"launch_pdl": True} if pdl else {}
     even_odd = torch.empty(m, 2, pairs, dtype=x.dtype, device=x.device)
     count = torch.empty(tiles, dtype=torch.int32, device=x.device)
-    partial = torch.empty(tiles * split * block_m * block_n if split > 1 else 0, dtype=torch.float32, device=x.device)
+    numel = tiles * split * config.block_m * config.block_n if split > 1 else 0
+    partial = torch.empty(numel, dtype=torch.float32, device=x.device)
     launch(
         _split_pairs_kernel,
         (ceil_div(max(m * pairs, tiles), 512),),
@@ -206,9 +185,9 @@ def linear_4bit_mma(
         EVEN_K=k % (group * groups_per_split) == 0 and groups % split == 0,
         USE_PRMT=prmt,
         PDL=pdl,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
         SPLIT=split,
-        UNROLL=unroll,
-        options={"num_warps": warps, "num_stages": stages, **overlap},
+        UNROLL=config.unroll,
+        options={"num_warps": config.warps, "num_stages": config.stages, **overlap},
     )

@@ -1,0 +1,99 @@
+"""The shipped configurations: complete, within what every GPU has, and a split that covers K and fills a GPU."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from bigq_kernels import linear_4bit_configs as configs
+from bigq_kernels.linear_4bit_configs import dp4a_config, gluon_config, mma_config, split_steps
+
+CPU = torch.device("cpu")
+MODEL_SHAPES = [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096), (28672, 8192), (128256, 4096), (5, 32)]
+
+
+def test_shape_classes():
+    shapes = [(2048, 8192), (2049, 4096), (8192, 4097), (8193, 4096), (8193, 4097)]
+    assert tuple(configs.shape_class(n, k) for n, k in shapes) == configs.SHAPES
+
+
+@pytest.mark.parametrize(
+    "table, tokens",
+    [(configs.DP4A, [1, 2]), (configs.GLUON, [8, 16, 32]), (configs.MMA, [8, 16, 32, 64, 128])],
+    ids=["dp4a", "gluon", "mma"],
+)
+def test_every_gpu_has_every_row(table, tokens):
+    assert configs.HOPPER in table
+    for rows in table.values():
+        assert tuple(rows) == configs.SHAPES
+        assert all(list(row) == tokens for row in rows.values())
+
+
+def test_gluon_tiles_fit_every_gpu():
+    """48 KiB of shared memory a program, which every GPU gives; 16 rows a warp; 65536 registers hold one program."""
+    for rows in configs.GLUON.values():
+        for row in rows.values():
+            for block_m, (block_n, stages, warps, registers) in row.items():
+                assert stages >= 2
+                assert stages * (block_n * 128 + block_m * 512) <= 48 * 1024
+                assert block_n % (16 * warps) == 0
+                assert registers is None or registers % 8 == 0
+
+
+@pytest.mark.parametrize("m", [3, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("n, k", MODEL_SHAPES)
+def test_gluon_config(n, k, m):
+    config = gluon_config(CPU, m, n, k)
+    assert config.block_m == {3: 8, 8: 8, 9: 16, 16: 16, 17: 32, 32: 32}[m]
+    steps = -(-k // 256)
+    assert (config.split - 1) * config.steps_per_split < steps <= config.split * config.steps_per_split
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("n, k", MODEL_SHAPES)
+def test_dp4a_config(n, k, m):
+    config = dp4a_config(CPU, m, n, k)
+    assert config.block_n * m <= 8  # the sums of more rows do not fit the registers
+    assert config.block_c % config.warps == 0
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 33, 64, 65, 128])
+@pytest.mark.parametrize("n, k", MODEL_SHAPES)
+def test_mma_config(n, k, m):
+    config = mma_config(CPU, m, n, k, groups=-(-k // 64))
+    assert config.block_m >= m
+    assert config.split == 1 or -(-k // 64) >= config.split * 8
+
+
+@pytest.mark.parametrize(
+    "tiles, steps, expected",
+    [
+        pytest.param(224, 16, (4, 4), id="14336x4096"),  # 7 programs of 4 steps; 2 of 16 and 4 of 8 are 32 steps
+        pytest.param(64, 16, (4, 4), id="4096x4096"),
+        pytest.param(64, 56, (4, 14), id="4096x14336"),
+        pytest.param(1, 1, (1, 1), id="one-step"),
+        pytest.param(1, 7, (4, 2), id="one-tile"),  # two steps at least
+        pytest.param(100000, 16, (1, 16), id="full-without"),
+    ],
+)
+def test_split(tiles, steps, expected):
+    assert split_steps(tiles, steps, 132, 0.25) == expected
+
+
+def test_no_split_is_better_by_the_rule():
+    for tiles, steps, multiprocessors in product((1, 7, 64, 131, 224, 448), (1, 2, 5, 16, 33), (20, 78, 132)):
+        split, per_split = split_steps(tiles, steps, multiprocessors, 0.25)
+        assert (split - 1) * per_split < steps <= split * per_split
+        programs = -(-tiles * split // multiprocessors)
+        for other in range(min(2, steps), steps + 1):
+            others = -(-tiles * -(-steps // other) // multiprocessors)
+            assert (programs < 2) <= (others < 2)
+            assert (programs < 2) < (others < 2) or programs * (per_split + 0.25) <= others * (other + 0.25)
+
+
+def test_a_gpu_without_rows_takes_hoppers(monkeypatch):
+    shipped = gluon_config(CPU, 8, 4096, 4096)
+    monkeypatch.setattr(configs, "_gpu", lambda device: ((12, 0), 132))
+    gluon_config.cache_clear()
+    assert gluon_config(CPU, 8, 4096, 4096) == shipped
+    gluon_config.cache_clear()

@@ -1,0 +1,89 @@
+"""When the Gluon kernel is taken, and that it compiles for GPUs that are not here; its values are in test_linear.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigq_kernels import linear_4bit as launcher
+from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
+from bigq_kernels.linear_4bit_mma import linear_4bit_mma
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size, taken", [(32, False), (64, True)], ids=["block-32", "block-64"])
+def test_which_kernel_takes_it(block_size, taken, device):
+    gluon = pytest.importorskip("bigq_kernels.linear_4bit_gluon", exc_type=ImportError)  # not on all releases of Triton
+    kernels = [launcher._kernel(device, m, block_size) for m in (2, 3, 32, 33)]
+    middle = gluon.linear_4bit_gluon if taken else linear_4bit_mma
+    assert kernels == [linear_4bit_dp4a, middle, middle, linear_4bit_mma]
+
+
+def test_another_release_of_triton_or_no_gpu_takes_the_other_kernel(monkeypatch):
+    cpu = torch.device("cpu")
+    assert launcher._kernel(cpu, 8, 64) is linear_4bit_mma
+    monkeypatch.setattr(launcher, "device_features", lambda device: (True, True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for version, expected in (
+        ("3.5.1", False),
+        ("3.6.0", True),
+        ("3.7.1+git12", True),
+        ("3.8.0", False),
+        ("4.6.0", False),
+    ):
+        launcher._takes_gluon.cache_clear()
+        monkeypatch.setattr(launcher.triton, "__version__", version)
+        assert launcher._takes_gluon(cpu) is expected
+    monkeypatch.setattr(launcher.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    launcher._takes_gluon.cache_clear()
+    assert not launcher._takes_gluon(cpu)
+    launcher._takes_gluon.cache_clear()
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from bigq_kernels.linear_4bit_gluon import _linear_4bit_gluon_kernel as kernel
+
+def build(capability, block_m, quant_type, dtype, nested, even):
+    signature = dict.fromkeys(kernel.arg_names, "constexpr")
+    signature |= dict.fromkeys(["M", "N", "PAIRS", "B", "steps_per_split", *(f"t{i}" for i in range(8))], "i32")
+    signature |= dict(x_ptr=dtype, weight_ptr="*u8", absmax_ptr="*u8" if nested else "*fp32", bias_ptr=dtype)
+    signature |= dict(partial_ptr="*fp32", count_ptr="*i32", out_ptr=dtype)
+    constants = dict(QUANT_TYPE=quant_type, BLOCK_SIZE=64, EVEN=even, PDL=capability >= 90, BLOCK_M=block_m)
+    constants |= dict(BLOCK_N=64, SPLIT=3, STAGES=2)
+    tables = ["nested_ptr", "offset_ptr", "code_ptr"]
+    if nested:
+        signature |= dict.fromkeys(tables, "*fp32")
+    else:
+        constants |= dict.fromkeys(tables)
+    place = kernel.arg_names.index
+    aligned = {(place(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*" or n == "PAIRS"}
+    source = GluonASTSource(kernel, signature, {(place(n),): v for n, v in constants.items()}, aligned)
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    print(built.metadata.shared, built.asm["ptx"].count("mma.sync.aligned.m16n8k16"))
+
+build(90, 8, "nf4", "*bf16", False, True)
+build(80, 32, "fp4", "*fp16", True, False)
+"""
+
+
+@pytest.mark.slow
+def test_it_compiles_for_gpus_that_are_not_here():
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(root / "triton_kernels")
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shared, products = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    assert shared == (
+        2 * (64 * 128 + 8 * 512),
+        2 * (64 * 128 + 32 * 512),
+    )  # two stages of codes and tokens: nothing else
+    assert products == (4 * 4, 4 * 4 * 4)  # 16 slices of K, for every 8 tokens

@@ -1,0 +1,148 @@
+"""Time candidate configurations of the 4-bit linears on this GPU, best first: python bench/tune.py --tokens 4,16.
+
+Prints each shape's best candidates beside the shipped configurations, then what a row of `linear_4bit_configs.py` would
+be. Kernels are compiled in parallel processes first. The best of many readings is flattered by chance: change a row for
+several per cent, and after a second run.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bigq_kernels.linear_4bit_configs import dp4a_config, gluon_config, mma_config, shape_class
+from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
+from bigq_kernels.linear_4bit_gluon import linear_4bit_gluon
+from bigq_kernels.linear_4bit_mma import linear_4bit_mma
+from bigq_kernels.quantize_4bit import quantize_4bit
+from bigq_kernels.tiles import ceil_div
+from bigq_kernels.timing import copies, microseconds
+
+SHAPES = "14336x4096,4096x4096,28672x8192,4096x14336,1024x4096"
+SPLITS = (1, 2, 3, 4, 5, 6, 8, 10)
+GLUON_PIPELINES = {  # by BLOCK_M: (stages, registers); a cap on more tokens spills their sums
+    8: ((2, None), (2, 80), (2, 96), (3, 96)),
+    16: ((2, None), (2, 96), (3, None)),
+    32: ((2, None), (3, None)),
+}
+Candidate = tuple[Callable[..., None], Any]
+
+
+def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
+    """(launcher, configuration), the shipped ones first."""
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    if m <= 2:
+        dp4a = dp4a_config(gpu, m, n, k)
+        yield linear_4bit_dp4a, dp4a
+        for block_n, (block_c, warps) in product((4, 8) if m == 1 else (4,), ((32, 1), (64, 2), (128, 4))):
+            yield linear_4bit_dp4a, replace(dp4a, block_n=block_n, block_c=block_c, warps=warps)
+        return
+    mma = mma_config(gpu, m, n, k, ceil_div(k, 64))
+    yield linear_4bit_mma, mma
+    if m <= 32:
+        gluon = gluon_config(gpu, m, n, k)
+        yield linear_4bit_gluon, gluon
+        steps = ceil_div(k, 256)
+        for split, (stages, registers) in product(SPLITS, GLUON_PIPELINES[gluon.block_m]):
+            per_split = ceil_div(steps, split)  # which can take fewer programs
+            changes = {"split": ceil_div(steps, per_split), "steps_per_split": per_split}
+            yield linear_4bit_gluon, replace(gluon, stages=stages, registers=registers, **changes)
+    else:
+        for block_n, split, unroll, warps, stages in product((64, 128), (1, 2, 4, 8), (1, 2), (4, 8), (2, 3, 4)):
+            changes = {"block_n": block_n, "split": split, "unroll": unroll, "warps": warps, "stages": stages}
+            yield linear_4bit_mma, replace(mma, **changes)
+
+
+def run(candidate: Candidate, x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor) -> None:
+    launcher, config = candidate
+    launcher(x, weight, absmax, None, (None, None, None), out, "nf4", 64, config)
+
+
+def packed_weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize_4bit(torch.randn(n, k, device="cuda", dtype=torch.bfloat16), "nf4", 64)
+
+
+def compile_one(m: int, k: int, candidate: Candidate) -> None:
+    """In a process of its own, into Triton's cache, on 256 rows: what is compiled does not depend on how many."""
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    with suppress(Exception):  # `measure` meets it again and says so
+        run(candidate, x, x.new_empty(m, 256), *packed_weight(256, k))
+
+
+def as_compiled(config: Any) -> str:
+    """The steps of a program are a run-time argument."""
+    return str(replace(config, steps_per_split=0) if hasattr(config, "steps_per_split") else config)
+
+
+def measure(m: int, weights: list[Any], k: int, tried: list[Candidate], shown: int) -> str:
+    """Print the candidates' times; the line of the fastest."""
+    n = weights[0][0].shape[0]
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    out = x.new_empty(m, n)
+    run(tried[0], x, out, *weights[0])
+    expected = out.float()
+    timed = {}
+    print(f"{n} x {k}, {m} tokens")
+    for candidate in tried:
+        try:
+            run(candidate, x, out.fill_(torch.nan), *weights[0])
+            if not (out.float() - expected).norm() < 5e-3 * expected.norm():
+                print(f"       WRONG {describe(candidate)}")
+                continue
+            timed[candidate] = microseconds([partial(run, candidate, x, out, *w) for w in weights], repeats=10)
+        except Exception as error:  # it does not compile, or there is too little shared memory
+            print(f"      FAILED {describe(candidate)}: {str(error)[-200:]}")
+    for launcher, config in dict(reversed(tried)).items():  # the first of each launcher
+        print(f"  shipped {timed.get((launcher, config), float('nan')):7.1f} us  {describe((launcher, config))}")
+    lines = [f"{timed[candidate]:7.1f} us  {describe(candidate)}" for candidate in sorted(timed, key=timed.__getitem__)]
+    print("\n".join("          " + line for line in lines[:shown]), flush=True)
+    return lines[0]
+
+
+def describe(candidate: Candidate) -> str:
+    launcher, config = candidate
+    fields = ", ".join(f"{name} {value}" for name, value in vars(config).items())
+    return f"{launcher.__name__.removeprefix('linear_4bit_')}: {fields}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", default=SHAPES, help="NxK, default %(default)s")
+    parser.add_argument("--tokens", default="1,2,4,16,32,64", help="default %(default)s")
+    parser.add_argument("--best", type=int, default=3, help="how many to print, default %(default)s")
+    arguments = parser.parse_args()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
+    tokens = [int(m) for m in arguments.tokens.split(",")]
+    print(torch.cuda.get_device_name())
+
+    tried = {(m, n, k): list(dict.fromkeys(candidates(m, n, k))) for (n, k), m in product(shapes, tokens)}
+    jobs = {(m, c[0], as_compiled(c[1])): (m, k, c) for (m, _, k), found in tried.items() for c in found}
+    begin = perf_counter()
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=get_context("spawn")) as pool:
+        list(pool.map(compile_one, *zip(*sorted(jobs.values(), key=lambda job: -job[0]), strict=True)))
+    print(f"{len(jobs)} kernels compiled in {perf_counter() - begin:.0f} s", flush=True)
+
+    rows = []
+    for n, k in shapes:
+        weights = [packed_weight(n, k) for _ in range(copies(n * k / 2))]
+        for m in tokens:
+            best = measure(m, weights, k, tried[m, n, k], arguments.best)
+            rows.append(f"{torch.cuda.get_device_capability()} {shape_class(n, k)} {m}: {best}")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Configurations of the 4-bit linears: tables by GPU, shape of the weight and number of tokens, and the split of K.
+
+`bench/tune.py` measures candidates and prints rows. A GPU that has no rows takes Hopper's: they fit the shared memory
+and registers of every GPU from compute capability 8.0 on, where they are correct but not tuned.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+from bigq_kernels.tiles import ceil_div, next_power_of_2
+
+__all__ = ["Dp4aConfig", "GluonConfig", "MmaConfig", "dp4a_config", "gluon_config", "mma_config", "split_steps"]
+
+HOPPER = (9, 0)
+SHAPES = ("narrow", "middle", "deep", "wide", "large")
+STEP = 256  # elements of K in a step of the Gluon kernel
+MIN_STEPS = 2  # a program with fewer has nothing to overlap
+MIN_PROGRAMS = (
+    2  # a multiprocessor: one alone does not hide its own latencies, 29.8 us against 24.5 (4096 x 14336, H100)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dp4aConfig:
+    """Rows, and chunks of 32 elements, that a program of `linear_4bit_dp4a` takes at a time."""
+
+    block_n: int
+    block_c: int
+    warps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MmaConfig:
+    """Tile, programs along K, unrolled steps and pipeline of `linear_4bit_mma`."""
+
+    block_m: int
+    block_n: int
+    split: int
+    unroll: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GluonConfig:
+    """Tile, programs along K, steps of each, and pipeline of `linear_4bit_gluon`; `registers` caps a thread's."""
+
+    block_m: int
+    block_n: int
+    split: int
+    steps_per_split: int
+    stages: int
+    warps: int
+    registers: int | None
+
+
+# fmt: off
+# By GPU, shape and M: (BLOCK_N, BLOCK_C, warps). Two tokens leave registers for 4 rows; few rows need more warps each.
+DP4A = {HOPPER: {
+    "narrow": {1: (8, 128, 4), 2: (4, 128, 4)},
+    "middle": {1: (8, 64, 2), 2: (4, 64, 2)},
+    "deep":   {1: (8, 64, 2), 2: (4, 64, 2)},
+    "wide":   {1: (4, 128, 4), 2: (4, 64, 2)},
+    "large":  {1: (4, 128, 4), 2: (4, 64, 2)},
+}}
+# By GPU, shape and BLOCK_M: (BLOCK_N, STAGES, warps, registers).
+GLUON = {HOPPER: {shape: {8: (64, 2, 4, 96), 16: (64, 2, 4, None), 32: (64, 2, 4, None)} for shape in SHAPES}}
+# By GPU, shape and BLOCK_M: (BLOCK_N, SPLIT, UNROLL, warps, stages).
+_ROW_8 = (32, 8, 2, 2, 3)
+MMA = {HOPPER: {
+    "narrow": {8: _ROW_8, 16: _ROW_8, 32: (64, 8, 1, 4, 4), 64: (64, 8, 1, 4, 3), 128: (64, 4, 2, 4, 2)},
+    "middle": {8: _ROW_8, 16: (64, 8, 1, 2, 4), 32: (64, 8, 1, 4, 4), 64: (128, 4, 1, 8, 4), 128: (64, 4, 2, 4, 2)},
+    "deep":   {8: _ROW_8, 16: (64, 8, 1, 2, 4), 32: (64, 8, 1, 2, 4), 64: (128, 4, 1, 8, 4), 128: (64, 4, 2, 4, 2)},
+    "wide":   {8: (32, 4, 2, 2, 3), 16: (64, 8, 1, 2, 4), 32: (64, 4, 1, 4, 4), 64: (128, 2, 1, 8, 4),
+               128: (64, 1, 1, 4, 3)},
+    "large":  {8: (32, 4, 2, 2, 3), 16: (64, 8, 1, 2, 4), 32: (64, 4, 1, 2, 4), 64: (128, 4, 1, 8, 4),
+               128: (64, 1, 1, 4, 3)},
+}}
+# fmt: on
+
+Row = TypeVar("Row")
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    """(compute capability, multiprocessors); an H100's where there is no GPU, for the interpreter."""
+    if device.type != "cuda":
+        return HOPPER, 132
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def shape_class(n: int, k: int) -> str:
+    """What a weight of n rows has too little of: rows to fill a GPU, or nothing."""
+    if n <= 2048:
+        return "narrow"
+    if n > 8192:
+        return "large" if k > 4096 else "wide"
+    return "deep" if k > 4096 else "middle"
+
+
+def _row(table: dict[tuple[int, int], dict[str, dict[int, Row]]], device: torch.device, n: int, k: int, m: int) -> Row:
+    capability, _ = _gpu(device)
+    return table.get(capability, table[HOPPER])[shape_class(n, k)][m]
+
+
+def block_m(m: int) -> int:
+    """Columns of the MMA's narrow side that hold m tokens."""
+    return max(8, next_power_of_2(m))
+
+
+@cache
+def split_steps(tiles: int, steps: int, multiprocessors: int, overhead: float) -> tuple[int, int]:
+    """(programs along K, steps of each): the least work for the multiprocessor that gets most of it.
+
+    A program works for its steps plus `overhead` of one. Programs share a multiprocessor evenly, so how many of them the
+    busiest gets decides, not whether all fit at once: of 224 tiles with 16 steps over 132 multiprocessors it gets 2
+    programs of 16 steps, 4 of 8, or 7 of 4, which are 32, 32 and 28 steps; the 7 do not fit at once.
+    """
+    best = None
+    for per_split in range(min(MIN_STEPS, steps), steps + 1):
+        split = ceil_div(steps, per_split)
+        programs = ceil_div(tiles * split, multiprocessors)
+        lonely = programs < MIN_PROGRAMS
+        candidate = lonely, programs * (per_split + overhead), split, per_split
+        best = candidate if best is None else min(best, candidate)
+    assert best is not None
+    return best[2:]
+
+
+def dp4a_config(device: torch.device, m: int, n: int, k: int) -> Dp4aConfig:
+    """For m of 1 or 2 tokens and a weight of n x k."""
+    block_n, block_c, warps = _row(DP4A, device, n, k, m)
+    return Dp4aConfig(block_n=block_n, block_c=block_c, warps=warps)
+
+
+def mma_config(device: torch.device, m: int, n: int, k: int, groups: int) -> MmaConfig:
+    """For m <= 128 tokens and a weight of n x k in `groups` dots along K."""
+    rows = block_m(m)
+    block_n, split, unroll, warps, stages = _row(MMA, device, n, k, rows)
+    if n > 65536:
+        split = 1
+    while split > 1 and groups < split * 8:
+        split //= 2
+    return MmaConfig(block_m=rows, block_n=block_n, split=split, unroll=unroll, warps=warps, stages=stages)
+
+
+@cache
+def gluon_config(device: torch.device, m: int, n: int, k: int) -> GluonConfig:
+    """For 3 <= m <= 32 tokens and a weight of n x k."""
+    rows = block_m(m)
+    block_n, stages, warps, registers = _row(GLUON, device, n, k, rows)
+    # A partial sum is written and read, which grows with the tokens.
+    split, steps_per_split = split_steps(ceil_div(n, block_n), ceil_div(k, STEP), _gpu(device)[1], rows / 64)
+    return GluonConfig(
+        block_m=rows,
+        block_n=block_n,
+        split=split,
+        steps_per_split=steps_per_split,
+        stages=stages,
+        warps=warps,
+        registers=registers,
+    )

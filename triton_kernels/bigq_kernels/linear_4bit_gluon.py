@@ -1,0 +1,256 @@
+"""3 to 32 tokens times a 4-bit weight, staged in shared memory and decoded into tensor-core operands, in Gluon.
+
+- A stage holds 128 bytes of each row, which is a line of memory and 256 elements of K, and the tokens they meet, copied
+  by cp.async two stages deep. Triton's own pipeline of the same product waits for codes in registers.
+- Which element of K comes first is free as long as both operands agree. A lane of the MMA takes 8 consecutive bytes of
+  a row, 16 elements, so its codes are one 8-byte read and its tokens two 16-byte reads that are operands as they lie.
+- One table lookup decodes a word of 8 codes into four registers of two values. absmax scales the sum of a block.
+- K is split over programs (`gluon_config`); the one that finishes a tile last adds the partial sums in their order.
+
+Gluon promises no stability between releases of Triton: `linear_4bit` takes this kernel on those it was compiled with,
+and `linear_4bit_mma` on others. It has no interpreter either, so values are tested on a GPU only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_wait
+
+from bigq_kernels.decode_words import code_layout, code_tables, decode_words
+from bigq_kernels.launch import launch
+from bigq_kernels.linear_4bit_configs import GluonConfig, gluon_config
+from bigq_kernels.tiles import ceil_div, device_features
+
+__all__ = ["linear_4bit_gluon"]
+
+STEP_BYTES = gl.constexpr(128)  # of a row in one stage
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
+
+
+@gluon.constexpr_function
+def _token_layout(block_m):
+    """[64, block_m] as the MMA reads what lies there as [block_m, 64]: 16 elements of a lane are contiguous.
+
+    The last column basis holds the swizzle: odd tokens swap neighbouring units of 16 bytes.
+    """
+    bases = [[1, 0], [8, 0], [16, 0], [32, 0], [2, 0], [4, 0], [32, 1]]
+    return gl.SharedLinearLayout(offset_bases=bases + [[0, 2 << i] for i in range(block_m.bit_length() - 2)])
+
+
+@triton.jit
+def _zero_kernel(count_ptr, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(count_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < tiles)
+
+
+@gluon.jit
+def _copy_stage(
+    step, w_smem, x_smem, w_ptrs, x_ptrs, in_m, byte, column, PAIRS, STAGES: gl.constexpr, EVEN: gl.constexpr
+):
+    """Start the copies of one step: STEP_BYTES of every row, and the tokens they meet."""
+    stage = step % STAGES
+    w_ptrs += step * STEP_BYTES
+    x_ptrs += step * (2 * STEP_BYTES)
+    if EVEN:
+        async_copy.async_copy_global_to_shared(w_smem.index(stage), w_ptrs, eviction_policy="evict_first")
+        async_copy.async_copy_global_to_shared(x_smem.index(stage), x_ptrs, mask=in_m)
+    else:
+        in_row = byte + step * STEP_BYTES < PAIRS
+        async_copy.async_copy_global_to_shared(w_smem.index(stage), w_ptrs, mask=in_row)
+        in_row = in_m & (column + step * (2 * STEP_BYTES) < PAIRS * 2)
+        async_copy.async_copy_global_to_shared(x_smem.index(stage), x_ptrs, mask=in_row)
+
+
+@gluon.jit
+def _load_absmax(absmax_ptr, first, row, block, B, nested_ptr, offset_ptr, code_ptr):
+    """As `load_absmax`, of one block of every row; behind the last block of a row, where all codes are 0, the last."""
+    index = row * B + gl.minimum(block, B - 1)
+    value = gl.load(absmax_ptr + first + index)
+    if nested_ptr is None:
+        return value
+    else:
+        nested = gl.load(nested_ptr + first // 256 + (((first % 256).to(gl.int32) + index) >> 8))
+        return gl.load(code_ptr + value.to(gl.int32)) * nested + gl.load(offset_ptr)
+
+
+@gluon.jit
+def _step_absmax(absmax_ptr, first, row, step, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE: gl.constexpr):
+    """Of the four times 64 elements of a step."""
+    b0 = _load_absmax(absmax_ptr, first, row, step * 256 // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
+    b1 = _load_absmax(absmax_ptr, first, row, (step * 256 + 64) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
+    b2 = _load_absmax(absmax_ptr, first, row, (step * 256 + 128) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
+    b3 = _load_absmax(absmax_ptr, first, row, (step * 256 + 192) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
+    return b0, b1, b2, b3
+
+
+@gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
+def _linear_4bit_gluon_kernel(
+    x_ptr,  # [M, K]
+    weight_ptr,  # [N, PAIRS] uint8: element 2i in the high nibble
+    absmax_ptr,  # [N, B] float32, or uint8 if nested
+    bias_ptr,  # [N] or None
+    nested_ptr,  # see load_absmax
+    offset_ptr,
+    code_ptr,
+    partial_ptr,  # [tiles, SPLIT, BLOCK_N, BLOCK_M] float32
+    count_ptr,  # [tiles] int32, zero once gdc_wait returns: how many programs have finished the tile
+    out_ptr,  # [M, N]
+    M,
+    N,
+    PAIRS,
+    B,
+    steps_per_split,
+    t0,
+    t1,
+    t2,
+    t3,
+    t4,
+    t5,
+    t6,
+    t7,
+    QUANT_TYPE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    EVEN: gl.constexpr,  # K divides into whole steps: no masks in the loop
+    PDL: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    SPLIT: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    WARPS: gl.constexpr = gl.num_warps()
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
+    W_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    X_OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    W_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    w_smem = gl.allocate_shared_memory(
+        gl.uint8, [STAGES, BLOCK_N, STEP_BYTES], gl.SwizzledSharedLayout(32, 1, 4, order=[1, 0])
+    )
+    x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 4 * BLOCK_M, 64], gl.SwizzledSharedLayout(8, 1, 2, order=[1, 0]))
+    x_blocks = x_smem._reinterpret(DTYPE, [STAGES * 4, 64, BLOCK_M], _token_layout(BLOCK_M))
+
+    tile = gl.program_id(0).to(gl.int64)
+    split = gl.program_id(1)
+    first_row = tile * BLOCK_N
+    last_row = (N - 1 - first_row).to(gl.int32)  # rows past N read the last row; their result is not stored
+    row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
+    byte = gl.arange(0, STEP_BYTES, gl.SliceLayout(0, W_COPY))[None, :] + row * 0
+    w_ptrs = weight_ptr + first_row * PAIRS + (row * PAIRS + byte)
+    part = gl.arange(0, 4 * BLOCK_M, gl.SliceLayout(1, X_COPY))[:, None]  # 64 elements of a token
+    token = part % BLOCK_M
+    column = part // BLOCK_M * 64 + gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :]
+    x_ptrs = x_ptr + (token * (PAIRS * 2) + column)
+    in_m = (token < M) & (column >= 0)  # the second for the shape
+    absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA)), last_row)
+    absmax_first = first_row * B
+
+    start = split * steps_per_split
+    stop = gl.minimum(start + steps_per_split, gl.cdiv(PAIRS, STEP_BYTES))
+    for i in gl.static_range(STAGES - 1):
+        if start + i < stop:
+            _copy_stage(start + i, w_smem, x_smem, w_ptrs, x_ptrs, in_m, byte, column, PAIRS, STAGES, EVEN)
+        async_copy.commit_group()
+    zero = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, MMA)
+    total = zero
+    absmax = _step_absmax(absmax_ptr, absmax_first, absmax_row, start, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE)
+    for step in range(start, stop):
+        async_copy.wait_group(STAGES - 2)
+        _barrier()  # the copies of all threads have landed, and nobody reads the stage that is filled next
+        if step + STAGES - 1 < stop:
+            _copy_stage(step + STAGES - 1, w_smem, x_smem, w_ptrs, x_ptrs, in_m, byte, column, PAIRS, STAGES, EVEN)
+        async_copy.commit_group()
+        ahead = gl.minimum(step + 1, stop - 1)
+        next_absmax = _step_absmax(
+            absmax_ptr, absmax_first, absmax_row, ahead, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE
+        )
+        packed = w_smem.index(step % STAGES).load(code_layout(BLOCK_N, WARPS))
+        w = decode_words(packed, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
+        for i in gl.static_range(4):
+            x = x_blocks.index(step % STAGES * 4 + i).load(X_OPERAND)
+            total += mma_v2(w[i], x, zero) * absmax[i][:, None]  # once a block, and the decoded codes stay exact
+        absmax = next_absmax
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))[None, :]
+    n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+    in_m = (m < M) & (n >= 0)[:, None]  # the second for the shape
+    partial_ptrs = partial_ptr + tile * (SPLIT * BLOCK_M * BLOCK_N) + (m + n[:, None] * BLOCK_M)
+    last = 0
+    if SPLIT > 1:
+        gl.store(partial_ptrs + split * (BLOCK_M * BLOCK_N), total, mask=in_m)
+        if PDL:
+            gdc_wait()
+        _barrier()  # the whole program has stored, then one thread publishes it
+        last = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu")
+    if last == SPLIT - 1:
+        if SPLIT > 1:
+            total = zero
+            for i in gl.static_range(SPLIT):
+                # .cg reads L2: another program wrote this after our L1 may have cached it.
+                total += gl.load(partial_ptrs + i * (BLOCK_M * BLOCK_N), mask=in_m, other=0.0, cache_modifier=".cg")
+        if bias_ptr is not None:
+            total += gl.load(bias_ptr + first_row + n, mask=n <= last_row, other=0.0).to(gl.float32)[:, None]
+        out_ptrs = out_ptr + first_row + m.to(gl.int64) * N + n[:, None]
+        gl.store(out_ptrs, total.to(DTYPE), mask=in_m & (n <= last_row)[:, None])
+
+
+def linear_4bit_gluon(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
+    out: Tensor,
+    quant_type: str,
+    block_size: int,
+    config: GluonConfig | None = None,
+) -> None:
+    """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
+
+    M <= 32, K % 32 == 0, block_size >= 64, x and weight aligned to 16 bytes; the configuration is the shipped one.
+    """
+    m, k = x.shape
+    n, pairs = weight.shape
+    config = config or gluon_config(x.device, m, n, k)
+    tiles = ceil_div(n, config.block_n)
+    split = config.split
+    _, pdl = device_features(x.device)
+    pdl = pdl and split > 1
+    count = torch.empty(tiles if split > 1 else 0, dtype=torch.int32, device=x.device)
+    numel = tiles * split * config.block_m * config.block_n if split > 1 else 0
+    partial = torch.empty(numel, dtype=torch.float32, device=x.device)
+    if split > 1:
+        launch(_zero_kernel, (ceil_div(tiles, 1024),), count, tiles, BLOCK=1024, PDL=pdl, options={})
+    launch(
+        _linear_4bit_gluon_kernel,
+        (tiles, split),
+        x,
+        weight,
+        absmax,
+        bias,
+        *nested,
+        partial,
+        count,
+        out,
+        m,
+        n,
+        pairs,
+        absmax.shape[1],
+        config.steps_per_split,
+        *code_tables(quant_type, x.dtype),
+        QUANT_TYPE=quant_type,
+        BLOCK_SIZE=block_size,
+        EVEN=pairs % STEP_BYTES.value == 0,
+        PDL=pdl,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        SPLIT=split,
+        STAGES=config.stages,
+        options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": pdl},
+    )
