@@ -116,7 +116,7 @@ def block_m(m: int) -> int:
 def split_steps(tiles: int, steps: int, multiprocessors: int, overhead: float) -> tuple[int, int]:
     """(programs along K, steps of each): the least work for the multiprocessor that gets most of it.
 
-    A program works for its steps plus `overhead` of one. Programs share a multiprocessor evenly, so how many of them the
+    A program works for its steps plus `overhead` of one. Programs share a multiprocessor evenly, so how many the
     busiest gets decides, not whether all fit at once: of 224 tiles with 16 steps over 132 multiprocessors it gets 2
     programs of 16 steps, 4 of 8, or 7 of 4, which are 32, 32 and 28 steps; the 7 do not fit at once.
     """
