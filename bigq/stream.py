@@ -28,7 +28,9 @@ from bigq.stages import Stages
 
 __all__ = ["Budget", "Piece", "Target", "stream"]
 
-_CHUNK_NBYTES = 16 << 20  # 22 GB/s with 8 threads; 21, 14 and 9 in chunks of 8, 4 and 2 MiB, for which Python is too slow
+_CHUNK_NBYTES = (
+    16 << 20
+)  # 22 GB/s with 8 threads; 21, 14 and 9 in chunks of 8, 4 and 2 MiB, for which Python is too slow
 _SLOTS = 2  # pinned chunks a thread: one is filled while the other is copied
 _ALIGNMENT = 16  # bytes; Triton compiles another kernel for pointers that are not aligned to it
 
