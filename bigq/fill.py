@@ -156,7 +156,10 @@ class _Arrivals:
         for piece in pieces:
             job = self.jobs[piece.info.name]
             assert isinstance(job, PlannedLinear)
-            items.append((job, piece._replace(tensor=piece.tensor.to(self.targets[piece.info.name].device))))
+            device = self.targets[piece.info.name].device
+            if piece.tensor.device != device:
+                piece = piece._replace(tensor=piece.tensor.to(device))
+            items.append((job, piece))
         for job, state in self.quantizer.quantize(items):
             assert job.source is not None
             self.states[job.source] = _place(job.names[0], state, self.store)

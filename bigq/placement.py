@@ -223,13 +223,18 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, Te
         return device_map[name] if name in device_map else of_module(name.rpartition(".")[0])
 
     for names, spec in plan.specs().items():
-        places = {name: place for name in names if (place := of_tensor(name))} or {names[0]: anywhere}
-        gpus = {name: place for name, place in places.items() if is_gpu(place)}
-        if len(set(gpus.values())) > 1:
-            listed = ", ".join(f"{name} on {place}" for name, place in gpus.items())
-            raise PlacementError(f"one tensor cannot rest on several devices: {listed}; give its names one place")
-        place = next(iter(gpus.values()), "cpu" if "cpu" in places.values() else "disk")
+        places = {name: place for name in names if (place := of_tensor(name))}
+        place = next(iter(places.values()), anywhere) if len(places) < 2 else _one_place(places)
         if names in buffers and is_offloaded(place, runs_on):
             place = str(runs_on)
         resting[names[0]] = (place, spec)
     return resting
+
+
+def _one_place(places: Mapping[str, str]) -> str:
+    """Where a tensor rests whose names are given these places."""
+    gpus = {name: place for name, place in places.items() if is_gpu(place)}
+    if len(set(gpus.values())) > 1:
+        listed = ", ".join(f"{name} on {place}" for name, place in gpus.items())
+        raise PlacementError(f"one tensor cannot rest on several devices: {listed}; give its names one place")
+    return next(iter(gpus.values()), "cpu" if "cpu" in places.values() else "disk")

@@ -13,6 +13,7 @@ from bigq.stream import Piece
 __all__ = ["Quantizer"]
 
 _Item = tuple[PlannedLinear, Piece]
+_COPIES = 32  # of constants at a time: a block's linears that look alike are about as many as there are blocks
 
 
 class Quantizer:
@@ -21,7 +22,8 @@ class Quantizer:
     def __init__(self) -> None:
         self._incomplete: dict[str, dict[str, Tensor]] = {}
         self._finite: list[tuple[list[str], Tensor]] = []
-        self._quant_states: dict[tuple[Description, torch.device], Tensor] = {}
+        self._constants: dict[tuple[Description, torch.device], dict[str, Tensor]] = {}
+        self._copies: dict[tuple[Description, torch.device], list[dict[str, Tensor]]] = {}
 
     def quantize(self, items: Iterable[_Item]) -> Iterator[tuple[PlannedLinear, dict[str, Tensor]]]:
         """Yield (linear, state) for each weight of which all pieces have come; each tensor owns its storage.
@@ -54,8 +56,8 @@ class Quantizer:
             whole = self._collect(linear, piece, rows)
             if whole is not None:
                 description = linear.description
-                state = description.format.finish(whole, description.shape)
-                yield linear, {**state, "quant_state": self._quant_state(description, piece.tensor.device)}
+                own = description.format.finish(whole, description.shape)
+                yield linear, {**own, **self._constants_of(description, piece.tensor.device)}
 
     def _collect(self, linear: PlannedLinear, piece: Piece, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """`rows`, or those of all pieces so far where they are the last ones, or None."""
@@ -71,11 +73,20 @@ class Quantizer:
             whole[leaf][piece.start : stop] = tensor
         return self._incomplete.pop(name) if stop == total else None
 
-    def _quant_state(self, description: Description, device: torch.device) -> Tensor:
+    def _constants_of(self, description: Description, device: torch.device) -> dict[str, Tensor]:
+        """A linear's own copies of what is the same for all that look alike: one upload, and a few calls for many."""
         key = description, device
-        if key not in self._quant_states:  # one upload for all linears that look alike
-            self._quant_states[key] = description.encode().to(device)
-        return self._quant_states[key].clone()
+        if key not in self._constants:
+            state = description.encode().to(device)
+            self._constants[key] = {**description.format.constants(device), "quant_state": state}
+        copies = self._copies.setdefault(key, [])
+        if not copies:
+            split = {
+                leaf: torch.split_with_sizes_copy(tensor.repeat(_COPIES), [len(tensor)] * _COPIES)  # type: ignore[func-returns-value]
+                for leaf, tensor in self._constants[key].items()
+            }
+            copies += (dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True))
+        return copies.pop()
 
 
 def _looks(item: _Item) -> object:

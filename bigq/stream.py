@@ -7,12 +7,14 @@ that is cut short meanwhile is an error and no SIGBUS.
 """
 
 import ctypes
+import operator
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from functools import cache
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
@@ -179,11 +181,22 @@ class _Run:
         if self.target.own is not None:
             return [Piece(self.parts[0].info, 0, self.memory, is_lent=False)]
         pieces, at = [], 0
+        typed: dict[torch.dtype, Tensor] = {}
         for part in self.parts:
-            raw = self.bytes[at : at + part.nbytes]
-            pieces.append(Piece(part.info, part.start, raw.view(part.info.dtype).view(part.shape)))
+            dtype = part.info.dtype
+            if dtype not in typed:
+                typed[dtype] = self.bytes[: self.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
+            # One call of torch's a tensor: each lets go of Python's lock, for which the readers wait.
+            tensor = typed[dtype].as_strided(part.shape, _strides(part.shape), at // dtype.itemsize)
+            pieces.append(Piece(part.info, part.start, tensor))
             at += part.nbytes
         return pieces
+
+
+@cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1] if shape else ()
 
 
 def _runs(infos: Iterable[TensorInfo], targets: Mapping[str, Target], limit: int) -> Iterator[_Run]:

@@ -115,6 +115,21 @@ def test_slots_are_two_blocks_large(pair):
         assert len(layer.seen) == 1
 
 
+def test_a_block_is_lent_the_same_tensors_in_a_slot(pair):
+    model, _, device = pair
+    lent = []
+    for layer in model.layers:
+        layer.up.register_forward_pre_hook(lambda linear, args: lent.append(weakref.ref(linear.weight)))
+    passes = []
+    for _ in range(6):  # two slots and five blocks: the same again every second pass
+        model(input_on(device))
+        passes.append(lent.copy())
+        lent.clear()
+    assert len(passes[0]) == 5
+    assert passes[4] == passes[2], "dead references differ"
+    assert passes[5] == passes[3], "dead references differ"
+
+
 def test_each_block_is_copied_once_a_pass_and_ahead(pair, monkeypatch):
     model, _, device = pair
     copies = []

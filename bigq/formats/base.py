@@ -32,7 +32,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def like_weight(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor [R, C] with a row for each of a weight of `shape` [..., K], as [..., C]."""
-    return rows.view(*shape[:-1], rows.shape[1])
+    return rows if len(shape) == 2 else rows.view(*shape[:-1], rows.shape[1])
 
 
 class Format(Protocol):
@@ -60,15 +60,19 @@ class Format(Protocol):
         """
 
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """The tensors of `state_spec` from what `quantize_rows` gave for all rows of a weight of `shape`.
+        """What is a weight's own, from what `quantize_rows` gave for all rows of a weight of `shape`.
 
         Each owns its storage if those of `rows` do.
         """
 
+    def constants(self, device: torch.device) -> State:
+        """The rest of `state_spec`, which is the same for all weights; each of them gets a copy of its own."""
+
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors of `state_spec`, on the weight's device; each owns its storage."""
         shape = tuple(weight.shape)
-        return self.finish(self.quantize_rows(weight.reshape(matrix_shape(shape))), shape)
+        own = self.finish(self.quantize_rows(weight.reshape(matrix_shape(shape))), shape)
+        return {**own, **{leaf: tensor.clone() for leaf, tensor in self.constants(weight.device).items()}}
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The weight of `shape` that `state` stands for, rounded once to `dtype`."""

@@ -50,13 +50,12 @@ class Block4(Format):
         spec = {
             "weight": TensorSpec(shape=(*leading, -(-columns // 2)), dtype=torch.uint8),
             "absmax": TensorSpec(shape=scales, dtype=torch.uint8 if self.double_quant else torch.float32),
-            "quant_map": TensorSpec(shape=(16,), dtype=torch.float32),
         }
         if self.double_quant:
             nested = -(-prod(scales) // reference.NESTED_BLOCK_SIZE)
             spec["nested_absmax"] = TensorSpec(shape=(nested,), dtype=torch.float32)
             spec["nested_offset"] = TensorSpec(shape=(1,), dtype=torch.float32)
-        return spec
+        return {**spec, "quant_map": TensorSpec(shape=(16,), dtype=torch.float32)}
 
     def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
         packed, absmax = ops.quantize_4bit(rows, self.quant_type, self.block_size)
@@ -64,14 +63,13 @@ class Block4(Format):
 
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
         absmax = like_weight(rows["absmax"], shape)
-        state = {
-            "weight": like_weight(rows["weight"], shape),
-            "absmax": absmax,
-            "quant_map": _quant_map(self.quant_type, absmax.device).clone(),
-        }
+        state = {"weight": like_weight(rows["weight"], shape), "absmax": absmax}
         if self.double_quant:
             state["absmax"], state["nested_absmax"], state["nested_offset"] = ops.quantize_absmax(absmax)
         return state
+
+    def constants(self, device: torch.device) -> State:
+        return {"quant_map": _quant_map(self.quant_type, device)}
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         weight, absmax = state["weight"], state["absmax"]
@@ -90,6 +88,6 @@ class Block4(Format):
         return {"format": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
 
 
-@cache  # a layer's own is cloned from it: to upload 16 numbers for each layer would wait for the GPU each time
+@cache  # to upload 16 numbers for each layer would wait for the GPU each time
 def _quant_map(quant_type: str, device: torch.device) -> Tensor:
     return torch.tensor(reference.CODES[quant_type], dtype=torch.float32, device=device)

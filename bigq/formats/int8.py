@@ -47,6 +47,9 @@ class Int8(Format):
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
         return {leaf: like_weight(tensor, shape) for leaf, tensor in rows.items()}
 
+    def constants(self, device: torch.device) -> State:
+        return {}
+
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         weight, absmax = state["weight"], state["absmax"]
         rows, columns = matrix_shape(shape)
