@@ -1,6 +1,10 @@
 """Store: what goes to the disk unchanged rests in the checkpoint, and only the rest is written."""
 
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +166,41 @@ def test_models_share_an_offload_folder_and_leave_nothing_behind(load, ids, tmp_
     for _ in range(2):
         assert torch.equal(models[0](ids), expected)
         assert not torch.equal(models[1](ids), expected)
+    assert os.listdir(tmp_path / "off") == []
+
+
+KILLED_HALF_WAY = """
+import os, pathlib, signal, sys
+from torch import nn
+from bigq import QuantizationConfig, load_and_quantize_model, store
+from accelerate import init_empty_weights
+
+folder = pathlib.Path(sys.argv[1])
+put, placed = store.Store.put, []
+
+def kill(self, name, tensor, *, owned):
+    placed.append(put(self, name, tensor, owned=owned))
+    if len(placed) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return placed[-1]
+
+store.Store.put = kill
+with init_empty_weights():
+    model = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+config = QuantizationConfig("nf4", skip_defaults=False)
+load_and_quantize_model(model, folder, config, {"": "disk"}, offload="quantized", offload_folder=folder / "off")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sends SIGKILL")
+def test_a_process_killed_half_way_leaves_nothing(tmp_path):
+    save_file(nn.ModuleList(nn.Linear(64, 64) for _ in range(8)).state_dict(), tmp_path / "model.safetensors")
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join(map(str, (root, root / "triton_kernels")))
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED_HALF_WAY, tmp_path], env={**os.environ, "PYTHONPATH": path}, capture_output=True
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     assert os.listdir(tmp_path / "off") == []
 
 
