@@ -1,6 +1,7 @@
 """Where hooks sit, and that every placement computes the same bits."""
 
 import gc
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -250,16 +251,22 @@ def test_nothing_grows_from_pass_to_pass(tiny, checkpoint, empty, ids, tmp_path)
     model = load_and_quantize_model(
         empty(tiny), checkpoint, CONFIGS["nf4"], MAPS["disk"], offload="quantized", offload_folder=tmp_path
     )
+    (prefetcher,) = {block._hf_hook.prefetcher for block in model.blocks}
+
+    def tensors_alive():
+        for slot in prefetcher._slots:
+            wait(slot.reads)  # made ahead for the next pass: a thread holds a part of the slot until then
+        gc.collect()
+        return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
+
     for _ in range(3):  # three blocks meet two slots in six ways
         model(ids)
-    gc.collect()
-    alive = sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
+    alive = tensors_alive()
     for grad in (False, True):
         for _ in range(5):
             with torch.set_grad_enabled(grad):
                 model(ids)
-        gc.collect()
-        assert sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects()) <= alive + 1
+        assert tensors_alive() <= alive
 
 
 def _peak_above_rest(model, ids):
