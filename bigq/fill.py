@@ -110,7 +110,6 @@ class _Arrivals:
         self.jobs, self.checkpoint, self.store, self.warm_up = jobs, checkpoint, store, warm_up
         self.quantizer = Quantizer()
         self.states: dict[str, dict[str, Tensor]] = {}  # by source name
-        self.incomplete: dict[str, Tensor] = {}
         self.targets = {name: self._target(checkpoint.tensors[name], job) for name, job in jobs.items()}
         self.to_come: Counter[torch.device] = Counter()  # bytes of quantized weights that GPUs do not hold yet
         for name, job in jobs.items():

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import psutil
 import torch
 from accelerate.hooks import ModelHook, SequentialHook, remove_hook_from_module
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from bigq.device_map import execution_device, is_offloaded, normalize_device_map
 from bigq.dispatch import dispatch
 from bigq.errors import PlacementError
 from bigq.hooks import PlacementHook
+from bigq.machine import usable_memory_nbytes
 
 __all__ = ["materialize"]
 
@@ -80,7 +80,7 @@ def _refuse_what_does_not_fit(wanted: list[tuple[Tensor, torch.device]]) -> None
             free, _ = torch.cuda.mem_get_info(device)
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         else:
-            free = psutil.virtual_memory().available
+            free = usable_memory_nbytes()
         if nbytes > free:
             raise PlacementError(
                 f"materialize needs {nbytes / 1e9:.3f} GB on {device}, which has {free / 1e9:.3f} GB free: "

@@ -6,7 +6,6 @@ makes a file that was cut short an error and no SIGBUS.
 """
 
 import mmap
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bigq.formats import TensorSpec
+from bigq.machine import usable_cores
 from bigq.offload import ALIGNMENT, FileMap, OffloadSpace, align, locate
 
 __all__ = ["Layout", "Transfer", "version_of"]
@@ -123,7 +123,7 @@ class Transfer:
     def _read(self, run: _Run, buffer: Tensor, stream: torch.cuda.Stream | None) -> list[Future[None]]:
         assert isinstance(run.mapping, FileMap)
         if self._readers is None:
-            self._readers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="bigq-read")
+            self._readers = ThreadPoolExecutor(min(8, usable_cores()), thread_name_prefix="bigq-read")
         chunks = [(at, min(_CHUNK_NBYTES, run.nbytes - at)) for at in range(0, run.nbytes, _CHUNK_NBYTES)]
         return [
             self._readers.submit(_read_chunk, run.mapping, run.offset + at, buffer, run.start + at, nbytes, stream)
