@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bigq import reference
-from bigq_kernels.linear_4bit import MAX_FUSED_M, _takes_gluon, linear_4bit
-from bigq_kernels.linear_4bit_configs import gluon_config
+from bigq_kernels.linear_4bit import MAX_MMA_M, _takes_gluon, linear_4bit
+from bigq_kernels.linear_4bit_configs import WGMMA, WgmmaConfig, gluon_config, wgmma_config
 from bigq_kernels.linear_int8 import linear_int8
+from bigq_kernels.quantize_absmax import nested_code
 
 # The interpreter truncates float32 to bfloat16 instead of rounding.
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -60,7 +61,7 @@ def check_linear_4bit(x, n, quant_type, block_size, nested=False, bias=None):
         pytest.param(20, 40, 512, 256, id="block-256"),
         pytest.param(2, 20, 64, 4096, id="block-longer-than-a-row"),
         pytest.param(40, 70, 320, 64, id="32-to-64-tokens"),
-        pytest.param(MAX_FUSED_M + 1, 30, 64, 64, id="not-fused-many-tokens"),
+        pytest.param(MAX_MMA_M + 1, 30, 64, 64, id="not-fused-many-tokens"),
         pytest.param(3, 5, 77, 64, id="not-fused-odd-columns"),
     ],
 )
@@ -69,7 +70,7 @@ def test_linear_4bit(m, n, k, block_size, quant_type, nested, dtype, device):
 
 
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("m", [2, MAX_FUSED_M + 1], ids=["fused", "not-fused"])
+@pytest.mark.parametrize("m", [2, MAX_MMA_M + 1], ids=["fused", "not-fused"])
 def test_linear_4bit_bias(m, bias_dtype, device):
     bias = torch.randn(40, device=device).to(bias_dtype)
     check_linear_4bit(torch.randn(m, 128, device=device).half(), 40, "nf4", 64, bias=bias)
@@ -96,7 +97,7 @@ def test_linear_4bit_of_views(device):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("m", [2, 5, MAX_FUSED_M + 1], ids=["dp4a", "mma", "not-fused"])
+@pytest.mark.parametrize("m", [2, 5, MAX_MMA_M + 1], ids=["dp4a", "mma", "not-fused"])
 def test_linear_4bit_keeps_nan_and_inf_in_their_row(m, value, device):
     weight, absmax = reference.quantize_4bit(torch.randn(24, 64, device=device), "nf4", 64)
     x = torch.randn(m, 64, device=device).half()
@@ -195,6 +196,94 @@ def test_linear_4bit_gluon_of_every_split_repeats_bit_for_bit(m, split, next_spl
 @pytest.mark.parametrize("m", [3, 32])
 def test_linear_4bit_gluon_of_more_than_2_to_the_31_weights(m, device):
     n, k, tail = 2**19 + 67, 8192, 64  # 2**31 bytes of codes as well
+    x = torch.randn(m, k, device=device).bfloat16()
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    absmax = torch.rand(n, k // 64, device=device)
+    out = linear_4bit(x, packed, absmax, None, None, None, "nf4", 64)[:, -tail:]
+    expected = reference.linear_4bit(x, packed[-tail:], absmax[-tail:], None, None, None, "nf4", 64)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=0.5)
+
+
+@pytest.fixture
+def wgmma(device):
+    """A function (x, quantized weight as of quantized_4bit, bias, quant_type, block_size, config) -> [M, N]."""
+    if not _takes_gluon(device) or torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("another release of Triton, or no Hopper GPU")
+    from bigq_kernels.linear_4bit_wgmma import linear_4bit_wgmma  # not on all releases of Triton
+
+    def run(x, quantized, bias, quant_type, block_size, config):
+        weight, absmax, nested_absmax, nested_offset = quantized
+        nested = (None, None, None)
+        if nested_absmax is not None:
+            nested = (nested_absmax, nested_offset, nested_code(device))
+        out = x.new_full((len(x), len(weight)), torch.nan)
+        linear_4bit_wgmma(x, weight, absmax, bias, nested, out, quant_type, block_size, config)
+        return out
+
+    return run
+
+
+WGMMA_ROWS = sorted({row for rows in WGMMA[9, 0].values() for row in rows.values()}, key=str)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("row", WGMMA_ROWS, ids=str)
+@pytest.mark.parametrize(
+    "n, k, block_size",
+    [
+        pytest.param(1024, 4096, 64, id="whole-tiles"),
+        pytest.param(1003, 4128, 64, id="partial-tile-step-and-block"),
+        pytest.param(5, 32, 64, id="less-than-a-tile-and-a-block"),
+        pytest.param(256, 1024, 128, id="block-128"),
+        pytest.param(256, 4224, 4096, id="block-4096"),
+    ],
+)
+def test_linear_4bit_wgmma(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):
+    block_m, block_n, split, warps, registers = row
+    config = WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
+    quantized, dense = quantized_4bit(n, k, quant_type, block_size, nested, device)
+    bias = torch.randn(n, device=device)
+    for m in (block_m, block_m - 1, block_m + 1, 2 * block_m, 1):
+        x = torch.randn(m, k, device=device).to(dtype)
+        actual = wgmma(x, quantized, bias, quant_type, block_size, config)
+        baseline = reference.linear_4bit(x, quantized[0], quantized[1], bias, *quantized[2:], quant_type, block_size)
+        assert_within_budget(actual, x.double() @ dense.T + bias.double(), baseline)
+        assert torch.equal(wgmma(x, quantized, bias, quant_type, block_size, config), actual)
+
+
+@pytest.mark.gpu
+def test_linear_4bit_wgmma_of_a_scale_beyond_half_precision(wgmma, device):
+    """A float32 weight may have an absmax that float16 has not, and products that float16 has."""
+    config = WgmmaConfig(block_m=64, block_n=128, split=1, warps=8, registers=None)
+    weight = torch.full((128, 256), 0x88, dtype=torch.uint8, device=device)  # the least positive code
+    absmax = torch.full((128, 8), 100000.0, device=device)
+    x = torch.zeros(33, 512, device=device, dtype=torch.float16)
+    x[:, 3] = 1
+    out = wgmma(x, (weight, absmax, None, None), None, "nf4", 64, config)
+    torch.testing.assert_close(out, torch.full_like(out, 100000.0 * 0.07958029955625534), rtol=2e-3, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_linear_4bit_wgmma_keeps_nan_and_inf_in_their_row(value, wgmma, device):
+    config = WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128)
+    quantized, _ = quantized_4bit(200, 1024, "nf4", 64, False, device)
+    x = torch.randn(40, 1024, device=device).bfloat16()
+    x[1, 7] = value
+    finite = wgmma(x, quantized, None, "nf4", 64, config).isfinite().all(dim=1)
+    assert not finite[1]
+    assert finite.sum() == 39
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [64, 256])
+def test_linear_4bit_wgmma_of_more_than_2_to_the_31_weights(m, device):
+    n, k, tail = 2**19 + 67, 8192, 64  # 2**31 bytes of codes as well
+    assert wgmma_config(device, m, n, k) is not None
     x = torch.randn(m, k, device=device).bfloat16()
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
     absmax = torch.rand(n, k // 64, device=device)

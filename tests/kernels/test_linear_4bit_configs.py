@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigq_kernels import linear_4bit_configs as configs
-from bigq_kernels.linear_4bit_configs import dp4a_config, gluon_config, mma_config, split_steps
+from bigq_kernels.linear_4bit_configs import dp4a_config, gluon_config, mma_config, split_steps, wgmma_config
 
 CPU = torch.device("cpu")
 MODEL_SHAPES = [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096), (28672, 8192), (128256, 4096), (5, 32)]
@@ -89,6 +89,38 @@ def test_no_split_is_better_by_the_rule():
             others = -(-tiles * -(-steps // other) // multiprocessors)
             assert (programs < 2) <= (others < 2)
             assert (programs < 2) < (others < 2) or programs * (per_split + 0.25) <= others * (other + 0.25)
+
+
+def test_wgmma_rows_are_tiles_that_hold_their_tokens():
+    for rows in configs.WGMMA.values():
+        assert tuple(rows) == configs.SHAPES
+        for row in rows.values():
+            for tokens, (block_m, block_n, split, warps, registers) in row.items():
+                assert tokens % block_m == 0
+                assert block_n == 16 * warps  # 64 rows a warp group
+                assert split == 1 or tokens <= 256
+                assert registers is None or registers % 8 == 0
+
+
+@pytest.mark.parametrize(
+    "m, block_m",
+    [
+        pytest.param(1, None, id="too-few"),
+        pytest.param(33, 64, id="one-tile"),
+        pytest.param(256, 256, id="whole-tile"),
+        pytest.param(257, None, id="a-tile-and-a-token"),
+        pytest.param(384, 256, id="two-tiles-three-quarters-full"),
+        pytest.param(513, None, id="too-many"),
+    ],
+)
+def test_wgmma_config(m, block_m):
+    config = wgmma_config(CPU, m, 14336, 4096)
+    assert (config and config.block_m) == block_m
+
+
+def test_wgmma_is_hoppers(monkeypatch):
+    monkeypatch.setattr(configs, "_gpu", lambda device: ((10, 0), 148))
+    assert wgmma_config(CPU, 64, 14336, 4096) is None
 
 
 def test_a_gpu_without_rows_takes_hoppers(monkeypatch):

@@ -8,14 +8,15 @@ from triton.experimental.gluon import language as gl
 
 from bigq_kernels.tiles import FP4_CODE, NF4_CODE
 
-__all__ = ["code_layout", "code_tables", "decode_words"]
+__all__ = ["code_layout", "code_tables", "decode_scaled", "decode_words"]
 
 
-def decode_asm(quant_type: str) -> str:
+def decode_asm(quant_type: str, scaled: str | None = None) -> str:
     """PTX from 8 codes ($4) to their 16-bit values in order of K, two each in $0 to $3; $5, $9, ..: `code_tables`.
 
     The tables are operands, not literals: ptxas would copy a literal to a register before each use. With pack=4 an
-    operand comes four times, hence every fourth.
+    operand comes four times, hence every fourth. Where `scaled` is "bf16" or "f16", the values are multiplied by $37,
+    the scale twice in 16 bits, and what that misses of it, $41.
     """
     nf4 = quant_type == "nf4"
     lines = ["and.b32 c0, $4, 0x77777777;", "shr.u32 c1, c0, 16;"]
@@ -33,14 +34,43 @@ def decode_asm(quant_type: str) -> str:
             lines.append(f"prmt.b32 up, up4, $4, {signs};")
             lines.append("lop3.b32 hi, hi, up, 0x80808080, 0xF8;")
         # Byte i of lo and hi belongs to nibble i, and the high nibble of a byte comes first.
-        lines.append(f"prmt.b32 ${2 * half}, lo, hi, 0x4051;")
-        lines.append(f"prmt.b32 ${2 * half + 1}, lo, hi, 0x6273;")
-    return "{\n.reg .b32 c0, c1, m0, m1, up, up4, lo, hi;\n" + "\n".join(lines) + "\n}"
+        for out, bytes_of_two in ((2 * half, "0x4051"), (2 * half + 1, "0x6273")):
+            lines.append(f"prmt.b32 ${out}, lo, hi, {bytes_of_two};")
+            if scaled:  # one rounding more than a dequantized weight has: that of the code
+                lines.append(f"mul.rn.{scaled}x2 rest, ${out}, $41;")
+                lines.append(f"fma.rn.{scaled}x2 ${out}, ${out}, $37, rest;")
+    return "{\n.reg .b32 c0, c1, m0, m1, up, up4, lo, hi, rest;\n" + "\n".join(lines) + "\n}"
 
 
 NF4_ASM = gl.constexpr(decode_asm("nf4"))
 FP4_ASM = gl.constexpr(decode_asm("fp4"))
 ASM_CONSTRAINTS = gl.constexpr("=&r,=&r,=&r,=&r,r" + ",r" * 32)
+NF4_BF16_ASM = gl.constexpr(decode_asm("nf4", "bf16"))
+FP4_BF16_ASM = gl.constexpr(decode_asm("fp4", "bf16"))
+NF4_F16_ASM = gl.constexpr(decode_asm("nf4", "f16"))
+FP4_F16_ASM = gl.constexpr(decode_asm("fp4", "f16"))
+SCALED_CONSTRAINTS = gl.constexpr("=&r,=&r,=&r,=&r,r" + ",r" * 40)
+
+# A float32 scale ($2) to 16 bits, twice in $0, and what those miss of it, twice in $1.
+BF16_SCALE_ASM = gl.constexpr("""{
+.reg .b32 high; .reg .f32 scale, near;
+prmt.b32 $0, $2, $2, 0x3232;
+and.b32 high, $2, 0xFFFF0000;
+mov.b32 scale, $2;
+mov.b32 near, high;
+sub.rn.f32 near, scale, near;
+cvt.rn.bf16x2.f32 $1, near, near;
+}""")
+F16_SCALE_ASM = gl.constexpr("""{
+.reg .b16 high, same; .reg .f32 scale, near;
+mov.b32 scale, $2;
+min.f32 near, scale, 0f477FE000;
+cvt.rn.f16x2.f32 $0, near, near;
+mov.b32 {high, same}, $0;
+cvt.f32.f16 near, high;
+sub.rn.f32 near, scale, near;
+cvt.rn.f16x2.f32 $1, near, near;
+}""")
 
 
 @cache
@@ -101,3 +131,37 @@ def decode_words(
         gl.convert_layout(w2, OPERAND, assert_trivial=True),
         gl.convert_layout(w3, OPERAND, assert_trivial=True),
     )
+
+
+@gluon.jit
+def decode_scaled(
+    packed, absmax, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr
+):
+    """Bytes [N, 4, 8], of which lane c of four holds every fourth, and absmax [N, 1] -> one operand [N, 64] of weights.
+
+    Byte j of lane c is byte 4j + c of a row. A lane's 8 bytes go through the asm of `decode_words`, and what it scales
+    them with comes as operands of the same shape.
+    """
+    NF4: gl.constexpr = NF4_F16_ASM if gl.float16 == DTYPE else NF4_BF16_ASM
+    FP4: gl.constexpr = FP4_F16_ASM if gl.float16 == DTYPE else FP4_BF16_ASM
+    SCALE_ASM: gl.constexpr = F16_SCALE_ASM if gl.float16 == DTYPE else BF16_SCALE_ASM
+    N: gl.constexpr = packed.shape[0]
+    near, rest = gl.inline_asm_elementwise(
+        SCALE_ASM,
+        "=&r,=&r,r",
+        [absmax.to(gl.int32, bitcast=True)],
+        dtype=_two(gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    zero = packed.to(gl.int32) * 0  # for the shape
+    v0, v1 = gl.inline_asm_elementwise(
+        NF4 if QUANT_TYPE == "nf4" else FP4,
+        SCALED_CONSTRAINTS,
+        [packed, t0, t1, t2, t3, t4, t5, t6, t7, near[:, :, None] + zero, rest[:, :, None] + zero],
+        dtype=_two(DTYPE),
+        is_pure=True,
+        pack=4,
+    )
+    values = gl.join(v0, v1).reshape([N, 4, 2, 2, 2, 2]).permute((0, 2, 5, 3, 1, 4)).reshape([N, 64])
+    return gl.convert_layout(values, OPERAND, assert_trivial=True)

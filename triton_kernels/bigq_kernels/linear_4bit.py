@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -11,6 +11,7 @@ from torch import Tensor
 from bigq_kernels.dequantize_4bit import dequantize_4bit
 from bigq_kernels.dequantize_absmax import dequantize_absmax
 from bigq_kernels.launch import dense_linear
+from bigq_kernels.linear_4bit_configs import wgmma_config
 from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
 from bigq_kernels.linear_4bit_mma import linear_4bit_mma
 from bigq_kernels.quantize_absmax import nested_code
@@ -20,35 +21,41 @@ __all__ = ["linear_4bit"]
 
 MAX_DP4A_M = 2  # above, its work for each token costs more than the tensor core's decode, which they share
 MAX_GLUON_M = 32  # at 64, 51 us against 45 of the kernel without shared memory (14336 x 4096, H100)
-MAX_FUSED_M = 128  # above, the bf16 GEMM of cuBLAS after one dequantization is faster...
-MAX_FUSED_M_PARTIAL = 64  # ...and already here if N is too small to fill the GPU, or K leaves a partial step
+MAX_MMA_M = 128  # above, the bf16 GEMM of cuBLAS after one dequantization is faster...
+MAX_MMA_M_PARTIAL = 64  # ...and already here if N is too small to fill the GPU, or K leaves a partial step
 NARROW_N = 2048
-GLUON_RELEASES = ((3, 6), (3, 7))  # of Triton, that the Gluon kernel was compiled with: no other is promised to take it
+GLUON_RELEASES = (
+    (3, 6),
+    (3, 7),
+)  # of Triton, that the Gluon kernels were compiled with: no other is promised to take them
 
-
-def _fuses(x: Tensor, m: int, n: int) -> bool:
-    """Whether a fused kernel takes x: 16-bit, few tokens, rows of x and weight that are whole 16-byte vectors."""
-    k = x.shape[-1]
-    most = MAX_FUSED_M if n > NARROW_N and k % 64 == 0 else MAX_FUSED_M_PARTIAL
-    return 0 < m <= most and n > 0 and k % 32 == 0 and x.dtype in (torch.bfloat16, torch.float16)
+Kernel = Callable[..., None]
 
 
 @cache
 def _takes_gluon(device: torch.device) -> bool:
-    """Whether the Gluon kernel runs there: it wants PTX, cp.async, bfloat16 and a release it is known to."""
+    """Whether Gluon kernels run there: they want PTX, cp.async, bfloat16 and a release they are known to."""
     release = tuple(int(part) for part in triton.__version__.split(".")[:2])
     ptx, _ = device_features(device)
     return ptx and torch.cuda.get_device_capability(device) >= (8, 0) and release in GLUON_RELEASES
 
 
-def _kernel(device: torch.device, m: int, block_size: int) -> Callable[..., None]:
+def _fused_kernel(device: torch.device, m: int, n: int, k: int, block_size: int) -> Kernel | None:
+    """The fastest for m tokens of 16 bits and rows of whole 16-byte vectors; None where that is cuBLAS, dequantized."""
     if m <= MAX_DP4A_M:
         return linear_4bit_dp4a
-    if m <= MAX_GLUON_M and block_size >= 64 and _takes_gluon(device):
-        from bigq_kernels.linear_4bit_gluon import linear_4bit_gluon  # what it imports other releases need not have
+    if block_size >= 64 and _takes_gluon(device):
+        config = wgmma_config(device, m, n, k)
+        if config is not None:
+            from bigq_kernels.linear_4bit_wgmma import linear_4bit_wgmma  # it imports what other releases may not have
 
-        return linear_4bit_gluon
-    return linear_4bit_mma
+            return partial(linear_4bit_wgmma, config=config)
+        if m <= MAX_GLUON_M:
+            from bigq_kernels.linear_4bit_gluon import linear_4bit_gluon  # likewise
+
+            return linear_4bit_gluon
+    most = MAX_MMA_M if n > NARROW_N and k % 64 == 0 else MAX_MMA_M_PARTIAL
+    return linear_4bit_mma if m <= most else None
 
 
 def _contiguous(t: Tensor) -> Tensor:
@@ -70,7 +77,10 @@ def linear_4bit(
     """x [..., K] times packed [N, ceil(K/2)] transposed, plus bias [N], in x's dtype; absmax is uint8 if nested."""
     n, k = weight.shape[0], x.shape[-1]
     m = x.numel() // k if k else 0
-    if not _fuses(x, m, n):
+    fused = None
+    if m > 0 and n > 0 and k % 32 == 0 and x.dtype in (torch.bfloat16, torch.float16):
+        fused = _fused_kernel(x.device, m, n, k, block_size)
+    if fused is None:
         if nested_absmax is not None and nested_offset is not None:
             absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
         dense = dequantize_4bit(weight, absmax, quant_type, block_size, k, x.dtype)
@@ -80,9 +90,8 @@ def linear_4bit(
     nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
     if nested_absmax is not None and nested_offset is not None:
         nested = (nested_absmax, nested_offset, nested_code(x.device))
-    kernel = _kernel(x.device, m, block_size)
     rows = _contiguous(x.reshape(m, k))
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device_of(x):
-        kernel(rows, _contiguous(weight), absmax.contiguous(), bias, nested, out, quant_type, block_size)
+        fused(rows, _contiguous(weight), absmax.contiguous(), bias, nested, out, quant_type, block_size)
     return out

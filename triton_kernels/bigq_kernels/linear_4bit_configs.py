@@ -12,10 +12,21 @@ import torch
 
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = ["Dp4aConfig", "GluonConfig", "MmaConfig", "dp4a_config", "gluon_config", "mma_config", "split_steps"]
+__all__ = [
+    "Dp4aConfig",
+    "GluonConfig",
+    "MmaConfig",
+    "WgmmaConfig",
+    "dp4a_config",
+    "gluon_config",
+    "mma_config",
+    "split_steps",
+    "wgmma_config",
+]
 
 HOPPER = (9, 0)
 SHAPES = ("narrow", "middle", "deep", "wide", "large")
+MIN_TOKEN_FILL = 3 / 4  # of several tiles of tokens: one of 256 that is half empty costs what dequantizing does
 STEP = 256  # elements of K in a step of the Gluon kernel
 MIN_STEPS = 2  # a program with fewer has nothing to overlap
 MIN_PROGRAMS = (
@@ -57,6 +68,17 @@ class GluonConfig:
     registers: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class WgmmaConfig:
+    """Tile and programs along K of `linear_4bit_wgmma`; `registers` caps a thread's."""
+
+    block_m: int
+    block_n: int
+    split: int
+    warps: int
+    registers: int | None
+
+
 # fmt: off
 # By GPU, shape and M: (BLOCK_N, BLOCK_C, warps). Two tokens leave registers for 4 rows; few rows need more warps each.
 DP4A = {HOPPER: {
@@ -78,6 +100,17 @@ MMA = {HOPPER: {
                128: (64, 1, 1, 4, 3)},
     "large":  {8: (32, 4, 2, 2, 3), 16: (64, 8, 1, 2, 4), 32: (64, 4, 1, 2, 4), 64: (128, 4, 1, 8, 4),
                128: (64, 1, 1, 4, 3)},
+}}
+# By GPU, shape and tokens, up to a power of two: (BLOCK_M, BLOCK_N, SPLIT, warps, registers). Without a row another way
+# is faster: small weights fill a GPU better with the smaller tiles of MMA, many tokens with the large ones of cuBLAS.
+WGMMA: dict[tuple[int, int], dict[str, dict[int, tuple[int, int, int, int, int | None]]]] = {HOPPER: {
+    "narrow": {},
+    "middle": {256: (128, 64, 1, 4, None)},
+    "deep":   {64: (64, 64, 4, 4, 128), 128: (128, 64, 4, 4, None), 256: (128, 64, 2, 4, None)},
+    "wide":   {32: (32, 128, 1, 8, None), 64: (64, 128, 1, 8, None), 128: (128, 128, 1, 8, None),
+               256: (256, 128, 1, 8, None), 512: (256, 128, 1, 8, None)},
+    "large":  {64: (64, 128, 1, 8, None), 128: (128, 128, 1, 8, None), 256: (256, 128, 1, 8, None),
+               512: (256, 128, 1, 8, None)},
 }}
 # fmt: on
 
@@ -164,3 +197,15 @@ def gluon_config(device: torch.device, m: int, n: int, k: int) -> GluonConfig:
         warps=warps,
         registers=registers,
     )
+
+
+def wgmma_config(device: torch.device, m: int, n: int, k: int) -> WgmmaConfig | None:
+    """For m tokens and a weight of n x k; None where another way is faster, and on GPUs that are not Hopper."""
+    capability, _ = _gpu(device)
+    row = WGMMA.get(capability, {}).get(shape_class(n, k), {}).get(next_power_of_2(m))
+    if row is None:
+        return None
+    block_m, block_n, split, warps, registers = row
+    if m < ceil_div(m, block_m) * block_m * MIN_TOKEN_FILL and m > block_m:
+        return None
+    return WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)

@@ -12,15 +12,13 @@ and `linear_4bit_mma` on others. It has no interpreter either, so values are tes
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-from triton.language.extra.cuda import gdc_wait
 
 from bigq_kernels.decode_words import code_layout, code_tables, decode_words
+from bigq_kernels.gluon_tiles import add_splits, barrier, load_absmax, zero_counts_kernel
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_4bit_configs import GluonConfig, gluon_config
 from bigq_kernels.tiles import ceil_div, device_features
@@ -28,7 +26,6 @@ from bigq_kernels.tiles import ceil_div, device_features
 __all__ = ["linear_4bit_gluon"]
 
 STEP_BYTES = gl.constexpr(128)  # of a row in one stage
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
 
 
 @gluon.constexpr_function
@@ -39,14 +36,6 @@ def _token_layout(block_m):
     """
     bases = [[1, 0], [8, 0], [16, 0], [32, 0], [2, 0], [4, 0], [32, 1]]
     return gl.SharedLinearLayout(offset_bases=bases + [[0, 2 << i] for i in range(block_m.bit_length() - 2)])
-
-
-@triton.jit
-def _zero_kernel(count_ptr, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(count_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < tiles)
 
 
 @gluon.jit
@@ -68,24 +57,12 @@ def _copy_stage(
 
 
 @gluon.jit
-def _load_absmax(absmax_ptr, first, row, block, B, nested_ptr, offset_ptr, code_ptr):
-    """As `load_absmax`, of one block of every row; behind the last block of a row, where all codes are 0, the last."""
-    index = row * B + gl.minimum(block, B - 1)
-    value = gl.load(absmax_ptr + first + index)
-    if nested_ptr is None:
-        return value
-    else:
-        nested = gl.load(nested_ptr + first // 256 + (((first % 256).to(gl.int32) + index) >> 8))
-        return gl.load(code_ptr + value.to(gl.int32)) * nested + gl.load(offset_ptr)
-
-
-@gluon.jit
 def _step_absmax(absmax_ptr, first, row, step, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE: gl.constexpr):
     """Of the four times 64 elements of a step."""
-    b0 = _load_absmax(absmax_ptr, first, row, step * 256 // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
-    b1 = _load_absmax(absmax_ptr, first, row, (step * 256 + 64) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
-    b2 = _load_absmax(absmax_ptr, first, row, (step * 256 + 128) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
-    b3 = _load_absmax(absmax_ptr, first, row, (step * 256 + 192) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
+    b0 = load_absmax(absmax_ptr, first, row, step * 256 // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
+    b1 = load_absmax(absmax_ptr, first, row, (step * 256 + 64) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
+    b2 = load_absmax(absmax_ptr, first, row, (step * 256 + 128) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
+    b3 = load_absmax(absmax_ptr, first, row, (step * 256 + 192) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
     return b0, b1, b2, b3
 
 
@@ -99,7 +76,7 @@ def _linear_4bit_gluon_kernel(
     offset_ptr,
     code_ptr,
     partial_ptr,  # [tiles, SPLIT, BLOCK_N, BLOCK_M] float32
-    count_ptr,  # [tiles] int32, zero once gdc_wait returns: how many programs have finished the tile
+    count_ptr,  # [tiles] int32, zero once the kernel before has ended: how many programs have finished the tile
     out_ptr,  # [M, N]
     M,
     N,
@@ -162,7 +139,7 @@ def _linear_4bit_gluon_kernel(
     absmax = _step_absmax(absmax_ptr, absmax_first, absmax_row, start, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE)
     for step in range(start, stop):
         async_copy.wait_group(STAGES - 2)
-        _barrier()  # the copies of all threads have landed, and nobody reads the stage that is filled next
+        barrier()  # the copies of all threads have landed, and nobody reads the stage that is filled next
         if step + STAGES - 1 < stop:
             _copy_stage(step + STAGES - 1, w_smem, x_smem, w_ptrs, x_ptrs, in_m, byte, column, PAIRS, STAGES, EVEN)
         async_copy.commit_group()
@@ -181,19 +158,10 @@ def _linear_4bit_gluon_kernel(
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     in_m = (m < M) & (n >= 0)[:, None]  # the second for the shape
     partial_ptrs = partial_ptr + tile * (SPLIT * BLOCK_M * BLOCK_N) + (m + n[:, None] * BLOCK_M)
-    last = 0
+    is_last = True
     if SPLIT > 1:
-        gl.store(partial_ptrs + split * (BLOCK_M * BLOCK_N), total, mask=in_m)
-        if PDL:
-            gdc_wait()
-        _barrier()  # the whole program has stored, then one thread publishes it
-        last = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu")
-    if last == SPLIT - 1:
-        if SPLIT > 1:
-            total = zero
-            for i in gl.static_range(SPLIT):
-                # .cg reads L2: another program wrote this after our L1 may have cached it.
-                total += gl.load(partial_ptrs + i * (BLOCK_M * BLOCK_N), mask=in_m, other=0.0, cache_modifier=".cg")
+        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_m, SPLIT, PDL)
+    if is_last:
         if bias_ptr is not None:
             total += gl.load(bias_ptr + first_row + n, mask=n <= last_row, other=0.0).to(gl.float32)[:, None]
         out_ptrs = out_ptr + first_row + m.to(gl.int64) * N + n[:, None]
@@ -226,7 +194,7 @@ def linear_4bit_gluon(
     numel = tiles * split * config.block_m * config.block_n if split > 1 else 0
     partial = torch.empty(numel, dtype=torch.float32, device=x.device)
     if split > 1:
-        launch(_zero_kernel, (ceil_div(tiles, 1024),), count, tiles, BLOCK=1024, PDL=pdl, options={})
+        launch(zero_counts_kernel, (ceil_div(tiles, 1024),), count, tiles, BLOCK=1024, PDL=pdl, options={})
     launch(
         _linear_4bit_gluon_kernel,
         (tiles, split),

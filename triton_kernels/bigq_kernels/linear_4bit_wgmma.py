@@ -1,0 +1,283 @@
+"""Dozens to hundreds of tokens times a 4-bit weight by Hopper's wgmma, with weights decoded into registers, in Gluon.
+
+- The weight is the operand that comes from registers, 64 rows a warp group, and the tokens the one in shared memory.
+- While the tensor cores multiply a slice of 64 elements of K, the warps decode the next one: two slices of weights are
+  in registers. Triton's own pipeline does not overlap the two.
+- Operands are in the natural order of K, so lane c of four holds every fourth byte of a row.
+- absmax is multiplied in after decoding, in 16 bits and with what 16 bits miss of it: scaling sums instead would take a
+  second set of sums, for which 128 tokens and more leave no registers.
+- K is split over programs where tiles are too few; the last to finish a tile adds the partial sums in their order.
+
+For what Gluon promises, and where this kernel is taken, see `linear_4bit`; values are tested on a GPU only.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from bigq_kernels.decode_words import code_tables, decode_scaled
+from bigq_kernels.gluon_tiles import add_splits, barrier, load_absmax, zero_counts_kernel
+from bigq_kernels.launch import launch
+from bigq_kernels.linear_4bit_configs import WgmmaConfig
+from bigq_kernels.tiles import ceil_div
+
+__all__ = ["linear_4bit_wgmma"]
+
+STEP_BYTES = gl.constexpr(128)  # of a row in one stage of weights: 256 elements of K, four slices of 64
+W_STAGES = gl.constexpr(3)
+
+
+@gluon.constexpr_function
+def _code_layout(block_n, warps):
+    """[block_n, 4, 8] bytes as wgmma wants its operand: lane (g, c) of a warp has column c of rows g and g + 8."""
+    rows = [[16 << i, 0, 0] for i in range((block_n // 16).bit_length() - 1)]
+    of_warps = warps.bit_length() - 1
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 0, 2], [0, 0, 4], [8, 0, 0], *rows[of_warps:]],
+        lane_bases=[[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        warp_bases=rows[:of_warps],
+        block_bases=[],
+        shape=[block_n, 4, 8],
+    )
+
+
+@gluon.constexpr_function
+def _byte_layout(block_n):
+    """[block_n, 4, 32] as what lies there as [block_n, 128], units of 16 bytes swizzled by the low bits of the row."""
+    rows = [[1 << i, 0, 4 << i if i < 3 else 0] for i in range(block_n.bit_length() - 1)]
+    return gl.SharedLinearLayout(offset_bases=[[0, 1, 0], [0, 2, 0], *([0, 0, 1 << i] for i in range(5)), *rows])
+
+
+@gluon.jit
+def _copy_tokens(slice_, stage, x_ptrs, in_m, column, K, EVEN: gl.constexpr):
+    """Start the copies of 64 elements of every token."""
+    mask = in_m
+    if not EVEN:
+        mask = mask & (column + slice_ * 64 < K)
+    async_copy.async_copy_global_to_shared(stage, x_ptrs + slice_ * 64, mask=mask)
+
+
+@gluon.jit
+def _copy_weights(
+    step,
+    into,
+    w_smem,
+    absmax_smem,
+    w_ptrs,
+    byte,
+    absmax_ptr,
+    absmax_first,
+    row,
+    part,
+    PAIRS,
+    B,
+    nested_ptr,
+    offset_ptr,
+    code_ptr,
+    BLOCK_SIZE: gl.constexpr,
+    EVEN: gl.constexpr,
+):
+    """Start the copies of one step into stage `into`: STEP_BYTES of every row, and its four scales."""
+    if EVEN:
+        async_copy.async_copy_global_to_shared(
+            w_smem.index(into), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first"
+        )
+    else:
+        in_row = byte + step * STEP_BYTES < PAIRS
+        async_copy.async_copy_global_to_shared(w_smem.index(into), w_ptrs + step * STEP_BYTES, mask=in_row)
+    block = (step * 4 + part) * 64 // BLOCK_SIZE
+    if nested_ptr is not None:
+        absmax = load_absmax(absmax_ptr, absmax_first, row, block, B, nested_ptr, offset_ptr, code_ptr)
+        absmax_smem.index(into).store(absmax)
+    else:
+        if not (EVEN and BLOCK_SIZE == 64):  # else there are four blocks a step, and their copy is 16 bytes
+            block = gl.minimum(block, B - 1)
+        async_copy.async_copy_global_to_shared(absmax_smem.index(into), absmax_ptr + absmax_first + row * B + block)
+
+
+@gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
+def _linear_4bit_wgmma_kernel(
+    x_ptr,  # [M, K]
+    weight_ptr,  # [N, PAIRS] uint8: element 2i in the high nibble
+    absmax_ptr,  # [N, B] float32, or uint8 if nested
+    bias_ptr,  # [N] or None
+    nested_ptr,  # see load_absmax
+    offset_ptr,
+    code_ptr,
+    partial_ptr,  # [tiles, SPLIT, BLOCK_N, BLOCK_M] float32
+    count_ptr,  # [tiles] int32, zero once the kernel before has ended: how many programs have finished the tile
+    out_ptr,  # [M, N]
+    M,
+    N,
+    PAIRS,
+    B,
+    steps_per_split,
+    t0,
+    t1,
+    t2,
+    t3,
+    t4,
+    t5,
+    t6,
+    t7,
+    QUANT_TYPE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    EVEN: gl.constexpr,  # K divides into whole steps: fewer masks in the loop
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    SPLIT: gl.constexpr,
+):
+    WARPS: gl.constexpr = gl.num_warps()
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    W_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    CODES: gl.constexpr = _code_layout(BLOCK_N, WARPS)
+    W_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    ABSMAX_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
+    w_smem = gl.allocate_shared_memory(
+        gl.uint8, [W_STAGES, BLOCK_N, STEP_BYTES], gl.SwizzledSharedLayout(16, 1, 8, order=[1, 0])
+    )
+    w_bytes = w_smem._reinterpret(gl.uint8, [W_STAGES, BLOCK_N, 4, STEP_BYTES // 4], _byte_layout(BLOCK_N))
+    absmax_smem = gl.allocate_shared_memory(
+        gl.float32, [W_STAGES, BLOCK_N, 4], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    )
+    # Four stages of tokens, each a buffer of its own: of one buffer, each copy would wait for the reads of all stages.
+    X_STAGE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    x_smem = (
+        gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
+        gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
+        gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
+        gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
+    )
+
+    K = PAIRS * 2
+    m_tiles = gl.cdiv(M, BLOCK_M)  # programs of one tile of the weight follow each other, so it is read once
+    tile = gl.program_id(0).to(gl.int64)
+    first_m = tile % m_tiles * BLOCK_M
+    first_row = tile // m_tiles * BLOCK_N
+    split = gl.program_id(1)
+    last_row = (N - 1 - first_row).to(gl.int32)  # rows past N read the last row; their result is not stored
+    row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
+    byte = gl.arange(0, STEP_BYTES, gl.SliceLayout(0, W_COPY))[None, :] + row * 0
+    w_ptrs = weight_ptr + first_row * PAIRS + (row * PAIRS + byte)
+    token = gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_COPY))[:, None]
+    column = gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :] + token * 0
+    x_ptrs = x_ptr + first_m * K + (token * K + column)
+    in_m = (first_m + token < M) & (column >= 0)  # the second for the shape
+    absmax_first = first_row * B
+    absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, ABSMAX_COPY)), last_row)[:, None]
+    part = gl.arange(0, 4, gl.SliceLayout(0, ABSMAX_COPY))[None, :] + absmax_row * 0
+
+    start = split * steps_per_split
+    stop = gl.minimum(start + steps_per_split, gl.cdiv(PAIRS, STEP_BYTES))
+    gl.assume(start < stop)  # or a way past the loop sets the sums, for which ptxas serializes all products
+    for i in gl.static_range(2):
+        step = gl.minimum(start + i, stop - 1)
+        _copy_weights(
+            step, (start + i) % W_STAGES, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr, absmax_first, absmax_row,
+            part, PAIRS, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE, EVEN,
+        )  # fmt: skip
+        _copy_tokens(start * 4 + i, x_smem[i], x_ptrs, in_m, column, K, EVEN)
+        async_copy.commit_group()
+    total = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, MMA)
+    w_before = gl.full([BLOCK_N, 64], 0.0, DTYPE, W_OPERAND)
+    for step in range(start, stop):
+        for i in gl.static_range(4):
+            # Triton's own pipelines do not fence copies for wgmma either. A fence waits for all copies in flight, which
+            # would be the longest part of a slice.
+            async_copy.wait_group(1)
+            barrier()  # the slice has landed for all, and nobody reads the stages that are filled next
+            ahead = gl.minimum(step * 4 + i + 2, stop * 4 - 1)  # past the end: the last once more, which nobody reads
+            _copy_tokens(ahead, x_smem[(i + 2) % 4], x_ptrs, in_m, column, K, EVEN)
+            if i == 0:
+                ahead = gl.minimum(step + 2, stop - 1)
+                _copy_weights(
+                    ahead, (step + 2) % W_STAGES, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr, absmax_first,
+                    absmax_row, part, PAIRS, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE, EVEN,
+                )  # fmt: skip
+            async_copy.commit_group()
+            absmax = absmax_smem.index(step % W_STAGES).slice(i, 1, dim=1).load(gl.SliceLayout(2, CODES))
+            packed = w_bytes.index(step % W_STAGES).slice(8 * i, 8, dim=2).load(CODES)
+            w = decode_scaled(packed, absmax, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
+            total = warpgroup_mma(w, x_smem[i].permute((1, 0)), total, is_async=True)
+            total, _ = warpgroup_mma_wait(1, deps=[total, w_before])  # the product before, which read w_before
+            w_before = w
+    total = warpgroup_mma_wait(0, deps=[total])
+
+    is_last = True
+    if SPLIT > 1:
+        tile_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))[None, :]
+        tile_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))[:, None]
+        in_tile = (first_m + tile_m < M) & (tile_n >= 0)
+        partial_ptrs = partial_ptr + tile * (SPLIT * BLOCK_M * BLOCK_N) + (tile_m + tile_n * BLOCK_M)
+        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_tile, SPLIT, SPLIT > 1)
+    if is_last:
+        if bias_ptr is not None:
+            bias_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+            bias = gl.load(bias_ptr + first_row + bias_n, mask=bias_n <= last_row, other=0.0)
+            total += bias.to(gl.float32)[:, None]
+        out = gl.convert_layout(total.to(DTYPE), OUT)  # 16 bytes of an output row a store
+        m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
+        n = (first_row.to(gl.int32) + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT)))[:, None]
+        gl.store(out_ptr + first_m * N + (m.to(gl.int64) * N + n), out, mask=(first_m + m < M) & (n < N))
+
+
+def linear_4bit_wgmma(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
+    out: Tensor,
+    quant_type: str,
+    block_size: int,
+    config: WgmmaConfig,
+) -> None:
+    """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
+
+    K % 32 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M.
+    """
+    m, _ = x.shape
+    n, pairs = weight.shape
+    tiles = ceil_div(n, config.block_n) * ceil_div(m, config.block_m)
+    steps = ceil_div(pairs, STEP_BYTES.value)
+    steps_per_split = ceil_div(steps, config.split)
+    split = ceil_div(steps, steps_per_split)
+    is_split = split > 1
+    count = torch.empty(tiles if is_split else 0, dtype=torch.int32, device=x.device)
+    numel = tiles * split * config.block_m * config.block_n if is_split else 0
+    partial = torch.empty(numel, dtype=torch.float32, device=x.device)
+    if is_split:
+        launch(zero_counts_kernel, (ceil_div(tiles, 1024),), count, tiles, BLOCK=1024, PDL=True, options={})
+    launch(
+        _linear_4bit_wgmma_kernel,
+        (tiles, split),
+        x,
+        weight,
+        absmax,
+        bias,
+        *nested,
+        partial,
+        count,
+        out,
+        m,
+        n,
+        pairs,
+        absmax.shape[1],
+        steps_per_split,
+        *code_tables(quant_type, x.dtype),
+        QUANT_TYPE=quant_type,
+        BLOCK_SIZE=block_size,
+        EVEN=pairs % STEP_BYTES.value == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        SPLIT=split,
+        options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": is_split},
+    )
