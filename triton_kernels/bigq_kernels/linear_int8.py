@@ -17,11 +17,11 @@ from bigq_kernels.launch import launch
 from bigq_kernels.linear_int8_configs import Int8Config, int8_config
 from bigq_kernels.planes_int8 import quantize_planes
 from bigq_kernels.tiles import device_features, next_power_of_2
-from bigq_kernels.tokens_int8 import dense_of, gather_outliers, outlier_columns, quantize_tokens, rest_of
+from bigq_kernels.tokens_int8 import gather_block, gather_outliers, quantize_tokens
 
 __all__ = ["linear_int8"]
 
-CAPACITY = 128  # outlier columns that are gathered before the product; it gathers any further ones itself
+CAPACITY = 128  # outlier columns that are gathered before the product, if any; it gathers any further ones itself
 BLOCK_OUTLIERS = 16  # the least that a tensor core takes; 32 spills registers in the largest tile
 PREFETCH_BYTES = tl.constexpr(512)
 PREFETCH_ASM = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH_BYTES.value}; mov.b32 $0, 0;")
@@ -43,7 +43,7 @@ def _linear_int8_kernel(
     x_ptr,  # [M, K]
     count_ptr,  # see _quantize_tokens_kernel
     column_ptr,
-    rest_ptr,  # see _gather_outliers_kernel; None without a list of outliers
+    rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
     dense_ptr,
     total_ptr,
     partial_ptr,  # [split, tiles, BLOCK_M, BLOCK_N] int32; None without a split
@@ -68,7 +68,6 @@ def _linear_int8_kernel(
     BLOCK_OUTLIERS: tl.constexpr,
     GROUP_M: tl.constexpr,  # tiles of M that share their tiles of N in L2
 ):
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     first_m = tile // (GROUP_M * tiles_n) * GROUP_M
@@ -98,13 +97,19 @@ def _linear_int8_kernel(
     scale = tl.load(scale_ptr + scale_row, mask=in_tile, other=0.0)
 
     # The first outlier columns are on their way while the loop below runs.
-    number = tl.arange(0, BLOCK_OUTLIERS)
     if count_ptr is not None:
-        count = tl.load(total_ptr)
-        rest_ptrs = rest_ptr + tl.minimum(m, M - 1)[:, None] * CAPACITY + number[None, :]
-        dense_ptrs = dense_ptr + tl.minimum(n, N - 1)[:, None] * CAPACITY + number[None, :]
-        first_rest = tl.load(rest_ptrs)
-        first_dense = tl.load(dense_ptrs)
+        if rest_ptr is None:
+            first_rest, first_dense, count = gather_block(
+                x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
+                count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
+            )  # fmt: skip
+        else:
+            count = tl.load(total_ptr)
+            number = tl.arange(0, BLOCK_OUTLIERS)[None, :]
+            rest_ptrs = rest_ptr + tl.minimum(m, M - 1)[:, None] * CAPACITY + number
+            dense_ptrs = dense_ptr + tl.minimum(n, N - 1)[:, None] * CAPACITY + number
+            first_rest = tl.load(rest_ptrs)
+            first_dense = tl.load(dense_ptrs)
 
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -119,34 +124,33 @@ def _linear_int8_kernel(
 
     is_last = True
     if partial_ptr is not None:
-        size: tl.constexpr = BLOCK_M * BLOCK_N
-        partial_ptrs = partial_ptr + tile.to(tl.int64) * size
-        partial_ptrs += tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        stride = tl.num_programs(0).to(tl.int64) * size
-        tl.store(partial_ptrs + tl.program_id(1) * stride, total)
+        offset = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        partial_ptr += tile.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        stride = tl.num_programs(0).to(tl.int64) * (BLOCK_M * BLOCK_N)
+        tl.store(partial_ptr + tl.program_id(1) * stride + offset, total)
         tl.debug_barrier()  # the whole program has stored, then one thread publishes it
         is_last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == split - 1
     if is_last:
         if partial_ptr is not None:
             for i in tl.range(1, split, num_stages=1):  # not staged through shared memory
                 # .cg reads L2: another program wrote this after our L1 may have cached it.
-                total += tl.load(partial_ptrs + (tl.program_id(1) + i) % split * stride, cache_modifier=".cg")
+                total += tl.load(partial_ptr + (tl.program_id(1) + i) % split * stride + offset, cache_modifier=".cg")
         out = total.to(tl.float32) * (scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
 
         if PLANES:
             out = tl.sum(tl.reshape(out, (4, BLOCK_M // 4, BLOCK_N)), axis=0)
         if count_ptr is not None:
             out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
-            for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
-                out = tl.dot(tl.load(rest_ptrs + start), tl.load(dense_ptrs + start).T, out, input_precision="ieee")
-            for start in range(CAPACITY, count, BLOCK_OUTLIERS):
-                column, _ = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS)
-                in_list = (start + number < count)[None, :]
-                x = tl.load(x_ptr + x_row + column[None, :], mask=in_m & in_list, other=0.0)
-                codes = tl.load(codes_ptr + x_row + column[None, :], mask=in_m & in_list, other=0)
-                weight = tl.load(weight_ptr + weight_row + column[None, :], mask=in_list, other=0)
-                rest = rest_of(x, codes, scale[:, None])
-                out = tl.dot(rest, dense_of(weight, absmax[:, None], DTYPE).T, out, input_precision="ieee")
+            if rest_ptr is not None:
+                for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
+                    rest, dense = tl.load(rest_ptrs + start), tl.load(dense_ptrs + start)
+                    out = tl.dot(rest, dense.T, out, input_precision="ieee")
+            for start in range(BLOCK_OUTLIERS if rest_ptr is None else CAPACITY, count, BLOCK_OUTLIERS):
+                rest, dense, _ = gather_block(
+                    x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
+                    count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
+                )  # fmt: skip
+                out = tl.dot(rest, dense.T, out, input_precision="ieee")
 
         if bias_ptr is not None:
             out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -184,7 +188,7 @@ def linear_int8(
             codes, scale = quantize_planes(rows, threshold, config.block_m // 4, arrived, pdl)
         else:
             codes, scale, counts, columns = quantize_tokens(rows, threshold, arrived, pdl)
-        if counts is not None and columns is not None:
+        if config.gather and counts is not None and columns is not None:
             rest, dense, total = gather_outliers(
                 rows, codes, scale, weight, absmax, counts, columns, CAPACITY, BLOCK_OUTLIERS, pdl
             )

@@ -29,6 +29,7 @@ class Int8Config:
     registers: int | None = None  # most a thread may have
     prefetches: int = 0
     planes: bool = False  # outliers as two more int8 rows a token: block_m holds 4 groups of tokens
+    gather: bool = False  # outlier columns in a launch of their own: worth it where many programs read them
     split: int = 1
     steps_per_split: int = 0  # of block_k columns; 0 means all
 
@@ -57,10 +58,10 @@ def _tile(m: int, n: int, dtype: torch.dtype, outliers: bool) -> Int8Config:
     if m <= 64:
         return Int8Config(block_m=64, block_n=64 if n > 8192 else 32, block_k=128, warps=4, stages=4, prefetches=2)
     if m <= 256 or n <= 2048:
-        return Int8Config(block_m=128, block_n=64, block_k=128, warps=4, stages=4)
+        return Int8Config(block_m=128, block_n=64, block_k=128, warps=4, stages=4, gather=m > 128)
     if m > 1024 or n <= 8192:  # two programs an SM: 384 us at 4096 x 14336 x 4096, 460 for the tile below
-        return Int8Config(block_m=128, block_n=128, block_k=128, warps=8, stages=3, registers=128)
-    return Int8Config(block_m=128, block_n=256, block_k=128, warps=8, stages=3)
+        return Int8Config(block_m=128, block_n=128, block_k=128, warps=8, stages=3, registers=128, gather=True)
+    return Int8Config(block_m=128, block_n=256, block_k=128, warps=8, stages=3, gather=True)
 
 
 @cache

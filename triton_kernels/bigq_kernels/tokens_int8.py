@@ -16,7 +16,7 @@ from bigq_kernels.launch import launch
 from bigq_kernels.linear_int8_configs import MAX_SPLIT_TILES
 from bigq_kernels.tiles import absmax_bits, ceil_div, encode_int8, int8_inverse, next_power_of_2
 
-__all__ = ["dense_of", "gather_outliers", "outlier_columns", "quantize_tokens", "rest_of", "zero_arrivals"]
+__all__ = ["gather_block", "gather_outliers", "quantize_tokens", "zero_arrivals"]
 
 
 @triton.jit
@@ -125,6 +125,33 @@ def rest_of(x, codes, scale):
 def dense_of(weight, absmax, DTYPE: tl.constexpr):
     """The dequantized weight, as `dequantize_int8` has it."""
     return (weight.to(tl.float32) * absmax * (1.0 / 127.0)).to(DTYPE)
+
+
+@triton.jit
+def gather_block(
+    x_ptr,
+    codes_ptr,
+    weight_ptr,
+    x_row,  # [BLOCK_M, 1]: where a row starts, and so below
+    weight_row,
+    in_m,
+    scale,  # [BLOCK_M]
+    absmax,
+    count_ptr,
+    column_ptr,
+    start,
+    segments,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(rest, dequantized weight, how many in all) of outlier columns number start to start + BLOCK, 0 past the last."""
+    column, count = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK)
+    in_list = (start + tl.arange(0, BLOCK) < count)[None, :]
+    x = tl.load(x_ptr + x_row + column[None, :], mask=in_m & in_list, other=0.0)
+    codes = tl.load(codes_ptr + x_row + column[None, :], mask=in_m & in_list, other=0)
+    weight = tl.load(weight_ptr + weight_row + column[None, :], mask=in_list, other=0)
+    return rest_of(x, codes, scale[:, None]), dense_of(weight, absmax[:, None], x.dtype), count
 
 
 @triton.jit(do_not_specialize=["M"])
