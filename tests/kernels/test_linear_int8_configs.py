@@ -44,3 +44,10 @@ def test_only_a_few_tokens_of_16_bits_have_planes(m, planes):
     assert int8_config(CPU, m, 4096, 4096, torch.float16, True).planes is planes
     assert not int8_config(CPU, m, 4096, 4096, torch.float16, False).planes
     assert not int8_config(CPU, m, 4096, 4096, torch.float32, True).planes
+
+
+@pytest.mark.parametrize("m, gather", [(128, False), (129, True), (4096, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1024, 4096, 14336])
+def test_many_tokens_have_their_outliers_gathered_before(n, dtype, m, gather):
+    assert int8_config(CPU, m, n, 4096, dtype, True).gather is gather

@@ -54,7 +54,7 @@ def _tile(m: int, n: int, dtype: torch.dtype, outliers: bool) -> Int8Config:
     if m <= 16 and not outliers:  # 128 programs at N = 4096, each with 48 KiB in flight
         return Int8Config(block_m=16, block_n=64 if n > 8192 else 32, block_k=256, warps=4, stages=4, prefetches=2)
     if dtype == torch.float32 and outliers:  # the float32 product has no tensor core: a larger tile spills
-        return Int8Config(block_m=64, block_n=32, block_k=128, warps=4, stages=4)
+        return Int8Config(block_m=64, block_n=32, block_k=128, warps=4, stages=4, gather=m > 128)
     if m <= 64:
         return Int8Config(block_m=64, block_n=64 if n > 8192 else 32, block_k=128, warps=4, stages=4, prefetches=2)
     if m <= 256 or n <= 2048:
