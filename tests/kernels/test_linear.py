@@ -9,6 +9,7 @@ from bigq import reference
 from bigq_kernels.linear_4bit import MAX_MMA_M, _takes_gluon, linear_4bit
 from bigq_kernels.linear_4bit_configs import WGMMA, WgmmaConfig, gluon_config, wgmma_config
 from bigq_kernels.linear_int8 import linear_int8
+from bigq_kernels.linear_int8_configs import int8_config
 from bigq_kernels.quantize_absmax import nested_code
 
 # The interpreter truncates float32 to bfloat16 instead of rounding.
@@ -227,9 +228,14 @@ WGMMA_ROWS = sorted({row for rows in WGMMA[9, 0].values() for row in rows.values
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    "quant_type, nested, dtype",
+    [
+        pytest.param("nf4", False, torch.bfloat16, id="nf4-bfloat16"),
+        pytest.param("nf4", True, torch.bfloat16, id="nf4-nested-bfloat16"),
+        pytest.param("fp4", True, torch.float16, id="fp4-nested-float16"),
+    ],
+)
 @pytest.mark.parametrize("row", WGMMA_ROWS, ids=str)
 @pytest.mark.parametrize(
     "n, k, block_size",
@@ -406,6 +412,30 @@ def test_linear_int8_of_few_tokens_with_outliers_of_very_different_sizes(m, devi
     exact = exact_linear_int8(x, weight, absmax, 6.0)
     baseline = reference.linear_int8(x, weight, absmax, None, 6.0)
     assert_within_budget(linear_int8(x, weight, absmax, None, 6.0), exact, baseline)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.5], ids="threshold={}".format)
+@pytest.mark.parametrize("m", [2, 20, 130], ids="tokens={}".format)
+def test_linear_int8_split_along_k_gives_the_same_bits(m, threshold, device):
+    x, weight, absmax = int8_case(m, 70, 700, torch.bfloat16, device)
+    config = int8_config(x.device, m, 70, 700, x.dtype, threshold > 0)
+    steps = -(-700 // config.block_k)
+    outputs = [
+        linear_int8(
+            x, weight, absmax, None, threshold, replace(config, split=-(-steps // per_split), steps_per_split=per_split)
+        )
+        for per_split in (steps, 2, 1)
+    ]
+    assert torch.equal(outputs[1], outputs[0])
+    assert torch.equal(outputs[2], outputs[0])
+
+
+@pytest.mark.parametrize("m", [20, 130], ids="tokens={}".format)
+def test_linear_int8_gathers_the_same_outliers_before_the_product_and_in_it(m, device):
+    x, weight, absmax = int8_case(m, 24, 300, torch.bfloat16, device)
+    config = int8_config(x.device, m, 24, 300, x.dtype, True)
+    outputs = [linear_int8(x, weight, absmax, None, 2.0, replace(config, gather=gather)) for gather in (True, False)]
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.gpu

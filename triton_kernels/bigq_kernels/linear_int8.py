@@ -2,11 +2,11 @@
 
 Which columns are outliers is known on the device only. The GEMM reads their list and their number there: no host
 synchronization, static shapes, capturable in a CUDA graph. On Hopper it starts while the tokens are being quantized,
-and has the first bytes of its weights brought to L2 meanwhile.
+and has the first bytes of its weights brought to L2 meanwhile. Where tiles are too few for the GPU, K is split over
+programs; the one that finishes a tile last adds the partial sums, which are integers and so exact in any order.
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.launch import launch
+from bigq_kernels.linear_int8_configs import Int8Config, int8_config
 from bigq_kernels.planes_int8 import quantize_planes
-from bigq_kernels.tiles import ceil_div, device_features, next_power_of_2
-from bigq_kernels.tokens_int8 import dense_of, gather_outliers, outlier_columns, quantize_tokens, rest_of
+from bigq_kernels.tiles import device_features, next_power_of_2
+from bigq_kernels.tokens_int8 import gather_block, gather_outliers, quantize_tokens
 
 __all__ = ["linear_int8"]
 
-CAPACITY = 128  # outlier columns that are gathered before the product; it gathers any further ones itself
+CAPACITY = 128  # outlier columns that are gathered before the product, if any; it gathers any further ones itself
 BLOCK_OUTLIERS = 16  # the least that a tensor core takes; 32 spills registers in the largest tile
 PREFETCH_BYTES = tl.constexpr(512)
 PREFETCH_ASM = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH_BYTES.value}; mov.b32 $0, 0;")
@@ -32,7 +33,7 @@ def _prefetch(ptrs):
     tl.inline_asm_elementwise(PREFETCH_ASM, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit(do_not_specialize=["M"])  # a new number of tokens compiles nothing
+@triton.jit(do_not_specialize=["M", "split"])  # a new number of tokens compiles nothing
 def _linear_int8_kernel(
     codes_ptr,  # [M, K] int8: x; with PLANES [3, M, K]
     scale_ptr,  # [M] float32; with PLANES [3, M]
@@ -42,14 +43,18 @@ def _linear_int8_kernel(
     x_ptr,  # [M, K]
     count_ptr,  # see _quantize_tokens_kernel
     column_ptr,
-    rest_ptr,  # see _gather_outliers_kernel; None without a list of outliers
+    rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
     dense_ptr,
     total_ptr,
+    partial_ptr,  # [split, tiles, BLOCK_M, BLOCK_N] int32; None without a split
+    arrived_ptr,  # [tiles] int32, zero: how many programs have finished the tile
     out_ptr,  # [M, N]
     M,
     N,
     K,
     segments,
+    split,
+    k_per_split,
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     CAPACITY: tl.constexpr,  # outlier columns that were gathered before
@@ -63,7 +68,6 @@ def _linear_int8_kernel(
     BLOCK_OUTLIERS: tl.constexpr,
     GROUP_M: tl.constexpr,  # tiles of M that share their tiles of N in L2
 ):
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     first_m = tile // (GROUP_M * tiles_n) * GROUP_M
@@ -83,25 +87,33 @@ def _linear_int8_kernel(
     x_row = scale_row[:, None] * K
     in_m = in_tile[:, None]
     weight_row = tl.minimum(n, N - 1)[:, None] * K
+    first_k = tl.program_id(1) * k_per_split
     if PREFETCHES > 0:
-        _prefetch(weight_ptr + weight_row + tl.arange(0, PREFETCHES)[None, :] * PREFETCH_BYTES)
+        first_byte = min(first_k, K - PREFETCHES * PREFETCH_BYTES)
+        _prefetch(weight_ptr + weight_row + first_byte + tl.arange(0, PREFETCHES)[None, :] * PREFETCH_BYTES)
     absmax = tl.load(absmax_ptr + n, mask=n < N, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     scale = tl.load(scale_ptr + scale_row, mask=in_tile, other=0.0)
 
     # The first outlier columns are on their way while the loop below runs.
-    number = tl.arange(0, BLOCK_OUTLIERS)
     if count_ptr is not None:
-        count = tl.load(total_ptr)
-        rest_ptrs = rest_ptr + tl.minimum(m, M - 1)[:, None] * CAPACITY + number[None, :]
-        dense_ptrs = dense_ptr + tl.minimum(n, N - 1)[:, None] * CAPACITY + number[None, :]
-        first_rest = tl.load(rest_ptrs)
-        first_dense = tl.load(dense_ptrs)
+        if rest_ptr is None:
+            first_rest, first_dense, count = gather_block(
+                x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
+                count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
+            )  # fmt: skip
+        else:
+            count = tl.load(total_ptr)
+            number = tl.arange(0, BLOCK_OUTLIERS)[None, :]
+            rest_ptrs = rest_ptr + tl.minimum(m, M - 1)[:, None] * CAPACITY + number
+            dense_ptrs = dense_ptr + tl.minimum(n, N - 1)[:, None] * CAPACITY + number
+            first_rest = tl.load(rest_ptrs)
+            first_dense = tl.load(dense_ptrs)
 
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first_k, min(first_k + k_per_split, K), BLOCK_K):
         if EVEN_K:
             codes = tl.load(codes_ptr + x_row + start + k, mask=in_m, other=0)
             weight = tl.load(weight_ptr + weight_row + start + k)
@@ -109,57 +121,43 @@ def _linear_int8_kernel(
             codes = tl.load(codes_ptr + x_row + start + k, mask=in_m & (start + k < K), other=0)
             weight = tl.load(weight_ptr + weight_row + start + k, mask=start + k < K, other=0)
         total = tl.dot(codes, weight.T, total, out_dtype=tl.int32)
-    out = total.to(tl.float32) * (scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
 
-    if PLANES:
-        out = tl.sum(tl.reshape(out, (4, BLOCK_M // 4, BLOCK_N)), axis=0)
-    if count_ptr is not None:
-        out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
-        for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
-            out = tl.dot(tl.load(rest_ptrs + start), tl.load(dense_ptrs + start).T, out, input_precision="ieee")
-        for start in range(CAPACITY, count, BLOCK_OUTLIERS):
-            column, _ = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS)
-            in_list = (start + number < count)[None, :]
-            x = tl.load(x_ptr + x_row + column[None, :], mask=in_m & in_list, other=0.0)
-            codes = tl.load(codes_ptr + x_row + column[None, :], mask=in_m & in_list, other=0)
-            weight = tl.load(weight_ptr + weight_row + column[None, :], mask=in_list, other=0)
-            rest = rest_of(x, codes, scale[:, None])
-            out = tl.dot(rest, dense_of(weight, absmax[:, None], DTYPE).T, out, input_precision="ieee")
+    is_last = True
+    if partial_ptr is not None:
+        offset = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        partial_ptr += tile.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        stride = tl.num_programs(0).to(tl.int64) * (BLOCK_M * BLOCK_N)
+        tl.store(partial_ptr + tl.program_id(1) * stride + offset, total)
+        tl.debug_barrier()  # the whole program has stored, then one thread publishes it
+        is_last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == split - 1
+    if is_last:
+        if partial_ptr is not None:
+            # Its own sum too is read again: kept beside the others it spills 264 bytes a thread of the 128 x 128 tile.
+            total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+            for i in tl.range(0, split, num_stages=1):  # not staged through shared memory
+                # .cg reads L2: another program wrote this after our L1 may have cached it.
+                total += tl.load(partial_ptr + i * stride + offset, cache_modifier=".cg")
+        out = total.to(tl.float32) * (scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
 
-    if bias_ptr is not None:
-        out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out_ptr + m[:, None] * N + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+        if PLANES:
+            out = tl.sum(tl.reshape(out, (4, BLOCK_M // 4, BLOCK_N)), axis=0)
+        if count_ptr is not None:
+            out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
+            if rest_ptr is not None:
+                for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
+                    rest, dense = tl.load(rest_ptrs + start), tl.load(dense_ptrs + start)
+                    out = tl.dot(rest, dense.T, out, input_precision="ieee")
+            for start in range(BLOCK_OUTLIERS if rest_ptr is None else CAPACITY, count, BLOCK_OUTLIERS):
+                rest, dense, _ = gather_block(
+                    x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
+                    count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
+                )  # fmt: skip
+                out = tl.dot(rest, dense.T, out, input_precision="ieee")
 
-
-class Config(NamedTuple):
-    """How the GEMM runs: few tokens are bound by bytes in flight, many by the tensor cores."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    registers: int | None = None  # most a thread may have
-    prefetches: int = 0
-    planes: bool = False  # outliers as two more int8 rows a token: block_m holds 4 groups of tokens
-
-
-def _config(m: int, n: int, dtype: torch.dtype, outliers: bool) -> Config:
-    if m <= 16 and outliers and dtype != torch.float32:  # whose 24 bits two planes do not hold
-        block_m = 4 * max(4, next_power_of_2(m))
-        return Config(block_m, 64 if n > 8192 else 32, 256 if block_m == 16 else 128, 4, 4, prefetches=2, planes=True)
-    if m <= 16 and not outliers:  # 128 programs at N = 4096, each with 48 KiB in flight
-        return Config(16, 64 if n > 8192 else 32, 256, 4, 4, prefetches=2)
-    if dtype == torch.float32 and outliers:
-        return Config(64, 32, 128, 4, 4)  # the float32 product has no tensor core: a larger tile spills
-    if m <= 64:
-        return Config(64, 64 if n > 8192 else 32, 128, 4, 4, prefetches=2)
-    if m <= 256 or n <= 2048:
-        return Config(128, 64, 128, 4, 4)
-    if m > 1024 or n <= 8192:  # two programs an SM: 384 us at 4096 x 14336 x 4096, 460 for the tile below
-        return Config(128, 128, 128, 8, 3, registers=128)
-    return Config(128, 256, 128, 8, 3)
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        tl.store(out_ptr + m[:, None] * N + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @cache
@@ -168,7 +166,9 @@ def _rounded(threshold: float, dtype: torch.dtype) -> float:
     return torch.tensor(threshold, dtype=dtype, device="cpu").item()
 
 
-def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+def linear_int8(
+    x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, config: Int8Config | None = None
+) -> Tensor:
     """x [..., K] times int8 [N, K] transposed, plus bias [N], in x's dtype; threshold 0 means no outliers."""
     n, k = weight.shape
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
@@ -176,16 +176,21 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
         return out
     m = out.numel() // n
     rows, weight, absmax = x.reshape(m, k).contiguous(), weight.contiguous(), absmax.contiguous()
-    config = _config(m, n, x.dtype, threshold > 0)
+    config = config or int8_config(x.device, m, n, k, x.dtype, threshold > 0)
+    tiles = config.tiles(m, n)
     _, pdl = device_features(x.device)
     with torch.cuda.device_of(x):
         threshold = _rounded(threshold, x.dtype)
-        counts = columns = rest = dense = total = None
+        counts = columns = rest = dense = total = partial = arrived = None
+        if config.split > 1:
+            size = config.split * tiles * config.block_m * config.block_n
+            partial = torch.empty(size, dtype=torch.int32, device=x.device)
+            arrived = torch.empty(tiles, dtype=torch.int32, device=x.device)
         if config.planes:
-            codes, scale = quantize_planes(rows, threshold, config.block_m // 4, pdl)
+            codes, scale = quantize_planes(rows, threshold, config.block_m // 4, arrived, pdl)
         else:
-            codes, scale, counts, columns = quantize_tokens(rows, threshold, pdl)
-        if counts is not None and columns is not None:
+            codes, scale, counts, columns = quantize_tokens(rows, threshold, arrived, pdl)
+        if config.gather and counts is not None and columns is not None:
             rest, dense, total = gather_outliers(
                 rows, codes, scale, weight, absmax, counts, columns, CAPACITY, BLOCK_OUTLIERS, pdl
             )
@@ -193,7 +198,7 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
         prefetch = pdl and k % 16 == 0 and k >= config.prefetches * PREFETCH_BYTES.value and weight.data_ptr() % 16 == 0
         launch(
             _linear_int8_kernel,
-            (ceil_div(m, config.block_m) * ceil_div(n, config.block_n),),
+            (tiles, config.split),
             codes,
             scale,
             weight,
@@ -205,11 +210,15 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
             rest,
             dense,
             total,
+            partial,
+            arrived,
             out,
             m,
             n,
             k,
             segments,
+            config.split,
+            config.steps_per_split * config.block_k or k,
             SEGMENT=segment,
             SEGMENTS=next_power_of_2(max(segments, 1)),
             CAPACITY=CAPACITY,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ROUND_MAGIC, absmax_bits, encode_int8, int8_inverse, next_power_of_2
+from bigq_kernels.tokens_int8 import zero_arrivals
 
 __all__ = ["quantize_planes"]
 
@@ -48,9 +49,11 @@ def _quantize_planes_kernel(
     x_ptr,  # [M, K]
     codes_ptr,  # [3, M, K] int8: outside the outlier columns; inside them, hi and lo
     scale_ptr,  # [3, M] float32
+    arrived_ptr,  # see zero_arrivals
     M,
     K,
     threshold,
+    tiles,
     TOKENS: tl.constexpr,  # at least M
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -58,6 +61,7 @@ def _quantize_planes_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
+    zero_arrivals(arrived_ptr, tiles)
     plane = M * K
     codes_ptr += row * K
     column = tl.arange(0, BLOCK_K)
@@ -81,10 +85,13 @@ def _quantize_planes_kernel(
     tl.store(scale_ptr + 2 * M + row, outlier_scale * (1.0 / 128.0))
 
 
-def quantize_planes(x: Tensor, threshold: float, tokens: int, pdl: bool) -> tuple[Tensor, Tensor]:
+def quantize_planes(
+    x: Tensor, threshold: float, tokens: int, arrived: Tensor | None, pdl: bool
+) -> tuple[Tensor, Tensor]:
     """Codes int8 [3, M, K] and scales [3, M] of at most `tokens` tokens; x is the sum of codes * scale / 127.
 
     The first plane has 0 in every outlier column, the other two hold only those: the high and the low byte.
+    `arrived` is zeroed.
     """
     m, k = x.shape
     block_k = min(65536 // tokens, 8192, next_power_of_2(max(k, 16)))  # 16384 spills registers
@@ -96,9 +103,11 @@ def quantize_planes(x: Tensor, threshold: float, tokens: int, pdl: bool) -> tupl
         x,
         codes,
         scale,
+        arrived,
         m,
         k,
         threshold,
+        0 if arrived is None else arrived.numel(),
         TOKENS=tokens,
         BLOCK_K=block_k,
         PDL=pdl,

@@ -13,9 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.launch import launch
+from bigq_kernels.linear_int8_configs import MAX_SPLIT_TILES
 from bigq_kernels.tiles import absmax_bits, ceil_div, encode_int8, int8_inverse, next_power_of_2
 
-__all__ = ["dense_of", "gather_outliers", "outlier_columns", "quantize_tokens", "rest_of"]
+__all__ = ["gather_block", "gather_outliers", "quantize_tokens", "zero_arrivals"]
+
+
+@triton.jit
+def zero_arrivals(arrived_ptr, tiles):
+    """The first program zeroes the counters [tiles] of the product that follows; None where it has none."""
+    if arrived_ptr is not None:
+        tile = tl.arange(0, MAX_SPLIT_TILES)
+        tl.store(arrived_ptr + tile, tl.zeros_like(tile), mask=(tile < tiles) & (tl.program_id(0) == 0))
 
 
 @triton.jit
@@ -62,10 +71,12 @@ def _quantize_tokens_kernel(
     scale_ptr,  # [M] float32
     count_ptr,  # [segments] int32, or None: how many outlier columns lie in a segment of K
     column_ptr,  # [segments, SEGMENT] int32, or None: those columns, ascending; what follows them is not set
+    arrived_ptr,  # see zero_arrivals
     M,
     K,
     threshold,
     segments,
+    tiles,
     SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -75,6 +86,7 @@ def _quantize_tokens_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
+    zero_arrivals(arrived_ptr, tiles)
     OUTLIERS: tl.constexpr = count_ptr is not None
     if OUTLIERS and program < segments:
         first = program * SEGMENT
@@ -113,6 +125,33 @@ def rest_of(x, codes, scale):
 def dense_of(weight, absmax, DTYPE: tl.constexpr):
     """The dequantized weight, as `dequantize_int8` has it."""
     return (weight.to(tl.float32) * absmax * (1.0 / 127.0)).to(DTYPE)
+
+
+@triton.jit
+def gather_block(
+    x_ptr,
+    codes_ptr,
+    weight_ptr,
+    x_row,  # [BLOCK_M, 1]: where a row starts, and so below
+    weight_row,
+    in_m,
+    scale,  # [BLOCK_M]
+    absmax,
+    count_ptr,
+    column_ptr,
+    start,
+    segments,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(rest, dequantized weight, how many in all) of outlier columns number start to start + BLOCK, 0 past the last."""
+    column, count = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK)
+    in_list = (start + tl.arange(0, BLOCK) < count)[None, :]
+    x = tl.load(x_ptr + x_row + column[None, :], mask=in_m & in_list, other=0.0)
+    codes = tl.load(codes_ptr + x_row + column[None, :], mask=in_m & in_list, other=0)
+    weight = tl.load(weight_ptr + weight_row + column[None, :], mask=in_list, other=0)
+    return rest_of(x, codes, scale[:, None]), dense_of(weight, absmax[:, None], x.dtype), count
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -178,8 +217,13 @@ def search_tile(m: int, outliers: bool) -> tuple[int, int]:
     return (64, 256) if m <= 64 else (512, 32)
 
 
-def quantize_tokens(x: Tensor, threshold: float, pdl: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Codes int8 [M, K] and scale [M] of x [M, K]; the counts and columns of its outliers, None for threshold 0."""
+def quantize_tokens(
+    x: Tensor, threshold: float, arrived: Tensor | None, pdl: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Codes int8 [M, K] and scale [M] of x [M, K]; the counts and columns of its outliers, None for threshold 0.
+
+    `arrived` is zeroed.
+    """
     m, k = x.shape
     block_m, segment = search_tile(m, threshold > 0)
     segments = ceil_div(k, segment) if threshold > 0 else 0
@@ -198,10 +242,12 @@ def quantize_tokens(x: Tensor, threshold: float, pdl: bool) -> tuple[Tensor, Ten
         scale,
         counts,
         columns,
+        arrived,
         m,
         k,
         threshold,
         segments,
+        0 if arrived is None else arrived.numel(),
         SEGMENT=segment,
         BLOCK_M=block_m,
         BLOCK_K=block_k,

@@ -1,0 +1,77 @@
+"""Configurations of the int8 linear: its tile by tokens, rows of the weight and dtype, and the split of K.
+
+Few tokens are bound by bytes in flight, many by the tensor cores. Tuned on Hopper only.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton.language as tl
+
+from bigq_kernels.linear_4bit_configs import split_steps
+from bigq_kernels.tiles import ceil_div, next_power_of_2
+
+__all__ = ["MAX_SPLIT_TILES", "Int8Config", "int8_config"]
+
+MAX_SPLIT_TILES = tl.constexpr(1024)  # more fill every GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Config:
+    """Tile, pipeline and programs along K of `linear_int8`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    registers: int | None = None  # most a thread may have
+    prefetches: int = 0
+    planes: bool = False  # outliers as two more int8 rows a token: block_m holds 4 groups of tokens
+    gather: bool = False  # outlier columns in a launch of their own: worth it where many programs read them
+    split: int = 1
+    steps_per_split: int = 0  # of block_k columns; 0 means all
+
+    def tiles(self, m: int, n: int) -> int:
+        """How many tiles m tokens and n rows of the weight make."""
+        return ceil_div(m, self.block_m) * ceil_div(n, self.block_n)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """An H100's where there is no GPU, for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _tile(m: int, n: int, dtype: torch.dtype, outliers: bool) -> Int8Config:
+    if m <= 16 and outliers and dtype != torch.float32:  # whose 24 bits two planes do not hold
+        block_m, block_n = 4 * max(4, next_power_of_2(m)), 64 if n > 8192 else 32
+        block_k = 256 if block_m == 16 else 128
+        return Int8Config(
+            block_m=block_m, block_n=block_n, block_k=block_k, warps=4, stages=4, prefetches=2, planes=True
+        )
+    if m <= 16 and not outliers:  # 128 programs at N = 4096, each with 48 KiB in flight
+        return Int8Config(block_m=16, block_n=64 if n > 8192 else 32, block_k=256, warps=4, stages=4, prefetches=2)
+    if dtype == torch.float32 and outliers:  # the float32 product has no tensor core: a larger tile spills
+        return Int8Config(block_m=64, block_n=32, block_k=128, warps=4, stages=4, gather=m > 128)
+    if m <= 64:
+        return Int8Config(block_m=64, block_n=64 if n > 8192 else 32, block_k=128, warps=4, stages=4, prefetches=2)
+    if m <= 256 or n <= 2048:
+        return Int8Config(block_m=128, block_n=64, block_k=128, warps=4, stages=4, gather=m > 128)
+    if m > 1024 or n <= 8192:  # two programs an SM: 384 us at 4096 x 14336 x 4096, 460 for the tile below
+        return Int8Config(block_m=128, block_n=128, block_k=128, warps=8, stages=3, registers=128, gather=True)
+    return Int8Config(block_m=128, block_n=256, block_k=128, warps=8, stages=3, gather=True)
+
+
+@cache
+def int8_config(device: torch.device, m: int, n: int, k: int, dtype: torch.dtype, outliers: bool) -> Int8Config:
+    """For m tokens of `dtype` and a weight of n x k, with or without a threshold for outliers."""
+    config = _tile(m, n, dtype, outliers)
+    tiles, steps = config.tiles(m, n), ceil_div(k, config.block_k)
+    if tiles > MAX_SPLIT_TILES.value or config.block_n == 256:  # one program of that tile fills a multiprocessor
+        return config
+    # A partial sum is written and read: as many steps as its bytes are, and some to fill the pipeline again.
+    partial = 8 * config.block_m * config.block_n / ((config.block_m + config.block_n) * config.block_k)
+    split, steps_per_split = split_steps(tiles, steps, _multiprocessors(device), 4 + partial)
+    return replace(config, split=split, steps_per_split=steps_per_split)
