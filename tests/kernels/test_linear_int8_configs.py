@@ -28,7 +28,9 @@ def test_the_split_covers_k(n, k, m, dtype, outliers):
 @pytest.mark.parametrize(
     "m, n, k, split",
     [
-        pytest.param(512, 4096, 14336, 2, id="128-tiles-of-112-steps"),
+        pytest.param(64, 4096, 14336, 2, id="128-tiles-of-112-steps"),
+        pytest.param(512, 4096, 14336, 1, id="128-tiles-that-fill-a-multiprocessor-each"),
+        pytest.param(512, 4096, 4096, 1, id="128-tiles-of-32-steps"),
         pytest.param(1, 4096, 14336, 2, id="128-tiles-of-56-steps"),
         pytest.param(512, 14336, 4096, 1, id="large-tiles"),
         pytest.param(4096, 4096, 14336, 1, id="1024-tiles"),

@@ -89,7 +89,14 @@ DP4A = {HOPPER: {
     "large":  {1: (4, 128, 4), 2: (4, 64, 2)},
 }}
 # By GPU, shape and BLOCK_M: (BLOCK_N, STAGES, warps, registers).
-GLUON = {HOPPER: {shape: {8: (64, 2, 4, 96), 16: (64, 2, 4, None), 32: (64, 2, 4, None)} for shape in SHAPES}}
+_GLUON = {8: (64, 2, 4, None), 16: (64, 2, 4, None), 32: (64, 2, 4, None)}
+GLUON = {HOPPER: {
+    "narrow": _GLUON,
+    "middle": _GLUON,
+    "deep":   _GLUON | {16: (64, 3, 4, None)},
+    "wide":   _GLUON,
+    "large":  _GLUON | {32: (64, 3, 4, None)},
+}}
 # By GPU, shape and BLOCK_M: (BLOCK_N, SPLIT, UNROLL, warps, stages).
 _ROW_8 = (32, 8, 2, 2, 3)
 MMA = {HOPPER: {
@@ -107,7 +114,7 @@ WGMMA: dict[tuple[int, int], dict[str, dict[int, tuple[int, int, int, int, int |
     "narrow": {},
     "middle": {256: (128, 64, 1, 4, None)},
     "deep":   {64: (64, 64, 4, 4, 128), 128: (128, 64, 4, 4, None), 256: (128, 64, 2, 4, None)},
-    "wide":   {32: (32, 128, 1, 8, None), 64: (64, 128, 1, 8, None), 128: (128, 128, 1, 8, None),
+    "wide":   {64: (64, 128, 1, 8, None), 128: (128, 128, 1, 8, None),
                256: (256, 128, 1, 8, None), 512: (256, 128, 1, 8, None)},
     "large":  {64: (64, 128, 1, 8, None), 128: (128, 128, 1, 8, None), 256: (256, 128, 1, 8, None),
                512: (256, 128, 1, 8, None)},
@@ -187,7 +194,7 @@ def gluon_config(device: torch.device, m: int, n: int, k: int) -> GluonConfig:
     rows = block_m(m)
     block_n, stages, warps, registers = _row(GLUON, device, n, k, rows)
     # A partial sum is written and read, which grows with the tokens.
-    split, steps_per_split = split_steps(ceil_div(n, block_n), ceil_div(k, STEP), _gpu(device)[1], rows / 64)
+    split, steps_per_split = split_steps(ceil_div(n, block_n), ceil_div(k, STEP), _gpu(device)[1], rows / 32)
     return GluonConfig(
         block_m=rows,
         block_n=block_n,
