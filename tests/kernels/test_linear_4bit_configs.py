@@ -30,7 +30,7 @@ def test_every_gpu_has_every_row(table, tokens):
 
 
 def test_gluon_tiles_fit_every_gpu():
-    """99 KiB of shared memory a program, which GPUs from 8.0 on give; 16 rows a warp; 65536 registers hold one program."""
+    """99 KiB of shared memory a program, which GPUs from 8.0 on give; 16 rows a warp; registers come in eights."""
     for rows in configs.GLUON.values():
         for row in rows.values():
             for block_m, (block_n, stages, warps, registers) in row.items():
