@@ -17,14 +17,14 @@ from bigq_kernels.linear_4bit_mma import linear_4bit_mma
 @pytest.mark.parametrize("block_size, taken", [(32, False), (64, True)], ids=["block-32", "block-64"])
 def test_which_kernel_takes_it(block_size, taken, device):
     gluon = pytest.importorskip("bigq_kernels.linear_4bit_gluon", exc_type=ImportError)  # not on all releases of Triton
-    kernels = [launcher._kernel(device, m, block_size) for m in (2, 3, 32, 33)]
+    kernels = [launcher._kernel(device, m, 4096, block_size) for m in (2, 3, 32, 33)]
     middle = gluon.linear_4bit_gluon if taken else linear_4bit_mma
     assert kernels == [linear_4bit_dp4a, middle, middle, linear_4bit_mma]
 
 
 def test_another_release_of_triton_or_no_gpu_takes_the_other_kernel(monkeypatch):
     cpu = torch.device("cpu")
-    assert launcher._kernel(cpu, 8, 64) is linear_4bit_mma
+    assert launcher._kernel(cpu, 8, 4096, 64) is linear_4bit_mma
     monkeypatch.setattr(launcher, "device_features", lambda device: (True, True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for version, expected in (

@@ -11,6 +11,7 @@ from torch import Tensor
 from bigq_kernels.dequantize_4bit import dequantize_4bit
 from bigq_kernels.dequantize_absmax import dequantize_absmax
 from bigq_kernels.launch import dense_linear
+from bigq_kernels.linear_4bit_configs import MAX_DP4A_K
 from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
 from bigq_kernels.linear_4bit_mma import linear_4bit_mma
 from bigq_kernels.quantize_absmax import nested_code
@@ -41,8 +42,8 @@ def _takes_gluon(device: torch.device) -> bool:
     return ptx and torch.cuda.get_device_capability(device) >= (8, 0) and release in GLUON_RELEASES
 
 
-def _kernel(device: torch.device, m: int, block_size: int) -> Callable[..., None]:
-    if m <= MAX_DP4A_M:
+def _kernel(device: torch.device, m: int, k: int, block_size: int) -> Callable[..., None]:
+    if m <= MAX_DP4A_M and k <= MAX_DP4A_K:
         return linear_4bit_dp4a
     if m <= MAX_GLUON_M and block_size >= 64 and _takes_gluon(device):
         from bigq_kernels.linear_4bit_gluon import linear_4bit_gluon  # what it imports other releases need not have
@@ -80,7 +81,7 @@ def linear_4bit(
     nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
     if nested_absmax is not None and nested_offset is not None:
         nested = (nested_absmax, nested_offset, nested_code(x.device))
-    kernel = _kernel(x.device, m, block_size)
+    kernel = _kernel(x.device, m, k, block_size)
     rows = _contiguous(x.reshape(m, k))
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device_of(x):

@@ -1,9 +1,12 @@
 """One or two tokens times a 4-bit weight, by byte dot products: the kernel behind `linear_4bit` that is bound by bytes.
 
-An H200 delivers 29 codes a clock to an SM whose logic pipe looks up two bytes each clock, so what a code costs decides.
-Here a code becomes a 14-bit integer, two bytes looked up 8 codes at a time, and a token becomes 15-bit integers with
-one scale for 32 elements, two bytes as well. `dp4a` multiplies them on another pipe: 3.5 instructions a code, where
-bfloat16 values and the tensor core take 4.6. The error, about 1e-4, is below half a rounding of bfloat16.
+A GPU delivers codes faster than its logic pipe looks up their values, so what a code costs decides. Here it becomes a
+14-bit integer, two bytes looked up 8 codes at a time, and a token becomes 15-bit integers with one scale for 32
+elements, two bytes as well. `dp4a` multiplies them on another pipe: 3.5 instructions a code, where bfloat16 values and
+the tensor core take 4.6. The error, about 1e-4, is below half a rounding of bfloat16.
+
+A thread takes the same 32 columns of all rows of its program. So each program splits the tokens itself, once, and keeps
+them in registers: one launch, no workspace.
 """
 
 import torch
@@ -18,12 +21,11 @@ from bigq_kernels.tiles import FP4_CODE, NF4_CODE, ROUND_MAGIC, absmax_bits, cei
 
 __all__ = ["linear_4bit_dp4a"]
 
-ONE_WARP = {"num_warps": 1}
-
 CHUNK = tl.constexpr(32)  # elements of K in one 16-byte load of codes; they share one scale of the token
 CODE_ONE = tl.constexpr(8191)  # integer of the code value 1.0; CODE_ZERO is added to make all codes positive
 CODE_ZERO = tl.constexpr(8192)
 TOKEN_MAX = tl.constexpr(127 * 128)
+LOW_ZERO = tl.constexpr(64)  # added to a token's integers, so that their low 7 bits are those of -64 to 63
 TINY_BITS = tl.constexpr(0x0D000000)  # 2**-101: smaller maxima would make the scale's inverse infinite
 
 
@@ -44,51 +46,34 @@ def _byte_tables(integers: tuple[int, ...]) -> tuple[int, ...]:
 BYTE_TABLES = {"nf4": _byte_tables(NF4_INTEGERS.value), "fp4": _byte_tables(FP4_INTEGERS.value)}
 
 
-def _decode_asm() -> str:
-    """PTX from 8 codes ($4) to the high ($0, $1) and low ($2, $3) bytes of their integers; $5 to $12: BYTE_TABLES.
+def _dot_asm(tokens: int) -> str:
+    """PTX: the dot products of 8 codes and the bytes of some tokens, see `_dot_codes`; its arguments in that order.
 
     `prmt` selects among 8 bytes by 3 bits of a code. Its fourth bit asks for the sign of the byte instead, which is 0
-    in these tables: each of the two lookups is zero where the other holds the byte.
+    in these tables: each of the two lookups is zero where the other holds the byte. They are added, not or-ed, because
+    an addition can run on the pipe of the multiplications.
     """
-    lines = ["shr.u32 c, $4, 16;", "xor.b32 d, $4, 0x88888888;", "shr.u32 e, d, 16;"]
-    for out, table in ((0, 5), (2, 9)):
-        for i, (below, above) in enumerate((("$4", "d"), ("c", "e"))):
-            lines.append(f"prmt.b32 p, ${table}, ${table + 1}, {below};")
-            lines.append(f"prmt.b32 q, ${table + 2}, ${table + 3}, {above};")
-            lines.append(f"or.b32 ${out + i}, p, q;")
-    return "{\n.reg .b32 c, d, e, p, q;\n" + "\n".join(lines) + "\n}"
+    words, tables = f"${tokens}", [f"${tokens + 1 + i}" for i in range(8)]
+    lines = [f"shr.u32 c, {words}, 16;", f"xor.b32 d, {words}, 0x88888888;", "shr.u32 e, d, 16;"]
+    for plane, (t0, t1, t2, t3) in (("h", tables[:4]), ("l", tables[4:])):
+        for i, (below, above) in enumerate(((words, "d"), ("c", "e"))):
+            lines.append(f"prmt.b32 p, {t0}, {t1}, {below};")
+            lines.append(f"prmt.b32 q, {t2}, {t3}, {above};")
+            lines.append(f"add.s32 {plane}{i}, p, q;")
+    for m in range(tokens):
+        x0, x1, y0, y1 = (f"${tokens + 9 + 4 * m + i}" for i in range(4))
+        lines += [f"dp4a.s32.s32 high, h0, {x0}, 0;", f"dp4a.s32.s32 high, h1, {x1}, high;"]
+        lines += [f"dp4a.s32.s32 low, h0, {y0}, 0;", f"dp4a.s32.s32 low, h1, {y1}, low;"]
+        lines += [f"dp4a.s32.s32 low, l0, {x0}, low;", f"dp4a.s32.s32 low, l1, {x1}, low;"]
+        lines.append(f"mad.lo.s32 ${m}, high, 128, low;")
+    return "{\n.reg .b32 c, d, e, p, q, h0, h1, l0, l1, high, low;\n" + "\n".join(lines) + "\n}"
 
 
-DECODE_ASM = tl.constexpr(_decode_asm())
-
-
-@triton.jit
-def _decode(words, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE: tl.constexpr, USE_ASM: tl.constexpr):
-    """int32 of 8 codes -> four int32 of 4 bytes: high bytes of codes 0..3, of 4..7, low bytes of 0..3, of 4..7."""
-    if USE_ASM:
-        # The tables are operands, not literals: ptxas would copy a literal to a register before each use.
-        return tl.inline_asm_elementwise(
-            DECODE_ASM,
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
-            [words, t0, t1, t2, t3, t4, t5, t6, t7],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    index = tl.arange(0, 16)
-    table = tl.zeros((16,), tl.int32)
-    for i in tl.static_range(16):
-        table = tl.where(index == i, NF4_INTEGERS[i] if QUANT_TYPE == "nf4" else FP4_INTEGERS[i], table)
-    zero = tl.zeros(words.shape, tl.int32)
-    high_a, high_b, low_a, low_b = zero, zero, zero, zero
-    for i in tl.static_range(4):
-        a = lookup(table, (words >> (4 * i)) & 15)
-        b = lookup(table, (words >> (4 * i + 16)) & 15)
-        high_a |= (a >> 7) << (8 * i)
-        high_b |= (b >> 7) << (8 * i)
-        low_a |= (a & 127) << (8 * i)
-        low_b |= (b & 127) << (8 * i)
-    return high_a, high_b, low_a, low_b
+# The tables are operands, not literals: ptxas would copy a literal to a register before each use.
+DOT_ASM_1 = tl.constexpr(_dot_asm(1))
+DOT_ASM_2 = tl.constexpr(_dot_asm(2))
+DOT_CONSTRAINTS_1 = tl.constexpr("=r" + ",r" * 13)
+DOT_CONSTRAINTS_2 = tl.constexpr("=r,=r" + ",r" * 17)
 
 
 @triton.jit
@@ -104,43 +89,97 @@ def _dot4(a, b, total, USE_ASM: tl.constexpr):
 
 
 @triton.jit
-def _split_tokens_kernel(
-    x_ptr,  # [M, K]
-    bytes_ptr,  # [M, CHUNKS, 4, 4, 4] int8: high bytes of even words, of odd words, low bytes likewise
-    scale_ptr,  # [M, CHUNKS, 2] float32: the scale, and what CODE_ZERO adds to the sum
-    CHUNKS,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    element = tl.arange(0, 32)
-    row = tl.program_id(1).to(tl.int64) * CHUNKS
-    mask = chunk < CHUNKS
-    x = tl.load(x_ptr + (row + chunk)[:, None] * CHUNK + element[None, :], mask=mask[:, None], other=0.0)
-    # NaN and Inf make the scale NaN, and with it every output of the token.
-    bits = tl.maximum(tl.max(absmax_bits(x), axis=1), TINY_BITS)
-    absmax = bits.to(tl.float32, bitcast=True)
-    scaled = x.to(tl.float32) * (1.0 / absmax * TOKEN_MAX)[:, None]
-    high = (scaled * (1.0 / 128.0) + ROUND_MAGIC) - ROUND_MAGIC
-    low = (scaled - high * 128.0 + ROUND_MAGIC) - ROUND_MAGIC
-    total = tl.sum(high * 128.0 + low, axis=1)
+def _dot_codes(words, tables, planes, QUANT_TYPE: tl.constexpr, USE_ASM: tl.constexpr, M: tl.constexpr):
+    """int32 of 8 codes and the planes of M tokens -> M int32: the sum of the products of their integers, over 128.
 
-    # An even element is the high nibble of its byte, so a pair of elements changes places.
-    place = (element // 4 % 2) * 16 + element // 8 * 4 + (element ^ 1) % 4
-    out = bytes_ptr + (row + chunk)[:, None] * (2 * CHUNK) + place[None, :]
-    tl.store(out, high.to(tl.int8), mask=mask[:, None])
-    tl.store(out + CHUNK, low.to(tl.int8), mask=mask[:, None])
-    scale = absmax * (128.0 / (TOKEN_MAX * CODE_ONE)) + (absmax - absmax)
-    tl.store(scale_ptr + (row + chunk) * 2, scale, mask=mask)
-    tl.store(scale_ptr + (row + chunk) * 2 + 1, total * (CODE_ZERO // 128), mask=mask)
+    The products of low bytes and low bytes are left out.
+    """
+    if USE_ASM:
+        args = tl.tuple([words])
+        args += tables
+        args += planes
+        if M == 1:
+            dot = tl.inline_asm_elementwise(DOT_ASM_1, DOT_CONSTRAINTS_1, args, tl.int32, is_pure=True, pack=1)
+            return (dot,)
+        else:
+            return tl.inline_asm_elementwise(
+                DOT_ASM_2, DOT_CONSTRAINTS_2, args, (tl.int32, tl.int32), is_pure=True, pack=1
+            )
+    else:
+        index = tl.arange(0, 16)
+        table = tl.zeros((16,), tl.int32)
+        for i in tl.static_range(16):
+            table = tl.where(index == i, NF4_INTEGERS[i] if QUANT_TYPE == "nf4" else FP4_INTEGERS[i], table)
+        zero = tl.zeros(words.shape, tl.int32)
+        high_a, high_b, low_a, low_b = zero, zero, zero, zero
+        for i in tl.static_range(4):
+            a = lookup(table, (words >> (4 * i)) & 15)
+            b = lookup(table, (words >> (4 * i + 16)) & 15)
+            high_a |= (a >> 7) << (8 * i)
+            high_b |= (b >> 7) << (8 * i)
+            low_a |= (a & 127) << (8 * i)
+            low_b |= (b & 127) << (8 * i)
+        dots = tl.tuple([])
+        for m in tl.static_range(M):
+            x_high_a, x_high_b, x_low_a, x_low_b = planes[4 * m : 4 * m + 4]
+            high = _dot4(high_b, x_high_b, _dot4(high_a, x_high_a, zero, USE_ASM), USE_ASM)
+            low = _dot4(high_b, x_low_b, _dot4(high_a, x_low_a, zero, USE_ASM), USE_ASM)
+            low = _dot4(low_b, x_high_b, _dot4(low_a, x_high_a, low, USE_ASM), USE_ASM)
+            dots += (high * 128 + low,)
+        return dots
 
 
 @triton.jit
+def _split_token(x, USE_ASM: tl.constexpr):
+    """[C, 4, 8] elements -> the bytes of their integers, their scale, and what to subtract from a dot product.
+
+    The bytes are four int32 [C, 1, 4] as `_dot_codes` takes them: the high ones of 4 codes, of the next 4, the low
+    ones likewise. The others are float32 and int32 [C, 1].
+    """
+    # NaN and Inf make the scale NaN, and with it every output of the token.
+    bits = tl.maximum(tl.max(tl.max(absmax_bits(x), axis=2), axis=1), TINY_BITS)
+    absmax = bits.to(tl.float32, bitcast=True)
+    scale = absmax * (128.0 / (TOKEN_MAX * CODE_ONE)) + (absmax - absmax)
+    rounded = x.to(tl.float32) * (1.0 / absmax * TOKEN_MAX)[:, None, None] + (ROUND_MAGIC + LOW_ZERO)
+    integers = rounded.to(tl.int32, bitcast=True)  # in the low 16 bits
+
+    # An even element is the high nibble of its byte: of 4 elements, bytes 0 and 2 are the odd ones.
+    even, odd = tl.split(tl.reshape(integers, (x.shape[0], 4, 2, 2, 2)))
+    first, second = tl.split(odd)
+    odd = (first & 0xFFFF) | (second << 16)
+    first, second = tl.split(even)
+    even = (first & 0xFFFF) | (second << 16)
+    high = ((odd >> 7) & 0x00FF00FF) | ((even << 1) & ~0x00FF00FF)
+    low = ((odd & 0x00FF00FF) | ((even << 8) & ~0x00FF00FF)) & 0x7F7F7F7F
+    low = (low + 0x40404040) ^ ~0x7F7F7F7F  # minus LOW_ZERO, in each byte
+    high_a, high_b = tl.split(high)
+    low_a, low_b = tl.split(low)
+    ones = tl.full(high_a.shape, 0x01010101, tl.int32)
+    zero = tl.zeros(high_a.shape, tl.int32)
+    high_sum = tl.sum(_dot4(high_a, ones, _dot4(high_b, ones, zero, USE_ASM), USE_ASM), axis=1)
+    low_sum = tl.sum(_dot4(low_a, ones, _dot4(low_b, ones, zero, USE_ASM), USE_ASM), axis=1)
+    # CODE_ZERO of each code, less the mean of the products that `_dot_codes` leaves out: 64 for the low byte of a code.
+    excess = (high_sum * 128 + low_sum) * (CODE_ZERO // 128) - (low_sum >> 1)
+    planes = (high_a[:, None, :], high_b[:, None, :], low_a[:, None, :], low_b[:, None, :])
+    return planes, scale[:, None], excess[:, None]
+
+
+@triton.jit
+def _load_words(weight_ptr, first, row, CHUNKS, BLOCK_C: tl.constexpr, COVERS: tl.constexpr):
+    """int32 [BLOCK_C, BLOCK_N, 4] of the rows first + row, for each cover. Chunks past K repeat the last one."""
+    # The chunk is the first axis, so that Triton lays the lanes of a warp along it: a warp reads 512 bytes of a row.
+    weight_ptr += first.to(tl.int64) * (CHUNKS * 4)
+    words = tl.tuple([])
+    for c in tl.static_range(COVERS):
+        chunk = tl.minimum(c * BLOCK_C + tl.arange(0, BLOCK_C), CHUNKS - 1)
+        offsets = row[None, :, None] * (CHUNKS * 4) + chunk[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+        words += (tl.load(weight_ptr + offsets, eviction_policy="evict_first"),)
+    return words
+
+
+@triton.jit(do_not_specialize=["BLOCKS"])
 def _linear_4bit_dp4a_kernel(
-    bytes_ptr,  # [M, CHUNKS, 4, 4] int32: see _split_tokens_kernel
-    scale_ptr,  # [M, CHUNKS, 2] float32
+    x_ptr,  # [M, K]
     weight_ptr,  # [N, CHUNKS, 4] int32: 8 codes each
     absmax_ptr,  # [N, B] float32, or uint8 if nested
     bias_ptr,  # [N] or None
@@ -151,6 +190,7 @@ def _linear_4bit_dp4a_kernel(
     N,
     CHUNKS,
     B,
+    BLOCKS,  # of rows that a program takes
     table0,  # BYTE_TABLES: eight arguments, since the interpreter takes no tuple
     table1,
     table2,
@@ -161,71 +201,64 @@ def _linear_4bit_dp4a_kernel(
     table7,
     QUANT_TYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    EVEN_K: tl.constexpr,  # K divides into whole steps: no masks in the loop
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # a chunk a thread
+    COVERS: tl.constexpr,  # BLOCK_C times that many chunks are all of K
 ):
-    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
-    # Rows past N read the last row instead of taking a mask; their result is not stored.
-    row = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_row).to(tl.int32))
-    chunk = tl.arange(0, BLOCK_C)
-    word = tl.arange(0, 4)
-    # The chunk is the first axis, so that Triton lays the lanes of a warp along it: a warp reads 512 bytes of a row.
-    weight_ptr += first_row * (CHUNKS * 4)
-    offsets = row[None, :, None] * (CHUNKS * 4) + chunk[:, None, None] * 4 + word[None, None, :]
-    total0 = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-    total1 = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-    zero = tl.zeros((BLOCK_C, BLOCK_N, 4), tl.int32)
-
-    in_k = None if EVEN_K else (chunk < CHUNKS)[:, None, None]
-    words = tl.load(weight_ptr + offsets, mask=in_k, eviction_policy="evict_first")
     if PDL:
-        tl.extra.cuda.gdc_wait()  # the first codes are on their way while the token is still being split
-    for start in range(0, CHUNKS, BLOCK_C):
-        column = start + chunk
-        if not EVEN_K:
-            column = tl.minimum(column, CHUNKS - 1)
-        block = row[None, :] * B + (column * CHUNK // BLOCK_SIZE)[:, None]
-        absmax = load_absmax(absmax_ptr, first_row * B, block, nested_ptr, offset_ptr, code_ptr)
-        if not EVEN_K:
-            absmax = tl.where((start + chunk < CHUNKS)[:, None], absmax, 0.0)
-        high_a, high_b, low_a, low_b = _decode(
-            words, table0, table1, table2, table3, table4, table5, table6, table7, QUANT_TYPE, USE_ASM
-        )
+        tl.extra.cuda.gdc_launch_dependents()
+    tables = (table0, table1, table2, table3, table4, table5, table6, table7)
+    # The last blocks start early enough to be whole. A row that is computed twice gets the same bits.
+    last = tl.maximum(N - BLOCK_N, 0)
+    row = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
+    first = tl.minimum(tl.program_id(0) * (BLOCKS * BLOCK_N), last)
+    words = _load_words(weight_ptr, first, row, CHUNKS, BLOCK_C, COVERS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # the first codes are on their way while another kernel makes x
+    element = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    planes, scales, excesses = tl.tuple([]), tl.tuple([]), tl.tuple([])
+    for c in tl.static_range(COVERS):
+        chunk = c * BLOCK_C + tl.arange(0, BLOCK_C)
         for m in tl.static_range(M):
-            x_ptrs = bytes_ptr + ((m * CHUNKS + column)[:, None, None] * 16 + word[None, None, :])
-            x_high_a, _ = tl.broadcast(tl.load(x_ptrs), zero)
-            x_high_b, _ = tl.broadcast(tl.load(x_ptrs + 4), zero)
-            x_low_a, _ = tl.broadcast(tl.load(x_ptrs + 8), zero)
-            x_low_b, _ = tl.broadcast(tl.load(x_ptrs + 12), zero)
-            high = _dot4(high_b, x_high_b, _dot4(high_a, x_high_a, zero, USE_ASM), USE_ASM)
-            low = _dot4(high_b, x_low_b, _dot4(high_a, x_low_a, zero, USE_ASM), USE_ASM)
-            low = _dot4(low_b, x_high_b, _dot4(low_a, x_high_a, low, USE_ASM), USE_ASM)
-            product = (tl.sum(high, axis=2) * 128 + tl.sum(low, axis=2)).to(tl.float32)
-            scale = tl.load(scale_ptr + (m * CHUNKS + column) * 2)
-            zero_sum = tl.load(scale_ptr + (m * CHUNKS + column) * 2 + 1)
-            product = (product - zero_sum[:, None]) * (absmax * scale[:, None])
-            if m == 0:
-                total0 += product
-            else:
-                total1 += product
-        if start + BLOCK_C < CHUNKS:
-            in_k = None if EVEN_K else (start + BLOCK_C + chunk < CHUNKS)[:, None, None]
-            words = tl.load(weight_ptr + (start + BLOCK_C) * 4 + offsets, mask=in_k, eviction_policy="evict_first")
+            x_ptrs = x_ptr + ((m * CHUNKS + chunk)[:, None, None] * CHUNK + element[None, :, :])
+            x = tl.load(x_ptrs, mask=(chunk < CHUNKS)[:, None, None], other=0.0)
+            plane, scale, excess = _split_token(x, USE_ASM)
+            planes += plane
+            scales += (scale,)
+            excesses += (excess,)
 
-    n = first_row + tl.arange(0, BLOCK_N)
-    mask = n < N
-    out0, out1 = tl.sum(total0, axis=0), tl.sum(total1, axis=0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
-        out0 += bias
-        out1 += bias
-    tl.store(out_ptr + n, out0.to(out_ptr.dtype.element_ty), mask=mask)
-    if M == 2:
-        tl.store(out_ptr + N + n, out1.to(out_ptr.dtype.element_ty), mask=mask)
+    for block in range(BLOCKS):
+        after = tl.minimum(first + BLOCK_N, last)
+        next_words = words
+        if block + 1 < BLOCKS:
+            next_words = _load_words(weight_ptr, after, row, CHUNKS, BLOCK_C, COVERS)
+        bias = tl.zeros((BLOCK_N,), tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + first + row).to(tl.float32)
+        total0 = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+        total1 = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+        for c in tl.static_range(COVERS):
+            chunk = tl.minimum(c * BLOCK_C + tl.arange(0, BLOCK_C), CHUNKS - 1)
+            index = row[None, :] * B + (chunk * CHUNK // BLOCK_SIZE)[:, None]
+            absmax = load_absmax(absmax_ptr, first.to(tl.int64) * B, index, nested_ptr, offset_ptr, code_ptr)
+            dots = _dot_codes(words[c], tables, planes[4 * M * c : 4 * M * (c + 1)], QUANT_TYPE, USE_ASM, M)
+            for m in tl.static_range(M):
+                dot = tl.sum(dots[m], axis=2) - excesses[M * c + m]
+                product = dot.to(tl.float32) * (absmax * scales[M * c + m])
+                if m == 0:
+                    total0 += product
+                else:
+                    total1 += product
+        out = tl.sum(total0, axis=0) + bias
+        tl.store(out_ptr + first + row, out.to(out_ptr.dtype.element_ty))
+        if M == 2:
+            out = tl.sum(total1, axis=0) + bias
+            tl.store(out_ptr + N + first + row, out.to(out_ptr.dtype.element_ty))
+        words = next_words
+        first = after
 
 
 def linear_4bit_dp4a(
@@ -239,21 +272,19 @@ def linear_4bit_dp4a(
     block_size: int,
     config: Dp4aConfig | None = None,
 ) -> None:
-    """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; M <= 2 and K % 32 == 0."""
+    """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
+
+    M <= 2, K % 32 == 0 and K <= MAX_DP4A_K.
+    """
     m, k = x.shape
     n, chunks = weight.shape[0], k // CHUNK.value
     config = config or dp4a_config(x.device, m, n, k)
     asm, pdl = device_features(x.device)
     overlap = {"launch_pdl": True} if pdl else {}
-    planes = torch.empty(m, chunks, 16, dtype=torch.int32, device=x.device)
-    scale = torch.empty(m, chunks, 2, dtype=torch.float32, device=x.device)
-    grid = (ceil_div(chunks, 8), m)
-    launch(_split_tokens_kernel, grid, x, planes.view(torch.int8), scale, chunks, BLOCK=8, PDL=pdl, options=ONE_WARP)
     launch(
         _linear_4bit_dp4a_kernel,
-        (ceil_div(n, config.block_n),),
-        planes,
-        scale,
+        (ceil_div(n, config.block_n * config.blocks),),
+        x,
         weight.view(torch.int32),
         absmax,
         bias,
@@ -262,14 +293,15 @@ def linear_4bit_dp4a(
         n,
         chunks,
         absmax.shape[1],
+        config.blocks,
         *BYTE_TABLES[quant_type],
         QUANT_TYPE=quant_type,
         BLOCK_SIZE=block_size,
-        EVEN_K=chunks % config.block_c == 0,
         USE_ASM=asm,
         PDL=pdl,
         M=m,
         BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
-        options={"num_warps": config.warps, "num_stages": 1, **overlap},
+        BLOCK_C=32 * config.warps,
+        COVERS=ceil_div(chunks, 32 * config.warps),
+        options={"num_warps": config.warps, "num_stages": 1, "maxnreg": config.registers, **overlap},
     )
