@@ -235,28 +235,22 @@ def _linear_4bit_dp4a_kernel(
         next_words = words
         if block + 1 < BLOCKS:
             next_words = _load_words(weight_ptr, after, row, CHUNKS, BLOCK_C, COVERS)
-        bias = tl.zeros((BLOCK_N,), tl.float32)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + first + row).to(tl.float32)
-        total0 = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-        total1 = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+        total = tl.zeros((BLOCK_C, BLOCK_N, M), tl.float32)
         for c in tl.static_range(COVERS):
             chunk = tl.minimum(c * BLOCK_C + tl.arange(0, BLOCK_C), CHUNKS - 1)
             index = row[None, :] * B + (chunk * CHUNK // BLOCK_SIZE)[:, None]
             absmax = load_absmax(absmax_ptr, first.to(tl.int64) * B, index, nested_ptr, offset_ptr, code_ptr)
             dots = _dot_codes(words[c], tables, planes[4 * M * c : 4 * M * (c + 1)], QUANT_TYPE, USE_ASM, M)
+            products = tl.tuple([])
             for m in tl.static_range(M):
                 dot = tl.sum(dots[m], axis=2) - excesses[M * c + m]
-                product = dot.to(tl.float32) * (absmax * scales[M * c + m])
-                if m == 0:
-                    total0 += product
-                else:
-                    total1 += product
-        out = tl.sum(total0, axis=0) + bias
-        tl.store(out_ptr + first + row, out.to(out_ptr.dtype.element_ty))
-        if M == 2:
-            out = tl.sum(total1, axis=0) + bias
-            tl.store(out_ptr + N + first + row, out.to(out_ptr.dtype.element_ty))
+                products += (dot.to(tl.float32) * (absmax * scales[M * c + m]),)
+            total += products[0][:, :, None] if M == 1 else tl.join(products[0], products[1])
+        out = tl.sum(total, axis=0)
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + first + row).to(tl.float32)[:, None]
+        out_ptrs = out_ptr + tl.arange(0, M)[None, :] * N + (first + row)[:, None]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty))
         words = next_words
         first = after
 
