@@ -165,16 +165,20 @@ def _split_token(x, USE_ASM: tl.constexpr):
 
 
 @triton.jit
-def _load_words(weight_ptr, first, row, CHUNKS, BLOCK_C: tl.constexpr, COVERS: tl.constexpr):
-    """int32 [BLOCK_C, BLOCK_N, 4] of the rows first + row, for each cover. Chunks past K repeat the last one."""
-    # The chunk is the first axis, so that Triton lays the lanes of a warp along it: a warp reads 512 bytes of a row.
+def _load_rows(pointers, first, row, CHUNKS, B, BLOCK_SIZE: tl.constexpr, BLOCK_C: tl.constexpr, COVERS: tl.constexpr):
+    """Of the rows first + row, for each cover: words int32 [BLOCK_C, BLOCK_N, 4], then absmax [BLOCK_C, BLOCK_N]."""
+    weight_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr = pointers
+    words, absmax = tl.tuple([]), tl.tuple([])
     weight_ptr += first.to(tl.int64) * (CHUNKS * 4)
-    words = tl.tuple([])
     for c in tl.static_range(COVERS):
+        # Chunks past K repeat the last one: the tokens are zero there.
         chunk = tl.minimum(c * BLOCK_C + tl.arange(0, BLOCK_C), CHUNKS - 1)
+        # The chunk is the first axis, so that Triton lays the lanes of a warp along it: a warp reads 512 bytes a row.
         offsets = row[None, :, None] * (CHUNKS * 4) + chunk[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
         words += (tl.load(weight_ptr + offsets, eviction_policy="evict_first"),)
-    return words
+        index = row[None, :] * B + (chunk * CHUNK // BLOCK_SIZE)[:, None]
+        absmax += (load_absmax(absmax_ptr, first.to(tl.int64) * B, index, nested_ptr, offset_ptr, code_ptr),)
+    return words, absmax
 
 
 @triton.jit(do_not_specialize=["BLOCKS"])
@@ -215,7 +219,8 @@ def _linear_4bit_dp4a_kernel(
     last = tl.maximum(N - BLOCK_N, 0)
     row = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
     first = tl.minimum(tl.program_id(0) * (BLOCKS * BLOCK_N), last)
-    words = _load_words(weight_ptr, first, row, CHUNKS, BLOCK_C, COVERS)
+    pointers = (weight_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr)
+    words, absmax = _load_rows(pointers, first, row, CHUNKS, B, BLOCK_SIZE, BLOCK_C, COVERS)
     if PDL:
         tl.extra.cuda.gdc_wait()  # the first codes are on their way while another kernel makes x
     element = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -232,26 +237,23 @@ def _linear_4bit_dp4a_kernel(
 
     for block in range(BLOCKS):
         after = tl.minimum(first + BLOCK_N, last)
-        next_words = words
+        next_words, next_absmax = words, absmax
         if block + 1 < BLOCKS:
-            next_words = _load_words(weight_ptr, after, row, CHUNKS, BLOCK_C, COVERS)
+            next_words, next_absmax = _load_rows(pointers, after, row, CHUNKS, B, BLOCK_SIZE, BLOCK_C, COVERS)
         total = tl.zeros((BLOCK_C, BLOCK_N, M), tl.float32)
         for c in tl.static_range(COVERS):
-            chunk = tl.minimum(c * BLOCK_C + tl.arange(0, BLOCK_C), CHUNKS - 1)
-            index = row[None, :] * B + (chunk * CHUNK // BLOCK_SIZE)[:, None]
-            absmax = load_absmax(absmax_ptr, first.to(tl.int64) * B, index, nested_ptr, offset_ptr, code_ptr)
             dots = _dot_codes(words[c], tables, planes[4 * M * c : 4 * M * (c + 1)], QUANT_TYPE, USE_ASM, M)
             products = tl.tuple([])
             for m in tl.static_range(M):
                 dot = tl.sum(dots[m], axis=2) - excesses[M * c + m]
-                products += (dot.to(tl.float32) * (absmax * scales[M * c + m]),)
+                products += (dot.to(tl.float32) * (absmax[c] * scales[M * c + m]),)
             total += products[0][:, :, None] if M == 1 else tl.join(products[0], products[1])
         out = tl.sum(total, axis=0)
         if bias_ptr is not None:
             out += tl.load(bias_ptr + first + row).to(tl.float32)[:, None]
         out_ptrs = out_ptr + tl.arange(0, M)[None, :] * N + (first + row)[:, None]
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty))
-        words = next_words
+        words, absmax = next_words, next_absmax
         first = after
 
 
