@@ -130,11 +130,23 @@ def _dot_codes(words, tables, planes, QUANT_TYPE: tl.constexpr, USE_ASM: tl.cons
 
 
 @triton.jit
+def _load_token(x_ptr, chunk, mask):
+    """[C, 4, 8] elements of some chunks, each chunk in one thread."""
+    x_ptrs = x_ptr + chunk[:, None] * CHUNK + tl.arange(0, 8)[None, :]
+    x0 = tl.load(x_ptrs, mask=mask[:, None], other=0.0)
+    x1 = tl.load(x_ptrs + 8, mask=mask[:, None], other=0.0)
+    x2 = tl.load(x_ptrs + 16, mask=mask[:, None], other=0.0)
+    x3 = tl.load(x_ptrs + 24, mask=mask[:, None], other=0.0)
+    x = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    return tl.permute(tl.reshape(x, (chunk.shape[0], 8, 4)), (0, 2, 1))
+
+
+@triton.jit
 def _split_token(x, USE_ASM: tl.constexpr):
     """[C, 4, 8] elements -> the bytes of their integers, their scale, and what to subtract from a dot product.
 
-    The bytes are four int32 [C, 1, 4] as `_dot_codes` takes them: the high ones of 4 codes, of the next 4, the low
-    ones likewise. The others are float32 and int32 [C, 1].
+    The bytes are four int32 [1, C, 4] as `_dot_codes` takes them: the high ones of 4 codes, of the next 4, the low
+    ones likewise. The others are float32 and int32 [1, C].
     """
     # NaN and Inf make the scale NaN, and with it every output of the token.
     bits = tl.maximum(tl.max(tl.max(absmax_bits(x), axis=2), axis=1), TINY_BITS)
@@ -160,24 +172,40 @@ def _split_token(x, USE_ASM: tl.constexpr):
     low_sum = tl.sum(_dot4(low_a, ones, _dot4(low_b, ones, zero, USE_ASM), USE_ASM), axis=1)
     # CODE_ZERO of each code, less the mean of the products that `_dot_codes` leaves out: 64 for the low byte of a code.
     excess = (high_sum * 128 + low_sum) * (CODE_ZERO // 128) - (low_sum >> 1)
-    planes = (high_a[:, None, :], high_b[:, None, :], low_a[:, None, :], low_b[:, None, :])
-    return planes, scale[:, None], excess[:, None]
+    planes = (high_a[None, :, :], high_b[None, :, :], low_a[None, :, :], low_b[None, :, :])
+    return planes, scale[None, :], excess[None, :]
 
 
 @triton.jit
-def _load_rows(pointers, first, row, CHUNKS, B, BLOCK_SIZE: tl.constexpr, BLOCK_C: tl.constexpr, COVERS: tl.constexpr):
-    """Of the rows first + row, for each cover: words int32 [BLOCK_C, BLOCK_N, 4], then absmax [BLOCK_C, BLOCK_N]."""
+def _load_rows(
+    pointers,
+    first,
+    N,
+    CHUNKS,
+    B,
+    BLOCK_SIZE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COVERS: tl.constexpr,
+):
+    """Of BLOCK_N rows, for each cover: words int32 [BLOCK_N, BLOCK_C, 4], then absmax [BLOCK_N, BLOCK_C]."""
     weight_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr = pointers
     words, absmax = tl.tuple([]), tl.tuple([])
+    row = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
     weight_ptr += first.to(tl.int64) * (CHUNKS * 4)
     for c in tl.static_range(COVERS):
-        # Chunks past K repeat the last one: the tokens are zero there.
-        chunk = tl.minimum(c * BLOCK_C + tl.arange(0, BLOCK_C), CHUNKS - 1)
-        # The chunk is the first axis, so that Triton lays the lanes of a warp along it: a warp reads 512 bytes a row.
-        offsets = row[None, :, None] * (CHUNKS * 4) + chunk[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
-        words += (tl.load(weight_ptr + offsets, eviction_policy="evict_first"),)
-        index = row[None, :] * B + (chunk * CHUNK // BLOCK_SIZE)[:, None]
-        absmax += (load_absmax(absmax_ptr, first.to(tl.int64) * B, index, nested_ptr, offset_ptr, code_ptr),)
+        # The shapes of these loads leave Triton one way to lay them out: lanes along a row, all rows in each thread.
+        column = c * (4 * BLOCK_C) + tl.arange(0, 4 * BLOCK_C)
+        in_k = None if EVEN_K else (column < CHUNKS * 4)[None, :]
+        offsets = row[:, None] * (CHUNKS * 4) + column[None, :]
+        word = tl.load(weight_ptr + offsets, mask=in_k, eviction_policy="evict_first")
+        words += (tl.reshape(word, (BLOCK_N, BLOCK_C, 4)),)
+        place = tl.arange(0, BLOCK_N * BLOCK_C)
+        chunk = tl.minimum(c * BLOCK_C + place % BLOCK_C, CHUNKS - 1)
+        index = tl.minimum(place // BLOCK_C, N - 1) * B + chunk * CHUNK // BLOCK_SIZE
+        scale = load_absmax(absmax_ptr, first.to(tl.int64) * B, index, nested_ptr, offset_ptr, code_ptr)
+        absmax += (tl.reshape(scale, (BLOCK_N, BLOCK_C)),)
     return words, absmax
 
 
@@ -205,12 +233,13 @@ def _linear_4bit_dp4a_kernel(
     table7,
     QUANT_TYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_C times COVERS is all of K, and no more: no masks
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,  # a chunk a thread
-    COVERS: tl.constexpr,  # BLOCK_C times that many chunks are all of K
+    COVERS: tl.constexpr,  # chunks that a thread takes of each row
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -220,16 +249,14 @@ def _linear_4bit_dp4a_kernel(
     row = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
     first = tl.minimum(tl.program_id(0) * (BLOCKS * BLOCK_N), last)
     pointers = (weight_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr)
-    words, absmax = _load_rows(pointers, first, row, CHUNKS, B, BLOCK_SIZE, BLOCK_C, COVERS)
+    words, absmax = _load_rows(pointers, first, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS)
     if PDL:
         tl.extra.cuda.gdc_wait()  # the first codes are on their way while another kernel makes x
-    element = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
     planes, scales, excesses = tl.tuple([]), tl.tuple([]), tl.tuple([])
     for c in tl.static_range(COVERS):
         chunk = c * BLOCK_C + tl.arange(0, BLOCK_C)
         for m in tl.static_range(M):
-            x_ptrs = x_ptr + ((m * CHUNKS + chunk)[:, None, None] * CHUNK + element[None, :, :])
-            x = tl.load(x_ptrs, mask=(chunk < CHUNKS)[:, None, None], other=0.0)
+            x = _load_token(x_ptr + m * CHUNKS * CHUNK, chunk, chunk < CHUNKS)
             plane, scale, excess = _split_token(x, USE_ASM)
             planes += plane
             scales += (scale,)
@@ -239,8 +266,10 @@ def _linear_4bit_dp4a_kernel(
         after = tl.minimum(first + BLOCK_N, last)
         next_words, next_absmax = words, absmax
         if block + 1 < BLOCKS:
-            next_words, next_absmax = _load_rows(pointers, after, row, CHUNKS, B, BLOCK_SIZE, BLOCK_C, COVERS)
-        total = tl.zeros((BLOCK_C, BLOCK_N, M), tl.float32)
+            next_words, next_absmax = _load_rows(
+                pointers, after, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS
+            )
+        total = tl.zeros((BLOCK_N, BLOCK_C, M), tl.float32)
         for c in tl.static_range(COVERS):
             dots = _dot_codes(words[c], tables, planes[4 * M * c : 4 * M * (c + 1)], QUANT_TYPE, USE_ASM, M)
             products = tl.tuple([])
@@ -248,7 +277,7 @@ def _linear_4bit_dp4a_kernel(
                 dot = tl.sum(dots[m], axis=2) - excesses[M * c + m]
                 products += (dot.to(tl.float32) * (absmax[c] * scales[M * c + m]),)
             total += products[0][:, :, None] if M == 1 else tl.join(products[0], products[1])
-        out = tl.sum(total, axis=0)
+        out = tl.sum(total, axis=1)
         if bias_ptr is not None:
             out += tl.load(bias_ptr + first + row).to(tl.float32)[:, None]
         out_ptrs = out_ptr + tl.arange(0, M)[None, :] * N + (first + row)[:, None]
@@ -293,6 +322,7 @@ def linear_4bit_dp4a(
         *BYTE_TABLES[quant_type],
         QUANT_TYPE=quant_type,
         BLOCK_SIZE=block_size,
+        EVEN_K=chunks % (32 * config.warps) == 0,
         USE_ASM=asm,
         PDL=pdl,
         M=m,
