@@ -2,7 +2,7 @@
 
 A GPU delivers codes faster than its logic pipe looks up their values, so what a code costs decides. Here it becomes a
 14-bit integer, two bytes looked up 8 codes at a time, and a token becomes 15-bit integers with one scale for 32
-elements, two bytes as well. `dp4a` multiplies them on another pipe: 3.5 instructions a code, where bfloat16 values and
+elements, two bytes as well. `dp4a` multiplies them on another pipe: 3.4 instructions a code, where bfloat16 values and
 the tensor core take 4.6. The error, about 1e-4, is below half a rounding of bfloat16.
 
 A thread takes the same 32 columns of all rows of its program. So each program splits the tokens itself, once, and keeps
