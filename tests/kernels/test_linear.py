@@ -477,9 +477,10 @@ def test_cuda_graph_follows_its_input(m, op, device):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_linears_of_more_than_2_to_the_31_weights(device):
+@pytest.mark.parametrize("m", [1, 3])
+def test_linears_of_more_than_2_to_the_31_weights(m, device):
     n, k, tail = 2**19 + 3, 4096, 64
-    x = torch.randn(3, k, device=device).bfloat16()
+    x = torch.randn(m, k, device=device).bfloat16()
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
     absmax = torch.rand(n, k // 64, device=device)
     out = linear_4bit(x, packed, absmax, None, None, None, "nf4", 64)[:, -tail:]

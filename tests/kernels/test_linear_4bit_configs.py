@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from bigq_kernels import linear_4bit_configs as configs
-from bigq_kernels.linear_4bit_configs import dp4a_config, gluon_config, mma_config, split_steps, wgmma_config
+from bigq_kernels.linear_4bit_configs import (
+    MAX_DP4A_K,
+    dp4a_config,
+    gluon_config,
+    mma_config,
+    row_blocks,
+    split_steps,
+    wgmma_config,
+)
 
 CPU = torch.device("cpu")
 MODEL_SHAPES = [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096), (28672, 8192), (128256, 4096), (5, 32)]
@@ -19,8 +27,8 @@ def test_shape_classes():
 
 @pytest.mark.parametrize(
     "table, tokens",
-    [(configs.DP4A, [1, 2]), (configs.GLUON, [8, 16, 32]), (configs.MMA, [8, 16, 32, 64, 128])],
-    ids=["dp4a", "gluon", "mma"],
+    [(configs.GLUON, [8, 16, 32]), (configs.MMA, [8, 16, 32, 64, 128])],
+    ids=["gluon", "mma"],
 )
 def test_every_gpu_has_every_row(table, tokens):
     assert configs.HOPPER in table
@@ -50,11 +58,51 @@ def test_gluon_config(n, k, m):
 
 
 @pytest.mark.parametrize("m", [1, 2])
-@pytest.mark.parametrize("n, k", MODEL_SHAPES)
+@pytest.mark.parametrize("n, k", [*MODEL_SHAPES, (8192, 28672), (4100, 11008), (5000, 4128), (7, MAX_DP4A_K)])
 def test_dp4a_config(n, k, m):
     config = dp4a_config(CPU, m, n, k)
-    assert config.block_n * m <= 8  # the sums of more rows do not fit the registers
-    assert config.block_c % config.warps == 0
+    covers = -(-k // (1024 * config.warps))
+    assert covers * m <= 4  # the tokens of more do not fit the registers
+    assert covers * config.block_n <= 6  # nor do the codes
+    threads = 32 * config.warps
+    assert threads * config.registers <= 65536
+    programs = -(-n // (config.block_n * config.blocks))
+    assert programs <= 132 * (65536 // (threads * config.registers))  # all at once
+
+
+def test_dp4a_has_rows_for_every_k():
+    assert configs.HOPPER in configs.DP4A
+    for rows in configs.DP4A.values():
+        assert list(rows) == [1, 2]
+        assert all({1, 2} <= set(by_covers) for by_covers in rows.values())
+
+
+@pytest.mark.parametrize(
+    "n, k, expected",
+    [
+        pytest.param(4096, 4096, 4, id="128-chunks"),
+        pytest.param(4096, 11008, 4, id="344-chunks-in-3-times-128"),
+        pytest.param(4096, 14336, 8, id="448-chunks-in-2-times-256"),
+        pytest.param(8192, 28672, 16, id="896-chunks-in-2-times-512"),
+        pytest.param(4096, 32, 1, id="one-chunk"),
+    ],
+)
+def test_dp4a_leaves_few_threads_idle(n, k, expected):
+    assert dp4a_config(CPU, 1, n, k).warps == expected
+
+
+@pytest.mark.parametrize(
+    "blocks, resident, expected",
+    [
+        pytest.param(3584, 5, 7, id="14336x4096"),  # 4 programs of 7 and a half; 5 of 6 and a half are more
+        pytest.param(1024, 5, 2, id="4096x4096"),
+        pytest.param(256, 5, 1, id="1024x4096"),
+        pytest.param(1, 8, 1, id="one"),
+        pytest.param(4096, 1, 32, id="one-resident"),
+    ],
+)
+def test_row_blocks(blocks, resident, expected):
+    assert row_blocks(blocks, 132, resident, 0.625) == expected
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 33, 64, 65, 128])

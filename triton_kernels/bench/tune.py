@@ -47,8 +47,16 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
     if m <= 2:
         dp4a = dp4a_config(gpu, m, n, k)
         yield linear_4bit_dp4a, dp4a
-        for block_n, (block_c, warps) in product((4, 8) if m == 1 else (4,), ((32, 1), (64, 2), (128, 4))):
-            yield linear_4bit_dp4a, replace(dp4a, block_n=block_n, block_c=block_c, warps=warps)
+        multiprocessors = torch.cuda.get_device_properties(gpu).multi_processor_count
+        for warps, block_n, registers in product((1, 2, 4, 8, 16), (1, 2, 4, 8), (80, 96, 128, 168, 224)):
+            resident = 65536 // (32 * warps * registers)  # programs that the registers of a multiprocessor hold
+            codes = block_n * ceil_div(k, 1024 * warps)  # chunks of 32 that a thread decodes at a time
+            if not (resident and 2 <= codes <= 8 and ceil_div(k, 1024 * warps) * m <= 4):
+                continue
+            for programs in {resident, ceil_div(resident, 2)}:
+                blocks = ceil_div(ceil_div(n, block_n), multiprocessors * programs)
+                changes = {"block_n": block_n, "blocks": blocks, "warps": warps, "registers": registers}
+                yield linear_4bit_dp4a, replace(dp4a, **changes)
         return
     mma = mma_config(gpu, m, n, k, ceil_div(k, 64))
     yield linear_4bit_mma, mma
@@ -83,8 +91,9 @@ def compile_one(m: int, k: int, candidate: Candidate) -> None:
 
 
 def as_compiled(config: Any) -> str:
-    """The steps of a program are a run-time argument."""
-    return str(replace(config, steps_per_split=0) if hasattr(config, "steps_per_split") else config)
+    """How many steps or blocks of rows a program takes is a run-time argument."""
+    at_run_time = {name: 0 for name in ("steps_per_split", "blocks") if hasattr(config, name)}
+    return str(replace(config, **at_run_time))
 
 
 def measure(m: int, weights: list[Any], k: int, tried: list[Candidate], shown: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bigq_kernels.dequantize_4bit import dequantize_4bit
 from bigq_kernels.dequantize_absmax import dequantize_absmax
 from bigq_kernels.launch import dense_linear
-from bigq_kernels.linear_4bit_configs import wgmma_config
+from bigq_kernels.linear_4bit_configs import MAX_DP4A_K, wgmma_config
 from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
 from bigq_kernels.linear_4bit_mma import linear_4bit_mma
 from bigq_kernels.quantize_absmax import nested_code
@@ -42,7 +42,7 @@ def _takes_gluon(device: torch.device) -> bool:
 
 def _fused_kernel(device: torch.device, m: int, n: int, k: int, block_size: int) -> Kernel | None:
     """The fastest for m tokens of 16 bits and rows of whole 16-byte vectors; None where that is cuBLAS, dequantized."""
-    if m <= MAX_DP4A_M:
+    if m <= MAX_DP4A_M and k <= MAX_DP4A_K:
         return linear_4bit_dp4a
     if block_size >= 64 and _takes_gluon(device):
         config = wgmma_config(device, m, n, k)

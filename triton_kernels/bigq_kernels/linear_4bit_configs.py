@@ -13,6 +13,7 @@ import torch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
 __all__ = [
+    "MAX_DP4A_K",
     "Dp4aConfig",
     "GluonConfig",
     "MmaConfig",
@@ -20,6 +21,7 @@ __all__ = [
     "dp4a_config",
     "gluon_config",
     "mma_config",
+    "row_blocks",
     "split_steps",
     "wgmma_config",
 ]
@@ -27,6 +29,9 @@ __all__ = [
 HOPPER = (9, 0)
 SHAPES = ("narrow", "middle", "deep", "wide", "large")
 MIN_TOKEN_FILL = 3 / 4  # of several tiles of tokens: one of 256 that is half empty costs what dequantizing does
+REGISTERS = 65536  # of a multiprocessor
+SPLIT_ROWS = 2.5  # rows that cost a program of the dp4a kernel as much as splitting its tokens
+MAX_DP4A_K = 32768  # two chunks of one or two tokens for each of 512 threads, in their registers
 STEP = 256  # elements of K in a step of the Gluon kernel
 MIN_STEPS = 2  # a program with fewer has nothing to overlap
 MIN_PROGRAMS = (
@@ -36,11 +41,12 @@ MIN_PROGRAMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Dp4aConfig:
-    """Rows, and chunks of 32 elements, that a program of `linear_4bit_dp4a` takes at a time."""
+    """Rows that a program of `linear_4bit_dp4a` takes at a time, and how often; `registers` caps a thread's."""
 
     block_n: int
-    block_c: int
+    blocks: int
     warps: int
+    registers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +86,8 @@ class WgmmaConfig:
 
 
 # fmt: off
-# By GPU, shape and M: (BLOCK_N, BLOCK_C, warps). Two tokens leave registers for 4 rows; few rows need more warps each.
-DP4A = {HOPPER: {
-    "narrow": {1: (8, 128, 4), 2: (4, 128, 4)},
-    "middle": {1: (8, 64, 2), 2: (4, 64, 2)},
-    "deep":   {1: (8, 64, 2), 2: (4, 64, 2)},
-    "wide":   {1: (4, 128, 4), 2: (4, 64, 2)},
-    "large":  {1: (4, 128, 4), 2: (4, 64, 2)},
-}}
+# By GPU, M, and chunks of 32 elements of K that a thread holds: (BLOCK_N, registers).
+DP4A = {HOPPER: {1: {1: (4, 128), 2: (2, 128), 3: (2, 168)}, 2: {1: (8, 255), 2: (4, 255)}}}
 # By GPU, shape and BLOCK_M: (BLOCK_N, STAGES, warps, registers).
 _GLUON = {8: (64, 2, 4, None), 16: (64, 2, 4, None), 32: (64, 2, 4, None)}
 GLUON = {HOPPER: {
@@ -153,6 +153,22 @@ def block_m(m: int) -> int:
 
 
 @cache
+def row_blocks(blocks: int, multiprocessors: int, resident: int, overhead: float) -> int:
+    """Blocks of rows that a program takes: the least work for the multiprocessor that gets most of it.
+
+    A program works for its blocks plus `overhead` of one. All start at once, and at least half of the `resident` ones
+    that a multiprocessor holds, which hide each other's latencies: 3584 blocks over 132 multiprocessors that hold 5 are
+    7 each for 512 programs, of which the busiest gets 4, where 5 would get 6 each.
+    """
+
+    def work(programs: int) -> float:
+        each = ceil_div(blocks, multiprocessors * programs)
+        return ceil_div(ceil_div(blocks, each), multiprocessors) * (each + overhead)
+
+    return ceil_div(blocks, multiprocessors * min(range(resident, resident // 2, -1), key=work))
+
+
+@cache
 def split_steps(tiles: int, steps: int, multiprocessors: int, overhead: float) -> tuple[int, int]:
     """(programs along K, steps of each): the least work for the multiprocessor that gets most of it.
 
@@ -171,10 +187,18 @@ def split_steps(tiles: int, steps: int, multiprocessors: int, overhead: float) -
     return best[2:]
 
 
+@cache
 def dp4a_config(device: torch.device, m: int, n: int, k: int) -> Dp4aConfig:
-    """For m of 1 or 2 tokens and a weight of n x k."""
-    block_n, block_c, warps = _row(DP4A, device, n, k, m)
-    return Dp4aConfig(block_n=block_n, block_c=block_c, warps=warps)
+    """For m of 1 or 2 tokens and a weight of n x k, k <= MAX_DP4A_K."""
+    capability, multiprocessors = _gpu(device)
+    rows = DP4A.get(capability, DP4A[HOPPER])[m]
+    covers = {warps: ceil_div(k, 1024 * warps) for warps in (8, 4, 2, 1, 16)}
+    warps = min((w for w in covers if covers[w] in rows), key=lambda w: w * covers[w])  # the fewest idle threads
+    block_n, registers = rows[covers[warps]]
+    registers = min(registers, REGISTERS // (32 * warps))
+    resident = REGISTERS // (32 * warps * registers)
+    blocks = row_blocks(ceil_div(n, block_n), multiprocessors, resident, SPLIT_ROWS / block_n)
+    return Dp4aConfig(block_n=block_n, blocks=blocks, warps=warps, registers=registers)
 
 
 def mma_config(device: torch.device, m: int, n: int, k: int, groups: int) -> MmaConfig:
