@@ -14,7 +14,7 @@ from bigq.commit import commit, restored_on_error
 from bigq.device_map import is_gpu
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import ModelTensors, Source, find_owner, modules_by_name, tensor_name
+from bigq.model_tensors import ModelTensors, ModelTree, Source, find_owner, tensor_name
 from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
 from bigq.quantizer import Quantizer
 from bigq.stages import Stages
@@ -48,7 +48,7 @@ def fill(
     Raises:
         CheckpointError: a tensor cannot be read, or a weight to quantize holds NaN or Inf.
     """
-    jobs = plan.jobs()
+    modules, jobs = ModelTree(model).modules, plan.jobs()
     done: list[tuple[Job, dict[str, Tensor]]] = []
     for name, job in list(jobs.items()):
         if job.names[0] in store.in_checkpoint:  # it stays there, unread
@@ -59,10 +59,9 @@ def fill(
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
         if isinstance(source, ModelTensors):
             warm_up.wait()
-            _convert(model, jobs, source, store, stages, bar.update)
+            _convert(modules, jobs, source, store, stages, bar.update)
         else:
             done += _Arrivals(jobs, source, store, warm_up).read(budget, stages, bar.update)
-    modules = modules_by_name(model)
     with stages.timed("commit"):
         for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
             if job.source is None:
@@ -76,7 +75,7 @@ def fill(
 
 
 def _convert(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     jobs: Mapping[str, Job],
     source: ModelTensors,
     store: Store,
@@ -87,7 +86,7 @@ def _convert(
     weights = [name for name, job in jobs.items() if isinstance(job, PlannedLinear)]
     finite = {name: tensor.isfinite().all() for name, tensor in source.read(weights)}
     _refuse_non_finite(source, [name for name, flag in finite.items() if not flag])
-    quantizer, modules = Quantizer(), modules_by_name(model)
+    quantizer = Quantizer()
     for name, tensor in source.read(jobs):
         job, nbytes = jobs[name], tensor.nbytes
         with stages.timed("quantize", nbytes):

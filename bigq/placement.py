@@ -26,7 +26,7 @@ from bigq.device_map import (
 )
 from bigq.errors import PlacementError
 from bigq.formats import Description, TensorSpec
-from bigq.model_tensors import ModelTensors, Source, modules_by_name, tensor_groups
+from bigq.model_tensors import ModelTensors, ModelTree, Source
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
 
@@ -54,13 +54,14 @@ def plan_and_place(
         source.refuse_meta()
     quantized = _descriptions(source)
     policy = offload if offload is not None or config is None else config.offload
+    tree = ModelTree(model)
 
     def plan(places: DeviceMap, policy: str | torch.dtype | None) -> Plan:
         kept = policy in ("preserve", torch.float32)
         dtype = policy if isinstance(policy, torch.dtype) else None
         runs_on = execution_device(places)
         return make_plan(
-            model,
+            tree,
             source.tensors,
             config,
             quantized=quantized,
@@ -83,8 +84,7 @@ def plan_and_place(
             return everything_quantized, places
     else:
         places = _explicit_device_map(device_map)
-        modules = modules_by_name(model)
-        check_device_map(places, modules, [group.names for group in tensor_groups(model) if group.persistent])
+        check_device_map(places, tree.modules, [group.names for group in tree.tensors if group.persistent])
         if policy is None and config is not None:
             policy = config.weight_format().custom_map_offload
     return plan(places, policy), places
@@ -119,7 +119,7 @@ def infer_device_map(
     """
     if device_map not in STRATEGIES:
         raise PlacementError(f"device_map is {device_map!r}; expected one of {list(STRATEGIES)}")
-    plan = make_plan(model, ModelTensors(model).tensors, as_config(quantization_config))
+    plan = make_plan(ModelTree(model), ModelTensors(model).tensors, as_config(quantization_config))
     places = _infer_from_plan(
         model,
         plan,

@@ -11,7 +11,7 @@ from types import CodeType, FunctionType
 from torch import nn
 
 from bigq.errors import ConfigError
-from bigq.model_tensors import TensorGroup, find_owner, module_names, modules_by_name, tensor_groups, tensor_name
+from bigq.model_tensors import ModelTree, find_owner, tensor_name
 
 __all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears"]
 
@@ -36,28 +36,26 @@ def select_linears(
     skip_modules: Sequence[str] = (),
     keep_in_fp32_modules: Sequence[str] = (),
     defaults: bool = True,
-    groups: Sequence[TensorGroup] | None = None,
+    tree: ModelTree | None = None,
 ) -> Selection:
     """Choose the modules to quantize: every `nn.Linear` by exact type and every GPT-2 Conv1D.
 
     Never chosen: a module that its parent does not call but whose weight it reads; what `skip_modules` or
     `keep_in_fp32_modules` match. With `defaults`, neither: the output head, weights tied to another module, and what
-    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry. `groups` are the model's
-    tensors, where the caller has them already.
+    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry. `tree` is the model's,
+    where the caller has it already.
 
     Raises:
         ConfigError: a pattern that matches nothing, or without `defaults` a choice that would break a tie.
     """
-    modules, names = modules_by_name(model), module_names(model)
-    groups = tensor_groups(model) if groups is None else groups
-    everything = [name for aliases in names.values() for name in aliases if name]
-    everything += [name for group in groups for name in group.names]
+    tree = ModelTree(model) if tree is None else tree
+    modules = tree.modules
     asked: dict[str, str] = {}
     for field, patterns in (("skip_modules", skip_modules), ("keep_in_fp32_modules", keep_in_fp32_modules)):
-        for name, pattern in match_patterns(field, patterns, everything).items():
+        for name, pattern in match_patterns(field, patterns, tree.names()).items():
             asked.setdefault(name, f"{field} {pattern!r}")
     own = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if defaults else ()
-    tied = {name: group.names for group in groups if len(group.names) > 1 for name in group.names}
+    tied = {name: group.names for group in tree.tensors if len(group.names) > 1 for name in group.names}
     head = output_head(model) if defaults else None
 
     def why_kept(module: nn.Module, aliases: tuple[str, ...]) -> str | None:
@@ -87,7 +85,7 @@ def select_linears(
 
     linears: dict[str, tuple[str, ...]] = {}
     kept: dict[str, str] = {}
-    for module, aliases in names.items():
+    for module, aliases in tree.aliases.items():
         if type(module) is nn.Linear or is_transposed_linear(module):
             reason = why_kept(module, aliases)
             if reason is None:
@@ -103,8 +101,8 @@ def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) ->
     Raises:
         ConfigError: a pattern that matches none of `names`; it lists near ones.
     """
-    names = list(names)
     matched: dict[str, str] = {}
+    names = list(names) if patterns else []
     for pattern in patterns:
         hits = [name for name in names if _matches(pattern, name)]
         if not hits:
