@@ -1,7 +1,6 @@
-"""Quantizer: quantize weights as they arrive, neighbours that look alike in one launch, a huge one in several."""
+"""Quantizer: quantize weights as they arrive, those that look alike in one launch, a huge one in several."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -29,42 +28,39 @@ class Quantizer:
         """Yield (linear, state) for each weight of which all pieces have come; each tensor owns its storage.
 
         Args:
-            items: linears and pieces of their weights, on the device that quantizes; those that follow each other and
-                look alike lie side by side in memory.
+            items: linears and pieces of their weights, in one memory in the order of their addresses, on the device
+                that quantizes.
         """
-        for _, group in groupby(items, key=_looks):
-            yield from self._quantize_alike(list(group))
+        alike: dict[object, list[_Item]] = {}
+        for item in items:
+            alike.setdefault(_looks(item), []).append(item)
+        for group in alike.values():
+            yield from self._quantize_alike(group)
 
     def non_finite(self, states: Mapping[str, State]) -> list[str]:
-        """The names of the weights that held NaN or Inf, among `states` by source name; waits for the GPU once."""
-        suspects = [name for names, flag in self._finite if not flag for name in names]
+        """The names of the weights that held NaN or Inf, among `states` by source name; waits for each GPU once."""
+        flags: dict[torch.device, list[Tensor]] = {}
+        for _, flag in self._finite:
+            flags.setdefault(flag.device, []).append(flag)
+        seen = {device: iter(torch.stack(of_device).tolist()) for device, of_device in flags.items()}
+        suspects = [name for names, flag in self._finite if not next(seen[flag.device]) for name in names]
         return [name for name in suspects if not _is_finite(states[name])]
 
     def _quantize_alike(self, group: list[_Item]) -> Iterator[tuple[PlannedLinear, dict[str, Tensor]]]:
-        linear, piece = group[0]
-        stacked = linear.description.format.quantize_rows(_stacked(group))
+        weights = [piece.tensor.T if linear.transposed else piece.tensor for linear, piece in group]
+        counts = [weight.shape[0] for weight in weights]
+        stacked = group[0][0].description.format.quantize_rows(_stacked(weights, sum(counts)))
         self._finite.append(([piece.info.name for _, piece in group], _is_finite(stacked)))
-        parts: Iterable[dict[str, Tensor]] = [stacked]
-        if len(group) > 1:
-            counts = [piece.tensor.shape[0] for _, piece in group]
-            split = {
-                leaf: torch.split_with_sizes_copy(rows, counts)  # type: ignore[func-returns-value]
-                for leaf, rows in stacked.items()
-            }
-            parts = (dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True))
-        for (linear, piece), rows in zip(group, parts, strict=True):
-            whole = self._collect(linear, piece, rows)
+        device = weights[0].device
+        for (linear, piece), count, rows in zip(group, counts, _split(stacked, counts), strict=True):
+            description = linear.description
+            whole = rows if count == description.shape[0] else self._collect(piece, count, rows, description.shape[0])
             if whole is not None:
-                description = linear.description
                 own = description.format.finish(whole, description.shape)
-                yield linear, {**own, **self._constants_of(description, piece.tensor.device)}
+                yield linear, {**own, **self._constants_of(description, device)}
 
-    def _collect(self, linear: PlannedLinear, piece: Piece, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """`rows`, or those of all pieces so far where they are the last ones, or None."""
-        total = linear.description.shape[0]
-        count = next(iter(rows.values())).shape[0]
-        if count == total:
-            return rows
+    def _collect(self, piece: Piece, count: int, rows: dict[str, Tensor], total: int) -> dict[str, Tensor] | None:
+        """The rows of all pieces of a weight of `total` rows, if these `count` ones are its last; else None."""
         name, stop = piece.info.name, piece.start + count
         whole = self._incomplete.setdefault(
             name, {leaf: tensor.new_empty(total, *tensor.shape[1:]) for leaf, tensor in rows.items()}
@@ -81,29 +77,40 @@ class Quantizer:
             self._constants[key] = {**description.format.constants(device), "quant_state": state}
         copies = self._copies.setdefault(key, [])
         if not copies:
-            split = {
-                leaf: torch.split_with_sizes_copy(tensor.repeat(_COPIES), [len(tensor)] * _COPIES)  # type: ignore[func-returns-value]
-                for leaf, tensor in self._constants[key].items()
-            }
-            copies += (dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True))
+            constants = self._constants[key]
+            repeated = [torch.unbind_copy(tensor.expand(_COPIES, -1)) for tensor in constants.values()]  # type: ignore[func-returns-value]
+            copies += (dict(zip(constants, tensors, strict=True)) for tensors in zip(*repeated, strict=True))
         return copies.pop()
 
 
 def _looks(item: _Item) -> object:
     linear, piece = item
-    if linear.transposed:
-        return piece.info.name  # on its own
-    return linear.description.format, piece.tensor.shape[1], piece.tensor.dtype
+    description = linear.description
+    return description.format, description.shape[1], piece.tensor.dtype, linear.transposed
 
 
-def _stacked(group: list[_Item]) -> Tensor:
-    """The rows of all pieces as one matrix [R, K], without a copy."""
-    linear, piece = group[0]
-    rows = piece.tensor.T if linear.transposed else piece.tensor
-    if len(group) > 1:
-        count, columns = sum(piece.tensor.shape[0] for _, piece in group), rows.shape[1]
-        rows = rows.as_strided((count, columns), (columns, 1))
+def _stacked(weights: list[Tensor], count: int) -> Tensor:
+    """The rows of all weights as one matrix [count, K]; without a copy where they lie side by side in memory."""
+    first, last = weights[0], weights[-1]
+    columns = first.shape[1]
+    from_first_to_last = last.data_ptr() - first.data_ptr() + last.nbytes
+    if len(weights) == 1:
+        rows = first
+    elif first.is_contiguous() and from_first_to_last == count * columns * first.itemsize:
+        rows = first.as_strided((count, columns), (columns, 1))
+    else:  # on a GPU a copy takes a hundredth of the time that the link took, and less than another launch
+        rows = torch.cat(weights)
     return rows.float() if rows.dtype == torch.float64 else rows  # no format has scales that fine
+
+
+def _split(stacked: dict[str, Tensor], counts: list[int]) -> Iterator[dict[str, Tensor]]:
+    """`stacked`, cut into `counts` rows each; every tensor owns its storage."""
+    if len(counts) == 1:
+        yield stacked
+        return
+    split = [torch.split_with_sizes_copy(rows, counts) for rows in stacked.values()]  # type: ignore[func-returns-value]
+    for tensors in zip(*split, strict=True):
+        yield dict(zip(stacked, tensors, strict=True))
 
 
 def _is_finite(state: State) -> Tensor:

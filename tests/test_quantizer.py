@@ -66,6 +66,29 @@ def test_a_huge_weight_in_pieces(weight_format):
     assert_state(state, job, weight)
 
 
+@pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+def test_what_looks_alike_with_others_between_in_one_launch(weight_format, transposed, monkeypatch):
+    """As the experts of a mixture have it: down, gate, up, down, gate, up."""
+    shapes = {"a.down": (96, 32), "a.gate": (40, 96), "a.up": (40, 96), "b.down": (96, 32), "b.gate": (40, 96)}
+    run = torch.randn(sum(rows * columns for rows, columns in shapes.values())).bfloat16()
+    sizes = [rows * columns for rows, columns in shapes.values()]
+    weights = {
+        name: flat.view(shape) for (name, shape), flat in zip(shapes.items(), run.split_with_sizes(sizes), strict=True)
+    }
+    items = [(linear(n, w, weight_format, transposed=transposed), piece(n, w)) for n, w in weights.items()]
+    launches = []
+    plain = type(weight_format).quantize_rows
+    monkeypatch.setattr(
+        type(weight_format), "quantize_rows", lambda self, rows: launches.append(rows.shape) or plain(self, rows)
+    )
+    states = {job.names[0]: (job, state) for job, state in Quantizer().quantize(items)}
+    assert launches == ([(64, 96), (288, 40)] if transposed else [(192, 32), (120, 96)])
+    assert states.keys() == weights.keys()
+    for name, (job, state) in states.items():
+        assert_state(state, job, weights[name].T if transposed else weights[name])
+
+
 def test_what_does_not_look_alike_is_quantized_apart():
     nf4 = FORMATS[0]
     weights = {
