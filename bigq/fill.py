@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
-from itertools import groupby
+from functools import cache, partial
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
@@ -66,7 +65,7 @@ def fill(
         for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
             if job.source is None:
                 own: Tensor = getattr(*find_owner(modules, job.names[0]))
-                done.append((job, _place_one(job, own.detach(), store)))
+                done.append((job, _place(job, own.detach(), store)))
         done += [(job, {}) for job in plan.linears if job.source is None]
         done.sort(key=lambda entry: isinstance(entry[0], PlannedTensor))  # modules before the tensors that go into them
         with restored_on_error(modules):
@@ -94,9 +93,9 @@ def _convert(
                 piece = Piece(source.tensors[name], 0, tensor.to(_quantizing_device(job, store)))
                 ((_, state),) = quantizer.quantize([(job, piece)])
                 del piece
-                placed = _place(job.names[0], state, store)
+                placed = store.put_state(job.names[0], state)
             else:
-                placed = _place_one(job, tensor, store)
+                placed = _place(job, tensor, store)
         del tensor  # or it would outlive its replacement by one turn
         _commit(modules, job, placed, store)
         progressed(nbytes)
@@ -109,10 +108,15 @@ class _Arrivals:
         self.jobs, self.checkpoint, self.store, self.warm_up = jobs, checkpoint, store, warm_up
         self.quantizer = Quantizer()
         self.states: dict[str, dict[str, Tensor]] = {}  # by source name
-        self.targets = {name: self._target(checkpoint.tensors[name], job) for name, job in jobs.items()}
+        self.targets: dict[str, Target] = {}
         self.to_come: Counter[torch.device] = Counter()  # bytes of quantized weights that GPUs do not hold yet
+        lent = cache(lambda device, splits: Target(device=device, splits=splits))  # one for all linears on a device
         for name, job in jobs.items():
-            self.to_come[self.targets[name].device] += self._nbytes_on_gpu(job)
+            if isinstance(job, PlannedLinear):
+                self.targets[name] = lent(_quantizing_device(job, store), not job.transposed)
+                self.to_come[self.targets[name].device] += self._nbytes_on_gpu(job)
+            else:
+                self.targets[name] = self._target(checkpoint.tensors[name], job)
 
     def read(
         self, budget: Budget, stages: Stages, progressed: Callable[[int], object]
@@ -131,55 +135,46 @@ class _Arrivals:
             _refuse_non_finite(self.checkpoint, self.quantizer.non_finite(self.states))
         return [(self.jobs[name], state) for name, state in self.states.items()]
 
-    def _target(self, info: TensorInfo, job: Job) -> Target:
-        if isinstance(job, PlannedLinear):
-            return Target(device=_quantizing_device(job, self.store), splits=not job.transposed)
+    def _target(self, info: TensorInfo, job: PlannedTensor) -> Target:
         name, spec = job.names[0], TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
         _, final = self.store.resting[name]
         own = partial(self.store.receive, name, spec) if spec == final and info.nbytes >= _OWN_NBYTES else None
         return Target(device=self.store.work_device(name, quantize=False), own=own)
 
     def _take(self, pieces: list[Piece]) -> None:
-        for is_linear, group in groupby(
-            pieces, key=lambda piece: isinstance(self.jobs[piece.info.name], PlannedLinear)
-        ):
-            if is_linear:
-                self._quantize(list(group))
-            else:
-                for piece in group:
-                    self._keep(piece)
-
-    def _quantize(self, pieces: list[Piece]) -> None:
-        items = []
+        weights: list[tuple[PlannedLinear, Piece]] = []
         for piece in pieces:
             job = self.jobs[piece.info.name]
-            assert isinstance(job, PlannedLinear)
-            device = self.targets[piece.info.name].device
-            if piece.tensor.device != device:
-                piece = piece._replace(tensor=piece.tensor.to(device))
-            items.append((job, piece))
-        for job, state in self.quantizer.quantize(items):
+            if isinstance(job, PlannedLinear):
+                weights.append((job, piece))
+            else:
+                self._keep(job, piece)
+        if weights:
+            self._quantize(weights)
+
+    def _quantize(self, weights: list[tuple[PlannedLinear, Piece]]) -> None:
+        device = self.targets[weights[0][1].info.name].device
+        if weights[0][1].tensor.device != device:  # a view of a file
+            weights = [(job, piece._replace(tensor=piece.tensor.to(device))) for job, piece in weights]
+        for job, state in self.quantizer.quantize(weights):
             assert job.source is not None
-            self.states[job.source] = _place(job.names[0], state, self.store)
-            self.to_come[self.targets[job.source].device] -= self._nbytes_on_gpu(job)
+            self.states[job.source] = self.store.put_state(job.names[0], state)
+            self.to_come[device] -= self._nbytes_on_gpu(job)
 
-    def _nbytes_on_gpu(self, job: Job) -> int:
+    def _nbytes_on_gpu(self, linear: PlannedLinear) -> int:
         """Bytes of lent memory that a quantized weight will take over on a GPU; until then, others may have them."""
-        if not isinstance(job, PlannedLinear):
-            return 0
-        place, spec = self.store.resting[tensor_name(job.names[0], "weight")]
-        return job.description.nbytes if is_gpu(place) and spec.nbytes > _SMALL_NBYTES else 0
+        place, spec = self.store.resting[tensor_name(linear.names[0], "weight")]
+        return linear.description.nbytes if is_gpu(place) and spec.nbytes > _SMALL_NBYTES else 0
 
-    def _keep(self, piece: Piece) -> None:
+    def _keep(self, job: PlannedTensor, piece: Piece) -> None:
         """Copy rows of a tensor that is not quantized to where it stays, unless they were read there."""
         name, tensor = piece.info.name, piece.tensor
-        job = self.jobs[name]
         if not piece.is_lent:
-            self.states[name] = _place_one(job, tensor, self.store)
+            self.states[name] = _place(job, tensor, self.store)
             return
         if name not in self.states:
             _, final = self.store.resting[job.names[0]]
-            self.states[name] = _place_one(job, self.store.receive(job.names[0], final), self.store)
+            self.states[name] = _place(job, self.store.receive(job.names[0], final), self.store)
         (memory,) = self.states[name].values()
         if tensor.shape != memory.shape:
             memory = memory[piece.start : piece.start + len(tensor)]
@@ -190,13 +185,9 @@ def _quantizing_device(job: PlannedLinear, store: Store) -> torch.device:
     return store.work_device(tensor_name(job.names[0], "weight"), quantize=True)
 
 
-def _place(path: str, tensors: Mapping[str, Tensor], store: Store) -> dict[str, Tensor]:
-    return {leaf: store.put(tensor_name(path, leaf), tensor, owned=True) for leaf, tensor in tensors.items()}
-
-
-def _place_one(job: Job, tensor: Tensor, store: Store) -> dict[str, Tensor]:
-    path, _, leaf = job.names[0].rpartition(".")
-    return _place(path, {leaf: tensor}, store)
+def _place(job: PlannedTensor, tensor: Tensor, store: Store) -> dict[str, Tensor]:
+    name = job.names[0]
+    return {name.rpartition(".")[2]: store.put(name, tensor)}
 
 
 def _commit(modules: Mapping[str, nn.Module], job: Job, tensors: Mapping[str, Tensor], store: Store) -> None:

@@ -26,7 +26,7 @@ from bigq.device_map import (
 )
 from bigq.errors import PlacementError
 from bigq.formats import Description, TensorSpec
-from bigq.model_tensors import ModelTensors, ModelTree, Source
+from bigq.model_tensors import ModelTensors, ModelTree, Source, tensor_name
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
 
@@ -208,26 +208,32 @@ def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
 def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, TensorSpec]]:
     """{first name: (place, spec)} of each tensor; one with several names rests on the GPU if any of them does.
 
-    Buffers rest where they run, as accelerate has it by default: a module may write to them, as BatchNorm does.
+    What a quantized weight becomes rests in the place of the weight. Buffers rest where they run, as accelerate has it
+    by default: a module may write to them, as BatchNorm does.
     """
-    resting = {}
     runs_on = execution_device(device_map)
     anywhere = str(runs_on)  # for non-persistent buffers that the map may leave out
-    buffers = {tensor.names for tensor in plan.tensors if tensor.is_buffer}
 
     @cache  # thousands of modules hold several tensors each
     def of_module(name: str) -> str | None:
         return place_of(device_map, name)
 
-    def of_tensor(name: str) -> str | None:
-        return device_map[name] if name in device_map else of_module(name.rpartition(".")[0])
+    def of_tensor(names: tuple[str, ...]) -> str:
+        owners = (name if name in device_map else name.rpartition(".")[0] for name in names)
+        places = {name: place for name, owner in zip(names, owners, strict=True) if (place := of_module(owner))}
+        return _one_place(places) if len(places) > 1 else next(iter(places.values()), anywhere)
 
-    for names, spec in plan.specs().items():
-        places = {name: place for name in names if (place := of_tensor(name))}
-        place = next(iter(places.values()), anywhere) if len(places) < 2 else _one_place(places)
-        if names in buffers and is_offloaded(place, runs_on):
-            place = str(runs_on)
-        resting[names[0]] = (place, spec)
+    resting = {}
+    for tensor in plan.tensors:
+        place = of_tensor(tensor.names)
+        if tensor.is_buffer and is_offloaded(place, runs_on):
+            place = anywhere
+        resting[tensor.names[0]] = place, tensor.spec
+    for linear in plan.linears:
+        if linear.source is not None:
+            place = of_tensor(tuple(tensor_name(name, "weight") for name in linear.names))
+            for leaf, spec in linear.description.state_spec.items():
+                resting[tensor_name(linear.names[0], leaf)] = place, spec
     return resting
 
 

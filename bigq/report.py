@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bigq.formats import TensorSpec, dtype_name
+from bigq.model_tensors import tensor_name
 from bigq.plan import Plan
 from bigq.stages import Stages
 from bigq.table import format_table
@@ -62,18 +63,25 @@ class QuantizationReport:
 def make_report(plan: Plan, resting: Mapping[str, tuple[str, TensorSpec]], stages: Stages) -> QuantizationReport:
     """The report on a load that carried out `plan`; `resting` says where each tensor is, by its first name."""
     formats = {linear.names[0]: linear.description.format.name for linear in plan.linears}
-    parts: dict[str, list[tuple[str, TensorSpec]]] = {}  # by module: the place and the spec of each tensor
-    for names in plan.specs():
-        parts.setdefault(names[0].rpartition(".")[0], []).append(resting[names[0]])
+    parts: dict[str, list[tuple[str, str, int]]] = {}  # by module: dtype, place and bytes of what it holds
+    for tensor in plan.tensors:
+        place, spec = resting[tensor.names[0]]
+        part = (dtype_name(spec.dtype), place, spec.nbytes)
+        parts.setdefault(tensor.names[0].rpartition(".")[0], []).append(part)
+    for linear in plan.linears:
+        if linear.source is not None:
+            name = linear.names[0]
+            place, _ = resting[tensor_name(name, "weight")]
+            parts.setdefault(name, []).append((formats[name], place, linear.description.nbytes))
     modules = [
         ModuleReport(
             name=name,
             rule="quantized" if name in formats else plan.kept.get(name, "not a linear"),
-            format=formats.get(name) or _joined(dtype_name(spec.dtype) for _, spec in tensors),
-            device=_joined(place for place, _ in tensors),
-            nbytes=sum(spec.nbytes for _, spec in tensors),
+            format=formats.get(name) or _joined(dtype for dtype, _, _ in held),
+            device=_joined(place for _, place, _ in held),
+            nbytes=sum(nbytes for _, _, nbytes in held),
         )
-        for name, tensors in parts.items()
+        for name, held in parts.items()
     ]
     return QuantizationReport(
         stages=tuple(

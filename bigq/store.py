@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from bigq.checkpoint import Checkpoint
 from bigq.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
 from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import Source
+from bigq.model_tensors import Source, tensor_name
 from bigq.offload import CheckpointMap, OffloadSpace
 from bigq.placement import resting_places
 from bigq.plan import Plan
@@ -63,7 +64,7 @@ class Store:
         """Where the tensor called `name` is worked on: where it rests, or, to `quantize` it, where it will run."""
         place, _ = self.resting[name]
         if is_gpu(place):
-            return torch.device(place)
+            return _device(place)
         return self.runs_on if quantize else torch.device("cpu")
 
     def receive(self, name: str, spec: TensorSpec) -> Tensor:
@@ -74,20 +75,29 @@ class Store:
             return self._received[name]
         return torch.empty(spec.shape, dtype=spec.dtype, device=self.work_device(name, quantize=False))
 
-    def put(self, name: str, tensor: Tensor, *, owned: bool) -> Tensor:
-        """`tensor` where it rests, in its final dtype, with a storage of its own.
-
-        `owned` says that its memory may be kept: it is neither a view of a file nor of another tensor.
-        """
+    def put(self, name: str, tensor: Tensor) -> Tensor:
+        """`tensor` where it rests, in its final dtype; it may be kept, so it owns its storage."""
         place, spec = self.resting[name]
         if self._received.pop(name, None) is tensor:
             return tensor
         if place in self.spaces:
             return self.spaces[place].empty(name).copy_(tensor)
-        if owned and tensor.dtype == spec.dtype and tensor.device == torch.device(place):
+        if tensor.dtype == spec.dtype and tensor.device == _device(place):
             return tensor
-        final = tensor.to(place).to(spec.dtype)  # cast at the end of the link: it is shorter there
-        return final if owned or final is not tensor else final.clone()
+        return tensor.to(place).to(spec.dtype)  # cast at the end of the link: it is shorter there
+
+    def put_state(self, path: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the quantized linear called `path` where they rest; they may be kept, as `put` has it."""
+        place, _ = self.resting[tensor_name(path, "weight")]
+        if place not in self.spaces:
+            return state  # quantized where it rests
+        space = self.spaces[place]
+        return {leaf: space.empty(tensor_name(path, leaf)).copy_(tensor) for leaf, tensor in state.items()}
+
+
+@cache  # torch takes half a microsecond to read it, and a model may have 19,000 linears
+def _device(place: str) -> torch.device:
+    return torch.device(place)
 
 
 def _rest_in_checkpoint(plan: Plan, resting: Mapping[str, tuple[str, TensorSpec]], source: Source) -> dict[str, Tensor]:
