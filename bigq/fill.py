@@ -109,12 +109,14 @@ class _Arrivals:
         self.quantizer = Quantizer()
         self.states: dict[str, dict[str, Tensor]] = {}  # by source name
         self.targets: dict[str, Target] = {}
+        self.to_take: dict[str, int] = {}  # bytes on a GPU of each quantized weight
         self.to_come: Counter[torch.device] = Counter()  # bytes of quantized weights that GPUs do not hold yet
         lent = cache(lambda device, splits: Target(device=device, splits=splits))  # one for all linears on a device
         for name, job in jobs.items():
             if isinstance(job, PlannedLinear):
                 self.targets[name] = lent(_quantizing_device(job, store), not job.transposed)
-                self.to_come[self.targets[name].device] += self._nbytes_on_gpu(job)
+                self.to_take[name] = self._nbytes_on_gpu(job)
+                self.to_come[self.targets[name].device] += self.to_take[name]
             else:
                 self.targets[name] = self._target(checkpoint.tensors[name], job)
 
@@ -159,7 +161,7 @@ class _Arrivals:
         for job, state in self.quantizer.quantize(weights):
             assert job.source is not None
             self.states[job.source] = self.store.put_state(job.names[0], state)
-            self.to_come[device] -= self._nbytes_on_gpu(job)
+            self.to_come[device] -= self.to_take[job.source]
 
     def _nbytes_on_gpu(self, linear: PlannedLinear) -> int:
         """Bytes of lent memory that a quantized weight will take over on a GPU; until then, others may have them."""

@@ -218,10 +218,14 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, Te
     def of_module(name: str) -> str | None:
         return place_of(device_map, name)
 
+    def of_name(name: str) -> str | None:
+        return device_map[name] if name in device_map else of_module(name.rpartition(".")[0])
+
     def of_tensor(names: tuple[str, ...]) -> str:
-        owners = (name if name in device_map else name.rpartition(".")[0] for name in names)
-        places = {name: place for name, owner in zip(names, owners, strict=True) if (place := of_module(owner))}
-        return _one_place(places) if len(places) > 1 else next(iter(places.values()), anywhere)
+        if len(names) == 1:
+            return of_name(names[0]) or anywhere
+        places = {name: place for name in names if (place := of_name(name))}
+        return _one_place(places) if places else anywhere
 
     resting = {}
     for tensor in plan.tensors:

@@ -87,8 +87,7 @@ def _chosen_linears(
             kept[name] = "offloaded with its dtype"
             continue
         module = cast(nn.Linear, tree.modules[name])  # or a Conv1D, which has the same two parameters
-        weights = [tensor_name(alias, "weight") for alias in aliases]
-        source = next((weight for weight in weights if weight in tensors), weights[0])
+        source = _source(aliases, tensors)
         info = tensors.get(source)
         looks = _matrix_shape(module), info.dtype if info is not None else module.weight.dtype
         if looks not in descriptions:
@@ -136,6 +135,12 @@ def _quantized_linears(
     if problems:
         raise CheckpointError("the quantized checkpoint does not fit the model:\n" + "\n".join(problems))
     return linears
+
+
+def _source(names: tuple[str, ...], tensors: Mapping[str, TensorInfo]) -> str:
+    """The name under which the checkpoint holds the weight of a linear, or the first of its names where it does not."""
+    weights = [tensor_name(name, "weight") for name in names]
+    return next(filter(tensors.__contains__, weights), weights[0]) if len(weights) > 1 else weights[0]
 
 
 def _matrix_shape(module: nn.Linear) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from bigq.stream import Piece
 __all__ = ["Quantizer"]
 
 _Item = tuple[PlannedLinear, Piece]
-_COPIES = 32  # of constants at a time: a block's linears that look alike are about as many as there are blocks
 
 
 class Quantizer:
@@ -22,18 +21,18 @@ class Quantizer:
         self._incomplete: dict[str, dict[str, Tensor]] = {}
         self._finite: list[tuple[list[str], Tensor]] = []
         self._constants: dict[tuple[Description, torch.device], dict[str, Tensor]] = {}
-        self._copies: dict[tuple[Description, torch.device], list[dict[str, Tensor]]] = {}
 
     def quantize(self, items: Iterable[_Item]) -> Iterator[tuple[PlannedLinear, dict[str, Tensor]]]:
         """Yield (linear, state) for each weight of which all pieces have come; each tensor owns its storage.
 
         Args:
             items: linears and pieces of their weights, in one memory in the order of their addresses, on the device
-                that quantizes.
+                that quantizes. Those of one Description, the same object, are quantized in one launch.
         """
-        alike: dict[object, list[_Item]] = {}
+        alike: dict[tuple[int, bool], list[_Item]] = {}
         for item in items:
-            alike.setdefault(_looks(item), []).append(item)
+            linear, _ = item  # by identity: to hash a Description takes a microsecond
+            alike.setdefault((id(linear.description), linear.transposed), []).append(item)
         for group in alike.values():
             yield from self._quantize_alike(group)
 
@@ -47,17 +46,17 @@ class Quantizer:
         return [name for name in suspects if not _is_finite(states[name])]
 
     def _quantize_alike(self, group: list[_Item]) -> Iterator[tuple[PlannedLinear, dict[str, Tensor]]]:
-        weights = [piece.tensor.T if linear.transposed else piece.tensor for linear, piece in group]
+        description, transposed = group[0][0].description, group[0][0].transposed
+        weight_format, shape = description.format, description.shape
+        weights = [piece.tensor.T if transposed else piece.tensor for _, piece in group]
         counts = [weight.shape[0] for weight in weights]
-        stacked = group[0][0].description.format.quantize_rows(_stacked(weights, sum(counts)))
+        stacked = weight_format.quantize_rows(_stacked(weights, sum(counts)))
         self._finite.append(([piece.info.name for _, piece in group], _is_finite(stacked)))
-        device = weights[0].device
-        for (linear, piece), count, rows in zip(group, counts, _split(stacked, counts), strict=True):
-            description = linear.description
-            whole = rows if count == description.shape[0] else self._collect(piece, count, rows, description.shape[0])
+        constants = self._constants_of(description, weights[0].device, len(group))
+        for (linear, piece), count, rows, same in zip(group, counts, _split(stacked, counts), constants, strict=True):
+            whole = rows if count == shape[0] else self._collect(piece, count, rows, shape[0])
             if whole is not None:
-                own = description.format.finish(whole, description.shape)
-                yield linear, {**own, **self._constants_of(description, device)}
+                yield linear, {**weight_format.finish(whole, shape), **same}
 
     def _collect(self, piece: Piece, count: int, rows: dict[str, Tensor], total: int) -> dict[str, Tensor] | None:
         """The rows of all pieces of a weight of `total` rows, if these `count` ones are its last; else None."""
@@ -69,24 +68,15 @@ class Quantizer:
             whole[leaf][piece.start : stop] = tensor
         return self._incomplete.pop(name) if stop == total else None
 
-    def _constants_of(self, description: Description, device: torch.device) -> dict[str, Tensor]:
-        """A linear's own copies of what is the same for all that look alike: one upload, and a few calls for many."""
+    def _constants_of(self, description: Description, device: torch.device, count: int) -> Iterator[dict[str, Tensor]]:
+        """What is the same for all weights of `description`, `count` times, each time in memory of its own."""
         key = description, device
-        if key not in self._constants:
+        if key not in self._constants:  # uploaded once
             state = description.encode().to(device)
             self._constants[key] = {**description.format.constants(device), "quant_state": state}
-        copies = self._copies.setdefault(key, [])
-        if not copies:
-            constants = self._constants[key]
-            repeated = [torch.unbind_copy(tensor.expand(_COPIES, -1)) for tensor in constants.values()]  # type: ignore[func-returns-value]
-            copies += (dict(zip(constants, tensors, strict=True)) for tensors in zip(*repeated, strict=True))
-        return copies.pop()
-
-
-def _looks(item: _Item) -> object:
-    linear, piece = item
-    description = linear.description
-    return description.format, description.shape[1], piece.tensor.dtype, linear.transposed
+        constants = self._constants[key]
+        copies = [torch.unbind_copy(tensor.expand(count, -1)) for tensor in constants.values()]  # type: ignore[func-returns-value]
+        return (dict(zip(constants, tensors, strict=True)) for tensors in zip(*copies, strict=True))
 
 
 def _stacked(weights: list[Tensor], count: int) -> Tensor:

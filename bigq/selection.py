@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import islice
 from types import CodeType, FunctionType
 
 from torch import nn
@@ -141,7 +142,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and not hasattr(model, prefix):
         return None  # a transformers model without the head that others put on it
-    if sum(_is_linear(module) for module in model.modules()) < 2:
+    if len(list(islice(filter(_is_linear, model.modules()), 2))) < 2:
         return None
     module = model
     while not _is_linear(module):

@@ -43,8 +43,9 @@ class Store:
         resting, runs_on = resting_places(plan, device_map), execution_device(device_map)
         in_checkpoint = _rest_in_checkpoint(plan, resting, source)
         offloaded: dict[str, dict[str, TensorSpec]] = {}
+        away = {place for place in ("cpu", "disk") if is_offloaded(place, runs_on)}
         for name, (place, spec) in resting.items():
-            if is_offloaded(place, runs_on) and name not in in_checkpoint:
+            if place in away and name not in in_checkpoint:
                 offloaded.setdefault(place, {})[name] = spec
         spaces = {}
         if "disk" in offloaded:
