@@ -16,9 +16,10 @@ from bigq.formats import TensorSpec
 from bigq.model_tensors import ModelTensors, ModelTree, Source, find_owner, tensor_name
 from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
 from bigq.quantizer import Quantizer
+from bigq.runs import Piece, Target
 from bigq.stages import Stages
 from bigq.store import Store
-from bigq.stream import Budget, Piece, Target, stream
+from bigq.stream import Budget, stream
 from bigq.warm_up import WarmUp
 
 __all__ = ["fill"]

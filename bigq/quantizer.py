@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bigq.formats import Description, State
 from bigq.plan import PlannedLinear
-from bigq.stream import Piece
+from bigq.runs import Piece
 
 __all__ = ["Quantizer"]
 

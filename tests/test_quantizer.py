@@ -9,7 +9,7 @@ from bigq.checkpoint import TensorInfo
 from bigq.formats import Block4, Description, Int8
 from bigq.plan import PlannedLinear
 from bigq.quantizer import Quantizer
-from bigq.stream import Piece
+from bigq.runs import Piece
 
 FORMATS = [Block4(quant_type="nf4"), Block4(quant_type="fp4", block_size=32, double_quant=True), Int8()]
 
