@@ -12,6 +12,9 @@ from bigq.runs import Piece
 __all__ = ["Quantizer"]
 
 _Item = tuple[PlannedLinear, Piece]
+_COPIES = (
+    32  # of constants at a time, or those of a launch: each call of torch's waits for Python's lock while others read
+)
 
 
 class Quantizer:
@@ -19,8 +22,9 @@ class Quantizer:
 
     def __init__(self) -> None:
         self._incomplete: dict[str, dict[str, Tensor]] = {}
-        self._finite: list[tuple[list[str], Tensor]] = []
+        self._largest: list[tuple[list[str], Tensor]] = []  # scale of the weights of a launch
         self._constants: dict[tuple[Description, torch.device], dict[str, Tensor]] = {}
+        self._copies: dict[tuple[Description, torch.device], list[dict[str, Tensor]]] = {}
 
     def quantize(self, items: Iterable[_Item]) -> Iterator[tuple[PlannedLinear, dict[str, Tensor]]]:
         """Yield (linear, state) for each weight of which all pieces have come; each tensor owns its storage.
@@ -38,11 +42,13 @@ class Quantizer:
 
     def non_finite(self, states: Mapping[str, State]) -> list[str]:
         """The names of the weights that held NaN or Inf, among `states` by source name; waits for each GPU once."""
-        flags: dict[torch.device, list[Tensor]] = {}
-        for _, flag in self._finite:
-            flags.setdefault(flag.device, []).append(flag)
-        seen = {device: iter(torch.stack(of_device).tolist()) for device, of_device in flags.items()}
-        suspects = [name for names, flag in self._finite if not next(seen[flag.device]) for name in names]
+        by_device: dict[torch.device, list[tuple[list[str], Tensor]]] = {}
+        for names, largest in self._largest:
+            by_device.setdefault(largest.device, []).append((names, largest))
+        suspects: list[str] = []
+        for launches in by_device.values():
+            finite = torch.stack([largest for _, largest in launches]).isfinite().tolist()
+            suspects += [name for (names, _), flag in zip(launches, finite, strict=True) if not flag for name in names]
         return [name for name in suspects if not _is_finite(states[name])]
 
     def _quantize_alike(self, group: list[_Item]) -> Iterator[tuple[PlannedLinear, dict[str, Tensor]]]:
@@ -51,12 +57,14 @@ class Quantizer:
         weights = [piece.tensor.T if transposed else piece.tensor for _, piece in group]
         counts = [weight.shape[0] for weight in weights]
         stacked = weight_format.quantize_rows(_stacked(weights, sum(counts)))
-        self._finite.append(([piece.info.name for _, piece in group], _is_finite(stacked)))
-        constants = self._constants_of(description, weights[0].device, len(group))
-        for (linear, piece), count, rows, same in zip(group, counts, _split(stacked, counts), constants, strict=True):
+        names = [piece.info.name for _, piece in group]
+        scales = (rows for rows in stacked.values() if rows.is_floating_point() and rows.numel())
+        self._largest += ((names, rows.amax()) for rows in scales)  # NaN or Inf if a weight held either
+        constants = self._copies_of(description, weights[0].device, len(group))
+        for (linear, piece), count, rows in zip(group, counts, _split(stacked, counts), strict=True):
             whole = rows if count == shape[0] else self._collect(piece, count, rows, shape[0])
             if whole is not None:
-                yield linear, {**weight_format.finish(whole, shape), **same}
+                yield linear, {**weight_format.finish(whole, shape), **constants.pop()}
 
     def _collect(self, piece: Piece, count: int, rows: dict[str, Tensor], total: int) -> dict[str, Tensor] | None:
         """The rows of all pieces of a weight of `total` rows, if these `count` ones are its last; else None."""
@@ -68,15 +76,18 @@ class Quantizer:
             whole[leaf][piece.start : stop] = tensor
         return self._incomplete.pop(name) if stop == total else None
 
-    def _constants_of(self, description: Description, device: torch.device, count: int) -> Iterator[dict[str, Tensor]]:
-        """What is the same for all weights of `description`, `count` times, each time in memory of its own."""
+    def _copies_of(self, description: Description, device: torch.device, count: int) -> list[dict[str, Tensor]]:
+        """A stock of what is the same for all weights of `description`, each in memory of its own, `count` or more."""
         key = description, device
         if key not in self._constants:  # uploaded once
             state = description.encode().to(device)
             self._constants[key] = {**description.format.constants(device), "quant_state": state}
-        constants = self._constants[key]
-        copies = [torch.unbind_copy(tensor.expand(count, -1)) for tensor in constants.values()]  # type: ignore[func-returns-value]
-        return (dict(zip(constants, tensors, strict=True)) for tensors in zip(*copies, strict=True))
+        constants, stock = self._constants[key], self._copies.setdefault(key, [])
+        if len(stock) < count:
+            shape = (max(count, _COPIES), -1)
+            copies = [torch.unbind_copy(tensor.expand(shape)) for tensor in constants.values()]  # type: ignore[func-returns-value]
+            stock += (dict(zip(constants, tensors, strict=True)) for tensors in zip(*copies, strict=True))
+        return stock
 
 
 def _stacked(weights: list[Tensor], count: int) -> Tensor:

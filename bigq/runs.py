@@ -65,9 +65,7 @@ class Run:
     def __init__(self, target: Target, offset: int) -> None:
         self.target, self.offset, self.nbytes = target, offset, 0
         self.parts: list[Part] = []
-        self.free: torch.cuda.Event | None = None  # on a GPU: after it the memory may be written
-        self.copied: dict[object, torch.cuda.Event] = {}  # by reading thread: after it what that one read has arrived
-        self.handed_over = Event()  # every chunk is read, and its copy queued
+        self.handed_over = Event()  # every chunk is read, and its copy to a GPU queued
         self._lock = Lock()
 
     def append(self, part: Part) -> None:
@@ -94,16 +92,12 @@ class Run:
 
     def start(self, chunk_nbytes: int) -> list[Chunk]:
         """Make the memory; returns what is to be read."""
-        device = self.target.device
         if self.target.own is not None:
             self._memory = self.target.own()
             self._bytes = self._memory.reshape(-1).view(torch.uint8)
         else:
-            self._memory = torch.empty(self.lent_nbytes, dtype=torch.uint8, device=device)
+            self._memory = torch.empty(self.lent_nbytes, dtype=torch.uint8, device=self.target.device)
             self._bytes = self._memory[: self.nbytes]
-        if device.type == "cuda":  # the allocator may have given memory that work queued earlier still uses
-            self.free = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.free.record(torch.cuda.current_stream(device))
         if not self.nbytes:
             self.handed_over.set()
             return []
@@ -119,9 +113,7 @@ class Run:
                 self.handed_over.set()
 
     def pieces(self) -> list[Piece]:
-        """The tensors, ready on the current stream."""
-        for copied in self.copied.values():
-            torch.cuda.current_stream(self.target.device).wait_event(copied)
+        """The tensors, once all chunks have arrived."""
         if self.target.own is not None:
             return [Piece(self.parts[0].info, 0, self._memory, is_lent=False)]
         pieces, at = [], 0

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +104,7 @@ class _Reader:
     ) -> None:
         self.checkpoint, self.runs, self.budget, self.room, self.stages = checkpoint, deque(runs), budget, room, stages
         self.files: dict[Path, int] = {}
+        self.links: dict[torch.device, _Link] = {}
         self.work: SimpleQueue[Chunk | None] = SimpleQueue()
         self.error: BaseException | None = None
         self.threads = [Thread(target=self._run, daemon=True) for _ in range(budget.threads)]
@@ -124,6 +124,8 @@ class _Reader:
                     run.handed_over.wait()
                 if self.error is not None:
                     raise self.error
+                if run.target.device in self.links:
+                    self.links[run.target.device].arrive()
                 pieces = run.pieces()
                 lent -= run.lent_nbytes
                 del run  # or it would keep the memory while the consumer makes what replaces it
@@ -145,12 +147,17 @@ class _Reader:
     def _start(self, run: Run) -> Run:
         if run.file not in self.files:
             self.files[run.file] = open_unchanged(run.file, self.checkpoint.file_nbytes[run.file])
-        for chunk in run.start(self.budget.chunk_nbytes):
+        chunks, device = run.start(self.budget.chunk_nbytes), run.target.device
+        if device.type == "cuda":
+            if device not in self.links:
+                self.links[device] = _Link(device)
+            self.links[device].depart()
+        for chunk in chunks:
             self.work.put(chunk)
         return run
 
     def _run(self) -> None:
-        mover = _Mover(self.files, self.budget.chunk_nbytes)
+        mover = _Mover(self.files, self.links, self.budget.chunk_nbytes)
         while (chunk := self.work.get()) is not None:
             run = chunk.run
             try:
@@ -163,69 +170,91 @@ class _Reader:
         mover.finish(self.stages)
 
 
-class _Slot(NamedTuple):
-    """Pinned memory for a chunk, as a tensor and as a buffer; after `copied` it may be written again."""
+class _Link:
+    """The stream on which all copies to one GPU are queued, and its order with the consumer's work on that GPU.
 
-    memory: Tensor
-    buffer: memoryview
-    copied: torch.cuda.Event
+    One for all threads: a link carries one copy at a time, and each event of CUDA's costs a turn at Python's lock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._departed, self._arrived = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def depart(self) -> None:
+        """Let copies wait for the work queued so far, which may still use what is now to be written."""
+        self._departed.record(torch.cuda.current_stream(self.device))
+        self.stream.wait_event(self._departed)
+
+    def arrive(self) -> None:
+        """Let work wait for the copies queued so far."""
+        self._arrived.record(self.stream)
+        torch.cuda.current_stream(self.device).wait_event(self._arrived)
+
+
+class _Slot:
+    """Pinned memory for a chunk on its way to a GPU."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self.buffer = memory_of(self.memory)
+        self._events: dict[_Link, torch.cuda.Event] = {}  # an event belongs to a GPU
+        self._copied: torch.cuda.Event | None = None
+
+    def copy_to(self, memory: Tensor, link: _Link) -> None:
+        """Queue the copy of the first bytes to all of `memory`, on the current stream of this thread, the link's."""
+        nbytes = len(memory)
+        memory.copy_(self.memory if nbytes == len(self.memory) else self.memory[:nbytes], non_blocking=True)
+        if link not in self._events:
+            self._events[link] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied = self._events[link]
+        self._copied.record(link.stream)
+
+    def wait(self) -> None:
+        """Return when the last copy is done, so that the slot can be written again."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
 
 class _Mover:
     """What one thread needs to move chunks; Python's lock is what the threads wait for, so little is done a chunk."""
 
-    def __init__(self, files: Mapping[Path, int], chunk_nbytes: int) -> None:
-        self.files, self.chunk_nbytes = files, chunk_nbytes
+    def __init__(self, files: Mapping[Path, int], links: Mapping[torch.device, _Link], chunk_nbytes: int) -> None:
+        self.files, self.links, self.chunk_nbytes = files, links, chunk_nbytes
         self.slots: deque[_Slot] = deque()
-        self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self.current: torch.cuda.Stream | None = None
         self.read_s, self.read_nbytes, self.copy_s, self.copy_nbytes = 0.0, 0, 0.0, 0
 
     def move(self, chunk: Chunk) -> None:
         """Read a chunk and queue its copy to the GPU, if it goes to one."""
-        run, memory = chunk.run, chunk.memory
-        if run.free is None:
+        memory, link = chunk.memory, self.links.get(chunk.run.target.device)
+        if link is None:
             self._read(chunk, memory_of(memory))
             return
         slot, nbytes = self._free_slot(), len(memory)
-        is_full = nbytes == self.chunk_nbytes
-        self._read(chunk, slot.buffer if is_full else slot.buffer[:nbytes])
-        stream = self._stream_on(run.target.device)
-        if self not in run.copied:
-            stream.wait_event(run.free)
-        memory.copy_(slot.memory if is_full else slot.memory[:nbytes], non_blocking=True)
-        slot.copied.record(stream)
-        run.copied[self] = slot.copied  # recorded again for later chunks, to wait for which is to wait for this one
+        self._read(chunk, slot.buffer[:nbytes])
+        if link.stream is not self.current:
+            torch.cuda.set_stream(link.stream)  # of this thread only
+            self.current = link.stream
+        slot.copy_to(memory, link)
         self.copy_nbytes += nbytes
 
     def finish(self, stages: Stages) -> None:
         """Wait for the copies, and add up what all chunks took."""
         for slot in self.slots:
-            slot.copied.synchronize()
+            slot.wait()
         stages.add("read", self.read_s, self.read_nbytes)
         if self.copy_nbytes:
             stages.add("copy", self.copy_s, self.copy_nbytes)
 
     def _free_slot(self) -> _Slot:
         if len(self.slots) < _SLOTS:
-            memory = torch.empty(self.chunk_nbytes, dtype=torch.uint8, pin_memory=True)
-            self.slots.append(_Slot(memory, memory_of(memory), torch.cuda.Event()))  # type: ignore[no-untyped-call]
+            self.slots.append(_Slot(self.chunk_nbytes))
         else:
             self.slots.rotate(-1)
-        slot = self.slots[-1]
         began = time.perf_counter()
-        slot.copied.synchronize()
+        self.slots[-1].wait()
         self.copy_s += time.perf_counter() - began
-        return slot
-
-    def _stream_on(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream = self.streams[device]
-        if stream is not self.current:
-            torch.cuda.set_stream(stream)  # of this thread only
-            self.current = stream
-        return stream
+        return self.slots[-1]
 
     def _read(self, chunk: Chunk, buffer: memoryview) -> None:
         run, began = chunk.run, time.perf_counter()
