@@ -13,7 +13,7 @@ from bigq.commit import commit, restored_on_error
 from bigq.device_map import is_gpu
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import ModelTensors, ModelTree, Source, find_owner, tensor_name
+from bigq.model_tensors import ModelTensors, ModelTree, Source, find_owner
 from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
 from bigq.quantizer import Quantizer
 from bigq.runs import Piece, Target
@@ -91,10 +91,10 @@ def _convert(
         job, nbytes = jobs[name], tensor.nbytes
         with stages.timed("quantize", nbytes):
             if isinstance(job, PlannedLinear):
-                piece = Piece(source.tensors[name], 0, tensor.to(_quantizing_device(job, store)))
+                piece = Piece(source.tensors[name], 0, tensor.to(store.work_device(job)))
                 ((_, state),) = quantizer.quantize([(job, piece)])
                 del piece
-                placed = store.put_state(job.names[0], state)
+                placed = store.put_state(job, state)
             else:
                 placed = _place(job, tensor, store)
         del tensor  # or it would outlive its replacement by one turn
@@ -115,7 +115,7 @@ class _Arrivals:
         lent = cache(lambda device, splits: Target(device=device, splits=splits))  # one for all linears on a device
         for name, job in jobs.items():
             if isinstance(job, PlannedLinear):
-                self.targets[name] = lent(_quantizing_device(job, store), not job.transposed)
+                self.targets[name] = lent(store.work_device(job), not job.transposed)
                 self.to_take[name] = self._nbytes_on_gpu(job)
                 self.to_come[self.targets[name].device] += self.to_take[name]
             else:
@@ -139,10 +139,9 @@ class _Arrivals:
         return [(self.jobs[name], state) for name, state in self.states.items()]
 
     def _target(self, info: TensorInfo, job: PlannedTensor) -> Target:
-        name, spec = job.names[0], TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
-        _, final = self.store.resting[name]
-        own = partial(self.store.receive, name, spec) if spec == final and info.nbytes >= _OWN_NBYTES else None
-        return Target(device=self.store.work_device(name, quantize=False), own=own)
+        stays = job.spec == TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
+        own = partial(self.store.receive, job, info.dtype) if stays and info.nbytes >= _OWN_NBYTES else None
+        return Target(device=self.store.work_device(job), own=own)
 
     def _take(self, pieces: list[Piece]) -> None:
         weights: list[tuple[PlannedLinear, Piece]] = []
@@ -161,13 +160,14 @@ class _Arrivals:
             weights = [(job, piece._replace(tensor=piece.tensor.to(device))) for job, piece in weights]
         for job, state in self.quantizer.quantize(weights):
             assert job.source is not None
-            self.states[job.source] = self.store.put_state(job.names[0], state)
+            self.states[job.source] = self.store.put_state(job, state)
             self.to_come[device] -= self.to_take[job.source]
 
     def _nbytes_on_gpu(self, linear: PlannedLinear) -> int:
         """Bytes of lent memory that a quantized weight will take over on a GPU; until then, others may have them."""
-        place, spec = self.store.resting[tensor_name(linear.names[0], "weight")]
-        return linear.description.nbytes if is_gpu(place) and spec.nbytes > _SMALL_NBYTES else 0
+        description = linear.description
+        is_large = description.state_spec["weight"].nbytes > _SMALL_NBYTES
+        return description.nbytes if is_large and is_gpu(self.store.resting[linear.names[0]]) else 0
 
     def _keep(self, job: PlannedTensor, piece: Piece) -> None:
         """Copy rows of a tensor that is not quantized to where it stays, unless they were read there."""
@@ -176,21 +176,15 @@ class _Arrivals:
             self.states[name] = _place(job, tensor, self.store)
             return
         if name not in self.states:
-            _, final = self.store.resting[job.names[0]]
-            self.states[name] = _place(job, self.store.receive(job.names[0], final), self.store)
+            self.states[name] = _place(job, self.store.receive(job, job.spec.dtype), self.store)
         (memory,) = self.states[name].values()
         if tensor.shape != memory.shape:
             memory = memory[piece.start : piece.start + len(tensor)]
         memory.copy_(tensor.to(memory.device))  # cast at the end of the link: it is shorter there
 
 
-def _quantizing_device(job: PlannedLinear, store: Store) -> torch.device:
-    return store.work_device(tensor_name(job.names[0], "weight"), quantize=True)
-
-
 def _place(job: PlannedTensor, tensor: Tensor, store: Store) -> dict[str, Tensor]:
-    name = job.names[0]
-    return {name.rpartition(".")[2]: store.put(name, tensor)}
+    return {job.names[0].rpartition(".")[2]: store.put(job, tensor)}
 
 
 def _commit(modules: Mapping[str, nn.Module], job: Job, tensors: Mapping[str, Tensor], store: Store) -> None:

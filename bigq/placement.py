@@ -25,7 +25,7 @@ from bigq.device_map import (
     place_of,
 )
 from bigq.errors import PlacementError
-from bigq.formats import Description, TensorSpec
+from bigq.formats import Description
 from bigq.model_tensors import ModelTensors, ModelTree, Source, tensor_name
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
@@ -205,11 +205,11 @@ def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
     return node("", model, False)
 
 
-def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, TensorSpec]]:
-    """{first name: (place, spec)} of each tensor; one with several names rests on the GPU if any of them does.
+def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:
+    """{first name: place} of each tensor and each quantized linear, all of whose tensors rest where its weight does.
 
-    What a quantized weight becomes rests in the place of the weight. Buffers rest where they run, as accelerate has it
-    by default: a module may write to them, as BatchNorm does.
+    What has several names rests on the GPU if any of them does. Buffers rest where they run, as accelerate has it by
+    default: a module may write to them, as BatchNorm does.
     """
     runs_on = execution_device(device_map)
     anywhere = str(runs_on)  # for non-persistent buffers that the map may leave out
@@ -218,26 +218,22 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, Te
     def of_module(name: str) -> str | None:
         return place_of(device_map, name)
 
-    def of_name(name: str) -> str | None:
-        return device_map[name] if name in device_map else of_module(name.rpartition(".")[0])
+    def of_name(owner: str, name: str) -> str | None:
+        return device_map[name] if name in device_map else of_module(owner)
 
-    def of_tensor(names: tuple[str, ...]) -> str:
-        if len(names) == 1:
-            return of_name(names[0]) or anywhere
-        places = {name: place for name in names if (place := of_name(name))}
-        return _one_place(places) if places else anywhere
+    def of_names(names: Iterable[tuple[str, str]]) -> str:
+        places = {name: place for owner, name in names if (place := of_name(owner, name))}
+        return _one_place(places) if len(places) > 1 else next(iter(places.values()), anywhere)
 
     resting = {}
     for tensor in plan.tensors:
-        place = of_tensor(tensor.names)
+        place = of_names((name.rpartition(".")[0], name) for name in tensor.names)
         if tensor.is_buffer and is_offloaded(place, runs_on):
             place = anywhere
-        resting[tensor.names[0]] = place, tensor.spec
+        resting[tensor.names[0]] = place
     for linear in plan.linears:
         if linear.source is not None:
-            place = of_tensor(tuple(tensor_name(name, "weight") for name in linear.names))
-            for leaf, spec in linear.description.state_spec.items():
-                resting[tensor_name(linear.names[0], leaf)] = place, spec
+            resting[linear.names[0]] = of_names((name, tensor_name(name, "weight")) for name in linear.names)
     return resting
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bigq.formats import TensorSpec, dtype_name
-from bigq.model_tensors import tensor_name
+from bigq.formats import dtype_name
 from bigq.plan import Plan
 from bigq.stages import Stages
 from bigq.table import format_table
@@ -60,19 +59,18 @@ class QuantizationReport:
         return f"{format_table(rows)}\n\n{format_table(modules)}"
 
 
-def make_report(plan: Plan, resting: Mapping[str, tuple[str, TensorSpec]], stages: Stages) -> QuantizationReport:
-    """The report on a load that carried out `plan`; `resting` says where each tensor is, by its first name."""
+def make_report(plan: Plan, resting: Mapping[str, str], stages: Stages) -> QuantizationReport:
+    """The report on a load that carried out `plan`; `resting` is what `resting_places` says of it."""
     formats = {linear.names[0]: linear.description.format.name for linear in plan.linears}
     parts: dict[str, list[tuple[str, str, int]]] = {}  # by module: dtype, place and bytes of what it holds
     for tensor in plan.tensors:
-        place, spec = resting[tensor.names[0]]
-        part = (dtype_name(spec.dtype), place, spec.nbytes)
-        parts.setdefault(tensor.names[0].rpartition(".")[0], []).append(part)
+        name, spec = tensor.names[0], tensor.spec
+        part = (dtype_name(spec.dtype), resting[name], spec.nbytes)
+        parts.setdefault(name.rpartition(".")[0], []).append(part)
     for linear in plan.linears:
         if linear.source is not None:
             name = linear.names[0]
-            place, _ = resting[tensor_name(name, "weight")]
-            parts.setdefault(name, []).append((formats[name], place, linear.description.nbytes))
+            parts.setdefault(name, []).append((formats[name], resting[name], linear.description.nbytes))
     modules = [
         ModuleReport(
             name=name,
