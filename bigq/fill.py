@@ -13,7 +13,7 @@ from bigq.commit import commit, restored_on_error
 from bigq.device_map import is_gpu
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import ModelTensors, ModelTree, Source, find_owner
+from bigq.model_tensors import ModelTensors, Source, find_owner
 from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
 from bigq.quantizer import Quantizer
 from bigq.runs import Piece, Target
@@ -29,7 +29,7 @@ _SMALL_NBYTES = 1 << 20  # torch keeps smaller tensors in segments of their own:
 
 
 def fill(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     plan: Plan,
     source: Source,
     store: Store,
@@ -39,7 +39,7 @@ def fill(
     warm_up: WarmUp,
     progress: bool | None = None,
 ) -> None:
-    """Fill `model` from `source` as `plan` and `store` say.
+    """Fill the model of these `modules`, by name, from `source` as `plan` and `store` say.
 
     From a checkpoint, the model changes after the last tensor has arrived and none was found wrong. A model that held
     its own weights changes layer by layer, after all of them were checked, so that each old weight is freed before the
@@ -48,7 +48,7 @@ def fill(
     Raises:
         CheckpointError: a tensor cannot be read, or a weight to quantize holds NaN or Inf.
     """
-    modules, jobs = ModelTree(model).modules, plan.jobs()
+    jobs = plan.jobs()
     done: list[tuple[Job, dict[str, Tensor]]] = []
     for name, job in list(jobs.items()):
         if job.names[0] in store.in_checkpoint:  # it stays there, unread

@@ -1,10 +1,9 @@
 """A model's own modules and tensors: each under all of its names, and read as a checkpoint's are."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,8 +23,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorGroup:
+class TensorGroup(NamedTuple):
     """One parameter or buffer of a model: several names are ties, or a module that is reached on several paths."""
 
     names: tuple[str, ...]
@@ -84,14 +82,11 @@ class ModelTree:
                     if tensor is None:
                         continue
                     name, key = tensor_name(path, leaf), tensor_key(tensor)
-                    known = groups.get(key)
-                    groups[key] = TensorGroup(
-                        names=(*known.names, name) if known else (name,),
-                        tensor=tensor,
-                        is_buffer=table is module._buffers,
-                        persistent=leaf not in module._non_persistent_buffers_set
-                        or (known is not None and known.persistent),
-                    )
+                    names: tuple[str, ...] = (name,)
+                    persistent = leaf not in module._non_persistent_buffers_set
+                    if key in groups:
+                        names, persistent = (*groups[key].names, name), groups[key].persistent or persistent
+                    groups[key] = TensorGroup(names, tensor, table is module._buffers, persistent)
         return list(groups.values())
 
     def names(self) -> Iterator[str]:

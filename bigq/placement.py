@@ -34,7 +34,7 @@ __all__ = ["expected_device", "infer_device_map", "plan_and_place", "resting_pla
 
 
 def plan_and_place(
-    model: nn.Module,
+    tree: ModelTree,
     source: Source,
     config: QuantizationConfig | None,
     device_map: object,
@@ -45,7 +45,7 @@ def plan_and_place(
     offload: str | torch.dtype | None = None,
     strict: bool = True,
 ) -> tuple[Plan, DeviceMap]:
-    """The plan for `model` and the places that go with it; the arguments are those of `load_and_quantize_model`.
+    """The plan for the model of `tree`, and its places; the arguments are those of `load_and_quantize_model`.
 
     A map that names places decides what is quantized, so it comes before the plan; an automatic one needs its sizes.
     """
@@ -54,7 +54,6 @@ def plan_and_place(
         source.refuse_meta()
     quantized = _descriptions(source)
     policy = offload if offload is not None or config is None else config.offload
-    tree = ModelTree(model)
 
     def plan(places: DeviceMap, policy: str | torch.dtype | None) -> Plan:
         kept = policy in ("preserve", torch.float32)
@@ -73,7 +72,7 @@ def plan_and_place(
     if isinstance(device_map, str) and device_map in STRATEGIES:
         everything_quantized = plan({"": "cpu"}, None)
         places = _infer_from_plan(
-            model,
+            tree.model,
             everything_quantized,
             device_map,
             no_split_module_classes=no_split_module_classes,

@@ -75,11 +75,12 @@ def make_report(plan: Plan, resting: Mapping[str, str], stages: Stages) -> Quant
         ModuleReport(
             name=name,
             rule="quantized" if name in formats else plan.kept.get(name, "not a linear"),
-            format=formats.get(name) or _joined(dtype for dtype, _, _ in held),
-            device=_joined(place for _, place, _ in held),
-            nbytes=sum(nbytes for _, _, nbytes in held),
+            format=formats.get(name) or _joined(dtypes),
+            device=_joined(places),
+            nbytes=sum(sizes),
         )
         for name, held in parts.items()
+        for dtypes, places, sizes in [zip(*held, strict=True)]
     ]
     return QuantizationReport(
         stages=tuple(

@@ -146,12 +146,10 @@ def make_runs(infos: Iterable[TensorInfo], targets: Mapping[str, Target], limit:
     for info in infos:
         target = targets[info.name]
         for part, offset in _parts(info, target, limit):
-            if run is not None and _continues(run, part, offset, target, limit):
-                run.append(part)
-                continue
-            if run is not None:
-                yield run
-            run = Run(target, offset)
+            if run is None or not _continues(run, part, offset, target, limit):
+                if run is not None:
+                    yield run
+                run = Run(target, offset)
             run.append(part)
     if run is not None:
         yield run
@@ -159,28 +157,29 @@ def make_runs(infos: Iterable[TensorInfo], targets: Mapping[str, Target], limit:
 
 def _continues(run: Run, part: Part, offset: int, target: Target, limit: int) -> bool:
     return (
-        target.own is None
-        and run.target.own is None
-        and run.target.device == target.device
-        and run.offset + run.nbytes == offset
+        run.offset + run.nbytes == offset
         and run.nbytes % _ALIGNMENT == 0
         and run.nbytes + part.nbytes <= limit
+        and target.own is None
+        and run.target.own is None
+        and run.target.device == target.device
         and run.file == part.info.file
     )
 
 
-def _parts(info: TensorInfo, target: Target, limit: int) -> Iterator[tuple[Part, int]]:
+def _parts(info: TensorInfo, target: Target, limit: int) -> list[tuple[Part, int]]:
     """The tensor, or pieces of whole rows of one that is too large, each with its offset in the file."""
     assert info.offset is not None
     shape, nbytes = tuple(info.shape), info.nbytes
     if target.own is not None or not target.splits or nbytes <= limit or not shape:
-        yield Part(info, 0, shape, nbytes), info.offset
-        return
+        return [(Part(info, 0, shape, nbytes), info.offset)]
     row_nbytes = nbytes // shape[0]
-    rows = max(1, limit // row_nbytes)
-    for start in range(0, shape[0], rows):
-        count = min(rows, shape[0] - start)
-        yield Part(info, start, (count, *shape[1:]), count * row_nbytes), info.offset + start * row_nbytes
+    step = max(1, limit // row_nbytes)
+    counts = {start: min(step, shape[0] - start) for start in range(0, shape[0], step)}
+    return [
+        (Part(info, start, (count, *shape[1:]), count * row_nbytes), info.offset + start * row_nbytes)
+        for start, count in counts.items()
+    ]
 
 
 def take_turns(runs: Iterable[Run]) -> Iterator[Run]:

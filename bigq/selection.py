@@ -60,7 +60,7 @@ def select_linears(
     head = output_head(model) if defaults else None
 
     def why_kept(module: nn.Module, aliases: tuple[str, ...]) -> str | None:
-        for name in aliases:
+        for name in aliases if asked else ():
             for asked_for in (name, tensor_name(name, "weight")):
                 if asked_for in asked:
                     return asked[asked_for]
@@ -74,7 +74,7 @@ def select_linears(
             if any(_matches(pattern, name) for name in aliases):
                 return f"the model's own _keep_in_fp32_modules {pattern!r}"
         weight = tensor_name(aliases[0], "weight")
-        others = sorted(name for name in tied.get(weight, ()) if name.rpartition(".")[0] not in aliases)
+        others = sorted(n for n in tied[weight] if n.rpartition(".")[0] not in aliases) if weight in tied else []
         if others and not defaults:
             raise ConfigError(
                 f"{weight} is tied to {', '.join(others)}: quantizing it would break the tie; "
