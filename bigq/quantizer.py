@@ -12,9 +12,8 @@ from bigq.runs import Piece
 __all__ = ["Quantizer"]
 
 _Item = tuple[PlannedLinear, Piece]
-_COPIES = (
-    32  # of constants at a time, or those of a launch: each call of torch's waits for Python's lock while others read
-)
+# Constants at a time, or those of a launch: each call of torch's queues for Python's lock behind the reading threads.
+_COPIES = 32
 
 
 class Quantizer:
