@@ -29,8 +29,10 @@ def restored_on_error(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 def _copy_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes of a module, with lists and dicts of their own for what a commit changes in place."""
-    changed = {"_parameters", "_buffers", "_flat_weights"} & attributes.keys()
-    return {**attributes, **{name: attributes[name].copy() for name in changed}}
+    copy = {**attributes, "_parameters": {**attributes["_parameters"]}, "_buffers": {**attributes["_buffers"]}}
+    if "_flat_weights" in attributes:
+        copy["_flat_weights"] = [*attributes["_flat_weights"]]
+    return copy
 
 
 def commit(modules: Mapping[str, nn.Module], job: Job, tensors: Mapping[str, Tensor], *, frozen: bool = False) -> None:

@@ -87,7 +87,8 @@ def check_device_map(device_map: DeviceMap, modules: Iterable[str], tensors: Ite
         if name not in known:
             near = ", ".join(get_close_matches(name, known, n=3))
             problems.append(f"  key {name!r} names no module or parameter" + (f"; near: {near}" if near else ""))
-    homeless = [names for names in tensors if all(place_of(device_map, name) is None for name in names)]
+    everywhere = "" in device_map
+    homeless = [n for n in tensors if not everywhere and all(place_of(device_map, name) is None for name in n)]
     problems += [f"  {names[0]} has no place" for names in homeless]
     if problems:
         raise PlacementError("device_map does not fit the model:\n" + "\n".join(problems))

@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
-from itertools import groupby
+from functools import cache, partial
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
@@ -14,12 +13,13 @@ from bigq.commit import commit, restored_on_error
 from bigq.device_map import is_gpu
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import ModelTensors, Source, find_owner, modules_by_name, tensor_name
+from bigq.model_tensors import ModelTensors, Source, find_owner
 from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
 from bigq.quantizer import Quantizer
+from bigq.runs import Piece, Target
 from bigq.stages import Stages
 from bigq.store import Store
-from bigq.stream import Budget, Piece, Target, stream
+from bigq.stream import Budget, stream
 from bigq.warm_up import WarmUp
 
 __all__ = ["fill"]
@@ -29,7 +29,7 @@ _SMALL_NBYTES = 1 << 20  # torch keeps smaller tensors in segments of their own:
 
 
 def fill(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     plan: Plan,
     source: Source,
     store: Store,
@@ -39,7 +39,7 @@ def fill(
     warm_up: WarmUp,
     progress: bool | None = None,
 ) -> None:
-    """Fill `model` from `source` as `plan` and `store` say.
+    """Fill the model of these `modules`, by name, from `source` as `plan` and `store` say.
 
     From a checkpoint, the model changes after the last tensor has arrived and none was found wrong. A model that held
     its own weights changes layer by layer, after all of them were checked, so that each old weight is freed before the
@@ -59,15 +59,14 @@ def fill(
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
         if isinstance(source, ModelTensors):
             warm_up.wait()
-            _convert(model, jobs, source, store, stages, bar.update)
+            _convert(modules, jobs, source, store, stages, bar.update)
         else:
             done += _Arrivals(jobs, source, store, warm_up).read(budget, stages, bar.update)
-    modules = modules_by_name(model)
     with stages.timed("commit"):
         for job in plan.tensors:  # what the checkpoint does not hold, such as non-persistent buffers
             if job.source is None:
                 own: Tensor = getattr(*find_owner(modules, job.names[0]))
-                done.append((job, _place_one(job, own.detach(), store)))
+                done.append((job, _place(job, own.detach(), store)))
         done += [(job, {}) for job in plan.linears if job.source is None]
         done.sort(key=lambda entry: isinstance(entry[0], PlannedTensor))  # modules before the tensors that go into them
         with restored_on_error(modules):
@@ -76,7 +75,7 @@ def fill(
 
 
 def _convert(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     jobs: Mapping[str, Job],
     source: ModelTensors,
     store: Store,
@@ -87,17 +86,17 @@ def _convert(
     weights = [name for name, job in jobs.items() if isinstance(job, PlannedLinear)]
     finite = {name: tensor.isfinite().all() for name, tensor in source.read(weights)}
     _refuse_non_finite(source, [name for name, flag in finite.items() if not flag])
-    quantizer, modules = Quantizer(), modules_by_name(model)
+    quantizer = Quantizer()
     for name, tensor in source.read(jobs):
         job, nbytes = jobs[name], tensor.nbytes
         with stages.timed("quantize", nbytes):
             if isinstance(job, PlannedLinear):
-                piece = Piece(source.tensors[name], 0, tensor.to(_quantizing_device(job, store)))
+                piece = Piece(source.tensors[name], 0, tensor.to(store.work_device(job)))
                 ((_, state),) = quantizer.quantize([(job, piece)])
                 del piece
-                placed = _place(job.names[0], state, store)
+                placed = store.put_state(job, state)
             else:
-                placed = _place_one(job, tensor, store)
+                placed = _place(job, tensor, store)
         del tensor  # or it would outlive its replacement by one turn
         _commit(modules, job, placed, store)
         progressed(nbytes)
@@ -110,10 +109,17 @@ class _Arrivals:
         self.jobs, self.checkpoint, self.store, self.warm_up = jobs, checkpoint, store, warm_up
         self.quantizer = Quantizer()
         self.states: dict[str, dict[str, Tensor]] = {}  # by source name
-        self.targets = {name: self._target(checkpoint.tensors[name], job) for name, job in jobs.items()}
+        self.targets: dict[str, Target] = {}
+        self.to_take: dict[str, int] = {}  # bytes on a GPU of each quantized weight
         self.to_come: Counter[torch.device] = Counter()  # bytes of quantized weights that GPUs do not hold yet
+        lent = cache(lambda device, splits: Target(device=device, splits=splits))  # one for all linears on a device
         for name, job in jobs.items():
-            self.to_come[self.targets[name].device] += self._nbytes_on_gpu(job)
+            if isinstance(job, PlannedLinear):
+                self.targets[name] = lent(store.work_device(job), not job.transposed)
+                self.to_take[name] = self._nbytes_on_gpu(job)
+                self.to_come[self.targets[name].device] += self.to_take[name]
+            else:
+                self.targets[name] = self._target(checkpoint.tensors[name], job)
 
     def read(
         self, budget: Budget, stages: Stages, progressed: Callable[[int], object]
@@ -132,72 +138,53 @@ class _Arrivals:
             _refuse_non_finite(self.checkpoint, self.quantizer.non_finite(self.states))
         return [(self.jobs[name], state) for name, state in self.states.items()]
 
-    def _target(self, info: TensorInfo, job: Job) -> Target:
-        if isinstance(job, PlannedLinear):
-            return Target(device=_quantizing_device(job, self.store), splits=not job.transposed)
-        name, spec = job.names[0], TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
-        _, final = self.store.resting[name]
-        own = partial(self.store.receive, name, spec) if spec == final and info.nbytes >= _OWN_NBYTES else None
-        return Target(device=self.store.work_device(name, quantize=False), own=own)
+    def _target(self, info: TensorInfo, job: PlannedTensor) -> Target:
+        stays = job.spec == TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
+        own = partial(self.store.receive, job, info.dtype) if stays and info.nbytes >= _OWN_NBYTES else None
+        return Target(device=self.store.work_device(job), own=own)
 
     def _take(self, pieces: list[Piece]) -> None:
-        for is_linear, group in groupby(
-            pieces, key=lambda piece: isinstance(self.jobs[piece.info.name], PlannedLinear)
-        ):
-            if is_linear:
-                self._quantize(list(group))
-            else:
-                for piece in group:
-                    self._keep(piece)
-
-    def _quantize(self, pieces: list[Piece]) -> None:
-        items = []
+        weights: list[tuple[PlannedLinear, Piece]] = []
         for piece in pieces:
             job = self.jobs[piece.info.name]
-            assert isinstance(job, PlannedLinear)
-            device = self.targets[piece.info.name].device
-            if piece.tensor.device != device:
-                piece = piece._replace(tensor=piece.tensor.to(device))
-            items.append((job, piece))
-        for job, state in self.quantizer.quantize(items):
+            if isinstance(job, PlannedLinear):
+                weights.append((job, piece))
+            else:
+                self._keep(job, piece)
+        if weights:
+            self._quantize(weights)
+
+    def _quantize(self, weights: list[tuple[PlannedLinear, Piece]]) -> None:
+        device = self.targets[weights[0][1].info.name].device
+        if weights[0][1].tensor.device != device:  # a view of a file
+            weights = [(job, piece._replace(tensor=piece.tensor.to(device))) for job, piece in weights]
+        for job, state in self.quantizer.quantize(weights):
             assert job.source is not None
-            self.states[job.source] = _place(job.names[0], state, self.store)
-            self.to_come[self.targets[job.source].device] -= self._nbytes_on_gpu(job)
+            self.states[job.source] = self.store.put_state(job, state)
+            self.to_come[device] -= self.to_take[job.source]
 
-    def _nbytes_on_gpu(self, job: Job) -> int:
+    def _nbytes_on_gpu(self, linear: PlannedLinear) -> int:
         """Bytes of lent memory that a quantized weight will take over on a GPU; until then, others may have them."""
-        if not isinstance(job, PlannedLinear):
-            return 0
-        place, spec = self.store.resting[tensor_name(job.names[0], "weight")]
-        return job.description.nbytes if is_gpu(place) and spec.nbytes > _SMALL_NBYTES else 0
+        description = linear.description
+        is_large = description.state_spec["weight"].nbytes > _SMALL_NBYTES
+        return description.nbytes if is_large and is_gpu(self.store.resting[linear.names[0]]) else 0
 
-    def _keep(self, piece: Piece) -> None:
+    def _keep(self, job: PlannedTensor, piece: Piece) -> None:
         """Copy rows of a tensor that is not quantized to where it stays, unless they were read there."""
         name, tensor = piece.info.name, piece.tensor
-        job = self.jobs[name]
         if not piece.is_lent:
-            self.states[name] = _place_one(job, tensor, self.store)
+            self.states[name] = _place(job, tensor, self.store)
             return
         if name not in self.states:
-            _, final = self.store.resting[job.names[0]]
-            self.states[name] = _place_one(job, self.store.receive(job.names[0], final), self.store)
+            self.states[name] = _place(job, self.store.receive(job, job.spec.dtype), self.store)
         (memory,) = self.states[name].values()
         if tensor.shape != memory.shape:
             memory = memory[piece.start : piece.start + len(tensor)]
         memory.copy_(tensor.to(memory.device))  # cast at the end of the link: it is shorter there
 
 
-def _quantizing_device(job: PlannedLinear, store: Store) -> torch.device:
-    return store.work_device(tensor_name(job.names[0], "weight"), quantize=True)
-
-
-def _place(path: str, tensors: Mapping[str, Tensor], store: Store) -> dict[str, Tensor]:
-    return {leaf: store.put(tensor_name(path, leaf), tensor, owned=True) for leaf, tensor in tensors.items()}
-
-
-def _place_one(job: Job, tensor: Tensor, store: Store) -> dict[str, Tensor]:
-    path, _, leaf = job.names[0].rpartition(".")
-    return _place(path, {leaf: tensor}, store)
+def _place(job: PlannedTensor, tensor: Tensor, store: Store) -> dict[str, Tensor]:
+    return {job.names[0].rpartition(".")[2]: store.put(job, tensor)}
 
 
 def _commit(modules: Mapping[str, nn.Module], job: Job, tensors: Mapping[str, Tensor], store: Store) -> None:

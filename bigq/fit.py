@@ -4,13 +4,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
 
 from bigq.checkpoint import TensorInfo
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
-from bigq.model_tensors import TensorGroup, modules_by_name, tensor_name
+from bigq.model_tensors import ModelTree, TensorGroup, tensor_name
 from bigq.plan import PlannedLinear, PlannedTensor
 from bigq.selection import match_patterns
 
@@ -23,23 +22,19 @@ class Fit:
     def __init__(
         self,
         *,
-        model: nn.Module,
-        groups: Sequence[TensorGroup],
+        tree: ModelTree,
         tensors: Mapping[str, TensorInfo],
         config: QuantizationConfig | None,
         offload_dtype: Callable[[str], torch.dtype | None],
         strict: bool,
     ) -> None:
-        self.model, self.tensors, self.config = model, tensors, config
+        self.tree, self.tensors, self.config = tree, tensors, config
         self.offload_dtype, self.strict = offload_dtype, strict
         self.claimed: set[str] = set()
         self.missing: list[str] = []
         self.misfits: list[str] = []
         patterns = config.keep_in_fp32_modules if config is not None else ()
-        self.groups = groups
-        names = [name for name in modules_by_name(model) if name]
-        names += [name for group in self.groups for name in group.names]
-        self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, names))
+        self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, tree.names()))
 
     def claim(self, linear: PlannedLinear) -> None:
         """Claim and check the weight to quantize, if the checkpoint holds it as floats."""
@@ -52,7 +47,7 @@ class Fit:
     def tensors_outside(self, linears: Sequence[PlannedLinear]) -> Iterator[PlannedTensor]:
         """Everything but the weights to quantize: kept parameters, buffers, biases, and state quantized already."""
         weights = {tensor_name(name, "weight") for linear in linears for name in linear.names}
-        for group in self.groups:
+        for group in self.tree.tensors:
             if weights.isdisjoint(group.names):
                 planned = self._kept(group)
                 if planned is not None:
@@ -132,7 +127,8 @@ class Fit:
 
     def refuse(self) -> None:
         """Raise one error with everything that does not fit, if anything does not."""
-        ignored = [re.compile(str(p)) for p in getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        patterns = getattr(self.tree.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ignored = [re.compile(str(pattern)) for pattern in patterns]
         unexpected = {
             name: f"  {name} in {info.file}: found {list(info.shape)} {dtype_name(info.dtype)}"
             for name, info in self.tensors.items()
@@ -145,7 +141,7 @@ class Fit:
         if lines:
             hint = _prefix_hint([line.strip().partition(":")[0] for line in self.missing], list(unexpected))
             raise CheckpointError(
-                f"the checkpoint does not fit {type(self.model).__name__}:\n" + "\n".join(lines) + hint
+                f"the checkpoint does not fit {type(self.tree.model).__name__}:\n" + "\n".join(lines) + hint
             )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bigq.linear import QuantizedLinear
-from bigq.model_tensors import find_owner, modules_by_name, tensor_groups
+from bigq.model_tensors import ModelTree, find_owner
 from bigq.offload import is_file_backed
 from bigq.table import format_table
 
@@ -39,9 +39,9 @@ class MemoryFootprint:
 def memory_footprint(model: nn.Module) -> MemoryFootprint:
     """Count the bytes of `model`'s parameters and buffers by device and kind; tied tensors once."""
     nbytes: dict[str, dict[str, int]] = {}
-    modules = modules_by_name(model)
-    for group in tensor_groups(model):
-        owner, leaf = find_owner(modules, group.names[0])
+    tree = ModelTree(model)
+    for group in tree.tensors:
+        owner, leaf = find_owner(tree.modules, group.names[0])
         quantized = owner.state_spec() if isinstance(owner, QuantizedLinear) else {}
         kind = "kept" if leaf not in quantized else "packed" if leaf == "weight" else "scales"
         of_device = nbytes.setdefault(_where(group.tensor), dict.fromkeys(KINDS, 0))

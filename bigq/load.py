@@ -15,7 +15,7 @@ from bigq.device_map import execution_device, is_offloaded
 from bigq.dispatch import dispatch, keep_float32_callable
 from bigq.errors import CheckpointError, ConfigError
 from bigq.fill import fill
-from bigq.model_tensors import ModelTensors
+from bigq.model_tensors import ModelTensors, ModelTree
 from bigq.placement import expected_device, plan_and_place
 from bigq.report import make_report
 from bigq.stages import Stages
@@ -92,13 +92,13 @@ def load_and_quantize_model(
         CheckpointError, ConfigError, PlacementError, UnsupportedError: see bigq.errors.
     """
     weights_location, config = _arguments(weights_location, quantization_config, bnb_quantization_config)
-    budget, stages = Budget.of_machine(read_threads, read_budget), Stages()
+    budget, stages, tree = Budget.of_machine(read_threads, read_budget), Stages(), ModelTree(model)
     with stages.timed("plan"):
         source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
     with WarmUp(config, source, expected_device(device_map)) as warm_up:
         with stages.timed("plan"):
             plan, places = plan_and_place(
-                model,
+                tree,
                 source,
                 config,
                 device_map,
@@ -109,7 +109,9 @@ def load_and_quantize_model(
                 strict=strict,
             )
             store = Store.open(plan, places, offload_folder, source)
-        fill(model, plan, source, store, budget=budget, stages=stages, warm_up=warm_up, progress=progress)
+        modules = tree.modules
+        del tree  # it keeps tensors alive, and a model that holds its weights frees them one by one
+        fill(modules, plan, source, store, budget=budget, stages=stages, warm_up=warm_up, progress=progress)
     keep_float32_callable(model, plan)
     dispatch(model, places, skip_keys=skip_keys)
     model.quantization_method = "bigq"  # type: ignore[assignment]

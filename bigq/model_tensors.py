@@ -1,9 +1,9 @@
-"""A model's own tensors: each under all of its names, and read as a checkpoint's are."""
+"""A model's own modules and tensors: each under all of its names, and read as a checkpoint's are."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,21 +12,18 @@ from bigq.errors import CheckpointError
 
 __all__ = [
     "ModelTensors",
+    "ModelTree",
     "Source",
     "TensorGroup",
     "assign_tensor",
     "find_owner",
-    "module_names",
-    "modules_by_name",
-    "tensor_groups",
     "tensor_key",
     "tensor_name",
     "tensor_table",
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorGroup:
+class TensorGroup(NamedTuple):
     """One parameter or buffer of a model: several names are ties, or a module that is reached on several paths."""
 
     names: tuple[str, ...]
@@ -40,22 +37,63 @@ def tensor_name(module_name: str, leaf: str) -> str:
     return f"{module_name}.{leaf}" if module_name else leaf
 
 
-def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of `model` under each of its names, the model itself first, as "".
+class ModelTree:
+    """The modules and tensors of `model` by all of their names; walked once, so it holds until the model changes.
 
-    As `named_modules(remove_duplicate=False)` has it, without a generator for each level: a third of the time.
+    It keeps the tensors alive: drop it before they are replaced one by one.
     """
-    found: dict[str, nn.Module] = {}
 
-    def walk(module: nn.Module, name: str) -> None:
-        found[name] = module
-        prefix = f"{name}." if name else ""
-        for leaf, child in module._modules.items():
-            if child is not None:
-                walk(child, prefix + leaf)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
-    walk(model, "")
-    return found
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module under each of its names, the model itself first, as "".
+
+        As `named_modules(remove_duplicate=False)` has it, without a generator for each level: a third of the time.
+        """
+        found: dict[str, nn.Module] = {}
+
+        def walk(module: nn.Module, name: str) -> None:
+            found[name] = module
+            prefix = f"{name}." if name else ""
+            for leaf, child in module._modules.items():
+                if child is not None:
+                    walk(child, prefix + leaf)
+
+        walk(self.model, "")
+        return found
+
+    @cached_property
+    def aliases(self) -> dict[nn.Module, tuple[str, ...]]:
+        """Every module once with all of its names, the model itself first."""
+        names: dict[nn.Module, list[str]] = {}
+        for name, module in self.modules.items():
+            names.setdefault(module, []).append(name)
+        return {module: tuple(aliases) for module, aliases in names.items()}
+
+    @cached_property
+    def tensors(self) -> list[TensorGroup]:
+        """Every parameter and buffer once, in module order."""
+        groups: dict[object, TensorGroup] = {}
+        for path, module in self.modules.items():
+            for table in (module._parameters, module._buffers):
+                for leaf, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    name, key = tensor_name(path, leaf), tensor_key(tensor)
+                    names: tuple[str, ...] = (name,)
+                    persistent = leaf not in module._non_persistent_buffers_set
+                    if key in groups:
+                        names, persistent = (*groups[key].names, name), groups[key].persistent or persistent
+                    groups[key] = TensorGroup(names, tensor, table is module._buffers, persistent)
+        return list(groups.values())
+
+    def names(self) -> Iterator[str]:
+        """The names of all modules but the model itself, then those of all tensors."""
+        yield from filter(None, self.modules)
+        for group in self.tensors:
+            yield from group.names
 
 
 def find_owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
@@ -64,38 +102,10 @@ def find_owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, 
     return modules[path], leaf
 
 
-def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Every module of `model` with all of its names, the model itself first, as ""."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in modules_by_name(model).items():
-        names.setdefault(module, []).append(name)
-    return {module: tuple(aliases) for module, aliases in names.items()}
-
-
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
     """Equal for two names of one tensor, also on meta, where `init_empty_weights` re-wraps a tied Parameter."""
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
-
-
-def tensor_groups(model: nn.Module) -> list[TensorGroup]:
-    """Every tensor of `model` once, in module order."""
-    groups: dict[object, TensorGroup] = {}
-    for path, module in modules_by_name(model).items():
-        for table in (module._parameters, module._buffers):
-            for leaf, tensor in table.items():
-                if tensor is None:
-                    continue
-                name, key = tensor_name(path, leaf), tensor_key(tensor)
-                known = groups.get(key)
-                groups[key] = TensorGroup(
-                    names=(*known.names, name) if known else (name,),
-                    tensor=tensor,
-                    is_buffer=table is module._buffers,
-                    persistent=leaf not in module._non_persistent_buffers_set
-                    or (known is not None and known.persistent),
-                )
-    return list(groups.values())
 
 
 def tensor_table(module: nn.Module, leaf: str) -> dict[str, Any]:
@@ -114,19 +124,20 @@ def assign_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 
 class ModelTensors:
-    """The persistent parameters and buffers of `model`, each once under its first name, in module order."""
+    """The persistent parameters and buffers of a model, each once under its first name, in module order."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = modules_by_name(model)
+        tree = ModelTree(model)
+        self._modules = tree.modules
         self._kind = type(model).__name__
         self.tensors = {
             group.names[0]: TensorInfo(
                 name=group.names[0],
                 shape=group.tensor.shape,
                 dtype=group.tensor.dtype,
-                file=Path(f"<{type(model).__name__}>"),
+                file=Path(f"<{self._kind}>"),
             )
-            for group in tensor_groups(model)
+            for group in tree.tensors
             if group.persistent
         }
 

@@ -6,7 +6,6 @@ mapping of the exact size, registered with CUDA: torch's own pinned allocator ro
 checkpoint holds just so stays there: its tensors are copy-on-write maps, which nobody can write to the file through.
 """
 
-import ctypes
 import mmap
 import os
 import tempfile
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, PlacementError
+from bigq.files import memory_of, open_unchanged, read_into
 from bigq.formats import TensorSpec
 
 __all__ = ["ALIGNMENT", "CheckpointMap", "FileMap", "OffloadSpace", "align", "is_file_backed", "locate"]
@@ -69,19 +69,16 @@ class FileMap(mmap.mmap):
 
     def read(self, offset: int, into: Tensor) -> None:  # type: ignore[override]
         """Read the bytes from `offset` on into a contiguous CPU tensor; raises CheckpointError where the file ends."""
-        buffer = memoryview((ctypes.c_char * into.nbytes).from_address(into.data_ptr())).cast("B")
-        done = 0
-        while done < len(buffer):
-            try:
-                got = os.preadv(self._descriptor, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"cannot read offloaded tensors from {self.path}: {error}") from error
-            if not got:
-                raise CheckpointError(
-                    f"{self.path} ended at byte {offset + done}, in the middle of tensors that are offloaded to it: "
-                    "it was cut short after the model was loaded; restore the file and load again"
-                )
-            done += got
+        buffer = memory_of(into)
+        try:
+            got = read_into(buffer, self._descriptor, offset)
+        except OSError as error:
+            raise CheckpointError(f"cannot read offloaded tensors from {self.path}: {error}") from error
+        if got < len(buffer):
+            raise CheckpointError(
+                f"{self.path} ended at byte {offset + got}, in the middle of tensors that are offloaded to it: "
+                "it was cut short after the model was loaded; restore the file and load again"
+            )
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -145,16 +142,13 @@ class CheckpointMap:
     @classmethod
     def open(cls, path: Path, nbytes: int) -> "CheckpointMap":
         """Map the file at `path`; raises CheckpointError unless it has `nbytes` bytes."""
+        descriptor = open_unchanged(path, nbytes)
         try:
-            with path.open("rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != nbytes:
-                    raise CheckpointError(
-                        f"{path} changed after it was opened: it had {nbytes} bytes and now has {found}; load again"
-                    )
-                mapping = FileMap.open(file.fileno(), nbytes, path=str(path), is_private=True)
+            mapping = FileMap.open(descriptor, nbytes, path=str(path), is_private=True)
         except OSError as error:
             raise CheckpointError(f"cannot map {path}: {error}") from error
+        finally:
+            os.close(descriptor)
         _remember(mapping)
         return cls(mapping)
 

@@ -25,8 +25,8 @@ from bigq.device_map import (
     place_of,
 )
 from bigq.errors import PlacementError
-from bigq.formats import Description, TensorSpec
-from bigq.model_tensors import ModelTensors, Source, modules_by_name, tensor_groups
+from bigq.formats import Description
+from bigq.model_tensors import ModelTensors, ModelTree, Source, tensor_name
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
 
@@ -34,7 +34,7 @@ __all__ = ["expected_device", "infer_device_map", "plan_and_place", "resting_pla
 
 
 def plan_and_place(
-    model: nn.Module,
+    tree: ModelTree,
     source: Source,
     config: QuantizationConfig | None,
     device_map: object,
@@ -45,7 +45,7 @@ def plan_and_place(
     offload: str | torch.dtype | None = None,
     strict: bool = True,
 ) -> tuple[Plan, DeviceMap]:
-    """The plan for `model` and the places that go with it; the arguments are those of `load_and_quantize_model`.
+    """The plan for the model of `tree`, and its places; the arguments are those of `load_and_quantize_model`.
 
     A map that names places decides what is quantized, so it comes before the plan; an automatic one needs its sizes.
     """
@@ -60,7 +60,7 @@ def plan_and_place(
         dtype = policy if isinstance(policy, torch.dtype) else None
         runs_on = execution_device(places)
         return make_plan(
-            model,
+            tree,
             source.tensors,
             config,
             quantized=quantized,
@@ -72,7 +72,7 @@ def plan_and_place(
     if isinstance(device_map, str) and device_map in STRATEGIES:
         everything_quantized = plan({"": "cpu"}, None)
         places = _infer_from_plan(
-            model,
+            tree.model,
             everything_quantized,
             device_map,
             no_split_module_classes=no_split_module_classes,
@@ -83,8 +83,7 @@ def plan_and_place(
             return everything_quantized, places
     else:
         places = _explicit_device_map(device_map)
-        modules = modules_by_name(model)
-        check_device_map(places, modules, [group.names for group in tensor_groups(model) if group.persistent])
+        check_device_map(places, tree.modules, [group.names for group in tree.tensors if group.persistent])
         if policy is None and config is not None:
             policy = config.weight_format().custom_map_offload
     return plan(places, policy), places
@@ -119,7 +118,7 @@ def infer_device_map(
     """
     if device_map not in STRATEGIES:
         raise PlacementError(f"device_map is {device_map!r}; expected one of {list(STRATEGIES)}")
-    plan = make_plan(model, ModelTensors(model).tensors, as_config(quantization_config))
+    plan = make_plan(ModelTree(model), ModelTensors(model).tensors, as_config(quantization_config))
     places = _infer_from_plan(
         model,
         plan,
@@ -205,29 +204,35 @@ def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
     return node("", model, False)
 
 
-def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, tuple[str, TensorSpec]]:
-    """{first name: (place, spec)} of each tensor; one with several names rests on the GPU if any of them does.
+def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:
+    """{first name: place} of each tensor and each quantized linear, all of whose tensors rest where its weight does.
 
-    Buffers rest where they run, as accelerate has it by default: a module may write to them, as BatchNorm does.
+    What has several names rests on the GPU if any of them does. Buffers rest where they run, as accelerate has it by
+    default: a module may write to them, as BatchNorm does.
     """
-    resting = {}
     runs_on = execution_device(device_map)
     anywhere = str(runs_on)  # for non-persistent buffers that the map may leave out
-    buffers = {tensor.names for tensor in plan.tensors if tensor.is_buffer}
 
     @cache  # thousands of modules hold several tensors each
     def of_module(name: str) -> str | None:
         return place_of(device_map, name)
 
-    def of_tensor(name: str) -> str | None:
-        return device_map[name] if name in device_map else of_module(name.rpartition(".")[0])
+    def of_name(owner: str, name: str) -> str | None:
+        return device_map[name] if name in device_map else of_module(owner)
 
-    for names, spec in plan.specs().items():
-        places = {name: place for name in names if (place := of_tensor(name))}
-        place = next(iter(places.values()), anywhere) if len(places) < 2 else _one_place(places)
-        if names in buffers and is_offloaded(place, runs_on):
-            place = str(runs_on)
-        resting[names[0]] = (place, spec)
+    def of_names(names: Iterable[tuple[str, str]]) -> str:
+        places = {name: place for owner, name in names if (place := of_name(owner, name))}
+        return _one_place(places) if len(places) > 1 else next(iter(places.values()), anywhere)
+
+    resting = {}
+    for tensor in plan.tensors:
+        place = of_names((name.rpartition(".")[0], name) for name in tensor.names)
+        if tensor.is_buffer and is_offloaded(place, runs_on):
+            place = anywhere
+        resting[tensor.names[0]] = place
+    for linear in plan.linears:
+        if linear.source is not None:
+            resting[linear.names[0]] = of_names((name, tensor_name(name, "weight")) for name in linear.names)
     return resting
 
 

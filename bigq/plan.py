@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from bigq.formats import Description, TensorSpec
 from bigq.model_tensors import tensor_name
@@ -50,12 +49,8 @@ class Plan:
     linears: tuple[PlannedLinear, ...]
     kept: Mapping[str, str]
 
-    def specs(self) -> Mapping[tuple[str, ...], TensorSpec]:
+    def specs(self) -> dict[tuple[str, ...], TensorSpec]:
         """Shape and dtype of every tensor of the loaded model, by all of its names."""
-        return self._specs
-
-    @cached_property
-    def _specs(self) -> dict[tuple[str, ...], TensorSpec]:
         specs = {tensor.names: tensor.spec for tensor in self.tensors}
         for linear in self.linears:
             if linear.source is not None:

@@ -1,6 +1,6 @@
 """make_plan: decide what becomes of every tensor of a model, before anything is read or changed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -13,7 +13,7 @@ from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.fit import Fit
 from bigq.formats import Description
 from bigq.linear import QuantizedLinear
-from bigq.model_tensors import TensorGroup, module_names, modules_by_name, tensor_groups, tensor_name
+from bigq.model_tensors import ModelTree, tensor_name
 from bigq.plan import Plan, PlannedLinear
 from bigq.selection import is_transposed_linear, match_patterns, select_linears
 
@@ -27,7 +27,7 @@ def quantized_prefixes(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 
 def make_plan(
-    model: nn.Module,
+    tree: ModelTree,
     tensors: Mapping[str, TensorInfo],
     config: QuantizationConfig | None,
     *,
@@ -36,7 +36,7 @@ def make_plan(
     offload_dtype: Callable[[str], torch.dtype | None] = lambda name: None,
     strict: bool = True,
 ) -> Plan:
-    """Fit `tensors` to `model` under `config`; reads nothing and changes nothing.
+    """Fit `tensors` to the model of `tree` under `config`; reads nothing and changes nothing.
 
     Args:
         tensors: what the checkpoint holds.
@@ -50,17 +50,16 @@ def make_plan(
         CheckpointError: one error with everything that is missing, unexpected or misshapen.
         ConfigError: `config` does not fit the model or contradicts the checkpoint.
     """
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear) for module in tree.aliases):
         raise UnsupportedError("the model already holds QuantizedLinear modules: load into a model built anew")
-    groups = tensor_groups(model)
     if quantized:
-        linears = _quantized_linears(model, groups, quantized, config)
+        linears = _quantized_linears(tree, quantized, config)
         kept: Mapping[str, str] = {}
     elif config is None:
         raise ConfigError("the checkpoint is not quantized: pass a quantization_config")
     else:
-        linears, kept = _chosen_linears(model, groups, tensors, config, unquantized)
-    fit = Fit(model=model, groups=groups, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
+        linears, kept = _chosen_linears(tree, tensors, config, unquantized)
+    fit = Fit(tree=tree, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
     for linear in linears:
         fit.claim(linear)
     planned_tensors = tuple(fit.tensors_outside(linears))
@@ -69,29 +68,26 @@ def make_plan(
 
 
 def _chosen_linears(
-    model: nn.Module,
-    groups: Sequence[TensorGroup],
+    tree: ModelTree,
     tensors: Mapping[str, TensorInfo],
     config: QuantizationConfig,
     unquantized: Callable[[str], bool],
 ) -> tuple[list[PlannedLinear], dict[str, str]]:
     selection = select_linears(
-        model,
+        tree.model,
         skip_modules=config.skip_modules,
         keep_in_fp32_modules=config.keep_in_fp32_modules,
         defaults=config.skip_defaults,
-        groups=groups,
+        tree=tree,
     )
-    modules = modules_by_name(model)
     kept, linears, weight_format = dict(selection.kept), [], config.weight_format()
     descriptions: dict[tuple[tuple[int, int], torch.dtype], Description] = {}  # one for all linears that look alike
     for name, aliases in selection.linears.items():
         if unquantized(name):
             kept[name] = "offloaded with its dtype"
             continue
-        module = cast(nn.Linear, modules[name])  # or a Conv1D, which has the same two parameters
-        weights = [tensor_name(alias, "weight") for alias in aliases]
-        source = next((weight for weight in weights if weight in tensors), weights[0])
+        module = cast(nn.Linear, tree.modules[name])  # or a Conv1D, which has the same two parameters
+        source = _source(aliases, tensors)
         info = tensors.get(source)
         looks = _matrix_shape(module), info.dtype if info is not None else module.weight.dtype
         if looks not in descriptions:
@@ -101,29 +97,26 @@ def _chosen_linears(
         linears.append(_planned_linear(module, aliases, descriptions[looks], source))
     if not selection.linears:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in kept.items()) or "  it has no nn.Linear or Conv1D"
-        raise UnsupportedError(f"nothing to quantize in {type(model).__name__}:\n{reasons}")
+        raise UnsupportedError(f"nothing to quantize in {type(tree.model).__name__}:\n{reasons}")
     return linears, kept
 
 
 def _quantized_linears(
-    model: nn.Module,
-    groups: Sequence[TensorGroup],
+    tree: ModelTree,
     quantized: Mapping[str, Description],
     config: QuantizationConfig | None,
 ) -> list[PlannedLinear]:
     """The linears that the checkpoint holds quantized, with its descriptions."""
-    names = {name: aliases for aliases in module_names(model).values() for name in aliases}
     if config is not None:
-        everything = [*filter(None, names), *(name for group in groups for name in group.names)]
         for field in ("skip_modules", "keep_in_fp32_modules"):
-            for name, pattern in match_patterns(field, getattr(config, field), everything).items():
+            for name, pattern in match_patterns(field, getattr(config, field), tree.names()).items():
                 owner, _, leaf = name.rpartition(".")
                 linear = owner if leaf == "weight" else name
                 if linear in quantized:
                     raise ConfigError(f"{field} {pattern!r} matches {linear}, which the checkpoint holds quantized")
-    linears, problems, modules = [], [], modules_by_name(model)
+    linears, problems = [], []
     for name, description in quantized.items():
-        found = modules.get(name)
+        found = tree.modules.get(name)
         if found is None or not (isinstance(found, nn.Linear) or is_transposed_linear(found)):
             problems.append(f"  {name or 'the whole'} is quantized in the checkpoint, and no linear of the model")
             continue
@@ -138,10 +131,16 @@ def _quantized_linears(
             )
         if config is not None and config.compute_dtype is not None:
             description = replace(description, compute_dtype=config.compute_dtype)
-        linears.append(_planned_linear(module, names[name], description, None))
+        linears.append(_planned_linear(module, tree.aliases[module], description, None))
     if problems:
         raise CheckpointError("the quantized checkpoint does not fit the model:\n" + "\n".join(problems))
     return linears
+
+
+def _source(names: tuple[str, ...], tensors: Mapping[str, TensorInfo]) -> str:
+    """The name under which the checkpoint holds the weight of a linear, or the first of its names where it does not."""
+    weights = [tensor_name(name, "weight") for name in names]
+    return next(filter(tensors.__contains__, weights), weights[0]) if len(weights) > 1 else weights[0]
 
 
 def _matrix_shape(module: nn.Linear) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bigq.formats import TensorSpec, dtype_name
+from bigq.formats import dtype_name
 from bigq.plan import Plan
 from bigq.stages import Stages
 from bigq.table import format_table
@@ -59,21 +59,28 @@ class QuantizationReport:
         return f"{format_table(rows)}\n\n{format_table(modules)}"
 
 
-def make_report(plan: Plan, resting: Mapping[str, tuple[str, TensorSpec]], stages: Stages) -> QuantizationReport:
-    """The report on a load that carried out `plan`; `resting` says where each tensor is, by its first name."""
+def make_report(plan: Plan, resting: Mapping[str, str], stages: Stages) -> QuantizationReport:
+    """The report on a load that carried out `plan`; `resting` is what `resting_places` says of it."""
     formats = {linear.names[0]: linear.description.format.name for linear in plan.linears}
-    parts: dict[str, list[tuple[str, TensorSpec]]] = {}  # by module: the place and the spec of each tensor
-    for names in plan.specs():
-        parts.setdefault(names[0].rpartition(".")[0], []).append(resting[names[0]])
+    parts: dict[str, list[tuple[str, str, int]]] = {}  # by module: dtype, place and bytes of what it holds
+    for tensor in plan.tensors:
+        name, spec = tensor.names[0], tensor.spec
+        part = (dtype_name(spec.dtype), resting[name], spec.nbytes)
+        parts.setdefault(name.rpartition(".")[0], []).append(part)
+    for linear in plan.linears:
+        if linear.source is not None:
+            name = linear.names[0]
+            parts.setdefault(name, []).append((formats[name], resting[name], linear.description.nbytes))
     modules = [
         ModuleReport(
             name=name,
             rule="quantized" if name in formats else plan.kept.get(name, "not a linear"),
-            format=formats.get(name) or _joined(dtype_name(spec.dtype) for _, spec in tensors),
-            device=_joined(place for place, _ in tensors),
-            nbytes=sum(spec.nbytes for _, spec in tensors),
+            format=formats.get(name) or _joined(dtypes),
+            device=_joined(places),
+            nbytes=sum(sizes),
         )
-        for name, tensors in parts.items()
+        for name, held in parts.items()
+        for dtypes, places, sizes in [zip(*held, strict=True)]
     ]
     return QuantizationReport(
         stages=tuple(

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import islice
 from types import CodeType, FunctionType
 
 from torch import nn
 
 from bigq.errors import ConfigError
-from bigq.model_tensors import TensorGroup, find_owner, module_names, modules_by_name, tensor_groups, tensor_name
+from bigq.model_tensors import ModelTree, find_owner, tensor_name
 
 __all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears"]
 
@@ -36,32 +37,30 @@ def select_linears(
     skip_modules: Sequence[str] = (),
     keep_in_fp32_modules: Sequence[str] = (),
     defaults: bool = True,
-    groups: Sequence[TensorGroup] | None = None,
+    tree: ModelTree | None = None,
 ) -> Selection:
     """Choose the modules to quantize: every `nn.Linear` by exact type and every GPT-2 Conv1D.
 
     Never chosen: a module that its parent does not call but whose weight it reads; what `skip_modules` or
     `keep_in_fp32_modules` match. With `defaults`, neither: the output head, weights tied to another module, and what
-    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry. `groups` are the model's
-    tensors, where the caller has them already.
+    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry. `tree` is the model's,
+    where the caller has it already.
 
     Raises:
         ConfigError: a pattern that matches nothing, or without `defaults` a choice that would break a tie.
     """
-    modules, names = modules_by_name(model), module_names(model)
-    groups = tensor_groups(model) if groups is None else groups
-    everything = [name for aliases in names.values() for name in aliases if name]
-    everything += [name for group in groups for name in group.names]
+    tree = ModelTree(model) if tree is None else tree
+    modules = tree.modules
     asked: dict[str, str] = {}
     for field, patterns in (("skip_modules", skip_modules), ("keep_in_fp32_modules", keep_in_fp32_modules)):
-        for name, pattern in match_patterns(field, patterns, everything).items():
+        for name, pattern in match_patterns(field, patterns, tree.names()).items():
             asked.setdefault(name, f"{field} {pattern!r}")
     own = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if defaults else ()
-    tied = {name: group.names for group in groups if len(group.names) > 1 for name in group.names}
+    tied = {name: group.names for group in tree.tensors if len(group.names) > 1 for name in group.names}
     head = output_head(model) if defaults else None
 
     def why_kept(module: nn.Module, aliases: tuple[str, ...]) -> str | None:
-        for name in aliases:
+        for name in aliases if asked else ():
             for asked_for in (name, tensor_name(name, "weight")):
                 if asked_for in asked:
                     return asked[asked_for]
@@ -75,7 +74,7 @@ def select_linears(
             if any(_matches(pattern, name) for name in aliases):
                 return f"the model's own _keep_in_fp32_modules {pattern!r}"
         weight = tensor_name(aliases[0], "weight")
-        others = sorted(name for name in tied.get(weight, ()) if name.rpartition(".")[0] not in aliases)
+        others = sorted(n for n in tied[weight] if n.rpartition(".")[0] not in aliases) if weight in tied else []
         if others and not defaults:
             raise ConfigError(
                 f"{weight} is tied to {', '.join(others)}: quantizing it would break the tie; "
@@ -87,7 +86,7 @@ def select_linears(
 
     linears: dict[str, tuple[str, ...]] = {}
     kept: dict[str, str] = {}
-    for module, aliases in names.items():
+    for module, aliases in tree.aliases.items():
         if type(module) is nn.Linear or is_transposed_linear(module):
             reason = why_kept(module, aliases)
             if reason is None:
@@ -103,8 +102,8 @@ def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) ->
     Raises:
         ConfigError: a pattern that matches none of `names`; it lists near ones.
     """
-    names = list(names)
     matched: dict[str, str] = {}
+    names = list(names) if patterns else []
     for pattern in patterns:
         hits = [name for name in names if _matches(pattern, name)]
         if not hits:
@@ -143,7 +142,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and not hasattr(model, prefix):
         return None  # a transformers model without the head that others put on it
-    if sum(_is_linear(module) for module in model.modules()) < 2:
+    if len(list(islice(filter(_is_linear, model.modules()), 2))) < 2:
         return None
     module = model
     while not _is_linear(module):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,23 +13,23 @@ from bigq.checkpoint import Checkpoint
 from bigq.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
 from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import Source
+from bigq.model_tensors import Source, tensor_name
 from bigq.offload import CheckpointMap, OffloadSpace
 from bigq.placement import resting_places
-from bigq.plan import Plan
+from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
 
 __all__ = ["Store"]
 
 
 @dataclass(kw_only=True)
 class Store:
-    """Where each tensor rests, by its first name.
+    """Where each tensor and each quantized linear rests, by its first name: see `resting_places`.
 
     `spaces` holds the room that is reserved on "cpu" and "disk", `in_checkpoint` the tensors on "disk" that the
     checkpoint holds just as the model needs them: they rest there, and no second copy is made.
     """
 
-    resting: Mapping[str, tuple[str, TensorSpec]]
+    resting: Mapping[str, str]
     runs_on: torch.device
     spaces: Mapping[str, OffloadSpace]
     in_checkpoint: Mapping[str, Tensor]
@@ -41,64 +42,83 @@ class Store:
         """Raises PlacementError where the disk is asked for and there is no folder, or more room than there is."""
         resting, runs_on = resting_places(plan, device_map), execution_device(device_map)
         in_checkpoint = _rest_in_checkpoint(plan, resting, source)
-        offloaded: dict[str, dict[str, TensorSpec]] = {}
-        for name, (place, spec) in resting.items():
-            if is_offloaded(place, runs_on) and name not in in_checkpoint:
-                offloaded.setdefault(place, {})[name] = spec
+        offloaded: dict[str, dict[str, TensorSpec]] = {
+            place: {} for place in ("disk", "cpu") if is_offloaded(place, runs_on)
+        }
+        for tensor in plan.tensors:
+            name = tensor.names[0]
+            if resting[name] in offloaded and name not in in_checkpoint:
+                offloaded[resting[name]][name] = tensor.spec
+        for linear in plan.linears:
+            place = resting.get(linear.names[0])
+            if place in offloaded:
+                for leaf, spec in linear.description.state_spec.items():
+                    offloaded[place][tensor_name(linear.names[0], leaf)] = spec
         spaces = {}
-        if "disk" in offloaded:
+        if offloaded.get("disk"):
             if offload_folder is None:
                 raise PlacementError("device_map sends modules to 'disk': pass offload_folder, where they are kept")
             spaces["disk"] = OffloadSpace.in_file(offload_folder, offloaded["disk"])
-        if "cpu" in offloaded:
+        if offloaded.get("cpu"):
             spaces["cpu"] = OffloadSpace.pinned(offloaded["cpu"])
         return cls(resting=resting, runs_on=runs_on, spaces=spaces, in_checkpoint=in_checkpoint)
 
     def is_offloaded(self, name: str) -> bool:
         """Whether the tensor called `name` rests elsewhere than where it runs."""
-        place, _ = self.resting.get(name, (None, None))
-        return is_offloaded(place, self.runs_on)
+        return is_offloaded(self.resting.get(name), self.runs_on)
 
-    def work_device(self, name: str, *, quantize: bool) -> torch.device:
-        """Where the tensor called `name` is worked on: where it rests, or, to `quantize` it, where it will run."""
-        place, _ = self.resting[name]
+    def work_device(self, job: Job) -> torch.device:
+        """Where a tensor is worked on: where it rests, or, to be quantized, where it will run."""
+        place = self.resting[job.names[0]]
         if is_gpu(place):
-            return torch.device(place)
-        return self.runs_on if quantize else torch.device("cpu")
+            return _device(place)
+        return self.runs_on if isinstance(job, PlannedLinear) else torch.device("cpu")
 
-    def receive(self, name: str, spec: TensorSpec) -> Tensor:
-        """Memory to read the tensor called `name` into: its own, if `spec` is what it stays; `put` then keeps it."""
-        place, final = self.resting[name]
-        if spec == final and place in self.spaces:
+    def receive(self, job: PlannedTensor, dtype: torch.dtype) -> Tensor:
+        """Memory to read a tensor of `dtype` into: its own, if that is the dtype it stays in; `put` then keeps it."""
+        name, spec = job.names[0], job.spec
+        place = self.resting[name]
+        if dtype == spec.dtype and place in self.spaces:
             self._received[name] = self.spaces[place].empty(name)
             return self._received[name]
-        return torch.empty(spec.shape, dtype=spec.dtype, device=self.work_device(name, quantize=False))
+        return torch.empty(spec.shape, dtype=dtype, device=self.work_device(job))
 
-    def put(self, name: str, tensor: Tensor, *, owned: bool) -> Tensor:
-        """`tensor` where it rests, in its final dtype, with a storage of its own.
-
-        `owned` says that its memory may be kept: it is neither a view of a file nor of another tensor.
-        """
-        place, spec = self.resting[name]
+    def put(self, job: PlannedTensor, tensor: Tensor) -> Tensor:
+        """`tensor` where it rests, in its final dtype; it may be kept, so it owns its storage."""
+        name, dtype = job.names[0], job.spec.dtype
+        place = self.resting[name]
         if self._received.pop(name, None) is tensor:
             return tensor
         if place in self.spaces:
             return self.spaces[place].empty(name).copy_(tensor)
-        if owned and tensor.dtype == spec.dtype and tensor.device == torch.device(place):
+        if tensor.dtype == dtype and tensor.device == _device(place):
             return tensor
-        final = tensor.to(place).to(spec.dtype)  # cast at the end of the link: it is shorter there
-        return final if owned or final is not tensor else final.clone()
+        return tensor.to(place).to(dtype)  # cast at the end of the link: it is shorter there
+
+    def put_state(self, linear: PlannedLinear, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a quantized linear where they rest; they may be kept, as `put` has it."""
+        name = linear.names[0]
+        place = self.resting[name]
+        if place not in self.spaces:
+            return state  # quantized where it rests
+        space = self.spaces[place]
+        return {leaf: space.empty(tensor_name(name, leaf)).copy_(tensor) for leaf, tensor in state.items()}
 
 
-def _rest_in_checkpoint(plan: Plan, resting: Mapping[str, tuple[str, TensorSpec]], source: Source) -> dict[str, Tensor]:
+@cache  # torch takes half a microsecond to read it, and a model may have 19,000 linears
+def _device(place: str) -> torch.device:
+    return torch.device(place)
+
+
+def _rest_in_checkpoint(plan: Plan, resting: Mapping[str, str], source: Source) -> dict[str, Tensor]:
     """{first name: tensor} of what goes to "disk" unchanged, and lies in a file of the checkpoint as bytes."""
     tensors: dict[str, Tensor] = {}
     if not isinstance(source, Checkpoint):
         return tensors
     files: dict[Path, CheckpointMap] = {}
     for planned in plan.tensors:
-        name, (place, spec) = planned.names[0], resting[planned.names[0]]
-        if place != "disk" or planned.source is None:
+        name, spec = planned.names[0], planned.spec
+        if resting[name] != "disk" or planned.source is None:
             continue
         info = source.tensors[planned.source]
         if (

@@ -17,7 +17,7 @@ from bigq.formats import Description
 from bigq.model_tensors import Source
 from bigq.plan import PlannedLinear
 from bigq.quantizer import Quantizer
-from bigq.stream import Piece
+from bigq.runs import Piece
 
 __all__ = ["WarmUp"]
 

@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parents[1] / "bigq"
 LAYERS = [  # an import points to an earlier line, or to the left within a line
     ["reference"],
     ["ops", "eager"],
-    ["formats", "checkpoint", "table"],
+    ["files", "formats", "checkpoint", "table"],
     ["config", "linear", "offload", "device_map", "model_tensors", "machine", "stages"],
     ["transfer", "saved_tensors", "prefetch", "attach", "moves", "hooks"],
-    ["selection", "stream", "footprint", "quantize", "bench"],
+    ["selection", "runs", "stream", "footprint", "quantize", "bench"],
     ["plan", "fit", "planning", "placement"],
     ["quantizer", "warm_up", "commit", "dispatch", "materialize", "store", "fill", "report"],
     ["load"],

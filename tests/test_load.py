@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from bigq import (
     QuantizedLinear,
     load_and_quantize_model,
 )
+from bigq.quantizer import Quantizer
 
 
 def dequantized(model, source):
@@ -76,6 +78,19 @@ class TestArrival:
         assert torch.equal(in_place(ids), streamed(ids))
         for name, tensor in streamed.state_dict().items():
             assert torch.equal(in_place.state_dict()[name], tensor)
+
+    def test_in_place_frees_each_weight_before_the_next_is_quantized(self, tiny, monkeypatch):
+        model, alive = tiny(), []
+        weights = [weakref.ref(module.weight) for module in model.modules() if type(module) is nn.Linear]
+        quantize = Quantizer.quantize
+
+        def counting(self, items):
+            alive.append(sum(weight() is not None for weight in weights))
+            return quantize(self, items)
+
+        monkeypatch.setattr(Quantizer, "quantize", counting)
+        load_and_quantize_model(model, None, QuantizationConfig("nf4"), "cpu")
+        assert alive == [7, 6, 5, 4, 3, 2]
 
 
 class TestReading:

@@ -169,6 +169,20 @@ def test_models_share_an_offload_folder_and_leave_nothing_behind(load, ids, tmp_
     assert os.listdir(tmp_path / "off") == []
 
 
+def test_all_that_a_weight_becomes_rests_in_its_place(tiny, checkpoint, empty, ids, tmp_path):
+    """Also where a device map places the weight alone: its scales are no names of the map."""
+    places = {"": ON_DISK[""], "blocks.0.up.weight": "disk"}
+    config = QuantizationConfig("nf4", double_quant=True)
+    options = {"offload": "quantized", "offload_folder": tmp_path / "off"}
+    model = load_and_quantize_model(empty(tiny), checkpoint, config, places, **options)
+    up = model.blocks[0].up
+    on_disk = {name for name, tensor in up.named_parameters() if locate(tensor) is not None}
+    assert on_disk == set(up.state_spec())
+    assert all(locate(tensor) is None for tensor in model.blocks[1].parameters())
+    everywhere = load_and_quantize_model(empty(tiny), checkpoint, config, ON_DISK[""])
+    assert torch.equal(model(ids), everywhere(ids))
+
+
 KILLED_HALF_WAY = """
 import os, pathlib, signal, sys
 from torch import nn
@@ -176,15 +190,15 @@ from bigq import QuantizationConfig, load_and_quantize_model, store
 from accelerate import init_empty_weights
 
 folder = pathlib.Path(sys.argv[1])
-put, placed = store.Store.put, []
+put_state, placed = store.Store.put_state, []
 
-def kill(self, name, tensor, *, owned):
-    placed.append(put(self, name, tensor, owned=owned))
+def kill(self, linear, state):
+    placed.append(put_state(self, linear, state))
     if len(placed) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return placed[-1]
 
-store.Store.put = kill
+store.Store.put_state = kill
 with init_empty_weights():
     model = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
 config = QuantizationConfig("nf4", skip_defaults=False)

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from bigq import CheckpointError, ConfigError
 from bigq.checkpoint import Checkpoint
+from bigq.runs import Target
 from bigq.stages import Stages
-from bigq.stream import Budget, Target, stream
+from bigq.stream import Budget, stream
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]

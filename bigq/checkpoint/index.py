@@ -34,7 +34,7 @@ def read_index(path: Path) -> dict[str, str]:
             f"the index {path} is not a map of tensor names to file names: "
             f"{wrong[0]!r} maps to {weight_map[wrong[0]]!r}"
         )
-    outside = sorted({file for file in weight_map.values() if not _stays_inside(file)})
+    outside = sorted(file for file in set(weight_map.values()) if not _stays_inside(file))
     if outside:
         raise CheckpointError(
             f"the index {path} names files outside its own folder: {', '.join(map(repr, outside))}; "

@@ -74,8 +74,9 @@ def _locate_file(path: Path) -> Location:
 
 
 def _resolve(folder: Path, choice: Choice) -> Location:
+    paths = {file: folder / file for file in (*choice.files, *set(choice.weight_map.values()))}
     return Location(
-        files=tuple(folder / file for file in choice.files),
+        files=tuple(paths[file] for file in choice.files),
         index=folder / choice.index if choice.index else None,
-        weight_map={name: folder / file for name, file in choice.weight_map.items()},
+        weight_map={name: paths[file] for name, file in choice.weight_map.items()},
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bigq.checkpoint import index
 from bigq.checkpoint.locate import locate
 from bigq.errors import CheckpointError
 
@@ -167,6 +168,19 @@ def test_preference_among_indexes(tmp_path, indexes, present, expected):
     for name, shards in indexes.items():
         write_index(tmp_path / name, *shards)
     assert names(locate(tmp_path)) == [*expected]
+
+
+def test_work_on_names_is_done_for_each_file_and_not_for_each_tensor(tmp_path, monkeypatch):
+    checked = []
+    plain = index._stays_inside
+    monkeypatch.setattr(index, "_stays_inside", lambda file: checked.append(file) or plain(file))
+    (tmp_path / "a.safetensors").touch()
+    weight_map = {f"{i}.weight": "a.safetensors" for i in range(100)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    location = locate(tmp_path)
+    assert set(checked) == {"a.safetensors"}
+    assert len(checked) <= 2
+    assert len({id(path) for path in (*location.weight_map.values(), *location.files)}) == 1
 
 
 def test_shards_in_a_subfolder_of_the_index(tmp_path):
