@@ -63,7 +63,7 @@ def test_dp4a_config(n, k, m):
     config = dp4a_config(CPU, m, n, k)
     covers = -(-k // (1024 * config.warps))
     assert covers * m <= 4  # the tokens of more do not fit the registers
-    assert covers * config.block_n <= 6  # nor do the codes
+    assert covers * config.block_n <= 8  # nor do the codes
     threads = 32 * config.warps
     assert threads * config.registers <= 65536
     programs = -(-n // (config.block_n * config.blocks))
