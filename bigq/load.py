@@ -81,8 +81,8 @@ def load_and_quantize_model(
         strict: refuse missing and unexpected tensors; otherwise ignore the latter, and keep what the model holds in
             place of the former where it holds anything.
         progress: show a progress bar; None shows it on a terminal.
-        read_threads: threads that read files; by default 8, or the cores that this process may use if fewer.
-        read_budget: bytes of host and of GPU memory for weights on their way, besides the result; by default 512 MiB,
+        read_threads: threads that read files; by default 12, or the cores that this process may use if fewer.
+        read_budget: bytes of host and of GPU memory for weights on their way, besides the result; by default 768 MiB,
             or an eighth of the memory that this process may still use if less.
 
     Returns:

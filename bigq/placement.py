@@ -212,6 +212,7 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:
     """
     runs_on = execution_device(device_map)
     anywhere = str(runs_on)  # for non-persistent buffers that the map may leave out
+    whole = device_map[""] if len(device_map) == 1 and "" in device_map else None  # the model in one place
 
     @cache  # thousands of modules hold several tensors each
     def of_module(name: str) -> str | None:
@@ -221,6 +222,8 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:
         return device_map[name] if name in device_map else of_module(owner)
 
     def of_names(names: Iterable[tuple[str, str]]) -> str:
+        if whole is not None:
+            return whole
         places = {name: place for owner, name in names if (place := of_name(owner, name))}
         return _one_place(places) if len(places) > 1 else next(iter(places.values()), anywhere)
 

@@ -83,8 +83,8 @@ class Quantizer:
             self._constants[key] = {**description.format.constants(device), "quant_state": state}
         constants, stock = self._constants[key], self._copies.setdefault(key, [])
         if len(stock) < count:
-            shape = (max(count, _COPIES), -1)
-            copies = [torch.unbind_copy(tensor.expand(shape)) for tensor in constants.values()]  # type: ignore[func-returns-value]
+            more = max(count, _COPIES)
+            copies = [_cut(tensor.repeat(more), [len(tensor)] * more) for tensor in constants.values()]
             stock += (dict(zip(constants, tensors, strict=True)) for tensors in zip(*copies, strict=True))
         return stock
 
@@ -108,9 +108,15 @@ def _split(stacked: dict[str, Tensor], counts: list[int]) -> Iterator[dict[str, 
     if len(counts) == 1:
         yield stacked
         return
-    split = [torch.split_with_sizes_copy(rows, counts) for rows in stacked.values()]  # type: ignore[func-returns-value]
-    for tensors in zip(*split, strict=True):
+    for tensors in zip(*(_cut(rows, counts) for rows in stacked.values()), strict=True):
         yield dict(zip(stacked, tensors, strict=True))
+
+
+def _cut(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    """`rows`, cut into `counts` each, every tensor in memory of its own; copied in one launch."""
+    cuts = [rows.new_empty(count, *rows.shape[1:]) for count in counts]
+    torch._foreach_copy_(cuts, rows.split_with_sizes(counts))
+    return cuts
 
 
 def _is_finite(state: State) -> Tensor:

@@ -62,7 +62,7 @@ class QuantizationReport:
 def make_report(plan: Plan, resting: Mapping[str, str], stages: Stages) -> QuantizationReport:
     """The report on a load that carried out `plan`; `resting` is what `resting_places` says of it."""
     formats = {linear.names[0]: linear.description.format.name for linear in plan.linears}
-    parts: dict[str, list[tuple[str, str, int]]] = {}  # by module: dtype, place and bytes of what it holds
+    parts: dict[str, list[tuple[str, str, int]]] = {}  # by module: dtype or format, place and bytes of what it holds
     for tensor in plan.tensors:
         name, spec = tensor.names[0], tensor.spec
         part = (dtype_name(spec.dtype), resting[name], spec.nbytes)

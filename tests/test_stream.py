@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -259,10 +260,26 @@ def test_budgets_that_are_none(threads, nbytes):
 def test_the_budget_of_the_machine(monkeypatch):
     monkeypatch.setattr("bigq.stream.usable_cores", lambda: 64)
     monkeypatch.setattr("bigq.stream.usable_memory_nbytes", lambda: 1 << 40)
-    assert Budget.of_machine(None, None) == Budget(threads=8, nbytes=512 << 20)
+    assert Budget.of_machine(None, None) == Budget(threads=12, nbytes=768 << 20)
     monkeypatch.setattr("bigq.stream.usable_cores", lambda: 2)
     monkeypatch.setattr("bigq.stream.usable_memory_nbytes", lambda: 1 << 30)
     assert Budget.of_machine(None, None) == Budget(threads=2, nbytes=128 << 20)
     for budget in (Budget.of_machine(16, 1 << 20), Budget.of_machine(8, 512 << 20), SMALL):
         assert 2 * budget.threads * budget.chunk_nbytes <= max(budget.nbytes // 2, 8192 * budget.threads)
         assert 4 * budget.run_nbytes <= budget.nbytes
+
+
+@pytest.mark.parametrize("ends", ["whole", "early", "error"])
+def test_the_interpreter_gets_its_switch_interval_back(ends, checkpoint):
+    before = sys.getswitchinterval()
+    pieces = stream(checkpoint, targets(checkpoint), BUDGET, Stages())
+    next(pieces)
+    assert sys.getswitchinterval() < before
+    if ends == "whole":
+        deque(pieces, maxlen=0)
+    elif ends == "early":
+        pieces.close()
+    else:
+        with pytest.raises(ZeroDivisionError):
+            pieces.throw(ZeroDivisionError)
+    assert sys.getswitchinterval() == before
