@@ -41,7 +41,7 @@ def _linear_int8_kernel(
     absmax_ptr,  # [N, 1] float32
     bias_ptr,  # [N] or None
     x_ptr,  # [M, K]
-    count_ptr,  # see _quantize_tokens_kernel
+    count_ptr,  # see _list_outliers_kernel
     column_ptr,
     rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
     dense_ptr,
