@@ -63,6 +63,7 @@ def _quantize_tokens_kernel(
     words,
     threshold,
     tiles,
+    TILES: tl.constexpr,  # of a row: a loop that the compiler cannot leave out takes 30 to 60 registers
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -78,13 +79,14 @@ def _quantize_tokens_kernel(
     column = tl.arange(0, BLOCK_K)
     x = _load_regular(x_ptr, mark_ptr, 0, K, words, threshold, OUTLIERS, True, BLOCK_K)  # kept: most rows are one tile
     largest = absmax_bits(x)
-    for start in range(BLOCK_K, K, BLOCK_K):
-        more = _load_regular(x_ptr, mark_ptr, start, K, words, threshold, OUTLIERS, True, BLOCK_K)
+    for tile in range(1, TILES):
+        more = _load_regular(x_ptr, mark_ptr, tile * BLOCK_K, K, words, threshold, OUTLIERS, True, BLOCK_K)
         largest = tl.maximum(largest, absmax_bits(more))
     scale = tl.max(largest, axis=0).to(tl.float32, bitcast=True)  # NaN stays NaN here and makes the row NaN
     inverse = int8_inverse(scale)
     tl.store(codes_ptr + column, encode_int8(x, inverse), mask=column < K)
-    for start in range(BLOCK_K, K, BLOCK_K):
+    for tile in range(1, TILES):
+        start = tile * BLOCK_K
         more = _load_regular(x_ptr, mark_ptr, start, K, words, threshold, OUTLIERS, False, BLOCK_K)
         tl.store(codes_ptr + start + column, encode_int8(more, inverse), mask=start + column < K)
     tl.store(scale_ptr + row, scale)
@@ -96,7 +98,6 @@ def _list_outliers_kernel(
     count_ptr,  # [segments] int32: how many outlier columns lie in a segment of K
     column_ptr,  # [segments, SEGMENT] int32: those columns, ascending; what follows them is not set
     M,
-    words,
     SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PDL: tl.constexpr,
@@ -106,8 +107,10 @@ def _list_outliers_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     segment = tl.program_id(0)
-    word = segment * (SEGMENT // 32) + tl.arange(0, SEGMENT // 32)
-    marks = tl.zeros((BLOCK_M, SEGMENT // 32), tl.int32)
+    WORDS: tl.constexpr = SEGMENT // 32
+    words = tl.num_programs(0) * WORDS
+    word = segment * WORDS + tl.arange(0, WORDS)
+    marks = tl.zeros((BLOCK_M, WORDS), tl.int32)
     for start in range(0, M, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         marks |= tl.load(mark_ptr + row.to(tl.int64)[:, None] * words + word[None, :], mask=(row < M)[:, None], other=0)
@@ -250,6 +253,7 @@ def quantize_tokens(
         words,
         threshold,
         0 if arrived is None else arrived.numel(),
+        TILES=ceil_div(k, block_k),
         BLOCK_K=block_k,
         PDL=pdl,
         options={"num_warps": 16 if block_k > 8192 else 8, "enable_fp_fusion": False},  # see encode_int8
@@ -265,7 +269,6 @@ def quantize_tokens(
         counts,
         columns,
         m,
-        words,
         SEGMENT=SEGMENT,
         BLOCK_M=128 if m <= 128 else 2048,
         PDL=pdl,
