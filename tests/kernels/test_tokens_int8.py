@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from bigq_kernels.launch import launch
 from bigq_kernels.planes_int8 import quantize_planes
 from bigq_kernels.tokens_int8 import _list_outliers_kernel, quantize_tokens

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_int8_configs import Int8Config, int8_config
+from bigq_kernels.outliers_int8 import gather_block, gather_outliers
 from bigq_kernels.planes_int8 import quantize_planes
 from bigq_kernels.tiles import device_features, next_power_of_2
-from bigq_kernels.tokens_int8 import gather_block, gather_outliers, quantize_tokens
+from bigq_kernels.tokens_int8 import quantize_tokens
 
 __all__ = ["linear_int8"]
 
