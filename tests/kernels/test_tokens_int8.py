@@ -52,7 +52,9 @@ def test_more_tokens_than_are_looked_at_together(device):
     marks[0, 0], marks[20, 0], marks[49, 3], marks[49, 7] = 5, 4, -(2**31), 1
     counts = torch.empty(2, dtype=torch.int32, device=device)
     columns = torch.empty(2, 128, dtype=torch.int32, device=device)
-    launch(_list_outliers_kernel, (2,), marks, counts, columns, 50, SEGMENT=128, BLOCK_M=16, PDL=False, options={})
+    launch(
+        _list_outliers_kernel, (2,), marks, counts, columns, 50, SEGMENT=128, BLOCK_M=8, LOADS=2, PDL=False, options={}
+    )
     assert counts.tolist() == [3, 1]
     assert columns[0, :3].tolist() == [0, 2, 127]
     assert columns[1, 0] == 7 * 32

@@ -100,6 +100,7 @@ def _list_outliers_kernel(
     M,
     SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    LOADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program a segment."""
@@ -111,9 +112,11 @@ def _list_outliers_kernel(
     words = tl.num_programs(0) * WORDS
     word = segment * WORDS + tl.arange(0, WORDS)
     marks = tl.zeros((BLOCK_M, WORDS), tl.int32)
-    for start in range(0, M, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        marks |= tl.load(mark_ptr + row.to(tl.int64)[:, None] * words + word[None, :], mask=(row < M)[:, None], other=0)
+    for start in range(0, M, LOADS * BLOCK_M):
+        for load in tl.static_range(LOADS):  # in flight together
+            row = start + load * BLOCK_M + tl.arange(0, BLOCK_M)
+            row_ptr = mark_ptr + row.to(tl.int64)[:, None] * words
+            marks |= tl.load(row_ptr + word[None, :], mask=(row < M)[:, None], other=0)
     found = ((tl.reduce_or(marks, axis=0)[:, None] >> tl.arange(0, 32)[None, :]) & 1).reshape(SEGMENT)
     column = segment * SEGMENT + tl.arange(0, SEGMENT)
     tl.store(column_ptr + segment * SEGMENT + tl.cumsum(found, axis=0) - found, column, mask=found != 0)
@@ -163,8 +166,10 @@ def quantize_tokens(
         columns,
         m,
         SEGMENT=SEGMENT,
-        BLOCK_M=128 if m <= 128 else 2048,
+        BLOCK_M=128,
+        LOADS=16,
         PDL=pdl,
-        options={"num_warps": 8, **({"launch_pdl": True} if pdl else {})},
+        # A cap that none reaches: without one the compiler keeps to 32 registers and to a few loads in flight.
+        options={"num_warps": 4, "maxnreg": 128, **({"launch_pdl": True} if pdl else {})},
     )
     return codes, scale, counts, columns
