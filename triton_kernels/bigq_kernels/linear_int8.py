@@ -15,9 +15,10 @@ from torch import Tensor
 
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_int8_configs import Int8Config, int8_config
+from bigq_kernels.outliers_int8 import gather_block, gather_outliers
 from bigq_kernels.planes_int8 import quantize_planes
 from bigq_kernels.tiles import device_features, next_power_of_2
-from bigq_kernels.tokens_int8 import gather_block, gather_outliers, quantize_tokens
+from bigq_kernels.tokens_int8 import quantize_tokens
 
 __all__ = ["linear_int8"]
 
@@ -41,7 +42,7 @@ def _linear_int8_kernel(
     absmax_ptr,  # [N, 1] float32
     bias_ptr,  # [N] or None
     x_ptr,  # [M, K]
-    count_ptr,  # see _quantize_tokens_kernel
+    count_ptr,  # see _list_outliers_kernel
     column_ptr,
     rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
     dense_ptr,

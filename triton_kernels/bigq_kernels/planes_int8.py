@@ -9,21 +9,20 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.launch import launch
-from bigq_kernels.tiles import ROUND_MAGIC, absmax_bits, encode_int8, int8_inverse, next_power_of_2
+from bigq_kernels.tiles import ROUND_MAGIC, absmax_bits, ceil_div, encode_int8, int8_inverse, next_power_of_2
 from bigq_kernels.tokens_int8 import zero_arrivals
 
 __all__ = ["quantize_planes"]
 
+ONE_LAUNCH_COLUMNS = 4096  # 5.8 us for 16 tokens; at 14336, where a program a token reads 1 MB, 19.6
+BLOCK_K = 256  # columns of a program where there are more
+
 
 @triton.jit
-def _load_with_outliers(x_ptr, row, column, M, K, threshold, TOKENS: tl.constexpr):
-    """One tile of a row in float32, and which of its columns hold an outlier of any token."""
-    x = tl.load(x_ptr + row * K + column, mask=column < K, other=0.0).to(tl.float32)
-    found = tl.abs(x) >= threshold
-    for token in tl.static_range(TOKENS):  # unrolled: a loop would wait for one load after another
-        other = tl.load(x_ptr + token * K + column, mask=(column < K) & (token < M), other=0.0)
-        found |= tl.abs(other.to(tl.float32)) >= threshold
-    return x, found
+def _largest(x, found, threshold, AXIS: tl.constexpr):
+    """Bits of the largest regular element and of the largest in outlier columns; NaN stays NaN."""
+    regular = absmax_bits(tl.where(tl.abs(x) >= threshold, 0.0, x))
+    return tl.max(regular, axis=AXIS), tl.max(absmax_bits(tl.where(found, x, 0.0)), axis=AXIS)
 
 
 @triton.jit
@@ -37,11 +36,19 @@ def _plane_codes(x, inverse):
 
 
 @triton.jit
-def _store_planes(codes_ptr, column, x, found, plane, K, inverse, outlier_inverse):
+def _store_planes(codes_ptr, offset, x, found, mask, plane, inverse, outlier_inverse):
     hi, lo = _plane_codes(tl.where(found, x, 0.0), outlier_inverse)
-    tl.store(codes_ptr + column, encode_int8(tl.where(found, 0.0, x), inverse), mask=column < K)
-    tl.store(codes_ptr + plane + column, hi, mask=column < K)
-    tl.store(codes_ptr + 2 * plane + column, lo, mask=column < K)
+    tl.store(codes_ptr + offset, encode_int8(tl.where(found, 0.0, x), inverse), mask=mask)
+    tl.store(codes_ptr + plane + offset, hi, mask=mask)
+    tl.store(codes_ptr + 2 * plane + offset, lo, mask=mask)
+
+
+@triton.jit
+def _store_scales(scale_ptr, token, scale, outlier_scale, mask, M):
+    """NaN is in one of the two and makes the row NaN."""
+    tl.store(scale_ptr + token, scale, mask=mask)
+    tl.store(scale_ptr + M + token, outlier_scale, mask=mask)
+    tl.store(scale_ptr + 2 * M + token, outlier_scale * (1.0 / 128.0), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -55,34 +62,91 @@ def _quantize_planes_kernel(
     threshold,
     tiles,
     TOKENS: tl.constexpr,  # at least M
+    BLOCK_K: tl.constexpr,  # at least K
+    PDL: tl.constexpr,
+):
+    """One program a token, which looks at the others for their outliers."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    zero_arrivals(arrived_ptr, tiles)
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK_K)
+    mask = column < K
+    x = tl.load(x_ptr + row * K + column, mask=mask, other=0.0).to(tl.float32)
+    found = tl.abs(x) >= threshold
+    for token in tl.static_range(TOKENS):  # unrolled: a loop would wait for one load after another
+        other = tl.load(x_ptr + token * K + column, mask=mask & (token < M), other=0.0)
+        found |= tl.abs(other.to(tl.float32)) >= threshold
+    regular, outlier = _largest(x, found, threshold, 0)
+    scale, outlier_scale = regular.to(tl.float32, bitcast=True), outlier.to(tl.float32, bitcast=True)
+    inverse, outlier_inverse = int8_inverse(scale), int8_inverse(outlier_scale)
+    _store_planes(codes_ptr, row * K + column, x, found, mask, M * K, inverse, outlier_inverse)
+    _store_scales(scale_ptr, row, scale, outlier_scale, row < M, M)
+
+
+@triton.jit
+def _load_tokens(x_ptr, M, K, threshold, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """This program's columns of all tokens in float32, which of them hold an outlier, their offsets and mask."""
+    token = tl.arange(0, TOKENS)[:, None]
+    column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    offset, mask = token * K + column, (token < M) & (column < K)
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    found = tl.max((tl.abs(x) >= threshold).to(tl.int32), axis=0) != 0
+    return x, found[None, :], offset, mask
+
+
+@triton.jit(do_not_specialize=["M"])
+def _find_largest_kernel(
+    x_ptr,  # [M, K]
+    largest_ptr,  # [2, programs, TOKENS] int32: see _largest, of each program's columns
+    arrived_ptr,  # see zero_arrivals
+    M,
+    K,
+    threshold,
+    tiles,
+    TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0)
     zero_arrivals(arrived_ptr, tiles)
-    plane = M * K
-    codes_ptr += row * K
-    column = tl.arange(0, BLOCK_K)
-    x, found = _load_with_outliers(x_ptr, row, column, M, K, threshold, TOKENS)  # kept: most rows are one tile
-    regular = absmax_bits(tl.where(tl.abs(x) >= threshold, 0.0, x))
-    outlier = absmax_bits(tl.where(found, x, 0.0))
-    for start in range(BLOCK_K, K, BLOCK_K):
-        more, found_more = _load_with_outliers(x_ptr, row, start + column, M, K, threshold, TOKENS)
-        regular = tl.maximum(regular, absmax_bits(tl.where(tl.abs(more) >= threshold, 0.0, more)))
-        outlier = tl.maximum(outlier, absmax_bits(tl.where(found_more, more, 0.0)))
-    # NaN stays NaN here and makes the row NaN
-    scale = tl.max(regular, axis=0).to(tl.float32, bitcast=True)
-    outlier_scale = tl.max(outlier, axis=0).to(tl.float32, bitcast=True)
-    inverse, outlier_inverse = int8_inverse(scale), int8_inverse(outlier_scale)
-    _store_planes(codes_ptr, column, x, found, plane, K, inverse, outlier_inverse)
-    for start in range(BLOCK_K, K, BLOCK_K):
-        more, found_more = _load_with_outliers(x_ptr, row, start + column, M, K, threshold, TOKENS)
-        _store_planes(codes_ptr, start + column, more, found_more, plane, K, inverse, outlier_inverse)
-    tl.store(scale_ptr + row, scale)
-    tl.store(scale_ptr + M + row, outlier_scale)
-    tl.store(scale_ptr + 2 * M + row, outlier_scale * (1.0 / 128.0))
+    x, found, _, _ = _load_tokens(x_ptr, M, K, threshold, TOKENS, BLOCK_K)
+    regular, outlier = _largest(x, found, threshold, 1)
+    largest_ptr += tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    tl.store(largest_ptr, regular)
+    tl.store(largest_ptr + tl.num_programs(0) * TOKENS, outlier)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _quantize_columns_kernel(
+    x_ptr,  # see _quantize_planes_kernel
+    codes_ptr,
+    scale_ptr,
+    largest_ptr,  # see _find_largest_kernel
+    M,
+    K,
+    threshold,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # at least as many as there are
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    x, found, offset, mask = _load_tokens(x_ptr, M, K, threshold, TOKENS, BLOCK_K)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    token = tl.arange(0, TOKENS)
+    program = tl.arange(0, PROGRAMS)[:, None]
+    programs = tl.num_programs(0)
+    largest_ptr += program * TOKENS + token[None, :]
+    regular = tl.max(tl.load(largest_ptr, mask=program < programs, other=0), axis=0)
+    outlier = tl.max(tl.load(largest_ptr + programs * TOKENS, mask=program < programs, other=0), axis=0)
+    scale, outlier_scale = regular.to(tl.float32, bitcast=True), outlier.to(tl.float32, bitcast=True)
+    inverse, outlier_inverse = int8_inverse(scale)[:, None], int8_inverse(outlier_scale)[:, None]
+    _store_planes(codes_ptr, offset, x, found, mask, M * K, inverse, outlier_inverse)
+    _store_scales(scale_ptr, token, scale, outlier_scale, (token < M) & (tl.program_id(0) == 0), M)
 
 
 def quantize_planes(
@@ -94,23 +158,59 @@ def quantize_planes(
     `arrived` is zeroed.
     """
     m, k = x.shape
-    block_k = min(65536 // tokens, 8192, next_power_of_2(max(k, 16)))  # 16384 spills registers
     codes = torch.empty(3, m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(3, m, dtype=torch.float32, device=x.device)
+    tiles = 0 if arrived is None else arrived.numel()
+    if k <= ONE_LAUNCH_COLUMNS:
+        launch(
+            _quantize_planes_kernel,
+            (m,),
+            x,
+            codes,
+            scale,
+            arrived,
+            m,
+            k,
+            threshold,
+            tiles,
+            TOKENS=tokens,
+            BLOCK_K=next_power_of_2(max(k, 16)),
+            PDL=pdl,
+            # A cap that none reaches: without one the compiler keeps to 40 registers and to four loads in flight.
+            options={"num_warps": 16, "maxnreg": 128, "enable_fp_fusion": False},  # see encode_int8
+        )
+        return codes, scale
+    programs = ceil_div(k, BLOCK_K)
+    largest = torch.empty(2, programs, tokens, dtype=torch.int32, device=x.device)
     launch(
-        _quantize_planes_kernel,
-        (m,),
+        _find_largest_kernel,
+        (programs,),
         x,
-        codes,
-        scale,
+        largest,
         arrived,
         m,
         k,
         threshold,
-        0 if arrived is None else arrived.numel(),
+        tiles,
         TOKENS=tokens,
-        BLOCK_K=block_k,
+        BLOCK_K=BLOCK_K,
         PDL=pdl,
-        options={"num_warps": 16, "enable_fp_fusion": False},  # see encode_int8
+        options={"num_warps": 8},
+    )
+    launch(
+        _quantize_columns_kernel,
+        (programs,),
+        x,
+        codes,
+        scale,
+        largest,
+        m,
+        k,
+        threshold,
+        TOKENS=tokens,
+        BLOCK_K=BLOCK_K,
+        PROGRAMS=next_power_of_2(programs),
+        PDL=pdl,
+        options={"num_warps": 8, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})},
     )
     return codes, scale
