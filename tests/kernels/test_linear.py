@@ -241,10 +241,10 @@ WGMMA_ROWS = sorted({row for rows in WGMMA[9, 0].values() for row in rows.values
     "n, k, block_size",
     [
         pytest.param(1024, 4096, 64, id="whole-tiles"),
-        pytest.param(1003, 4128, 64, id="partial-tile-step-and-block"),
-        pytest.param(5, 32, 64, id="less-than-a-tile-and-a-block"),
+        pytest.param(1003, 4352, 64, id="partial-tile-and-odd-steps"),
+        pytest.param(5, 256, 64, id="less-than-a-tile"),
         pytest.param(256, 1024, 128, id="block-128"),
-        pytest.param(256, 4224, 4096, id="block-4096"),
+        pytest.param(256, 4352, 4096, id="partial-block"),
     ],
 )
 def test_linear_4bit_wgmma(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):

@@ -166,6 +166,11 @@ def test_wgmma_config(m, block_m):
     assert (config and config.block_m) == block_m
 
 
+def test_wgmma_takes_whole_steps():
+    assert wgmma_config(CPU, 64, 14336, 4352) is not None
+    assert wgmma_config(CPU, 64, 14336, 4352 - 32) is None
+
+
 def test_wgmma_is_hoppers(monkeypatch):
     monkeypatch.setattr(configs, "_gpu", lambda device: ((10, 0), 148))
     assert wgmma_config(CPU, 64, 14336, 4096) is None

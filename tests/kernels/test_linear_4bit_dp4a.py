@@ -102,8 +102,10 @@ def test_nan_and_inf_make_all_outputs_of_their_token_nan(column, value, device):
 
 
 def test_a_longer_k_takes_another_kernel(device):
-    assert _fused_kernel(device, 2, 64, MAX_DP4A_K, 32) is linear_4bit_dp4a
-    assert _fused_kernel(device, 2, 64, MAX_DP4A_K + 32, 32) is linear_4bit_mma
+    assert _fused_kernel(device, 1, 64, MAX_DP4A_K, 32) is linear_4bit_dp4a
+    assert _fused_kernel(device, 1, 64, MAX_DP4A_K + 32, 32) is linear_4bit_mma
+    assert _fused_kernel(device, 2, 64, 4096, 32) is linear_4bit_dp4a
+    assert _fused_kernel(device, 2, 64, 4096 + 32, 32) is linear_4bit_mma
     k = MAX_DP4A_K + 64
     x = torch.randn(1, k, device=device).half()
     weight, absmax, dense = quantized(3, k, device)

@@ -60,12 +60,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 
-def build(kernel, capability, quant_type, dtype, nested, even, constants, warps):
+def build(kernel, capability, quant_type, dtype, nested, constants, warps):
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= dict.fromkeys(["M", "N", "PAIRS", "B", "steps_per_split", *(f"t{i}" for i in range(8))], "i32")
     signature |= dict(x_ptr=dtype, weight_ptr="*u8", absmax_ptr="*u8" if nested else "*fp32", bias_ptr=dtype)
     signature |= dict(partial_ptr="*fp32", count_ptr="*i32", out_ptr=dtype)
-    constants = dict(QUANT_TYPE=quant_type, BLOCK_SIZE=64, EVEN=even) | constants
+    constants = dict(QUANT_TYPE=quant_type, BLOCK_SIZE=64) | constants
     tables = ["nested_ptr", "offset_ptr", "code_ptr"]
     if nested:
         signature |= dict.fromkeys(tables, "*fp32")
@@ -79,8 +79,8 @@ def build(kernel, capability, quant_type, dtype, nested, even, constants, warps)
 GLUON = """
 from bigq_kernels.linear_4bit_gluon import _linear_4bit_gluon_kernel as kernel
 
-for capability, block_m, *looks in ((90, 8, "nf4", "*bf16", False, True), (80, 32, "fp4", "*fp16", True, False)):
-    tile = dict(BLOCK_M=block_m, BLOCK_N=64, SPLIT=3, STAGES=2, PDL=capability >= 90)
+for capability, block_m, *looks, even in ((90, 8, "nf4", "*bf16", False, True), (80, 32, "fp4", "*fp16", True, False)):
+    tile = dict(BLOCK_M=block_m, BLOCK_N=64, SPLIT=3, STAGES=2, PDL=capability >= 90, EVEN=even)
     built = build(kernel, capability, *looks, tile, 4)
     print(built.metadata.shared, built.asm["ptx"].count("mma.sync.aligned.m16n8k16"))
 """
@@ -92,7 +92,7 @@ from bigq_kernels.linear_4bit_wgmma import _linear_4bit_wgmma_kernel as kernel
 ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 for block_m, block_n, split, warps, _ in {row for rows in WGMMA[9, 0].values() for row in rows.values()}:
     tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split)
-    built = build(kernel, 90, "nf4", "*bf16", False, True, tile, warps)
+    built = build(kernel, 90, "nf4", "*bf16", False, tile, warps)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(built.asm["ptx"])
         ptx.flush()

@@ -52,48 +52,32 @@ def _byte_layout(block_n):
 
 
 @gluon.jit
-def _copy_tokens(slice_, stage, x_ptrs, in_m, column, K, EVEN: gl.constexpr):
-    """Start the copies of 64 elements of every token."""
-    mask = in_m
-    if not EVEN:
-        mask = mask & (column + slice_ * 64 < K)
-    async_copy.async_copy_global_to_shared(stage, x_ptrs + slice_ * 64, mask=mask)
-
-
-@gluon.jit
 def _copy_weights(
     step,
     into,
     w_smem,
     absmax_smem,
     w_ptrs,
-    byte,
     absmax_ptr,
     absmax_first,
     row,
     part,
-    PAIRS,
     B,
     nested_ptr,
     offset_ptr,
     code_ptr,
     BLOCK_SIZE: gl.constexpr,
-    EVEN: gl.constexpr,
 ):
     """Start the copies of one step into stage `into`: STEP_BYTES of every row, and its four scales."""
-    if EVEN:
-        async_copy.async_copy_global_to_shared(
-            w_smem.index(into), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first"
-        )
-    else:
-        in_row = byte + step * STEP_BYTES < PAIRS
-        async_copy.async_copy_global_to_shared(w_smem.index(into), w_ptrs + step * STEP_BYTES, mask=in_row)
+    async_copy.async_copy_global_to_shared(
+        w_smem.index(into), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first"
+    )
     block = (step * 4 + part) * 64 // BLOCK_SIZE
     if nested_ptr is not None:
         absmax = load_absmax(absmax_ptr, absmax_first, row, block, B, nested_ptr, offset_ptr, code_ptr)
         absmax_smem.index(into).store(absmax)
     else:
-        if not (EVEN and BLOCK_SIZE == 64):  # else there are four blocks a step, and their copy is 16 bytes
+        if BLOCK_SIZE != 64:
             block = gl.minimum(block, B - 1)
         async_copy.async_copy_global_to_shared(absmax_smem.index(into), absmax_ptr + absmax_first + row * B + block)
 
@@ -125,7 +109,6 @@ def _linear_4bit_wgmma_kernel(
     t7,
     QUANT_TYPE: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    EVEN: gl.constexpr,  # K divides into whole steps: fewer masks in the loop
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -165,10 +148,10 @@ def _linear_4bit_wgmma_kernel(
     split = gl.program_id(1)
     last_row = (N - 1 - first_row).to(gl.int32)  # rows past N read the last row; their result is not stored
     row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
-    byte = gl.arange(0, STEP_BYTES, gl.SliceLayout(0, W_COPY))[None, :] + row * 0
+    byte = gl.arange(0, STEP_BYTES, gl.SliceLayout(0, W_COPY))[None, :]
     w_ptrs = weight_ptr + first_row * PAIRS + (row * PAIRS + byte)
     token = gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_COPY))[:, None]
-    column = gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :] + token * 0
+    column = gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :]
     x_ptrs = x_ptr + first_m * K + (token * K + column)
     in_m = (first_m + token < M) & (column >= 0)  # the second for the shape
     absmax_first = first_row * B
@@ -181,10 +164,10 @@ def _linear_4bit_wgmma_kernel(
     for i in gl.static_range(2):
         step = gl.minimum(start + i, stop - 1)
         _copy_weights(
-            step, (start + i) % W_STAGES, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr, absmax_first, absmax_row,
-            part, PAIRS, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE, EVEN,
+            step, (start + i) % W_STAGES, w_smem, absmax_smem, w_ptrs, absmax_ptr, absmax_first, absmax_row, part,
+            B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE,
         )  # fmt: skip
-        _copy_tokens(start * 4 + i, x_smem[i], x_ptrs, in_m, column, K, EVEN)
+        async_copy.async_copy_global_to_shared(x_smem[i], x_ptrs + (start * 4 + i) * 64, mask=in_m)
         async_copy.commit_group()
     total = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, MMA)
     w_before = gl.full([BLOCK_N, 64], 0.0, DTYPE, W_OPERAND)
@@ -195,12 +178,12 @@ def _linear_4bit_wgmma_kernel(
             async_copy.wait_group(1)
             barrier()  # the slice has landed for all, and nobody reads the stages that are filled next
             ahead = gl.minimum(step * 4 + i + 2, stop * 4 - 1)  # past the end: the last once more, which nobody reads
-            _copy_tokens(ahead, x_smem[(i + 2) % 4], x_ptrs, in_m, column, K, EVEN)
+            async_copy.async_copy_global_to_shared(x_smem[(i + 2) % 4], x_ptrs + ahead * 64, mask=in_m)
             if i == 0:
                 ahead = gl.minimum(step + 2, stop - 1)
                 _copy_weights(
-                    ahead, (step + 2) % W_STAGES, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr, absmax_first,
-                    absmax_row, part, PAIRS, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE, EVEN,
+                    ahead, (step + 2) % W_STAGES, w_smem, absmax_smem, w_ptrs, absmax_ptr, absmax_first,
+                    absmax_row, part, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE,
                 )  # fmt: skip
             async_copy.commit_group()
             absmax = absmax_smem.index(step % W_STAGES).slice(i, 1, dim=1).load(gl.SliceLayout(2, CODES))
@@ -242,12 +225,12 @@ def linear_4bit_wgmma(
 ) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
-    K % 32 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M.
+    K % 256 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M.
     """
     m, _ = x.shape
     n, pairs = weight.shape
     tiles = ceil_div(n, config.block_n) * ceil_div(m, config.block_m)
-    steps = ceil_div(pairs, STEP_BYTES.value)
+    steps = pairs // STEP_BYTES.value
     steps_per_split = ceil_div(steps, config.split)
     split = ceil_div(steps, steps_per_split)
     is_split = split > 1
@@ -275,7 +258,6 @@ def linear_4bit_wgmma(
         *code_tables(quant_type, x.dtype),
         QUANT_TYPE=quant_type,
         BLOCK_SIZE=block_size,
-        EVEN=pairs % STEP_BYTES.value == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SPLIT=split,
