@@ -19,8 +19,8 @@ from bigq_kernels.tiles import device_features
 
 __all__ = ["linear_4bit"]
 
-# By M: the longest K for dp4a, whose work is done for each token where the tensor core's decode is shared. Two tokens take
-# 6.8 us here against 10.4 at 4096 x 4096, but 116 against 76 at 8192 x 28672 (H100).
+# By M: the longest K for dp4a, whose work is done for each token where the tensor core's decode is shared: two tokens
+# take 6.8 us here against 10.4 at 4096 x 4096, but 116 against 76 at 8192 x 28672 (H100).
 DP4A_MAX_K = {1: MAX_DP4A_K, 2: 4096}
 MAX_GLUON_M = 32  # at 64, 51 us against 45 of the kernel without shared memory (14336 x 4096, H100)
 MAX_MMA_M = 128  # above, the bf16 GEMM of cuBLAS after one dequantization is faster...
