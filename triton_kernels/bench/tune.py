@@ -23,12 +23,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bigq_kernels.linear_4bit_configs import dp4a_config, gluon_config, mma_config, shape_class
+from bigq_kernels.linear_4bit_configs import (
+    WgmmaConfig,
+    dp4a_config,
+    gluon_config,
+    mma_config,
+    shape_class,
+    wgmma_config,
+)
 from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
 from bigq_kernels.linear_4bit_gluon import linear_4bit_gluon
 from bigq_kernels.linear_4bit_mma import linear_4bit_mma
+from bigq_kernels.linear_4bit_wgmma import linear_4bit_wgmma
 from bigq_kernels.quantize_4bit import quantize_4bit
-from bigq_kernels.tiles import ceil_div
+from bigq_kernels.tiles import ceil_div, next_power_of_2
 from bigq_kernels.timing import copies, microseconds
 
 SHAPES = "14336x4096,4096x4096,28672x8192,4096x14336,1024x4096"
@@ -57,6 +65,16 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
                 blocks = ceil_div(ceil_div(n, block_n), multiprocessors * programs)
                 changes = {"block_n": block_n, "blocks": blocks, "warps": warps, "registers": registers}
                 yield linear_4bit_dp4a, replace(dp4a, **changes)
+        return
+    if m > 32 and k % 256 == 0 and torch.cuda.get_device_capability(gpu) == (9, 0):
+        shipped = wgmma_config(gpu, m, n, k)
+        if shipped is not None:
+            yield linear_4bit_wgmma, shipped
+        most = min(256, next_power_of_2(m))
+        for rows, warps, split, registers in product((most, most // 2), (4, 8), (1, 2, 4), (None, 128)):
+            config = WgmmaConfig(block_m=rows, block_n=16 * warps, split=split, warps=warps, registers=registers)
+            yield linear_4bit_wgmma, config
+    if m > 128:
         return
     mma = mma_config(gpu, m, n, k, ceil_div(k, 64))
     yield linear_4bit_mma, mma
@@ -114,7 +132,7 @@ def measure(m: int, weights: list[Any], k: int, tried: list[Candidate], shown: i
             timed[candidate] = microseconds([partial(run, candidate, x, out, *w) for w in weights], repeats=10)
         except Exception as error:  # it does not compile, or there is too little shared memory
             print(f"      FAILED {describe(candidate)}: {str(error)[-200:]}")
-    for launcher, config in dict(reversed(tried)).items():  # the first of each launcher
+    for launcher, config in dict(reversed(tried)).items():  # the first of each launcher (of wgmma, where it has a row)
         print(f"  shipped {timed.get((launcher, config), float('nan')):7.1f} us  {describe((launcher, config))}")
     lines = [f"{timed[candidate]:7.1f} us  {describe(candidate)}" for candidate in sorted(timed, key=timed.__getitem__)]
     print("\n".join("          " + line for line in lines[:shown]), flush=True)
