@@ -3,6 +3,7 @@
 import _thread
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -267,8 +268,13 @@ class TestRefusals:
             return preadv(*args)
 
         monkeypatch.setattr("os.preadv", slow)
-        with pytest.raises(KeyboardInterrupt):
-            load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"), read_threads=1)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                # Without a progress bar, which starts a thread that stays.
+                load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"), read_threads=1, progress=False)
+        finally:
+            signal.signal(signal.SIGINT, handler)
         assert threading.active_count() == threads
         assert_untouched(model, before)
 
