@@ -283,3 +283,16 @@ def test_the_interpreter_gets_its_switch_interval_back(ends, checkpoint):
         with pytest.raises(ZeroDivisionError):
             pieces.throw(ZeroDivisionError)
     assert sys.getswitchinterval() == before
+
+
+def test_a_shorter_switch_interval_is_left_alone(checkpoint):
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        pieces = stream(checkpoint, targets(checkpoint), BUDGET, Stages())
+        next(pieces)
+        assert sys.getswitchinterval() == pytest.approx(1e-4)
+        pieces.close()
+        assert sys.getswitchinterval() == pytest.approx(1e-4)
+    finally:
+        sys.setswitchinterval(before)
