@@ -32,7 +32,7 @@ MIN_TOKEN_FILL = 3 / 4  # of several tiles of tokens: one of 256 that is half em
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 2.5  # rows that cost a program of the dp4a kernel as much as splitting its tokens
 MAX_DP4A_K = 32768  # two chunks of one or two tokens for each of 512 threads, in their registers
-STEP = 256  # elements of K in a step of the Gluon kernelss
+STEP = 256  # elements of K in a step of the Gluon kernels
 MIN_STEPS = 2  # a program with fewer has nothing to overlap
 MIN_PROGRAMS = (
     2  # a multiprocessor: one alone does not hide its own latencies, 29.8 us against 24.5 (4096 x 14336, H100)
