@@ -31,8 +31,6 @@ __all__ = ["Budget", "stream"]
 # 22 GB/s with 8 threads; 21, 14 and 9 in chunks of 8, 4 and 2 MiB, for which Python is too slow
 _CHUNK_NBYTES = 16 << 20
 _SLOTS = 2  # pinned chunks a thread: one is filled while the other is copied
-
-
 _TURN_S = 5e-4  # for which a thread keeps Python's lock; Python's own is 5e-3
 
 
@@ -92,7 +90,8 @@ def stream(
     """
     infos = [info for name, info in checkpoint.tensors.items() if name in targets]
     runs = make_runs((info for info in infos if info.offset is not None), targets, budget.run_nbytes)
-    yield from _Reader(checkpoint, take_turns(runs), budget, stages, room).pieces()
+    with _short_turns():
+        yield from _Reader(checkpoint, take_turns(runs), budget, stages, room).pieces()
     for name, tensor in checkpoint.read([info.name for info in infos if info.offset is None]):
         yield [Piece(checkpoint.tensors[name], 0, tensor)]
 
@@ -135,35 +134,34 @@ class _Reader:
     def pieces(self) -> Iterator[list[Piece]]:
         in_flight: deque[Run] = deque()
         lent = 0
-        with _short_turns():
-            try:
-                for thread in self.threads if self.runs else ():
-                    thread.start()
-                while self.runs or in_flight:
-                    while self.runs and (not in_flight or self._may_start(self.runs[0], lent)):
-                        in_flight.append(self._start(self.runs.popleft()))
-                        lent += in_flight[-1].lent_nbytes
-                    run = in_flight.popleft()
-                    with self.stages.timed("wait"):
-                        run.handed_over.wait()
-                    if self.error is not None:
-                        raise self.error
-                    if run.target.device in self.links:
-                        self.links[run.target.device].arrive()
-                    pieces = run.pieces()
-                    lent -= run.lent_nbytes
-                    del run  # or it would keep the memory while the consumer makes what replaces it
-                    yield pieces
-                    del pieces
-            finally:
-                self.error = self.error or GeneratorExit()  # threads drop what is left
-                for _ in self.threads:
-                    self.work.put(None)
-                for thread in self.threads:
-                    if thread.ident is not None:  # an interrupt may have come before it was started
-                        thread.join()
-                for descriptor in self.files.values():
-                    os.close(descriptor)
+        try:
+            for thread in self.threads if self.runs else ():
+                thread.start()
+            while self.runs or in_flight:
+                while self.runs and (not in_flight or self._may_start(self.runs[0], lent)):
+                    in_flight.append(self._start(self.runs.popleft()))
+                    lent += in_flight[-1].lent_nbytes
+                run = in_flight.popleft()
+                with self.stages.timed("wait"):
+                    run.handed_over.wait()
+                if self.error is not None:
+                    raise self.error
+                if run.target.device in self.links:
+                    self.links[run.target.device].arrive()
+                pieces = run.pieces()
+                lent -= run.lent_nbytes
+                del run  # or it would keep the memory while the consumer makes what replaces it
+                yield pieces
+                del pieces
+        finally:
+            self.error = self.error or GeneratorExit()  # threads drop what is left
+            for _ in self.threads:
+                self.work.put(None)
+            for thread in self.threads:
+                if thread.ident is not None:  # an interrupt may have come before it was started
+                    thread.join()
+            for descriptor in self.files.values():
+                os.close(descriptor)
 
     def _may_start(self, run: Run, lent: int) -> bool:
         return lent + run.lent_nbytes <= self.budget.nbytes + self.room(run.target.device)

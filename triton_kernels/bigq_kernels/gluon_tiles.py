@@ -1,12 +1,17 @@
-"""Tile functions in Gluon that its kernels share: the scales of rows, and the sum over programs that split K."""
+"""What the Gluon kernels share: the scales of rows, and the sum over programs that split K with its workspace."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
-__all__ = ["add_splits", "barrier", "load_absmax", "zero_counts_kernel"]
+from bigq_kernels.launch import launch
+from bigq_kernels.tiles import ceil_div
+
+__all__ = ["add_splits", "barrier", "load_absmax", "split_workspace"]
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
 
@@ -24,12 +29,22 @@ def load_absmax(absmax_ptr, first, row, block, B, nested_ptr, offset_ptr, code_p
 
 
 @triton.jit
-def zero_counts_kernel(count_ptr, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _zero_counts_kernel(count_ptr, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Goes before a kernel that calls `add_splits`, which on Hopper starts meanwhile."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(count_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < tiles)
+
+
+def split_workspace(tiles: int, split: int, tile_numel: int, device: torch.device, pdl: bool) -> tuple[Tensor, Tensor]:
+    """(partial, count) for `add_splits` of all tiles, count zeroed by a launch; where split is 1, empty and none."""
+    is_split = split > 1
+    count = torch.empty(tiles if is_split else 0, dtype=torch.int32, device=device)
+    partial = torch.empty(tiles * split * tile_numel if is_split else 0, dtype=torch.float32, device=device)
+    if is_split:
+        launch(_zero_counts_kernel, (ceil_div(tiles, 1024),), count, tiles, BLOCK=1024, PDL=pdl, options={})
+    return partial, count
 
 
 @gluon.jit

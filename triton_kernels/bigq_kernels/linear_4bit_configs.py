@@ -34,9 +34,7 @@ SPLIT_ROWS = 2.5  # rows that cost a program of the dp4a kernel as much as split
 MAX_DP4A_K = 32768  # two chunks of one or two tokens for each of 512 threads, in their registers
 STEP = 256  # elements of K in a step of the Gluon kernels
 MIN_STEPS = 2  # a program with fewer has nothing to overlap
-MIN_PROGRAMS = (
-    2  # a multiprocessor: one alone does not hide its own latencies, 29.8 us against 24.5 (4096 x 14336, H100)
-)
+MIN_PROGRAMS = 2  # a multiprocessor: one does not hide its own latencies, 29.8 us against 24.5 (4096 x 14336, H100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +229,7 @@ def gluon_config(device: torch.device, m: int, n: int, k: int) -> GluonConfig:
 
 def wgmma_config(device: torch.device, m: int, n: int, k: int) -> WgmmaConfig | None:
     """For m tokens and a weight of n x k; None where another way is faster, and on GPUs that are not Hopper."""
-    if k % STEP:  # masks: 70 us at 5000 x 4128 and 256 tokens, where dequantizing takes less
+    if k % STEP:  # the kernel takes whole steps: with masks it took 70 us at 5000 x 4128 and 256 tokens, and bf16 27
         return None
     capability, _ = _gpu(device)
     row = WGMMA.get(capability, {}).get(shape_class(n, k), {}).get(next_power_of_2(m))

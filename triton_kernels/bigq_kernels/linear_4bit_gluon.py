@@ -11,14 +11,13 @@ Gluon promises no stability between releases of Triton: `linear_4bit` takes this
 and `linear_4bit_mma` on others. It has no interpreter either, so values are tested on a GPU only.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from bigq_kernels.decode_words import code_layout, code_tables, decode_words
-from bigq_kernels.gluon_tiles import add_splits, barrier, load_absmax, zero_counts_kernel
+from bigq_kernels.gluon_tiles import add_splits, barrier, load_absmax, split_workspace
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_4bit_configs import GluonConfig, gluon_config
 from bigq_kernels.tiles import ceil_div, device_features
@@ -190,11 +189,7 @@ def linear_4bit_gluon(
     split = config.split
     _, pdl = device_features(x.device)
     pdl = pdl and split > 1
-    count = torch.empty(tiles if split > 1 else 0, dtype=torch.int32, device=x.device)
-    numel = tiles * split * config.block_m * config.block_n if split > 1 else 0
-    partial = torch.empty(numel, dtype=torch.float32, device=x.device)
-    if split > 1:
-        launch(zero_counts_kernel, (ceil_div(tiles, 1024),), count, tiles, BLOCK=1024, PDL=pdl, options={})
+    partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device, pdl)
     launch(
         _linear_4bit_gluon_kernel,
         (tiles, split),

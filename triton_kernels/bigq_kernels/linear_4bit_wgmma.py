@@ -11,7 +11,6 @@
 For what Gluon promises, and where this kernel is taken, see `linear_4bit`; values are tested on a GPU only.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from bigq_kernels.decode_words import code_tables, decode_scaled
-from bigq_kernels.gluon_tiles import add_splits, barrier, load_absmax, zero_counts_kernel
+from bigq_kernels.gluon_tiles import add_splits, barrier, load_absmax, split_workspace
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_4bit_configs import WgmmaConfig
 from bigq_kernels.tiles import ceil_div
@@ -200,7 +199,7 @@ def _linear_4bit_wgmma_kernel(
         tile_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))[:, None]
         in_tile = (first_m + tile_m < M) & (tile_n >= 0)
         partial_ptrs = partial_ptr + tile * (SPLIT * BLOCK_M * BLOCK_N) + (tile_m + tile_n * BLOCK_M)
-        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_tile, SPLIT, SPLIT > 1)
+        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_tile, SPLIT, True)
     if is_last:
         if bias_ptr is not None:
             bias_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
@@ -233,12 +232,7 @@ def linear_4bit_wgmma(
     steps = pairs // STEP_BYTES.value
     steps_per_split = ceil_div(steps, config.split)
     split = ceil_div(steps, steps_per_split)
-    is_split = split > 1
-    count = torch.empty(tiles if is_split else 0, dtype=torch.int32, device=x.device)
-    numel = tiles * split * config.block_m * config.block_n if is_split else 0
-    partial = torch.empty(numel, dtype=torch.float32, device=x.device)
-    if is_split:
-        launch(zero_counts_kernel, (ceil_div(tiles, 1024),), count, tiles, BLOCK=1024, PDL=True, options={})
+    partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device, pdl=True)
     launch(
         _linear_4bit_wgmma_kernel,
         (tiles, split),
@@ -261,5 +255,5 @@ def linear_4bit_wgmma(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SPLIT=split,
-        options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": is_split},
+        options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": split > 1},
     )
