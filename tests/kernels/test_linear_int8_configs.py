@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bigq_kernels import linear_int8_configs as configs
 from bigq_kernels.linear_int8_configs import MAX_SPLIT_TILES, int8_config
 from bigq_kernels.tiles import ceil_div
 
@@ -53,3 +54,16 @@ def test_only_a_few_tokens_of_16_bits_have_planes(m, planes):
 @pytest.mark.parametrize("n", [1024, 4096, 14336])
 def test_many_tokens_have_their_outliers_gathered_before(n, dtype, m, gather):
     assert int8_config(CPU, m, n, 4096, dtype, True).gather is gather
+
+
+@pytest.mark.parametrize("outliers", [True, False], ids=["outliers", "no-outliers"])
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("n, k", MODEL_SHAPES)
+def test_programs_fit_a_gpu_with_little_shared_memory(n, k, m, outliers, monkeypatch):
+    monkeypatch.setattr(configs, "_gpu", lambda device: (128, 99 << 10))  # 8.6 and 8.9
+    config = int8_config.__wrapped__(CPU, m, n, k, torch.bfloat16, outliers)
+    nbytes = config.stages * (config.block_m + config.block_n) * config.block_k
+    if outliers:
+        nbytes += 16 * (config.block_m + config.block_n) * 2
+    assert nbytes <= 99 << 10
+    assert config.stages >= 2

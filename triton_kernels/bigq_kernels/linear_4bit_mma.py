@@ -31,6 +31,7 @@ def _split_pairs_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < numel
@@ -146,7 +147,6 @@ def linear_4bit_mma(
     groups_per_split = ceil_div(ceil_div(groups, split), config.unroll) * config.unroll
     tiles = ceil_div(n, config.block_n)
     prmt, pdl = device_features(x.device)
-    overlap = {"launch_pdl": True} if pdl else {}
     even_odd = torch.empty(m, 2, pairs, dtype=x.dtype, device=x.device)
     count = torch.empty(tiles, dtype=torch.int32, device=x.device)
     numel = tiles * split * config.block_m * config.block_n if split > 1 else 0
@@ -162,7 +162,7 @@ def linear_4bit_mma(
         tiles,
         BLOCK=512,
         PDL=pdl,
-        options={},
+        options={"launch_pdl": pdl},
     )
     launch(
         _linear_4bit_mma_kernel,
@@ -189,5 +189,5 @@ def linear_4bit_mma(
         BLOCK_N=config.block_n,
         SPLIT=split,
         UNROLL=config.unroll,
-        options={"num_warps": config.warps, "num_stages": config.stages, **overlap},
+        options={"num_warps": config.warps, "num_stages": config.stages, "launch_pdl": pdl},
     )

@@ -236,7 +236,7 @@ def linear_int8(
                 "num_warps": config.warps,
                 "num_stages": config.stages,
                 "maxnreg": config.registers,
-                **({"launch_pdl": True} if pdl else {}),
+                "launch_pdl": pdl,
             },
         )
     return out

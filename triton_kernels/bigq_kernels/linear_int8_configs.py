@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 import triton.language as tl
+from triton.runtime import driver
 
 from bigq_kernels.linear_4bit_configs import split_steps
 from bigq_kernels.tiles import ceil_div, next_power_of_2
@@ -16,6 +17,7 @@ __all__ = ["MAX_SPLIT_TILES", "Int8Config", "int8_config"]
 
 MAX_SPLIT_TILES = tl.constexpr(1024)  # more fill every GPU
 MAX_STAGED_NBYTES = 112 << 10  # of shared memory: a program with more has its multiprocessor to itself
+OUTLIERS_NBYTES = 8 << 10  # and outlier columns: 16 of 128 rows and 128 tokens, in 16 bits
 MIN_SPLIT_STEPS = 24  # fewer do not pay for the sum: 16 take 34 us instead of 27 (4096 x 4096, 512 tokens)
 
 
@@ -41,9 +43,13 @@ class Int8Config:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    """An H100's where there is no GPU, for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, bytes of shared memory a program may have); an H100's without a GPU, for the interpreter."""
+    if device.type != "cuda":
+        return 132, 227 << 10
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = driver.active.utils.get_device_properties(index)
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
 
 
 def _tile(m: int, n: int, dtype: torch.dtype, outliers: bool, multiprocessors: int) -> Int8Config:
@@ -62,19 +68,24 @@ def _tile(m: int, n: int, dtype: torch.dtype, outliers: bool, multiprocessors: i
     if m <= 256 or n <= 2048:
         return Int8Config(block_m=128, block_n=64, block_k=128, warps=4, stages=4, gather=m > 128)
     tile = Int8Config(block_m=128, block_n=128, block_k=128, warps=8, stages=3, registers=128, gather=True)
-    if tile.tiles(m, n) <= multiprocessors and not outliers:  # one program each: 77 us at 4096 x 14336, 512 tokens
+    if tile.tiles(m, n) <= multiprocessors:  # one program each: 81 us at 4096 x 14336, 512 tokens, 87 for two halves
         return replace(tile, stages=4, registers=None)
     return tile  # two programs a multiprocessor: 60 us at 14336 x 4096, 512 tokens, 80 for the one above
+
+
+def _staged_nbytes(config: Int8Config) -> int:
+    return config.stages * (config.block_m + config.block_n) * config.block_k
 
 
 @cache
 def int8_config(device: torch.device, m: int, n: int, k: int, dtype: torch.dtype, outliers: bool) -> Int8Config:
     """For m tokens of `dtype` and a weight of n x k, with or without a threshold for outliers."""
-    multiprocessors = _multiprocessors(device)
+    multiprocessors, shared_nbytes = _gpu(device)
     config = _tile(m, n, dtype, outliers, multiprocessors)
+    while _staged_nbytes(config) + OUTLIERS_NBYTES > shared_nbytes and config.stages > 2:
+        config = replace(config, stages=config.stages - 1)
     tiles, steps = config.tiles(m, n), ceil_div(k, config.block_k)
-    staged_nbytes = config.stages * (config.block_m + config.block_n) * config.block_k
-    if tiles > MAX_SPLIT_TILES.value or staged_nbytes > MAX_STAGED_NBYTES:
+    if tiles > MAX_SPLIT_TILES.value or _staged_nbytes(config) > MAX_STAGED_NBYTES:
         return config
     # A partial sum is written and read: as many steps as its bytes are, and some to fill the pipeline again.
     partial = 8 * config.block_m * config.block_n / ((config.block_m + config.block_n) * config.block_k)

@@ -162,6 +162,6 @@ def gather_outliers(
         BLOCK_ROWS=rows,
         BLOCK=block,
         PDL=pdl,
-        options={"num_warps": 4, **({"launch_pdl": True} if pdl else {})},
+        options={"num_warps": 4, "launch_pdl": pdl},
     )
     return rest, dense, total

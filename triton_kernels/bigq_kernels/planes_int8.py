@@ -67,6 +67,7 @@ def _quantize_planes_kernel(
 ):
     """One program a token, which looks at the others for their outliers."""
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     zero_arrivals(arrived_ptr, tiles)
     row = tl.program_id(0)
@@ -109,6 +110,7 @@ def _find_largest_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     zero_arrivals(arrived_ptr, tiles)
     x, found, _, _ = _load_tokens(x_ptr, M, K, threshold, TOKENS, BLOCK_K)
@@ -177,7 +179,8 @@ def quantize_planes(
             BLOCK_K=next_power_of_2(max(k, 16)),
             PDL=pdl,
             # A cap that none reaches: without one the compiler keeps to 40 registers and to four loads in flight.
-            options={"num_warps": 16, "maxnreg": 128, "enable_fp_fusion": False},  # see encode_int8
+            # see encode_int8
+            options={"num_warps": 16, "maxnreg": 128, "enable_fp_fusion": False, "launch_pdl": pdl},
         )
         return codes, scale
     programs = ceil_div(k, BLOCK_K)
@@ -195,7 +198,7 @@ def quantize_planes(
         TOKENS=tokens,
         BLOCK_K=BLOCK_K,
         PDL=pdl,
-        options={"num_warps": 8},
+        options={"num_warps": 8, "launch_pdl": pdl},
     )
     launch(
         _quantize_columns_kernel,
@@ -211,6 +214,6 @@ def quantize_planes(
         BLOCK_K=BLOCK_K,
         PROGRAMS=next_power_of_2(programs),
         PDL=pdl,
-        options={"num_warps": 8, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})},
+        options={"num_warps": 8, "enable_fp_fusion": False, "launch_pdl": pdl},
     )
     return codes, scale

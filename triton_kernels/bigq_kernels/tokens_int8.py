@@ -68,6 +68,7 @@ def _quantize_tokens_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     zero_arrivals(arrived_ptr, tiles)
     OUTLIERS: tl.constexpr = mark_ptr is not None
@@ -152,7 +153,8 @@ def quantize_tokens(
         TILES=ceil_div(k, block_k),
         BLOCK_K=block_k,
         PDL=pdl,
-        options={"num_warps": 16 if block_k > 8192 else 8, "enable_fp_fusion": False},  # see encode_int8
+        # see encode_int8
+        options={"num_warps": 16 if block_k > 8192 else 8, "enable_fp_fusion": False, "launch_pdl": pdl},
     )
     if marks is None:
         return codes, scale, None, None
@@ -170,6 +172,6 @@ def quantize_tokens(
         LOADS=16,
         PDL=pdl,
         # A cap that none reaches: without one the compiler keeps to 32 registers and to a few loads in flight.
-        options={"num_warps": 4, "maxnreg": 128, **({"launch_pdl": True} if pdl else {})},
+        options={"num_warps": 4, "maxnreg": 128, "launch_pdl": pdl},
     )
     return codes, scale, counts, columns
