@@ -66,7 +66,7 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
                 changes = {"block_n": block_n, "blocks": blocks, "warps": warps, "registers": registers}
                 yield linear_4bit_dp4a, replace(dp4a, **changes)
         return
-    if m > 32 and k % 256 == 0 and torch.cuda.get_device_capability(gpu) == (9, 0):
+    if m >= 16 and k % 256 == 0 and torch.cuda.get_device_capability(gpu) == (9, 0):
         shipped = wgmma_config(gpu, m, n, k)
         if shipped is not None:
             yield linear_4bit_wgmma, shipped

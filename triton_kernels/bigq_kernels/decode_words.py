@@ -137,19 +137,19 @@ def decode_words(
 def decode_scaled(
     packed, absmax, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr
 ):
-    """Bytes [N, 4, 8], of which lane c of four holds every fourth, and absmax [N, 1] -> one operand [N, 64] of weights.
+    """A quarter of bytes in `code_layout`, [N, 32], and its absmax [N, 1] -> one operand [N, 64] of weights.
 
-    Byte j of lane c is byte 4j + c of a row. A lane's 8 bytes go through the asm of `decode_words`, and what it scales
-    them with comes as operands of the same shape.
+    As `decode_words`; what a lane's bytes are scaled with comes as operands of the same shape.
     """
     NF4: gl.constexpr = NF4_F16_ASM if gl.float16 == DTYPE else NF4_BF16_ASM
     FP4: gl.constexpr = FP4_F16_ASM if gl.float16 == DTYPE else FP4_BF16_ASM
     SCALE_ASM: gl.constexpr = F16_SCALE_ASM if gl.float16 == DTYPE else BF16_SCALE_ASM
+    ROWS: gl.constexpr = gl.SliceLayout(1, packed.type.layout)
     N: gl.constexpr = packed.shape[0]
     near, rest = gl.inline_asm_elementwise(
         SCALE_ASM,
         "=&r,=&r,r",
-        [absmax.to(gl.int32, bitcast=True)],
+        [gl.convert_layout(absmax.reshape([N]), ROWS, assert_trivial=True).to(gl.int32, bitcast=True)],
         dtype=_two(gl.int32),
         is_pure=True,
         pack=1,
@@ -158,7 +158,7 @@ def decode_scaled(
     v0, v1 = gl.inline_asm_elementwise(
         NF4 if QUANT_TYPE == "nf4" else FP4,
         SCALED_CONSTRAINTS,
-        [packed, t0, t1, t2, t3, t4, t5, t6, t7, near[:, :, None] + zero, rest[:, :, None] + zero],
+        [packed, t0, t1, t2, t3, t4, t5, t6, t7, near[:, None] + zero, rest[:, None] + zero],
         dtype=_two(DTYPE),
         is_pure=True,
         pack=4,

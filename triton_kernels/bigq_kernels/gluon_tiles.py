@@ -6,57 +6,129 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_wait
 
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div
 
-__all__ = ["add_splits", "barrier", "load_absmax", "split_workspace"]
+__all__ = [
+    "add_splits",
+    "barrier",
+    "load_scales",
+    "quarters",
+    "scale_layout",
+    "scales_of",
+    "split_workspace",
+    "step_blocks",
+]
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
 
 
+@gluon.constexpr_function
+def scale_layout(block_n, warps):
+    """[block_n, 4]: a lane has the four scales of each row that it has bytes of in `code_layout`."""
+    rows = [[16 << i, 0] for i in range((block_n // 16).bit_length() - 1)]
+    of_warps = warps.bit_length() - 1
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], *rows[of_warps:]],
+        lane_bases=[[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
+        warp_bases=rows[:of_warps],
+        block_bases=[],
+        shape=[block_n, 4],
+    )
+
+
 @gluon.jit
-def load_absmax(absmax_ptr, first, row, block, B, nested_ptr, offset_ptr, code_ptr):
-    """As `dequantize_absmax.load_absmax`; behind the last block of a row, where all codes are 0, the last."""
-    index = row * B + gl.minimum(block, B - 1)
+def step_blocks(step, part, BLOCK_SIZE: gl.constexpr):
+    """The block of a row that quarter `part` of step `step`, 64 elements, lies in."""
+    if BLOCK_SIZE == 64:
+        return step * 4 + part  # shows that the four are neighbours, which a division hides
+    else:
+        return (step * 4 + part) // (BLOCK_SIZE // 64)
+
+
+@gluon.jit
+def load_scales(absmax_ptr, first, row, step, part, B, nested_ptr, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr):
+    """What `scales_of` takes to a step's four scales of each row: loads that do not wait for each other.
+
+    first: of the tile, int64. row: [N, 1]. part: 0 to 3, [1, 4]. EVEN: rows are whole steps.
+    """
+    block = step_blocks(step, part, BLOCK_SIZE)
+    if not EVEN:
+        block = gl.minimum(block, B - 1)  # behind the last block of a row all codes are 0
+    index = row * B + block
+    if EVEN and BLOCK_SIZE == 64:
+        index = gl.multiple_of(index, [1, 4])  # then B is, too: one load of the four
     value = gl.load(absmax_ptr + first + index)
+    if nested_ptr is None:
+        return value, value
+    else:
+        if EVEN:
+            block = step_blocks(step, 0, BLOCK_SIZE)  # the four have one nested scale: 256 divides by their number
+        index = (first % 256).to(gl.int32) + row * B + block
+        return value, gl.load(nested_ptr + first // 256 + (index >> 8))
+
+
+@gluon.jit
+def scales_of(value, nested, nested_ptr, offset_ptr, code_ptr):
+    """The scales from what `load_scales` loaded: nested ones are looked up as in `dequantize_absmax.load_absmax`."""
     if nested_ptr is None:
         return value
     else:
-        nested = gl.load(nested_ptr + first // 256 + (((first % 256).to(gl.int32) + index) >> 8))
         return gl.load(code_ptr + value.to(gl.int32)) * nested + gl.load(offset_ptr)
+
+
+@gluon.jit
+def quarters(t):
+    """[N, 4 * n] -> four [N, n]; in `code_layout` and `scale_layout` a lane keeps what it has."""
+    N: gl.constexpr = t.shape[0]
+    even, odd = gl.split(t.reshape([N, 2, 2, t.shape[1] // 4]).permute((0, 3, 1, 2)))
+    q0, q2 = gl.split(even)
+    q1, q3 = gl.split(odd)
+    return q0, q1, q2, q3
 
 
 @triton.jit
 def _zero_counts_kernel(count_ptr, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Goes before a kernel that calls `add_splits`, which on Hopper starts meanwhile."""
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(count_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < tiles)
 
 
-def split_workspace(tiles: int, split: int, tile_numel: int, device: torch.device, pdl: bool) -> tuple[Tensor, Tensor]:
-    """(partial, count) for `add_splits` of all tiles, count zeroed by a launch; where split is 1, empty and none."""
-    is_split = split > 1
-    count = torch.empty(tiles if is_split else 0, dtype=torch.int32, device=device)
-    partial = torch.empty(tiles * split * tile_numel if is_split else 0, dtype=torch.float32, device=device)
-    if is_split:
-        launch(_zero_counts_kernel, (ceil_div(tiles, 1024),), count, tiles, BLOCK=1024, PDL=pdl, options={})
-    return partial, count
+def split_workspace(tiles: int, split: int, tile_numel: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(partial, count) for `add_splits` of all tiles, neither written; where split is 1, empty."""
+    if split == 1:
+        tiles = 0
+    partial = torch.empty(tiles * split * tile_numel, dtype=torch.float32, device=device)
+    return partial, torch.empty(tiles, dtype=torch.int32, device=device)
+
+
+def zero_counts(count: Tensor, pdl: bool) -> None:
+    """Zero the count of `split_workspace`; with pdl the kernel after may start meanwhile."""
+    tiles = count.numel()
+    if tiles:
+        launch(
+            _zero_counts_kernel,
+            (ceil_div(tiles, 1024),),
+            count,
+            tiles,
+            BLOCK=1024,
+            PDL=pdl,
+            options={"launch_pdl": pdl},
+        )
 
 
 @gluon.jit
-def add_splits(total, partial_ptrs, count_ptr, split, mask, SPLIT: gl.constexpr, PDL: gl.constexpr):
+def add_splits(total, partial_ptrs, count_ptr, split, mask, SPLIT: gl.constexpr):
     """(sum of a tile over its SPLIT programs in their order, whether this is the program that has it: the last).
 
     partial_ptrs: float32, where the tile of split 0 goes; the others follow. count_ptr: int32, 0 at first.
     """
     numel: gl.constexpr = total.shape[0] * total.shape[1]
     gl.store(partial_ptrs + split * numel, total, mask=mask)
-    if PDL:
-        gdc_wait()  # for the counts
     barrier()  # the whole program has stored, then one thread publishes it
     arrived = gl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu")
     if arrived == SPLIT - 1:

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 HOPPER = (9, 0)
-SHAPES = ("narrow", "middle", "deep", "wide", "large")
+SHAPES = ("narrow", "middle", "deep", "tall", "wide", "vast", "large")
 MIN_TOKEN_FILL = 3 / 4  # of several tiles of tokens: one of 256 that is half empty costs what dequantizing does
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 2.5  # rows that cost a program of the dp4a kernel as much as splitting its tokens
@@ -86,35 +86,38 @@ class WgmmaConfig:
 # fmt: off
 # By GPU, M, and chunks of 32 elements of K that a thread holds: (BLOCK_N, registers).
 DP4A = {HOPPER: {1: {1: (4, 128), 2: (2, 128), 3: (2, 168)}, 2: {1: (8, 255), 2: (4, 255)}}}
-# By GPU, shape and BLOCK_M: (BLOCK_N, STAGES, warps, registers).
-_GLUON = {8: (64, 2, 4, None), 16: (64, 2, 4, None), 32: (64, 2, 4, None)}
-GLUON = {HOPPER: {
-    "narrow": _GLUON,
-    "middle": _GLUON,
-    "deep":   _GLUON | {16: (64, 3, 4, None)},
-    "wide":   _GLUON,
-    "large":  _GLUON | {32: (64, 3, 4, None)},
-}}
+# By GPU and BLOCK_M: (BLOCK_N, STAGES, warps, registers).
+GLUON: dict[tuple[int, int], dict[int, tuple[int, int, int, int | None]]] = {
+    HOPPER: {8: (64, 2, 4, None), 16: (64, 2, 4, None), 32: (64, 2, 4, None)},
+}
 # By GPU, shape and BLOCK_M: (BLOCK_N, SPLIT, UNROLL, warps, stages).
 _ROW_8 = (32, 8, 2, 2, 3)
+_DEEP = {8: _ROW_8, 16: (64, 8, 1, 2, 4), 32: (64, 8, 1, 2, 4), 64: (128, 4, 1, 8, 4), 128: (64, 4, 2, 4, 2)}
+_WIDE = {8: (32, 4, 2, 2, 3), 16: (64, 8, 1, 2, 4), 32: (64, 4, 1, 4, 4), 64: (128, 2, 1, 8, 4), 128: (64, 1, 1, 4, 3)}
 MMA = {HOPPER: {
     "narrow": {8: _ROW_8, 16: _ROW_8, 32: (64, 8, 1, 4, 4), 64: (64, 8, 1, 4, 3), 128: (64, 4, 2, 4, 2)},
     "middle": {8: _ROW_8, 16: (64, 8, 1, 2, 4), 32: (64, 8, 1, 4, 4), 64: (128, 4, 1, 8, 4), 128: (64, 4, 2, 4, 2)},
-    "deep":   {8: _ROW_8, 16: (64, 8, 1, 2, 4), 32: (64, 8, 1, 2, 4), 64: (128, 4, 1, 8, 4), 128: (64, 4, 2, 4, 2)},
-    "wide":   {8: (32, 4, 2, 2, 3), 16: (64, 8, 1, 2, 4), 32: (64, 4, 1, 4, 4), 64: (128, 2, 1, 8, 4),
-               128: (64, 1, 1, 4, 3)},
-    "large":  {8: (32, 4, 2, 2, 3), 16: (64, 8, 1, 2, 4), 32: (64, 4, 1, 2, 4), 64: (128, 4, 1, 8, 4),
-               128: (64, 1, 1, 4, 3)},
+    "deep":   _DEEP,
+    "tall":   _DEEP,
+    "wide":   _WIDE,
+    "vast":   _WIDE,
+    "large":  _WIDE | {32: (64, 4, 1, 2, 4), 64: (128, 4, 1, 8, 4)},
 }}
 # By GPU, shape and tokens, up to a power of two: (BLOCK_M, BLOCK_N, SPLIT, warps, registers). Without a row another way
 # is faster: small weights fill a GPU better with the smaller tiles of MMA, many tokens with the large ones of cuBLAS.
+# 128 registers of 8 warps leave room for two programs a multiprocessor, where there are tiles for them.
+_W128, _W256 = (128, 128, 1, 8, None), (256, 128, 1, 8, None)
 WGMMA: dict[tuple[int, int], dict[str, dict[int, tuple[int, int, int, int, int | None]]]] = {HOPPER: {
     "narrow": {},
-    "middle": {256: (128, 64, 1, 4, None)},
-    "deep":   {64: (64, 64, 4, 4, 128), 128: (128, 64, 4, 4, None), 256: (128, 64, 2, 4, None)},
-    "wide":   {64: (64, 128, 1, 8, None), 128: (128, 128, 1, 8, None),
-               256: (256, 128, 1, 8, None), 512: (256, 128, 1, 8, None)},
-    "large":  {64: (64, 128, 1, 8, None), 128: (128, 128, 1, 8, None), 256: (256, 128, 1, 8, None)},
+    "middle": {64: (64, 64, 2, 4, None), 128: (64, 64, 1, 4, None), 256: (128, 64, 1, 4, None), 512: _W128,
+               1024: _W256},
+    "deep":   {64: (64, 64, 4, 4, None), 128: (128, 64, 4, 4, None), 256: (128, 64, 2, 4, None), 512: _W128,
+               1024: _W256},
+    "tall":   {64: (64, 128, 2, 8, None), 128: (128, 128, 2, 8, None), 256: (256, 128, 2, 8, None), 512: _W256,
+               1024: _W256},
+    "wide":   {64: (64, 128, 1, 8, None), 128: _W128, 256: _W256, 512: _W256},
+    "vast":   {32: (32, 64, 1, 4, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256},
+    "large":  {32: (32, 64, 2, 4, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256, 1024: _W256},
 }}
 # fmt: on
 
@@ -131,12 +134,12 @@ def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def shape_class(n: int, k: int) -> str:
-    """What a weight of n rows has too little of: rows to fill a GPU, or nothing."""
+    """What a weight of n rows has too little of: rows to fill a GPU with tiles, or nothing."""
     if n <= 2048:
         return "narrow"
-    if n > 8192:
-        return "large" if k > 4096 else "wide"
-    return "deep" if k > 4096 else "middle"
+    if k > 4096:
+        return "deep" if n <= 4608 else "tall" if n <= 8192 else "large"
+    return "middle" if n <= 8192 else "wide" if n <= 16384 else "vast"
 
 
 def _row(table: dict[tuple[int, int], dict[str, dict[int, Row]]], device: torch.device, n: int, k: int, m: int) -> Row:
@@ -213,9 +216,10 @@ def mma_config(device: torch.device, m: int, n: int, k: int, groups: int) -> Mma
 def gluon_config(device: torch.device, m: int, n: int, k: int) -> GluonConfig:
     """For 3 <= m <= 32 tokens and a weight of n x k."""
     rows = block_m(m)
-    block_n, stages, warps, registers = _row(GLUON, device, n, k, rows)
+    capability, multiprocessors = _gpu(device)
+    block_n, stages, warps, registers = GLUON.get(capability, GLUON[HOPPER])[rows]
     # A partial sum is written and read, which grows with the tokens.
-    split, steps_per_split = split_steps(ceil_div(n, block_n), ceil_div(k, STEP), _gpu(device)[1], rows / 32)
+    split, steps_per_split = split_steps(ceil_div(n, block_n), ceil_div(k, STEP), multiprocessors, rows / 32)
     return GluonConfig(
         block_m=rows,
         block_n=block_n,

@@ -15,9 +15,19 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_wait
 
 from bigq_kernels.decode_words import code_layout, code_tables, decode_words
-from bigq_kernels.gluon_tiles import add_splits, barrier, load_absmax, split_workspace
+from bigq_kernels.gluon_tiles import (
+    add_splits,
+    barrier,
+    load_scales,
+    quarters,
+    scale_layout,
+    scales_of,
+    split_workspace,
+    zero_counts,
+)
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_4bit_configs import GluonConfig, gluon_config
 from bigq_kernels.tiles import ceil_div, device_features
@@ -38,31 +48,22 @@ def _token_layout(block_m):
 
 
 @gluon.jit
-def _copy_stage(
-    step, w_smem, x_smem, w_ptrs, x_ptrs, in_m, byte, column, PAIRS, STAGES: gl.constexpr, EVEN: gl.constexpr
-):
-    """Start the copies of one step: STEP_BYTES of every row, and the tokens they meet."""
-    stage = step % STAGES
+def _copy_weights(step, w_smem, w_ptrs, byte, PAIRS, STAGES: gl.constexpr, EVEN: gl.constexpr):
+    """Start the copies of STEP_BYTES of every row."""
     w_ptrs += step * STEP_BYTES
-    x_ptrs += step * (2 * STEP_BYTES)
     if EVEN:
-        async_copy.async_copy_global_to_shared(w_smem.index(stage), w_ptrs, eviction_policy="evict_first")
-        async_copy.async_copy_global_to_shared(x_smem.index(stage), x_ptrs, mask=in_m)
+        async_copy.async_copy_global_to_shared(w_smem.index(step % STAGES), w_ptrs, eviction_policy="evict_first")
     else:
         in_row = byte + step * STEP_BYTES < PAIRS
-        async_copy.async_copy_global_to_shared(w_smem.index(stage), w_ptrs, mask=in_row)
-        in_row = in_m & (column + step * (2 * STEP_BYTES) < PAIRS * 2)
-        async_copy.async_copy_global_to_shared(x_smem.index(stage), x_ptrs, mask=in_row)
+        async_copy.async_copy_global_to_shared(w_smem.index(step % STAGES), w_ptrs, mask=in_row)
 
 
 @gluon.jit
-def _step_absmax(absmax_ptr, first, row, step, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE: gl.constexpr):
-    """Of the four times 64 elements of a step."""
-    b0 = load_absmax(absmax_ptr, first, row, step * 256 // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
-    b1 = load_absmax(absmax_ptr, first, row, (step * 256 + 64) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
-    b2 = load_absmax(absmax_ptr, first, row, (step * 256 + 128) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
-    b3 = load_absmax(absmax_ptr, first, row, (step * 256 + 192) // BLOCK_SIZE, B, nested_ptr, offset_ptr, code_ptr)
-    return b0, b1, b2, b3
+def _copy_tokens(step, x_smem, x_ptrs, in_m, column, PAIRS, STAGES: gl.constexpr, EVEN: gl.constexpr):
+    """Start the copies of the tokens that a step's weights meet."""
+    if not EVEN:
+        in_m = in_m & (column + step * (2 * STEP_BYTES) < PAIRS * 2)
+    async_copy.async_copy_global_to_shared(x_smem.index(step % STAGES), x_ptrs + step * (2 * STEP_BYTES), mask=in_m)
 
 
 @gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
@@ -71,7 +72,7 @@ def _linear_4bit_gluon_kernel(
     weight_ptr,  # [N, PAIRS] uint8: element 2i in the high nibble
     absmax_ptr,  # [N, B] float32, or uint8 if nested
     bias_ptr,  # [N] or None
-    nested_ptr,  # see load_absmax
+    nested_ptr,  # see load_scales
     offset_ptr,
     code_ptr,
     partial_ptr,  # [tiles, SPLIT, BLOCK_N, BLOCK_M] float32
@@ -106,6 +107,7 @@ def _linear_4bit_gluon_kernel(
     X_OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     W_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    SCALES: gl.constexpr = scale_layout(BLOCK_N, WARPS)
     w_smem = gl.allocate_shared_memory(
         gl.uint8, [STAGES, BLOCK_N, STEP_BYTES], gl.SwizzledSharedLayout(32, 1, 4, order=[1, 0])
     )
@@ -124,34 +126,42 @@ def _linear_4bit_gluon_kernel(
     column = part // BLOCK_M * 64 + gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :]
     x_ptrs = x_ptr + (token * (PAIRS * 2) + column)
     in_m = (token < M) & (column >= 0)  # the second for the shape
-    absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA)), last_row)
-    absmax_first = first_row * B
+    absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCALES)), last_row)[:, None]
+    quarter = gl.arange(0, 4, gl.SliceLayout(0, SCALES))[None, :]
+    first_block = first_row * B
 
     start = split * steps_per_split
     stop = gl.minimum(start + steps_per_split, gl.cdiv(PAIRS, STEP_BYTES))
     for i in gl.static_range(STAGES - 1):
         if start + i < stop:
-            _copy_stage(start + i, w_smem, x_smem, w_ptrs, x_ptrs, in_m, byte, column, PAIRS, STAGES, EVEN)
+            _copy_weights(start + i, w_smem, w_ptrs, byte, PAIRS, STAGES, EVEN)
+    value, nested = load_scales(absmax_ptr, first_block, absmax_row, start, quarter, B, nested_ptr, BLOCK_SIZE, EVEN)
+    if PDL:
+        gdc_wait()  # for the tokens, and the counts
+    for i in gl.static_range(STAGES - 1):
+        if start + i < stop:
+            _copy_tokens(start + i, x_smem, x_ptrs, in_m, column, PAIRS, STAGES, EVEN)
         async_copy.commit_group()
     zero = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, MMA)
     total = zero
-    absmax = _step_absmax(absmax_ptr, absmax_first, absmax_row, start, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE)
     for step in range(start, stop):
         async_copy.wait_group(STAGES - 2)
         barrier()  # the copies of all threads have landed, and nobody reads the stage that is filled next
         if step + STAGES - 1 < stop:
-            _copy_stage(step + STAGES - 1, w_smem, x_smem, w_ptrs, x_ptrs, in_m, byte, column, PAIRS, STAGES, EVEN)
+            _copy_weights(step + STAGES - 1, w_smem, w_ptrs, byte, PAIRS, STAGES, EVEN)
+            _copy_tokens(step + STAGES - 1, x_smem, x_ptrs, in_m, column, PAIRS, STAGES, EVEN)
         async_copy.commit_group()
+        absmax = quarters(scales_of(value, nested, nested_ptr, offset_ptr, code_ptr))
         ahead = gl.minimum(step + 1, stop - 1)
-        next_absmax = _step_absmax(
-            absmax_ptr, absmax_first, absmax_row, ahead, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE
+        value, nested = load_scales(
+            absmax_ptr, first_block, absmax_row, ahead, quarter, B, nested_ptr, BLOCK_SIZE, EVEN
         )
         packed = w_smem.index(step % STAGES).load(code_layout(BLOCK_N, WARPS))
         w = decode_words(packed, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
         for i in gl.static_range(4):
             x = x_blocks.index(step % STAGES * 4 + i).load(X_OPERAND)
-            total += mma_v2(w[i], x, zero) * absmax[i][:, None]  # once a block, and the decoded codes stay exact
-        absmax = next_absmax
+            scale = gl.convert_layout(absmax[i].reshape([BLOCK_N]), gl.SliceLayout(1, MMA), assert_trivial=True)
+            total += mma_v2(w[i], x, zero) * scale[:, None]  # once a block, and the decoded codes stay exact
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))[None, :]
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
@@ -159,7 +169,7 @@ def _linear_4bit_gluon_kernel(
     partial_ptrs = partial_ptr + tile * (SPLIT * BLOCK_M * BLOCK_N) + (m + n[:, None] * BLOCK_M)
     is_last = True
     if SPLIT > 1:
-        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_m, SPLIT, PDL)
+        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_m, SPLIT)
     if is_last:
         if bias_ptr is not None:
             total += gl.load(bias_ptr + first_row + n, mask=n <= last_row, other=0.0).to(gl.float32)[:, None]
@@ -188,8 +198,8 @@ def linear_4bit_gluon(
     tiles = ceil_div(n, config.block_n)
     split = config.split
     _, pdl = device_features(x.device)
-    pdl = pdl and split > 1
-    partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device, pdl)
+    partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
+    zero_counts(count, pdl)
     launch(
         _linear_4bit_gluon_kernel,
         (tiles, split),

@@ -1,9 +1,9 @@
 """Dozens to hundreds of tokens times a 4-bit weight by Hopper's wgmma, with weights decoded into registers, in Gluon.
 
-- The weight is the operand that comes from registers, 64 rows a warp group, and the tokens the one in shared memory.
+- The weight is the operand that comes from registers, 64 rows a warp group, and the tokens the one in shared memory, in
+  an order of K (`tile_tokens`) for which a lane reads 8 bytes of codes at once.
 - While the tensor cores multiply a slice of 64 elements of K, the warps decode the next one: two slices of weights are
   in registers. Triton's own pipeline does not overlap the two.
-- Operands are in the natural order of K, so lane c of four holds every fourth byte of a row.
 - absmax is multiplied in after decoding, in 16 bits and with what 16 bits miss of it: scaling sums instead would take a
   second set of sums, for which 128 tokens and more leave no registers.
 - K is split over programs where tiles are too few; the last to finish a tile adds the partial sums in their order.
@@ -16,11 +16,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_wait
 
-from bigq_kernels.decode_words import code_tables, decode_scaled
-from bigq_kernels.gluon_tiles import add_splits, barrier, load_absmax, split_workspace
+from bigq_kernels.decode_words import code_layout, code_tables, decode_scaled
+from bigq_kernels.gluon_tiles import (
+    add_splits,
+    barrier,
+    load_scales,
+    quarters,
+    scale_layout,
+    scales_of,
+    split_workspace,
+    step_blocks,
+)
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_4bit_configs import WgmmaConfig
+from bigq_kernels.tile_tokens import tile_tokens
 from bigq_kernels.tiles import ceil_div
 
 __all__ = ["linear_4bit_wgmma"]
@@ -29,65 +40,27 @@ STEP_BYTES = gl.constexpr(128)  # of a row in one stage of weights: 256 elements
 W_STAGES = gl.constexpr(3)
 
 
-@gluon.constexpr_function
-def _code_layout(block_n, warps):
-    """[block_n, 4, 8] bytes as wgmma wants its operand: lane (g, c) of a warp has column c of rows g and g + 8."""
-    rows = [[16 << i, 0, 0] for i in range((block_n // 16).bit_length() - 1)]
-    of_warps = warps.bit_length() - 1
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1], [0, 0, 2], [0, 0, 4], [8, 0, 0], *rows[of_warps:]],
-        lane_bases=[[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        warp_bases=rows[:of_warps],
-        block_bases=[],
-        shape=[block_n, 4, 8],
-    )
-
-
-@gluon.constexpr_function
-def _byte_layout(block_n):
-    """[block_n, 4, 32] as what lies there as [block_n, 128], units of 16 bytes swizzled by the low bits of the row."""
-    rows = [[1 << i, 0, 4 << i if i < 3 else 0] for i in range(block_n.bit_length() - 1)]
-    return gl.SharedLinearLayout(offset_bases=[[0, 1, 0], [0, 2, 0], *([0, 0, 1 << i] for i in range(5)), *rows])
-
-
 @gluon.jit
-def _copy_weights(
-    step,
-    into,
-    w_smem,
-    absmax_smem,
-    w_ptrs,
-    absmax_ptr,
-    absmax_first,
-    row,
-    part,
-    B,
-    nested_ptr,
-    offset_ptr,
-    code_ptr,
-    BLOCK_SIZE: gl.constexpr,
-):
-    """Start the copies of one step into stage `into`: STEP_BYTES of every row, and its four scales."""
+def _copy_weights(step, w_smem, absmax_smem, w_ptrs, absmax_ptr, row, part, B, nested_ptr, BLOCK_SIZE: gl.constexpr):
+    """Start the copies of one step: STEP_BYTES of every row, and its four scales if these are plain."""
+    stage = step % W_STAGES
     async_copy.async_copy_global_to_shared(
-        w_smem.index(into), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first"
+        w_smem.index(stage), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first"
     )
-    block = (step * 4 + part) * 64 // BLOCK_SIZE
-    if nested_ptr is not None:
-        absmax = load_absmax(absmax_ptr, absmax_first, row, block, B, nested_ptr, offset_ptr, code_ptr)
-        absmax_smem.index(into).store(absmax)
-    else:
-        if BLOCK_SIZE != 64:
-            block = gl.minimum(block, B - 1)
-        async_copy.async_copy_global_to_shared(absmax_smem.index(into), absmax_ptr + absmax_first + row * B + block)
+    if nested_ptr is None:
+        index = row * B + step_blocks(step, part, BLOCK_SIZE)
+        if BLOCK_SIZE == 64:
+            index = gl.multiple_of(index, [1, 4])  # see load_scales
+        async_copy.async_copy_global_to_shared(absmax_smem.index(stage), absmax_ptr + index)
 
 
 @gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
 def _linear_4bit_wgmma_kernel(
-    x_ptr,  # [M, K]
+    x_ptr,  # [cdiv(M, BLOCK_M), K / 64, BLOCK_M, 64] of `tile_tokens`, the kernel before
     weight_ptr,  # [N, PAIRS] uint8: element 2i in the high nibble
     absmax_ptr,  # [N, B] float32, or uint8 if nested
     bias_ptr,  # [N] or None
-    nested_ptr,  # see load_absmax
+    nested_ptr,  # see load_scales
     offset_ptr,
     code_ptr,
     partial_ptr,  # [tiles, SPLIT, BLOCK_N, BLOCK_M] float32
@@ -118,15 +91,19 @@ def _linear_4bit_wgmma_kernel(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 16]
     )
     W_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    CODES: gl.constexpr = _code_layout(BLOCK_N, WARPS)
+    CODES: gl.constexpr = code_layout(BLOCK_N, WARPS)
+    SCALES: gl.constexpr = scale_layout(BLOCK_N, WARPS)
     W_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    ABSMAX_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    ABSMAX_COPY: gl.constexpr = (  # 16 bytes a copy; nested ones come through registers, each by one thread
+        gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+        if nested_ptr is None
+        else gl.BlockedLayout([1, 2], [16, 2], [WARPS, 1], [1, 0])
+    )
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     w_smem = gl.allocate_shared_memory(
-        gl.uint8, [W_STAGES, BLOCK_N, STEP_BYTES], gl.SwizzledSharedLayout(16, 1, 8, order=[1, 0])
+        gl.uint8, [W_STAGES, BLOCK_N, STEP_BYTES], gl.SwizzledSharedLayout(32, 1, 4, order=[1, 0])
     )
-    w_bytes = w_smem._reinterpret(gl.uint8, [W_STAGES, BLOCK_N, 4, STEP_BYTES // 4], _byte_layout(BLOCK_N))
     absmax_smem = gl.allocate_shared_memory(
         gl.float32, [W_STAGES, BLOCK_N, 4], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     )
@@ -139,55 +116,79 @@ def _linear_4bit_wgmma_kernel(
         gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
     )
 
-    K = PAIRS * 2
     m_tiles = gl.cdiv(M, BLOCK_M)  # programs of one tile of the weight follow each other, so it is read once
-    tile = gl.program_id(0).to(gl.int64)
-    first_m = tile % m_tiles * BLOCK_M
-    first_row = tile // m_tiles * BLOCK_N
+    tile = gl.program_id(0)
+    m_tile = (tile % m_tiles).to(gl.int64)
+    first_m = m_tile * BLOCK_M
+    first_n = tile // m_tiles * BLOCK_N
+    first_row = first_n.to(gl.int64)
     split = gl.program_id(1)
-    last_row = (N - 1 - first_row).to(gl.int32)  # rows past N read the last row; their result is not stored
+    last_row = N - 1 - first_n  # rows past N read the last row; their result is not stored
     row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
     byte = gl.arange(0, STEP_BYTES, gl.SliceLayout(0, W_COPY))[None, :]
     w_ptrs = weight_ptr + first_row * PAIRS + (row * PAIRS + byte)
     token = gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_COPY))[:, None]
     column = gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :]
-    x_ptrs = x_ptr + first_m * K + (token * K + column)
-    in_m = (first_m + token < M) & (column >= 0)  # the second for the shape
-    absmax_first = first_row * B
+    x_ptrs = x_ptr + m_tile * (PAIRS * 2).to(gl.int64) * BLOCK_M + (token * 64 + column)
+    SLICE: gl.constexpr = BLOCK_M * 64
+    first_block = first_row * B
     absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, ABSMAX_COPY)), last_row)[:, None]
     part = gl.arange(0, 4, gl.SliceLayout(0, ABSMAX_COPY))[None, :] + absmax_row * 0
 
     start = split * steps_per_split
-    stop = gl.minimum(start + steps_per_split, gl.cdiv(PAIRS, STEP_BYTES))
+    stop = gl.minimum(start + steps_per_split, PAIRS // STEP_BYTES)
     gl.assume(start < stop)  # or a way past the loop sets the sums, for which ptxas serializes all products
     for i in gl.static_range(2):
-        step = gl.minimum(start + i, stop - 1)
-        _copy_weights(
-            step, (start + i) % W_STAGES, w_smem, absmax_smem, w_ptrs, absmax_ptr, absmax_first, absmax_row, part,
-            B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE,
-        )  # fmt: skip
-        async_copy.async_copy_global_to_shared(x_smem[i], x_ptrs + (start * 4 + i) * 64, mask=in_m)
+        if start + i < stop:
+            _copy_weights(
+                start + i, w_smem, absmax_smem, w_ptrs, absmax_ptr + first_block, absmax_row, part, B, nested_ptr,
+                BLOCK_SIZE,
+            )  # fmt: skip
         async_copy.commit_group()
+    if nested_ptr is not None:
+        value, nested = load_scales(absmax_ptr, first_block, absmax_row, start, part, B, nested_ptr, BLOCK_SIZE, True)
+        for i in gl.static_range(2):  # the next ones are on their way while these are looked up
+            value_before, nested_before = value, nested
+            value, nested = load_scales(
+                absmax_ptr, first_block, absmax_row, gl.minimum(start + i + 1, stop - 1), part, B, nested_ptr,
+                BLOCK_SIZE, True,
+            )  # fmt: skip
+            scales = scales_of(value_before, nested_before, nested_ptr, offset_ptr, code_ptr)
+            absmax_smem.index((start + i) % W_STAGES).store(scales)
+    gdc_wait()  # for the tokens, and the counts
+    for i in gl.static_range(2):
+        async_copy.async_copy_global_to_shared(x_smem[i], x_ptrs + (start * 4 + i) * SLICE)
+        async_copy.commit_group()
+        async_copy.commit_group()  # as in the loop
     total = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, MMA)
     w_before = gl.full([BLOCK_N, 64], 0.0, DTYPE, W_OPERAND)
     for step in range(start, stop):
         for i in gl.static_range(4):
             # Triton's own pipelines do not fence copies for wgmma either. A fence waits for all copies in flight, which
             # would be the longest part of a slice.
-            async_copy.wait_group(1)
+            async_copy.wait_group(3)  # two groups a slice: its tokens, and weights
             barrier()  # the slice has landed for all, and nobody reads the stages that are filled next
-            ahead = gl.minimum(step * 4 + i + 2, stop * 4 - 1)  # past the end: the last once more, which nobody reads
-            async_copy.async_copy_global_to_shared(x_smem[(i + 2) % 4], x_ptrs + ahead * 64, mask=in_m)
-            if i == 0:
-                ahead = gl.minimum(step + 2, stop - 1)
+            ahead = step * 4 + i + 2
+            if ahead < stop * 4:
+                async_copy.async_copy_global_to_shared(x_smem[(i + 2) % 4], x_ptrs + ahead * SLICE)
+            async_copy.commit_group()
+            if i == 0 and step + 2 < stop:
                 _copy_weights(
-                    ahead, (step + 2) % W_STAGES, w_smem, absmax_smem, w_ptrs, absmax_ptr, absmax_first,
-                    absmax_row, part, B, nested_ptr, offset_ptr, code_ptr, BLOCK_SIZE,
+                    step + 2, w_smem, absmax_smem, w_ptrs, absmax_ptr + first_block, absmax_row, part, B, nested_ptr,
+                    BLOCK_SIZE,
                 )  # fmt: skip
             async_copy.commit_group()
-            absmax = absmax_smem.index(step % W_STAGES).slice(i, 1, dim=1).load(gl.SliceLayout(2, CODES))
-            packed = w_bytes.index(step % W_STAGES).slice(8 * i, 8, dim=2).load(CODES)
-            w = decode_scaled(packed, absmax, t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
+            if i == 0:
+                words = quarters(w_smem.index(step % W_STAGES).load(CODES))
+                absmax = quarters(absmax_smem.index(step % W_STAGES).load(SCALES))
+            if i == 3 and nested_ptr is not None:
+                scales = scales_of(value, nested, nested_ptr, offset_ptr, code_ptr)
+                absmax_smem.index((step + 2) % W_STAGES).store(scales)
+                value, nested = load_scales(
+                    absmax_ptr, first_block, absmax_row, gl.minimum(step + 3, stop - 1), part, B, nested_ptr,
+                    BLOCK_SIZE, True,
+                )  # fmt: skip
+            w = decode_scaled(words[i], absmax[i], t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
             total = warpgroup_mma(w, x_smem[i].permute((1, 0)), total, is_async=True)
             total, _ = warpgroup_mma_wait(1, deps=[total, w_before])  # the product before, which read w_before
             w_before = w
@@ -198,8 +199,8 @@ def _linear_4bit_wgmma_kernel(
         tile_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))[None, :]
         tile_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))[:, None]
         in_tile = (first_m + tile_m < M) & (tile_n >= 0)
-        partial_ptrs = partial_ptr + tile * (SPLIT * BLOCK_M * BLOCK_N) + (tile_m + tile_n * BLOCK_M)
-        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_tile, SPLIT, True)
+        partial_ptrs = partial_ptr + tile.to(gl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + (tile_m + tile_n * BLOCK_M)
+        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_tile, SPLIT)
     if is_last:
         if bias_ptr is not None:
             bias_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
@@ -207,7 +208,7 @@ def _linear_4bit_wgmma_kernel(
             total += bias.to(gl.float32)[:, None]
         out = gl.convert_layout(total.to(DTYPE), OUT)  # 16 bytes of an output row a store
         m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
-        n = (first_row.to(gl.int32) + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT)))[:, None]
+        n = (first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT)))[:, None]
         gl.store(out_ptr + first_m * N + (m.to(gl.int64) * N + n), out, mask=(first_m + m < M) & (n < N))
 
 
@@ -232,11 +233,11 @@ def linear_4bit_wgmma(
     steps = pairs // STEP_BYTES.value
     steps_per_split = ceil_div(steps, config.split)
     split = ceil_div(steps, steps_per_split)
-    partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device, pdl=True)
+    partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
     launch(
         _linear_4bit_wgmma_kernel,
         (tiles, split),
-        x,
+        tile_tokens(x, config.block_m, count),
         weight,
         absmax,
         bias,
@@ -255,5 +256,5 @@ def linear_4bit_wgmma(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SPLIT=split,
-        options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": split > 1},
+        options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": True},
     )

@@ -1,0 +1,74 @@
+"""Tokens in the tiles and the order of K in which `linear_4bit_wgmma` copies them to shared memory.
+
+A lane of four holds 8 consecutive bytes of a row of codes, 16 elements of 64: one read of shared memory. wgmma gives
+that lane other columns of its operand, 2c, 2c + 1, 2c + 8 and 2c + 9 of each 16. Any order of K will do if weights and
+tokens agree, and hardware reads the tokens, so it is they that are moved: pair 8s + 4h + c of the 32 pairs of a slice
+is pair 8c + 2s + h of x. A tile of a slice is contiguous: what a program copies at a time is one piece of memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bigq_kernels.launch import launch
+from bigq_kernels.tiles import ceil_div, device_features
+
+__all__ = ["tile_tokens"]
+
+_PAIRS = 1024  # of a row, a program
+
+
+@triton.jit(do_not_specialize=["M", "counts"])
+def _tile_tokens_kernel(
+    x_ptr,  # [M, PAIRS] int32: two elements
+    out_ptr,  # [cdiv(M, BLOCK_M), PAIRS / 32, BLOCK_M, 32] int32
+    count_ptr,  # [counts] int32, zeroed
+    M,
+    PAIRS,
+    counts,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (m, i): BLOCK pairs of token m."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < PAIRS
+    pair = index % 32
+    source = index - pair + pair % 4 * 8 + pair // 8 * 2 + pair // 4 % 2
+    value = tl.load(x_ptr + m * PAIRS + source, mask=mask)
+    tile = out_ptr + m // BLOCK_M * BLOCK_M * PAIRS + m % BLOCK_M * 32
+    tl.store(tile + index // 32 * (BLOCK_M * 32) + pair, value, mask=mask)
+    first = m * tl.num_programs(1) + tl.program_id(1)
+    for start in range(first * BLOCK, counts, tl.num_programs(1).to(tl.int64) * M * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        tl.store(count_ptr + place, tl.zeros((BLOCK,), tl.int32), mask=place < counts)
+
+
+def tile_tokens(x: Tensor, block_m: int, count: Tensor) -> Tensor:
+    """x [M, K] of 16 bits as tiles [ceil(M / block_m), K / 64, block_m, 64], rows past M not written; zeroes count.
+
+    K % 64 == 0, x contiguous. A kernel launched after it with `launch_pdl` may start meanwhile.
+    """
+    m, k = x.shape
+    _, pdl = device_features(x.device)
+    tiles = torch.empty(ceil_div(m, block_m), k // 64, block_m, 64, dtype=x.dtype, device=x.device)
+    launch(
+        _tile_tokens_kernel,
+        (m, ceil_div(k // 2, _PAIRS)),
+        x.view(torch.int32),
+        tiles.view(torch.int32),
+        count,
+        m,
+        k // 2,
+        count.numel(),
+        BLOCK_M=block_m,
+        BLOCK=_PAIRS,
+        PDL=pdl,
+        options={"launch_pdl": pdl},
+    )
+    return tiles
