@@ -17,7 +17,7 @@ from bigq_kernels.linear_4bit_mma import linear_4bit_mma
 @pytest.mark.parametrize("block_size, taken", [(32, False), (64, True)], ids=["block-32", "block-64"])
 def test_which_kernel_takes_it(block_size, taken, device):
     gluon = pytest.importorskip("bigq_kernels.linear_4bit_gluon", exc_type=ImportError)  # not on all releases of Triton
-    kernels = [launcher._fused_kernel(device, m, 4096, 4096, block_size) for m in (2, 3, 32, 33, 129)]
+    kernels = [launcher._fused_kernel(device, m, 1024, 4096, block_size) for m in (2, 3, 32, 33, 65)]
     middle = gluon.linear_4bit_gluon if taken else linear_4bit_mma
     assert kernels == [linear_4bit_dp4a, middle, middle, linear_4bit_mma, None]
 

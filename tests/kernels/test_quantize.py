@@ -10,7 +10,7 @@ from bigq_kernels.dequantize_4bit import dequantize_4bit
 from bigq_kernels.dequantize_absmax import dequantize_absmax
 from bigq_kernels.dequantize_int8 import dequantize_int8
 from bigq_kernels.quantize_4bit import quantize_4bit
-from bigq_kernels.quantize_absmax import quantize_absmax
+from bigq_kernels.quantize_absmax import nested_code, quantize_absmax
 from bigq_kernels.quantize_int8 import quantize_int8
 
 QUANT_TYPES = ["nf4", "fp4"]
@@ -107,6 +107,17 @@ def test_dequantize_4bit(rows, columns, block_size, quant_type, dtype, device):
     absmax = torch.rand(rows, -(-columns // block_size), device=device)
     args = (weight, absmax, quant_type, block_size, columns, dtype)
     assert_same_bits([dequantize_4bit(*args)], [reference.dequantize_4bit(*args)])
+
+
+@pytest.mark.parametrize("dtype", OUT_DTYPES, ids=str)
+@pytest.mark.parametrize("rows, columns, block_size", SHAPES)
+def test_dequantize_4bit_of_nested_absmax(rows, columns, block_size, dtype, device):
+    weight = torch.randint(0, 256, (rows, -(-columns // 2)), dtype=torch.uint8, device=device)
+    codes, absmax, offset = quantize_absmax(torch.rand(rows, -(-columns // block_size), device=device))
+    nested = (absmax, offset, nested_code(weight.device))
+    expected = reference.dequantize_absmax(codes, absmax, offset)
+    expected = reference.dequantize_4bit(weight, expected, "nf4", block_size, columns, dtype)
+    assert_same_bits([dequantize_4bit(weight, codes, "nf4", block_size, columns, dtype, nested)], [expected])
 
 
 @pytest.mark.parametrize("dtype", OUT_DTYPES, ids=str)

@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from bigq_kernels.dequantize_4bit import dequantize_4bit
-from bigq_kernels.dequantize_absmax import dequantize_absmax
 from bigq_kernels.launch import dense_linear
 from bigq_kernels.linear_4bit_configs import MAX_DP4A_K, wgmma_config
 from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
@@ -82,16 +81,14 @@ def linear_4bit(
     fused = None
     if m > 0 and n > 0 and k % 32 == 0 and x.dtype in (torch.bfloat16, torch.float16):
         fused = _fused_kernel(x.device, m, n, k, block_size)
-    if fused is None:
-        if nested_absmax is not None and nested_offset is not None:
-            absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
-        dense = dequantize_4bit(weight, absmax, quant_type, block_size, k, x.dtype)
-        return dense_linear(x, dense, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
-
-    out = x.new_empty(*x.shape[:-1], n)
     nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
     if nested_absmax is not None and nested_offset is not None:
         nested = (nested_absmax, nested_offset, nested_code(x.device))
+    if fused is None:
+        dense = dequantize_4bit(weight, absmax, quant_type, block_size, k, x.dtype, nested)
+        return dense_linear(x, dense, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+
+    out = x.new_empty(*x.shape[:-1], n)
     rows = _contiguous(x.reshape(m, k))
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device_of(x):
