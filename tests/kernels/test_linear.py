@@ -272,7 +272,7 @@ def test_linear_4bit_wgmma_keeps_nan_and_inf_in_their_row(value, wgmma, device):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("m, kernel", [(3, "gluon"), (32, "gluon"), (64, "wgmma"), (256, "wgmma")])
+@pytest.mark.parametrize("m, kernel", [(3, "gluon"), (16, "gluon"), (32, "wgmma"), (256, "wgmma")])
 def test_gluon_kernels_of_more_than_2_to_the_31_weights(m, kernel, device):
     n, k, tail = 2**19 + 67, 8192, 64  # 2**31 bytes of codes as well
     taken = _fused_kernel(device, m, n, k, 64)

@@ -152,13 +152,28 @@ def test_wgmma_rows_are_tiles_that_hold_their_tokens():
         pytest.param(1, None, id="too-few"),
         pytest.param(33, 64, id="one-tile"),
         pytest.param(256, 256, id="whole-tile"),
-        pytest.param(257, None, id="a-tile-and-a-token"),
-        pytest.param(384, 256, id="two-tiles-three-quarters-full"),
+        pytest.param(257, 256, id="a-tile-and-a-token"),
         pytest.param(513, None, id="too-many"),
     ],
 )
 def test_wgmma_config(m, block_m):
     config = wgmma_config(CPU, m, 14336, 4096)
+    assert (config and config.block_m) == block_m
+
+
+@pytest.mark.parametrize(
+    "m, n, block_m",
+    [
+        pytest.param(895, 8192, None, id="too-few-of-1024"),
+        pytest.param(896, 8192, 256, id="enough-of-1024"),
+        pytest.param(512, 4096, None, id="too-many-for-few-rows"),
+        pytest.param(512, 4100, 128, id="rows-of-8-bytes"),
+        pytest.param(513, 8190, 256, id="and-more-of-them"),
+        pytest.param(1025, 4100, None, id="cublas-even-so"),
+    ],
+)
+def test_wgmma_of_many_tokens(m, n, block_m):
+    config = wgmma_config(CPU, m, n, 8192)
     assert (config and config.block_m) == block_m
 
 

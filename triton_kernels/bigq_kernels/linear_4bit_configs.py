@@ -28,7 +28,7 @@ __all__ = [
 
 HOPPER = (9, 0)
 SHAPES = ("narrow", "middle", "deep", "tall", "wide", "vast", "large")
-MIN_TOKEN_FILL = 3 / 4  # of several tiles of tokens: one of 256 that is half empty costs what dequantizing does
+LEAST_OF_1024 = 896  # tokens: a tile costs what a full one does, and cuBLAS' time grows with them, from 560 to 800 us
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 2.5  # rows that cost a program of the dp4a kernel as much as splitting its tokens
 MAX_DP4A_K = 32768  # two chunks of one or two tokens for each of 512 threads, in their registers
@@ -109,16 +109,16 @@ MMA = {HOPPER: {
 _W128, _W256 = (128, 128, 1, 8, None), (256, 128, 1, 8, None)
 WGMMA: dict[tuple[int, int], dict[str, dict[int, tuple[int, int, int, int, int | None]]]] = {HOPPER: {
     "narrow": {},
-    "middle": {64: (64, 64, 2, 4, None), 128: (64, 64, 1, 4, None), 256: (128, 64, 1, 4, None), 512: _W128,
-               1024: _W256},
-    "deep":   {64: (64, 64, 4, 4, None), 128: (128, 64, 4, 4, None), 256: (128, 64, 2, 4, None), 512: _W128,
-               1024: _W256},
+    "middle": {64: (64, 64, 2, 4, None), 128: (64, 64, 1, 4, None), 256: (128, 64, 1, 4, None)},
+    "deep":   {64: (64, 64, 4, 4, None), 128: (128, 64, 4, 4, None), 256: (128, 64, 2, 4, None)},
     "tall":   {64: (64, 128, 2, 8, None), 128: (128, 128, 2, 8, None), 256: (256, 128, 2, 8, None), 512: _W256,
                1024: _W256},
     "wide":   {64: (64, 128, 1, 8, None), 128: _W128, 256: _W256, 512: _W256},
     "vast":   {32: (32, 64, 1, 4, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256},
     "large":  {32: (32, 64, 2, 4, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256, 1024: _W256},
 }}
+# For N that leaves cuBLAS no whole 16 bytes of an output row: 1024 tokens of 4100 x 11008 take 176 us here, there 380.
+UNALIGNED = {512: _W128, 1024: _W256}
 # fmt: on
 
 Row = TypeVar("Row")
@@ -236,10 +236,13 @@ def wgmma_config(device: torch.device, m: int, n: int, k: int) -> WgmmaConfig | 
     if k % STEP:  # the kernel takes whole steps: with masks it took 70 us at 5000 x 4128 and 256 tokens, and bf16 27
         return None
     capability, _ = _gpu(device)
-    row = WGMMA.get(capability, {}).get(shape_class(n, k), {}).get(next_power_of_2(m))
+    tokens = next_power_of_2(m)
+    row = WGMMA.get(capability, {}).get(shape_class(n, k), {}).get(tokens)
+    if tokens == 1024 and m < LEAST_OF_1024:
+        row = None
+    if row is None and n % 8 and capability in WGMMA:
+        row = UNALIGNED.get(tokens)
     if row is None:
         return None
     block_m, block_n, split, warps, registers = row
-    if m < ceil_div(m, block_m) * block_m * MIN_TOKEN_FILL and m > block_m:
-        return None
     return WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
