@@ -80,7 +80,7 @@ def bench(
     """
     if not torch.cuda.is_available():
         raise UnsupportedError(f"bench needs a CUDA device, and torch {torch.__version__} sees none")
-    from bigq_kernels.timing import microseconds
+    from bigq_kernels.timing import is_hot, microseconds
 
     machine = _measure(microseconds)
     print_row(
@@ -96,9 +96,12 @@ def bench(
             dense = _rotation({"weight": weight})
             for m in tokens:
                 x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-                bf16 = microseconds([partial(F.linear, x, state["weight"]) for state in dense])
+                rest = is_hot(m, n, k)
+                bf16 = microseconds([partial(F.linear, x, state["weight"]) for state in dense], rest=rest)
                 for name, rotation in states.items():
-                    time = microseconds([partial(FORMATS[name].linear, x, state, None) for state in rotation])
+                    time = microseconds(
+                        [partial(FORMATS[name].linear, x, state, None) for state in rotation], rest=rest
+                    )
                     print_row(_line(row(name, n, k, m, time, bf16, machine)))
 
 

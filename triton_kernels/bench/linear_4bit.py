@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bigq_kernels.linear_4bit import linear_4bit
 from bigq_kernels.quantize_4bit import quantize_4bit
 from bigq_kernels.quantize_absmax import quantize_absmax
-from bigq_kernels.timing import copies, host_microseconds, microseconds
+from bigq_kernels.timing import copies, host_microseconds, is_hot, microseconds
 
 try:
     import bitsandbytes as bnb
@@ -30,7 +30,7 @@ SHAPES = [
     (4100, 11008),
     (5000, 4128),
 ]
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         fp4 = [quantize_4bit(dense[0], "fp4", 64) for _ in nf4]
         if bnb:
             theirs = [bnb.functional.quantize_4bit(dense[0], quant_type="nf4") for _ in nf4]
-        for m in TOKENS if n * k < 2**28 else TOKENS[:-1]:
+        for m in TOKENS if n * k < 2**28 else TOKENS[:-2]:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             calls = [
                 [partial(F.linear, x, w) for w in dense],
@@ -54,7 +54,8 @@ def main() -> None:
             ]
             if bnb:
                 calls.append([partial(bnb.matmul_4bit, x, w.t(), quant_state=s) for w, s in theirs])
-            print(f"| {n} x {k} | {m} |", " | ".join(f"{microseconds(c):.1f}" for c in calls), "|", flush=True)
+            times = [microseconds(c, rest=is_hot(m, n, k)) for c in calls]
+            print(f"| {n} x {k} | {m} |", " | ".join(f"{time:.1f}" for time in times), "|", flush=True)
     weight, absmax = quantize_4bit(torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16), "nf4", 64)
     for m in (1, 4):
         x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)

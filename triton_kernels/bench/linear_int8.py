@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bigq_kernels.linear_int8 import linear_int8
 from bigq_kernels.quantize_int8 import quantize_int8
-from bigq_kernels.timing import copies, microseconds
+from bigq_kernels.timing import copies, is_hot, microseconds
 
 try:
     import bitsandbytes as bnb
@@ -34,9 +34,9 @@ def main() -> None:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16).clamp(-5, 5)
             x[:, :: k // OUTLIERS] = 8.0
             times = [
-                microseconds([partial(F.linear, x, w) for w in dense]),
-                microseconds([partial(linear_int8, x, w, a, None, 0.0) for w, a in weights]),
-                microseconds([partial(linear_int8, x, w, a, None, 6.0) for w, a in weights]),
+                microseconds([partial(F.linear, x, w) for w in dense], rest=is_hot(m, n, k)),
+                microseconds([partial(linear_int8, x, w, a, None, 0.0) for w, a in weights], rest=is_hot(m, n, k)),
+                microseconds([partial(linear_int8, x, w, a, None, 6.0) for w, a in weights], rest=is_hot(m, n, k)),
             ]
             if bnb:  # not captured: it synchronizes to learn how many outliers there are
                 for threshold in (0.0, 6.0):
