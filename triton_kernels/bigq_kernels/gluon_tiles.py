@@ -15,10 +15,11 @@ __all__ = [
     "barrier",
     "load_scales",
     "quarters",
+    "scale_index",
     "scale_layout",
     "scales_of",
     "split_workspace",
-    "step_blocks",
+    "zero_counts",
 ]
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
@@ -39,7 +40,7 @@ def scale_layout(block_n, warps):
 
 
 @gluon.jit
-def step_blocks(step, part, BLOCK_SIZE: gl.constexpr):
+def _step_blocks(step, part, BLOCK_SIZE: gl.constexpr):
     """The block of a row that quarter `part` of step `step`, 64 elements, lies in."""
     if BLOCK_SIZE == 64:
         return step * 4 + part  # shows that the four are neighbours, which a division hides
@@ -48,24 +49,35 @@ def step_blocks(step, part, BLOCK_SIZE: gl.constexpr):
 
 
 @gluon.jit
+def scale_index(first, step, part, B, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr):
+    """Where in a tile's absmax a step's four scales of each row are, and that they are one load if they are.
+
+    first: of each row, [N, 1]. part: 0 to 3, [1, 4]. EVEN: rows are whole steps.
+    """
+    block = _step_blocks(step, part, BLOCK_SIZE)
+    if not EVEN:
+        block = gl.minimum(block, B - 1)  # behind the last block of a row all codes are 0
+    index = first + block
+    if EVEN and BLOCK_SIZE == 64:
+        index = gl.multiple_of(index, [1, 4])  # for then B is, too
+    return index
+
+
+@gluon.jit
 def load_scales(absmax_ptr, first, row, step, part, B, nested_ptr, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr):
     """What `scales_of` takes to a step's four scales of each row: loads that do not wait for each other.
 
-    first: of the tile, int64. row: [N, 1]. part: 0 to 3, [1, 4]. EVEN: rows are whole steps.
+    first: of the tile, int64. row: [N, 1]. The others as in `scale_index`.
     """
-    block = step_blocks(step, part, BLOCK_SIZE)
-    if not EVEN:
-        block = gl.minimum(block, B - 1)  # behind the last block of a row all codes are 0
-    index = row * B + block
-    if EVEN and BLOCK_SIZE == 64:
-        index = gl.multiple_of(index, [1, 4])  # then B is, too: one load of the four
-    value = gl.load(absmax_ptr + first + index)
+    value = gl.load(absmax_ptr + first + scale_index(row * B, step, part, B, BLOCK_SIZE, EVEN))
     if nested_ptr is None:
         return value, value
     else:
+        index = (first % 256).to(gl.int32) + row * B
         if EVEN:
-            block = step_blocks(step, 0, BLOCK_SIZE)  # the four have one nested scale: 256 divides by their number
-        index = (first % 256).to(gl.int32) + row * B + block
+            index += _step_blocks(step, 0, BLOCK_SIZE)  # the four have one, for 256 divides by their number
+        else:
+            index = scale_index(index, step, part, B, BLOCK_SIZE, EVEN)
         return value, gl.load(nested_ptr + first // 256 + (index >> 8))
 
 

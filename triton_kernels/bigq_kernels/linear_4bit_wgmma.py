@@ -24,10 +24,10 @@ from bigq_kernels.gluon_tiles import (
     barrier,
     load_scales,
     quarters,
+    scale_index,
     scale_layout,
     scales_of,
     split_workspace,
-    step_blocks,
 )
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_4bit_configs import WgmmaConfig
@@ -48,9 +48,7 @@ def _copy_weights(step, w_smem, absmax_smem, w_ptrs, absmax_ptr, row, part, B, n
         w_smem.index(stage), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first"
     )
     if nested_ptr is None:
-        index = row * B + step_blocks(step, part, BLOCK_SIZE)
-        if BLOCK_SIZE == 64:
-            index = gl.multiple_of(index, [1, 4])  # see load_scales
+        index = scale_index(row * B, step, part, B, BLOCK_SIZE, True)
         async_copy.async_copy_global_to_shared(absmax_smem.index(stage), absmax_ptr + index)
 
 
@@ -133,7 +131,7 @@ def _linear_4bit_wgmma_kernel(
     SLICE: gl.constexpr = BLOCK_M * 64
     first_block = first_row * B
     absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, ABSMAX_COPY)), last_row)[:, None]
-    part = gl.arange(0, 4, gl.SliceLayout(0, ABSMAX_COPY))[None, :] + absmax_row * 0
+    part = gl.arange(0, 4, gl.SliceLayout(0, ABSMAX_COPY))[None, :]
 
     start = split * steps_per_split
     stop = gl.minimum(start + steps_per_split, PAIRS // STEP_BYTES)
