@@ -8,12 +8,12 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from bigq.checkpoint import Checkpoint, TensorInfo
+from bigq.checkpoint import Source, StoredTensor
 from bigq.commit import commit, restored_on_error
 from bigq.device_map import is_gpu
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import ModelTensors, Source, find_owner
+from bigq.model_tensors import find_owner
 from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
 from bigq.quantizer import Quantizer
 from bigq.runs import Piece, Target
@@ -57,7 +57,7 @@ def fill(
     hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
     total = sum(source.tensors[name].nbytes for name in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
-        if isinstance(source, ModelTensors):
+        if source.in_place:
             warm_up.wait()
             _convert(modules, jobs, source, store, stages, bar.update)
         else:
@@ -77,7 +77,7 @@ def fill(
 def _convert(
     modules: Mapping[str, nn.Module],
     jobs: Mapping[str, Job],
-    source: ModelTensors,
+    source: Source,
     store: Store,
     stages: Stages,
     progressed: Callable[[int], object],
@@ -105,7 +105,7 @@ def _convert(
 class _Arrivals:
     """What has arrived of a checkpoint, finished and in its place, beside the model."""
 
-    def __init__(self, jobs: Mapping[str, Job], checkpoint: Checkpoint, store: Store, warm_up: WarmUp) -> None:
+    def __init__(self, jobs: Mapping[str, Job], checkpoint: Source, store: Store, warm_up: WarmUp) -> None:
         self.jobs, self.checkpoint, self.store, self.warm_up = jobs, checkpoint, store, warm_up
         self.quantizer = Quantizer()
         self.states: dict[str, dict[str, Tensor]] = {}  # by source name
@@ -138,7 +138,7 @@ class _Arrivals:
             _refuse_non_finite(self.checkpoint, self.quantizer.non_finite(self.states))
         return [(self.jobs[name], state) for name, state in self.states.items()]
 
-    def _target(self, info: TensorInfo, job: PlannedTensor) -> Target:
+    def _target(self, info: StoredTensor, job: PlannedTensor) -> Target:
         stays = job.spec == TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
         own = partial(self.store.receive, job, info.dtype) if stays and info.nbytes >= _OWN_NBYTES else None
         return Target(device=self.store.work_device(job), own=own)
@@ -194,5 +194,5 @@ def _commit(modules: Mapping[str, nn.Module], job: Job, tensors: Mapping[str, Te
 
 def _refuse_non_finite(source: Source, bad: list[str]) -> None:
     if bad:
-        listed = "\n".join(f"  {name} in {source.tensors[name].file}" for name in bad)
+        listed = "\n".join(f"  {name} in {source.tensors[name].where}" for name in bad)
         raise CheckpointError(f"{len(bad)} weights hold NaN or Inf and cannot be quantized:\n{listed}")

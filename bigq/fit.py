@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from bigq.checkpoint import TensorInfo
+from bigq.checkpoint import StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
@@ -23,7 +23,7 @@ class Fit:
         self,
         *,
         tree: ModelTree,
-        tensors: Mapping[str, TensorInfo],
+        tensors: Mapping[str, StoredTensor],
         config: QuantizationConfig | None,
         offload_dtype: Callable[[str], torch.dtype | None],
         strict: bool,
@@ -60,7 +60,7 @@ class Fit:
                     self.claimed.update(names)
                     info = self._check(source, spec.shape, floating=spec.dtype.is_floating_point)
                     if info is not None and info.dtype != spec.dtype:
-                        self.misfits.append(f"  {source} in {info.file}: expected {spec.dtype}, found {info.dtype}")
+                        self.misfits.append(f"  {source} in {info.where}: expected {spec.dtype}, found {info.dtype}")
                     yield PlannedTensor(names=names, source=source, spec=spec, is_buffer=False, requires_grad=False)
 
     def _kept(self, group: TensorGroup) -> PlannedTensor | None:
@@ -105,23 +105,23 @@ class Fit:
         asked = self.config.dtype if self.config is not None else None
         return asked or found, False
 
-    def _check(self, source: str, shape: tuple[int, ...], *, floating: bool) -> TensorInfo | None:
+    def _check(self, source: str, shape: tuple[int, ...], *, floating: bool) -> StoredTensor | None:
         info = self.tensors.get(source)
         if info is None:
             self.missing.append(f"  {source}: expected {list(shape)}")
             return None
         if tuple(info.shape) != tuple(shape):
-            self.misfits.append(f"  {source} in {info.file}: expected shape {list(shape)}, found {list(info.shape)}")
+            self.misfits.append(f"  {source} in {info.where}: expected shape {list(shape)}, found {list(info.shape)}")
             return None
         castable = info.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         if floating and not castable:
             self.misfits.append(
-                f"  {source} in {info.file}: expected floating-point numbers, found {dtype_name(info.dtype)}"
+                f"  {source} in {info.where}: expected floating-point numbers, found {dtype_name(info.dtype)}"
                 + (" (a scaled storage format bigq does not know)" if info.dtype.is_floating_point else "")
             )
             return None
         if not floating and info.dtype.is_floating_point:
-            self.misfits.append(f"  {source} in {info.file}: expected integers, found {dtype_name(info.dtype)}")
+            self.misfits.append(f"  {source} in {info.where}: expected integers, found {dtype_name(info.dtype)}")
             return None
         return info
 
@@ -130,7 +130,7 @@ class Fit:
         patterns = getattr(self.tree.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         ignored = [re.compile(str(pattern)) for pattern in patterns]
         unexpected = {
-            name: f"  {name} in {info.file}: found {list(info.shape)} {dtype_name(info.dtype)}"
+            name: f"  {name} in {info.where}: found {list(info.shape)} {dtype_name(info.dtype)}"
             for name, info in self.tensors.items()
             if name not in self.claimed and not any(pattern.search(name) for pattern in ignored)
         }

@@ -2,18 +2,16 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bigq.checkpoint import Checkpoint, TensorInfo
+from bigq.checkpoint import StoredTensor, refuse_unknown
 from bigq.errors import CheckpointError
 
 __all__ = [
     "ModelTensors",
     "ModelTree",
-    "Source",
     "TensorGroup",
     "assign_tensor",
     "find_owner",
@@ -124,24 +122,26 @@ def assign_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 
 class ModelTensors:
-    """The persistent parameters and buffers of a model, each once under its first name, in module order."""
+    """The persistent parameters and buffers of a model, each once under its first name, in module order; a Source."""
+
+    in_place = True
 
     def __init__(self, model: nn.Module) -> None:
         tree = ModelTree(model)
         self._modules = tree.modules
         self._kind = type(model).__name__
         self.tensors = {
-            group.names[0]: TensorInfo(
+            group.names[0]: StoredTensor(
                 name=group.names[0],
                 shape=group.tensor.shape,
                 dtype=group.tensor.dtype,
-                file=Path(f"<{self._kind}>"),
+                where=f"<{self._kind}>",
             )
             for group in tree.tensors
             if group.persistent
         }
 
-    def refuse_meta(self) -> None:
+    def check(self) -> None:
         """Raise a CheckpointError if a tensor holds no numbers."""
         empty = [name for name in self.tensors if self._tensor(name).is_meta]
         if empty:
@@ -152,14 +152,10 @@ class ModelTensors:
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) in module order; the tensor is the model's own, not a copy."""
+        refuse_unknown(names, self.tensors, self._kind)
         wanted = set(names)
-        for name in self.tensors:
-            if name in wanted:
-                yield name, self._tensor(name).detach()
+        return ((name, self._tensor(name).detach()) for name in self.tensors if name in wanted)
 
     def _tensor(self, name: str) -> Tensor:
         tensor: Tensor = getattr(*find_owner(self._modules, name))
         return tensor
-
-
-Source = Checkpoint | ModelTensors

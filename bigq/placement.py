@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import get_max_memory
 from torch import nn
 
+from bigq.checkpoint import Source
 from bigq.config import QuantizationConfig, as_config, check_offload
 from bigq.device_map import (
     STRATEGIES,
@@ -26,7 +27,7 @@ from bigq.device_map import (
 )
 from bigq.errors import PlacementError
 from bigq.formats import Description
-from bigq.model_tensors import ModelTensors, ModelTree, Source, tensor_name
+from bigq.model_tensors import ModelTensors, ModelTree, tensor_name
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
 
@@ -50,8 +51,7 @@ def plan_and_place(
     A map that names places decides what is quantized, so it comes before the plan; an automatic one needs its sizes.
     """
     check_offload(offload)
-    if isinstance(source, ModelTensors):
-        source.refuse_meta()
+    source.check()
     quantized = _descriptions(source)
     policy = offload if offload is not None or config is None else config.offload
 
@@ -135,7 +135,7 @@ def _descriptions(source: Source) -> dict[str, Description]:
     prefixes = quantized_prefixes(source.tensors)
     states = dict(source.read(prefixes.values()))
     return {
-        prefix: Description.decode(states[name], where=f"{name} in {source.tensors[name].file}")
+        prefix: Description.decode(states[name], where=f"{name} in {source.tensors[name].where}")
         for prefix, name in prefixes.items()
     }
 

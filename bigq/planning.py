@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from bigq.checkpoint import TensorInfo
+from bigq.checkpoint import StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.fit import Fit
@@ -20,7 +20,7 @@ from bigq.selection import is_transposed_linear, match_patterns, select_linears
 __all__ = ["make_plan", "quantized_prefixes"]
 
 
-def quantized_prefixes(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+def quantized_prefixes(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     """{module name: name of its quant_state} for the weights that a checkpoint holds quantized."""
     states = [name for name in tensors if name.rpartition(".")[2] == "quant_state"]
     return {name.rpartition(".")[0]: name for name in states}
@@ -28,7 +28,7 @@ def quantized_prefixes(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 def make_plan(
     tree: ModelTree,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, StoredTensor],
     config: QuantizationConfig | None,
     *,
     quantized: Mapping[str, Description] | None = None,
@@ -69,7 +69,7 @@ def make_plan(
 
 def _chosen_linears(
     tree: ModelTree,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, StoredTensor],
     config: QuantizationConfig,
     unquantized: Callable[[str], bool],
 ) -> tuple[list[PlannedLinear], dict[str, str]]:
@@ -137,7 +137,7 @@ def _quantized_linears(
     return linears
 
 
-def _source(names: tuple[str, ...], tensors: Mapping[str, TensorInfo]) -> str:
+def _source(names: tuple[str, ...], tensors: Mapping[str, StoredTensor]) -> str:
     """The name under which the checkpoint holds the weight of a linear, or the first of its names where it does not."""
     weights = [tensor_name(name, "weight") for name in names]
     return next(filter(tensors.__contains__, weights), weights[0]) if len(weights) > 1 else weights[0]

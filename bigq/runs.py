@@ -1,4 +1,4 @@
-"""Runs: neighbouring tensors of a file for one device are one piece of memory, read and handed on as one.
+"""Runs: neighbouring tensors of a source for one device are one piece of memory, read and handed on as one.
 
 So what is done for a run is not done for each of 19,000 small tensors.
 """
@@ -6,15 +6,14 @@ So what is done for a run is not done for each of 19,000 small tensors.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, groupby, zip_longest
-from pathlib import Path
+from itertools import accumulate, chain, groupby, zip_longest
 from threading import Event, Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bigq.checkpoint import TensorInfo
+from bigq.checkpoint import ByteSource, Span, StoredTensor
 
 __all__ = ["Chunk", "Piece", "Run", "Target", "make_runs", "take_turns"]
 
@@ -36,7 +35,7 @@ class Target:
 class Piece(NamedTuple):
     """Rows of a tensor, from row `start` on; most pieces are whole tensors. One that `is_lent` is to be copied."""
 
-    info: TensorInfo
+    info: StoredTensor
     start: int
     tensor: Tensor
     is_lent: bool = True
@@ -45,25 +44,27 @@ class Piece(NamedTuple):
 class Part(NamedTuple):
     """Rows of a tensor in a run: `nbytes` of them, from row `start` on."""
 
-    info: TensorInfo
+    info: StoredTensor
     start: int
     shape: tuple[int, ...]
     nbytes: int
 
 
 class Chunk(NamedTuple):
-    """Bytes of a run that are read at once: those from `start` on, which belong into `memory`."""
+    """Bytes of a run that are read at once, into `memory`: from `start` of the run on, from `offset` of `source` on."""
 
     run: "Run"
     start: int
+    source: ByteSource
+    offset: int
     memory: Tensor
 
 
 class Run:
-    """Bytes of a file that are read into one piece of memory, from `offset` of the file on."""
+    """Bytes that are read into one piece of memory: of one span, which `append` makes longer, or of several."""
 
-    def __init__(self, target: Target, offset: int) -> None:
-        self.target, self.offset, self.nbytes = target, offset, 0
+    def __init__(self, target: Target, spans: tuple[Span, ...]) -> None:
+        self.target, self.nbytes, self._spans = target, 0, spans
         self.parts: list[Part] = []
         self.handed_over = Event()  # every chunk is read, and its copy to a GPU queued
         self._lock = Lock()
@@ -73,8 +74,25 @@ class Run:
         self.nbytes += part.nbytes
 
     @property
-    def file(self) -> Path:
-        return self.parts[0].info.file
+    def spans(self) -> tuple[Span, ...]:
+        """Where its bytes lie, one after the other."""
+        if len(self._spans) > 1:
+            return self._spans
+        return (self._spans[0]._replace(nbytes=self.nbytes),)
+
+    def is_continued_by(self, part: Part, spans: tuple[Span, ...], target: Target, limit: int) -> bool:
+        """Whether `part`, which lies in `spans`, can be appended: its bytes follow, and one piece of memory suits."""
+        (source, offset, _), (next_source, next_offset, _) = self._spans[0], spans[0]
+        return (
+            offset + self.nbytes == next_offset
+            and self.nbytes % _ALIGNMENT == 0
+            and self.nbytes + part.nbytes <= limit
+            and target.own is None
+            and self.target.own is None
+            and self.target.device == target.device
+            and source is next_source
+            and len(self._spans) == len(spans) == 1
+        )
 
     @property
     def lent_nbytes(self) -> int:
@@ -101,9 +119,18 @@ class Run:
         if not self.nbytes:
             self.handed_over.set()
             return []
-        memory = self._bytes.split(chunk_nbytes)  # type: ignore[no-untyped-call]
-        self._unread = len(memory)
-        return [Chunk(self, chunk_nbytes * i, chunk) for i, chunk in enumerate(memory)]
+        reads = [
+            (span.source, span.offset + at, min(chunk_nbytes, span.nbytes - at))
+            for span in self.spans
+            for at in range(0, span.nbytes, chunk_nbytes)
+        ]
+        self._unread = len(reads)
+        memory = self._bytes.split([nbytes for _, _, nbytes in reads])  # type: ignore[no-untyped-call]
+        starts = accumulate((nbytes for _, _, nbytes in reads), initial=0)
+        return [
+            Chunk(self, start, source, offset, chunk)
+            for (source, offset, _), start, chunk in zip(reads, starts, memory, strict=False)  # one start too many
+        ]
 
     def chunk_done(self) -> None:
         """Count a chunk that is read, its copy queued, or given up; for any thread."""
@@ -140,46 +167,50 @@ def _of_shape(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def make_runs(infos: Iterable[TensorInfo], targets: Mapping[str, Target], limit: int) -> Iterator[Run]:
-    """Cut tensors, in file order, into runs of at most `limit` bytes, or of one tensor with memory of its own."""
+def make_runs(tensors: Iterable[StoredTensor], targets: Mapping[str, Target], limit: int) -> Iterator[Run]:
+    """Cut tensors that have spans, in stored order, into runs.
+
+    A run holds at most `limit` bytes, or one tensor that does not split, has memory of its own or has several spans.
+    """
     run: Run | None = None
-    for info in infos:
-        target = targets[info.name]
-        for part, offset in _parts(info, target, limit):
-            if run is None or not _continues(run, part, offset, target, limit):
+    for stored in tensors:
+        target = targets[stored.name]
+        for part, spans in _parts(stored, target, limit):
+            if run is None or not run.is_continued_by(part, spans, target, limit):
                 if run is not None:
                     yield run
-                run = Run(target, offset)
+                run = Run(target, spans)
             run.append(part)
     if run is not None:
         yield run
 
 
-def _continues(run: Run, part: Part, offset: int, target: Target, limit: int) -> bool:
-    return (
-        run.offset + run.nbytes == offset
-        and run.nbytes % _ALIGNMENT == 0
-        and run.nbytes + part.nbytes <= limit
-        and target.own is None
-        and run.target.own is None
-        and run.target.device == target.device
-        and run.file == part.info.file
-    )
-
-
-def _parts(info: TensorInfo, target: Target, limit: int) -> list[tuple[Part, int]]:
-    """The tensor, or pieces of whole rows of one that is too large, each with its offset in the file."""
-    assert info.offset is not None
-    shape, nbytes = tuple(info.shape), info.nbytes
+def _parts(stored: StoredTensor, target: Target, limit: int) -> list[tuple[Part, tuple[Span, ...]]]:
+    """The tensor, or pieces of whole rows of one that is too large, each with the spans that its bytes lie in."""
+    shape, nbytes = tuple(stored.shape), stored.nbytes
     if target.own is not None or not target.splits or nbytes <= limit or not shape:
-        return [(Part(info, 0, shape, nbytes), info.offset)]
+        return [(Part(stored, 0, shape, nbytes), stored.spans)]
     row_nbytes = nbytes // shape[0]
     step = max(1, limit // row_nbytes)
     counts = {start: min(step, shape[0] - start) for start in range(0, shape[0], step)}
     return [
-        (Part(info, start, (count, *shape[1:]), count * row_nbytes), info.offset + start * row_nbytes)
+        (
+            Part(stored, start, (count, *shape[1:]), count * row_nbytes),
+            _cut_out(stored.spans, start * row_nbytes, count * row_nbytes),
+        )
         for start, count in counts.items()
     ]
+
+
+def _cut_out(spans: tuple[Span, ...], start: int, nbytes: int) -> tuple[Span, ...]:
+    """The spans of `nbytes` bytes from `start` on, counted over all of `spans`."""
+    cut, before = [], 0  # bytes of the spans before this one
+    for source, offset, length in spans:
+        first, last = max(start - before, 0), min(start + nbytes - before, length)
+        if first < last:
+            cut.append(Span(source, offset + first, last - first))
+        before += length
+    return tuple(cut)
 
 
 def take_turns(runs: Iterable[Run]) -> Iterator[Run]:

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigq.checkpoint import Checkpoint
+from bigq.checkpoint import Source
 from bigq.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
 from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import Source, tensor_name
+from bigq.model_tensors import tensor_name
 from bigq.offload import CheckpointMap, OffloadSpace
 from bigq.placement import resting_places
 from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
@@ -111,23 +111,20 @@ def _device(place: str) -> torch.device:
 
 
 def _rest_in_checkpoint(plan: Plan, resting: Mapping[str, str], source: Source) -> dict[str, Tensor]:
-    """{first name: tensor} of what goes to "disk" unchanged, and lies in a file of the checkpoint as bytes."""
+    """{first name: tensor} of what goes to "disk" unchanged, and lies in one piece in a local file."""
     tensors: dict[str, Tensor] = {}
-    if not isinstance(source, Checkpoint):
-        return tensors
     files: dict[Path, CheckpointMap] = {}
     for planned in plan.tensors:
         name, spec = planned.names[0], planned.spec
         if resting[name] != "disk" or planned.source is None:
             continue
         info = source.tensors[planned.source]
-        if (
-            info.offset is None
-            or info.offset % spec.dtype.itemsize
-            or spec != TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
-        ):
+        if len(info.spans) != 1 or spec != TensorSpec(shape=tuple(info.shape), dtype=info.dtype):
             continue
-        if info.file not in files:
-            files[info.file] = CheckpointMap.open(info.file, source.file_nbytes[info.file])
-        tensors[name] = files[info.file].tensor(info.offset, spec)
+        file, offset, _ = info.spans[0]
+        if file.path is None or offset % spec.dtype.itemsize:
+            continue
+        if file.path not in files:
+            files[file.path] = CheckpointMap.open(file.path, file.nbytes)
+        tensors[name] = files[file.path].tensor(offset, spec)
     return tensors

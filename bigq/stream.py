@@ -1,8 +1,8 @@
 """stream: read tensors with several threads, each straight to the device that works on it.
 
-A file is read in file order, in runs. What goes to a GPU passes through a ring of pinned memory, each byte once, while
-the chunks before it are copied; what stays on the CPU is read into place. Nothing is mapped, so a file that is cut
-short meanwhile is an error and no SIGBUS.
+A source is read in stored order, in runs. What goes to a GPU passes through a ring of pinned memory, each byte once,
+while the chunks before it are copied; what stays on the CPU is read into place. Nothing is mapped, so a file that is
+cut short meanwhile is an error and no SIGBUS.
 """
 
 import os
@@ -12,16 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
 import torch
 from torch import Tensor
 
-from bigq.checkpoint import Checkpoint
-from bigq.errors import CheckpointError, ConfigError
-from bigq.files import memory_of, open_unchanged, read_into
+from bigq.checkpoint import ByteSource, ReadError, Source
+from bigq.errors import ConfigError
+from bigq.files import memory_of, open_unchanged
 from bigq.machine import usable_cores, usable_memory_nbytes
 from bigq.runs import Chunk, Piece, Run, Target, make_runs, take_turns
 from bigq.stages import Stages
@@ -68,16 +67,17 @@ class Budget:
 
 
 def stream(
-    checkpoint: Checkpoint,
+    source: Source,
     targets: Mapping[str, Target],
     budget: Budget,
     stages: Stages,
     room: Callable[[torch.device], int] = lambda device: 0,
 ) -> Iterator[list[Piece]]:
-    """Yield the tensors named in `targets` in file order, neighbours together; devices take turns.
+    """Yield the tensors named in `targets` in stored order, neighbours together; devices take turns.
 
-    On a GPU the pieces are ready for work on the current stream. What lies in no plain bytes of a file, such as a
-    legacy pickle, comes last, as views on the CPU.
+    On a GPU the pieces are ready for work on the current stream. What lies in no plain bytes, such as a legacy pickle
+    or a model in memory, comes last, as views that `source.read` gives, where they are. Whatever was opened is closed
+    at the end, also at an early one.
 
     Args:
         budget: threads, and bytes of lent memory at once.
@@ -88,12 +88,12 @@ def stream(
     Raises:
         CheckpointError: a file cannot be read, or is not what it was when the checkpoint was opened.
     """
-    infos = [info for name, info in checkpoint.tensors.items() if name in targets]
-    runs = make_runs((info for info in infos if info.offset is not None), targets, budget.run_nbytes)
+    wanted = [stored for name, stored in source.tensors.items() if name in targets]
+    runs = make_runs((stored for stored in wanted if stored.spans), targets, budget.run_nbytes)
     with _short_turns():
-        yield from _Reader(checkpoint, take_turns(runs), budget, stages, room).pieces()
-    for name, tensor in checkpoint.read([info.name for info in infos if info.offset is None]):
-        yield [Piece(checkpoint.tensors[name], 0, tensor)]
+        yield from _Reader(take_turns(runs), budget, stages, room).pieces()
+    for name, tensor in source.read([stored.name for stored in wanted if not stored.spans]):
+        yield [Piece(source.tensors[name], 0, tensor)]
 
 
 @contextmanager
@@ -118,14 +118,13 @@ class _Reader:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
         runs: Iterable[Run],
         budget: Budget,
         stages: Stages,
         room: Callable[[torch.device], int],
     ) -> None:
-        self.checkpoint, self.runs, self.budget, self.room, self.stages = checkpoint, deque(runs), budget, room, stages
-        self.files: dict[Path, int] = {}
+        self.runs, self.budget, self.room, self.stages = deque(runs), budget, room, stages
+        self.sources: dict[int, ByteSource] = {}  # by identity
         self.links: dict[torch.device, _Link] = {}
         self.work: SimpleQueue[Chunk | None] = SimpleQueue()
         self.error: BaseException | None = None
@@ -160,15 +159,18 @@ class _Reader:
             for thread in self.threads:
                 if thread.ident is not None:  # an interrupt may have come before it was started
                     thread.join()
-            for descriptor in self.files.values():
-                os.close(descriptor)
+            for source in self.sources.values():
+                source.close()
 
     def _may_start(self, run: Run, lent: int) -> bool:
         return lent + run.lent_nbytes <= self.budget.nbytes + self.room(run.target.device)
 
     def _start(self, run: Run) -> Run:
-        if run.file not in self.files:
-            self.files[run.file] = open_unchanged(run.file, self.checkpoint.file_nbytes[run.file])
+        for source, _, _ in run.spans:
+            if id(source) not in self.sources:
+                if source.path is not None:  # a file that is gone or changed is an error before memory is made for it
+                    os.close(open_unchanged(source.path, source.nbytes))
+                self.sources[id(source)] = source
         chunks, device = run.start(self.budget.chunk_nbytes), run.target.device
         if device.type == "cuda":
             if device not in self.links:
@@ -179,7 +181,7 @@ class _Reader:
         return run
 
     def _run(self) -> None:
-        mover = _Mover(self.files, self.links, self.budget.chunk_nbytes)
+        mover = _Mover(self.links, self.budget.chunk_nbytes)
         while (chunk := self.work.get()) is not None:
             run = chunk.run
             try:
@@ -240,8 +242,8 @@ class _Slot:
 class _Mover:
     """What one thread needs to move chunks; Python's lock is what the threads wait for, so little is done a chunk."""
 
-    def __init__(self, files: Mapping[Path, int], links: Mapping[torch.device, _Link], chunk_nbytes: int) -> None:
-        self.files, self.links, self.chunk_nbytes = files, links, chunk_nbytes
+    def __init__(self, links: Mapping[torch.device, _Link], chunk_nbytes: int) -> None:
+        self.links, self.chunk_nbytes = links, chunk_nbytes
         self.slots: deque[_Slot] = deque()
         self.current: torch.cuda.Stream | None = None
         self.read_s, self.read_nbytes, self.copy_s, self.copy_nbytes = 0.0, 0, 0.0, 0
@@ -279,16 +281,10 @@ class _Mover:
         return self.slots[-1]
 
     def _read(self, chunk: Chunk, buffer: memoryview) -> None:
-        run, began = chunk.run, time.perf_counter()
-        offset = run.offset + chunk.start
+        began = time.perf_counter()
         try:
-            got = read_into(buffer, self.files[run.file], offset)
-        except OSError as error:
-            raise CheckpointError(f"cannot read tensor {run.name_at(chunk.start)!r} of {run.file}: {error}") from error
-        if got < len(buffer):
-            raise CheckpointError(
-                f"{run.file} ended at byte {offset + got}, in the middle of tensor "
-                f"{run.name_at(chunk.start + got)!r}: it was cut short while it was read"
-            )
+            chunk.source.read_into(buffer, chunk.offset)
+        except ReadError as error:
+            raise error.in_tensor(chunk.run.name_at(chunk.start + error.at - chunk.offset)) from error
         self.read_s += time.perf_counter() - began
-        self.read_nbytes += got
+        self.read_nbytes += len(buffer)

@@ -5,16 +5,14 @@ at its first call: together about as long as reading 16 GB. Here it happens in a
 lock.
 """
 
-from pathlib import Path
 from threading import Thread
 from types import TracebackType
 
 import torch
 
-from bigq.checkpoint import TensorInfo
+from bigq.checkpoint import Source, StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.formats import Description
-from bigq.model_tensors import Source
 from bigq.plan import PlannedLinear
 from bigq.quantizer import Quantizer
 from bigq.runs import Piece
@@ -69,7 +67,7 @@ class WarmUp:
         rows = torch.zeros(_SHAPE, dtype=dtype, device=self._device).chunk(2)
         description = Description(format=self._format, shape=tuple(rows[0].shape), dtype=dtype)
         linear = PlannedLinear(names=("",), description=description, source="", transposed=False)
-        info = TensorInfo(name="", shape=rows[0].shape, dtype=dtype, file=Path())
+        info = StoredTensor(name="", shape=rows[0].shape, dtype=dtype, where="")
         quantizer = Quantizer()
         states = [state for _, state in quantizer.quantize((linear, Piece(info, 0, weight)) for weight in rows)]
         quantizer.non_finite({"": states[0]})

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from bigq.checkpoint import TensorInfo
+from bigq.checkpoint import StoredTensor
 from bigq.formats import Block4, Description, Int8
 from bigq.plan import PlannedLinear
 from bigq.quantizer import Quantizer
@@ -24,7 +24,7 @@ def linear(name, weight, weight_format, *, transposed=False):
 
 
 def piece(name, weight, start=0, stop=None):
-    info = TensorInfo(name=f"{name}.weight", shape=weight.shape, dtype=weight.dtype, file="f")
+    info = StoredTensor(name=f"{name}.weight", shape=weight.shape, dtype=weight.dtype, where="f")
     return Piece(info, start, weight[start:stop])
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from bigq.checkpoint import TensorInfo
+from bigq.checkpoint import LocalFile, Span, StoredTensor
 from bigq.runs import Target, make_runs
 
 TENSORS = {
@@ -20,9 +20,10 @@ TENSORS = {
 
 
 def test_a_run_of_several_dtypes():
-    infos, offset = [], 64
+    file, infos, offset = LocalFile(Path("f"), 1 << 20), [], 64
     for name, tensor in TENSORS.items():
-        info = TensorInfo(name=name, shape=tensor.shape, dtype=tensor.dtype, file=Path("f"), offset=offset)
+        spans = (Span(file, offset, tensor.nbytes),)
+        info = StoredTensor(name=name, shape=tensor.shape, dtype=tensor.dtype, where="f", spans=spans)
         infos.append(info)
         offset += info.nbytes
     target = Target(device=torch.device("cpu"))
@@ -33,7 +34,8 @@ def test_a_run_of_several_dtypes():
     assert [len(chunk.memory) for chunk in chunks] == [50] * (first.nbytes // 50) + [first.nbytes % 50]
     for chunk in chunks:
         assert not first.handed_over.is_set()
-        at = first.offset - 64 + chunk.start
+        at = first.spans[0].offset - 64 + chunk.start
+        assert (chunk.source, chunk.offset - 64) == (file, at)
         chunk.memory.copy_(torch.frombuffer(bytearray(raw[at : at + len(chunk.memory)]), dtype=torch.uint8))
         first.chunk_done()
     assert first.handed_over.is_set()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bigq.checkpoint.shortlist import shortlist
-from bigq.checkpoint.tensor_info import TensorInfo
+from bigq.checkpoint.source import ByteSource, Span, StoredTensor
 from bigq.errors import CheckpointError
 
 __all__ = ["PickleFile"]
@@ -37,12 +37,16 @@ class PickleFile:
     ) -> None:
         self._tensors = {}
 
-    def describe(self) -> list[TensorInfo]:
-        """Describe the tensors, in the order of their bytes in the file."""
+    def describe(self, source: ByteSource) -> list[StoredTensor]:
+        """Describe the tensors, in the order of their bytes in the file, which `source` reads."""
         maps = _maps(self._path)
         return [
-            TensorInfo(
-                name=name, shape=tensor.shape, dtype=tensor.dtype, file=self._path, offset=_file_offset(tensor, maps)
+            StoredTensor(
+                name=name,
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                where=source.name,
+                spans=() if (offset := _file_offset(tensor, maps)) is None else (Span(source, offset, tensor.nbytes),),
             )
             for name, tensor in self._tensors.items()
         ]

@@ -11,11 +11,12 @@ from types import MappingProxyType
 from torch import Tensor
 
 from bigq.checkpoint.choose import SAFETENSORS_SUFFIX
+from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.locate import Location, locate
 from bigq.checkpoint.pickle_file import PickleFile
 from bigq.checkpoint.safetensors_file import SafetensorsFile
 from bigq.checkpoint.shortlist import shortlist
-from bigq.checkpoint.tensor_info import TensorInfo
+from bigq.checkpoint.source import StoredTensor, refuse_unknown
 from bigq.errors import CheckpointError
 
 __all__ = ["Checkpoint"]
@@ -23,14 +24,16 @@ __all__ = ["Checkpoint"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """The files of a checkpoint and, in the order in which they are stored, its tensors.
+    """The files of a checkpoint and, in the order in which they are stored, its tensors; a Source.
 
-    It keeps no file open, so it can be shared between threads: every `read` opens the files it needs.
+    It keeps no file open, so it can be shared between threads: every `read` opens the files it needs. `sources` holds
+    the bytes of each file, by the name that errors call it.
     """
 
     files: tuple[Path, ...]
-    tensors: Mapping[str, TensorInfo] = field(repr=False)
-    file_nbytes: Mapping[Path, int] = field(repr=False)
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    sources: Mapping[str, LocalFile] = field(repr=False)
+    in_place = False
 
     @classmethod
     def open(cls, weights_location: str | os.PathLike[str]) -> "Checkpoint":
@@ -40,14 +43,15 @@ class Checkpoint:
         problem found. No tensor is read, except from pickles in the format from before torch 1.6.
         """
         location = locate(weights_location)
-        described: dict[Path, list[TensorInfo]] = {}
-        file_nbytes: dict[Path, int] = {}
+        described: dict[Path, list[StoredTensor]] = {}
+        sources: dict[str, LocalFile] = {}
         errors: list[CheckpointError] = []
         for path in location.files:
             try:
-                file_nbytes[path] = _nbytes(path)
+                source = LocalFile(path, _nbytes(path))
                 with _open(path) as file:
-                    described[path] = file.describe()
+                    described[path] = file.describe(source)
+                sources[source.name] = source
             except CheckpointError as error:
                 errors.append(error)
         tensors, problems = _merge(location, described)
@@ -56,12 +60,15 @@ class Checkpoint:
         problems = [*map(str, errors), *problems]
         if problems:
             raise CheckpointError(f"cannot open the checkpoint {weights_location}:\n  - " + "\n  - ".join(problems))
-        return cls(files=location.files, tensors=MappingProxyType(tensors), file_nbytes=MappingProxyType(file_nbytes))
+        return cls(files=location.files, tensors=MappingProxyType(tensors), sources=MappingProxyType(sources))
 
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def check(self) -> None:
+        """Every tensor of a file holds numbers."""
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield the named tensors in file order, whatever the order of `names`.
@@ -69,11 +76,7 @@ class Checkpoint:
         They are CPU tensors and may be views of a memory map: copy what must outlive the next step, and do not write
         to them. A file is opened once and closed before the next one; disjoint `names` can be read by several threads.
         """
-        unknown = sorted(name for name in names if name not in self.tensors)
-        if unknown:
-            raise CheckpointError(
-                f"the checkpoint {self.files[0].parent} does not hold {shortlist([repr(name) for name in unknown])}"
-            )
+        refuse_unknown(names, self.tensors, f"the checkpoint {self.files[0].parent}")
         return self._read(sorted(set(names), key=self._positions.__getitem__))
 
     def get(self, name: str) -> Tensor:
@@ -86,26 +89,19 @@ class Checkpoint:
         return {name: position for position, name in enumerate(self.tensors)}
 
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for path, group in groupby(names, key=lambda name: self.tensors[name].file):
-            self._check_size(path)
-            with _open(path) as file:
+        for where, group in groupby(names, key=lambda name: self.tensors[name].where):
+            source = self.sources[where]
+            _check_size(source)
+            with _open(source.path) as file:
                 for name in group:
-                    self._check_size(path)  # to touch a map beyond the end of its file kills the process
+                    _check_size(source)  # to touch a map beyond the end of its file kills the process
                     yield name, self._checked(file.read(name), self.tensors[name])
 
-    def _check_size(self, path: Path) -> None:
-        expected, found = self.file_nbytes[path], _nbytes(path)
-        if found != expected:
-            raise CheckpointError(
-                f"{path} changed after it was opened: it had {expected} bytes and now has {found}; "
-                "open the checkpoint again"
-            )
-
     @staticmethod
-    def _checked(tensor: Tensor, info: TensorInfo) -> Tensor:
+    def _checked(tensor: Tensor, info: StoredTensor) -> Tensor:
         if tensor.shape != info.shape or tensor.dtype != info.dtype:
             raise CheckpointError(
-                f"{info.file} changed after it was opened: tensor {info.name!r} was {info.dtype} {tuple(info.shape)} "
+                f"{info.where} changed after it was opened: tensor {info.name!r} was {info.dtype} {tuple(info.shape)} "
                 f"and now is {tensor.dtype} {tuple(tensor.shape)}; open the checkpoint again"
             )
         return tensor
@@ -115,6 +111,15 @@ def _open(path: Path) -> SafetensorsFile | PickleFile:
     return SafetensorsFile(path) if path.name.endswith(SAFETENSORS_SUFFIX) else PickleFile(path)
 
 
+def _check_size(source: LocalFile) -> None:
+    found = _nbytes(source.path)
+    if found != source.nbytes:
+        raise CheckpointError(
+            f"{source.path} changed after it was opened: it had {source.nbytes} bytes and now has {found}; "
+            "open the checkpoint again"
+        )
+
+
 def _nbytes(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -122,16 +127,18 @@ def _nbytes(path: Path) -> int:
         raise CheckpointError(f"cannot open {path}: {error}") from error
 
 
-def _merge(location: Location, described: Mapping[Path, list[TensorInfo]]) -> tuple[dict[str, TensorInfo], list[str]]:
+def _merge(
+    location: Location, described: Mapping[Path, list[StoredTensor]]
+) -> tuple[dict[str, StoredTensor], list[str]]:
     """Put the tensors of all files together; return also what the files and the index disagree about."""
-    tensors: dict[str, TensorInfo] = {}
-    duplicates: dict[tuple[Path, Path], list[str]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    duplicates: dict[tuple[str, Path], list[str]] = {}
     for path, infos in described.items():
         for info in infos:
             if location.weight_map.get(info.name, path) != path:
                 continue  # the index means the tensor of this name in another file
             if info.name in tensors:
-                duplicates.setdefault((tensors[info.name].file, path), []).append(info.name)
+                duplicates.setdefault((tensors[info.name].where, path), []).append(info.name)
             else:
                 tensors[info.name] = info
     absent: dict[Path, list[str]] = {}

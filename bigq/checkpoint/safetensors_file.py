@@ -1,6 +1,7 @@
 """A safetensors file, read by the safetensors library."""
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bigq.checkpoint.shortlist import shortlist
-from bigq.checkpoint.tensor_info import TensorInfo
+from bigq.checkpoint.source import ByteSource, Span, StoredTensor
 from bigq.errors import CheckpointError
 
 __all__ = ["SafetensorsFile"]
@@ -59,8 +60,8 @@ class SafetensorsFile:
     ) -> None:
         self._handle.__exit__(kind, error, traceback)
 
-    def describe(self) -> list[TensorInfo]:
-        """Describe the tensors, in the order of their bytes in the file."""
+    def describe(self, source: ByteSource) -> list[StoredTensor]:
+        """Describe the tensors, in the order of their bytes in the file, which `source` reads."""
         names = self._handle.offset_keys()
         headers = {name: self._handle.get_slice(name) for name in names}
         dtypes = {name: header.get_dtype() for name, header in headers.items()}
@@ -69,8 +70,8 @@ class SafetensorsFile:
             raise CheckpointError(f"cannot open {self._path}: {_name_dtypes(unknown)}")
         infos, offset = [], self._data_offset(len(names))
         for name, header in headers.items():
-            infos.append(self._info(name, _DTYPES[dtypes[name]], header.get_shape(), offset))
-            offset += infos[-1].nbytes  # the library refuses files with holes
+            infos.append(self._info(name, _DTYPES[dtypes[name]], header.get_shape(), source, offset))
+            offset += infos[-1].spans[0].nbytes  # the library refuses files with holes
         return infos
 
     def read(self, name: str) -> Tensor:
@@ -93,7 +94,7 @@ class SafetensorsFile:
                 raise CheckpointError(f"cannot open {self._path}: its header names {shortlist(twice)} twice")
         return 8 + length
 
-    def _info(self, name: str, dtype: torch.dtype, shape: list[int], offset: int) -> TensorInfo:
+    def _info(self, name: str, dtype: torch.dtype, shape: list[int], source: ByteSource, offset: int) -> StoredTensor:
         if dtype is torch.float4_e2m1fn_x2:  # the format counts values, torch counts bytes of two
             if not shape or shape[-1] % 2:
                 raise CheckpointError(
@@ -103,7 +104,8 @@ class SafetensorsFile:
             shape = [*shape[:-1], shape[-1] // 2]
         if max(shape, default=0) > torch.iinfo(torch.int64).max:  # only an empty tensor gets this far
             raise CheckpointError(f"{self._path}: tensor {name!r} has a shape beyond 64 bits: {shape}")
-        return TensorInfo(name=name, shape=torch.Size(shape), dtype=dtype, file=self._path, offset=offset)
+        span = Span(source, offset, math.prod(shape) * dtype.itemsize)
+        return StoredTensor(name=name, shape=torch.Size(shape), dtype=dtype, where=source.name, spans=(span,))
 
 
 def _repeated(pairs: list[tuple[str, object]]) -> list[str]:

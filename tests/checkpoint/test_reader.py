@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from bigq.checkpoint import Checkpoint, TensorInfo, reader
+from bigq.checkpoint import Checkpoint, StoredTensor, reader
 from bigq.errors import CheckpointError
 
 DTYPES = [
@@ -79,8 +79,8 @@ def test_descriptions_and_values(tmp_path):
     checkpoint = Checkpoint.open(path)
     assert checkpoint.files == (path,)
     assert dict(checkpoint.tensors) == {
-        "weight": TensorInfo(name="weight", shape=torch.Size([3, 4]), dtype=torch.float32, file=path),
-        "bias": TensorInfo(name="bias", shape=torch.Size([3]), dtype=torch.float16, file=path),
+        "weight": StoredTensor(name="weight", shape=torch.Size([3, 4]), dtype=torch.float32, where=str(path)),
+        "bias": StoredTensor(name="bias", shape=torch.Size([3]), dtype=torch.float16, where=str(path)),
     }
     assert [info.nbytes for info in checkpoint.tensors.values()] == [48, 6]
     assert checkpoint.nbytes == 54
@@ -101,7 +101,7 @@ def test_every_dtype_and_shape(tmp_path, dtype, shape, suffix):
     path = tmp_path / f"model{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)({"x": stored}, path)
     checkpoint = Checkpoint.open(path)
-    assert checkpoint.tensors["x"] == TensorInfo(name="x", shape=torch.Size(shape), dtype=dtype, file=path)
+    assert checkpoint.tensors["x"] == StoredTensor(name="x", shape=torch.Size(shape), dtype=dtype, where=str(path))
     assert checkpoint.tensors["x"].nbytes == checkpoint.nbytes == nbytes
     (name, tensor), *rest = checkpoint.read(["x"])
     assert (name, rest) == ("x", [])
@@ -123,7 +123,7 @@ def test_file_order(tmp_path, suffix):
     assert list(checkpoint.tensors) == expected
     assert [name for name, _ in checkpoint.read({"a", "b", "x", "y", "z"})] == expected
     assert [name for name, _ in checkpoint.read(["b", "z", "b", "y"])] == [n for n in expected if n in "bzy"]
-    assert [info.file.name for info in checkpoint.tensors.values()] == [shards[0]] * 3 + [shards[1]] * 2
+    assert [Path(info.where).name for info in checkpoint.tensors.values()] == [shards[0]] * 3 + [shards[1]] * 2
 
 
 def test_the_order_of_pickled_tensors_is_that_of_their_bytes(tmp_path):

@@ -1,0 +1,156 @@
+"""Source: where a load takes tensors from, and where the bytes of each of them lie."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bigq.checkpoint.shortlist import shortlist
+from bigq.errors import CheckpointError
+from bigq.files import memory_of
+
+__all__ = ["ByteSource", "ReadError", "Source", "Span", "StoredTensor", "read_tensor", "refuse_unknown"]
+
+
+class ReadError(CheckpointError):
+    """Bytes that a ByteSource did not give.
+
+    Args:
+        name: the name of the ByteSource.
+        at: the byte of it from which on nothing came.
+        reason: why it could not be read; None where it ended there, though it had more bytes when it was opened.
+    """
+
+    def __init__(self, name: str, at: int, reason: str | None = None) -> None:
+        super().__init__(name, at, reason)
+        self.name, self.at, self.reason = name, at, reason
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"cannot read {self.name} from byte {self.at} on: {self.reason}"
+        return f"{self.name} ended at byte {self.at}: it was cut short while it was read"
+
+    def in_tensor(self, tensor: str) -> CheckpointError:
+        """The same error, for a reader who knows which tensor the byte belongs to."""
+        if self.reason is not None:
+            return CheckpointError(f"cannot read tensor {tensor!r} of {self.name}: {self.reason}")
+        return CheckpointError(
+            f"{self.name} ended at byte {self.at}, in the middle of tensor {tensor!r}: "
+            "it was cut short while it was read"
+        )
+
+
+class ByteSource(Protocol):
+    """Bytes that several threads may read at once, at any offset: a file, or what stands for one."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+
+    @property
+    def path(self) -> Path | None:
+        """The local file that holds exactly these bytes and may be memory-mapped instead; None if there is none."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill all of `buffer` with the bytes from `offset` on; opens what it needs.
+
+        Raises:
+            ReadError: bytes cannot be read, or it ends before the buffer is full.
+            CheckpointError: it cannot be opened, or is not what it was.
+        """
+
+    def close(self) -> None:
+        """Let go of what is open. Reads that are under way end well, and a later one opens it again."""
+
+
+class Span(NamedTuple):
+    """The `nbytes` bytes of `source` from `offset` on."""
+
+    source: ByteSource
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """What a source says of one of its tensors before it is read.
+
+    `where` is what errors call the place that holds it, such as the path of a file. The bytes of `spans`, one after the
+    other, are the tensor, row-major and little-endian; there is none where it lies in no plain bytes, as in a legacy
+    pickle or in a model in memory. Raises CheckpointError unless the spans hold as many bytes as the tensor has.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    where: str
+    spans: tuple[Span, ...] = field(default=(), compare=False, repr=False)
+    nbytes: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        nbytes = self.shape.numel() * self.dtype.itemsize
+        object.__setattr__(self, "nbytes", nbytes)  # read several times for each of 19,000 tensors
+        if self.spans and (found := sum([span.nbytes for span in self.spans])) != nbytes:
+            raise CheckpointError(
+                f"tensor {self.name!r} of {self.where}: {self.dtype} {list(self.shape)} takes {nbytes} bytes, "
+                f"but its spans hold {found}: whatever describes it so is wrong"
+            )
+
+
+class Source(Protocol):
+    """Named tensors: a checkpoint, a model in memory, or another source under other names."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by its name, in the order in which they are stored."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the tensors are those of the model that is being filled.
+
+        Each is then replaced as soon as it is done, and there is no second copy to go back to.
+        """
+
+    def check(self) -> None:
+        """Raise a CheckpointError if there are tensors that hold no numbers, such as those on meta."""
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) in stored order, whatever the order of `names`.
+
+        The tensors may be views of a file or of the model: copy what must outlive the next step, and do not write to
+        them. Raises CheckpointError at once where `names` holds what is not in `tensors`.
+        """
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Read a tensor that has spans into CPU memory of its own; closes nothing.
+
+    Raises:
+        CheckpointError: a span cannot be read.
+    """
+    if not stored.spans:
+        raise CheckpointError(f"tensor {stored.name!r} of {stored.where} lies in no plain bytes: use Source.read")
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    if tensor.nbytes:
+        memory, start = memory_of(tensor), 0
+        for span in stored.spans:
+            try:
+                span.source.read_into(memory[start : start + span.nbytes], span.offset)
+            except ReadError as error:
+                raise error.in_tensor(stored.name) from error
+            start += span.nbytes
+    return tensor
+
+
+def refuse_unknown(names: Collection[str], tensors: Mapping[str, StoredTensor], holder: str) -> None:
+    """Raise a CheckpointError that lists those of `names` that are not in `tensors`, which `holder` holds."""
+    unknown = sorted(name for name in names if name not in tensors)
+    if unknown:
+        raise CheckpointError(f"{holder} does not hold {shortlist([repr(name) for name in unknown])}")
