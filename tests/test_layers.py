@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "bigq"
 LAYERS = [  # an import points to an earlier line, or to the left within a line
     ["reference"],
     ["ops", "eager"],
-    ["files", "formats", "checkpoint", "table"],
+    ["files", "formats", "checkpoint", "testing", "table"],
     ["config", "linear", "offload", "device_map", "model_tensors", "machine", "stages"],
     ["transfer", "saved_tensors", "prefetch", "attach", "moves", "hooks"],
     ["selection", "runs", "stream", "footprint", "quantize", "bench"],

@@ -71,7 +71,7 @@ class SafetensorsFile:
         infos, offset = [], self._data_offset(len(names))
         for name, header in headers.items():
             infos.append(self._info(name, _DTYPES[dtypes[name]], header.get_shape(), source, offset))
-            offset += infos[-1].spans[0].nbytes  # the library refuses files with holes
+            offset += infos[-1].nbytes  # the library refuses files with holes
         return infos
 
     def read(self, name: str) -> Tensor:

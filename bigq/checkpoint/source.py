@@ -78,6 +78,9 @@ class Span(NamedTuple):
     nbytes: int
 
 
+_set = object.__setattr__  # of a frozen dataclass
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
     """What a source says of one of its tensors before it is read.
@@ -95,9 +98,12 @@ class StoredTensor:
     nbytes: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        nbytes = self.shape.numel() * self.dtype.itemsize
-        object.__setattr__(self, "nbytes", nbytes)  # read several times for each of 19,000 tensors
-        if self.spans and (found := sum([span.nbytes for span in self.spans])) != nbytes:
+        nbytes, spans = self.shape.numel() * self.dtype.itemsize, self.spans
+        _set(self, "nbytes", nbytes)  # read several times for each of 19,000 tensors
+        if not spans:
+            return
+        found = spans[0].nbytes if len(spans) == 1 else sum(span.nbytes for span in spans)
+        if found != nbytes:
             raise CheckpointError(
                 f"tensor {self.name!r} of {self.where}: {self.dtype} {list(self.shape)} takes {nbytes} bytes, "
                 f"but its spans hold {found}: whatever describes it so is wrong"

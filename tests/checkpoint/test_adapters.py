@@ -1,0 +1,172 @@
+"""Renamed and Stacked: the same values under other names and in other shapes, however they are read."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from bigq.checkpoint import Checkpoint, Renamed, Stacked
+from bigq.errors import CheckpointError
+from bigq.model_tensors import ModelTensors
+from bigq.runs import Target
+from bigq.stages import Stages
+from bigq.stream import Budget, stream
+
+AMPLE = Budget(threads=2, nbytes=8 << 20)
+SMALL = Budget(threads=3, nbytes=1 << 15)  # runs of 8 KiB in chunks of 2.7 kB
+E, N, K = 5, 30, 41
+STACK = [f"experts.{i}.up" for i in range(E)]
+
+
+@pytest.fixture
+def tensors():
+    return {
+        "embed": torch.randn(20, K),
+        **{name: torch.randn(N, K) for name in STACK},
+        **{f"experts.{i}.bias": torch.randn(N).half() for i in range(E)},
+        **{f"experts.{i}.scale": torch.tensor(float(i)) for i in range(E)},
+        **{f"experts.{i}.none": torch.zeros(0, 3) for i in range(E)},
+        "head": torch.randn(20, K).bfloat16(),
+    }
+
+
+@pytest.fixture(params=["safetensors", "zip", "legacy"])
+def checkpoint(request, tensors, tmp_path):
+    """Two files, and the experts in both of them."""
+    for shard in range(2):
+        part = {name: tensor for i, (name, tensor) in enumerate(tensors.items()) if i % 2 == shard}
+        if request.param == "safetensors":
+            save_file(part, tmp_path / f"model-0000{shard + 1}-of-00002.safetensors")
+        else:
+            path = tmp_path / f"pytorch_model-0000{shard + 1}-of-00002.bin"
+            torch.save(part, path, _use_new_zipfile_serialization=request.param == "zip")
+    return Checkpoint.open(tmp_path)
+
+
+def streamed(source, budget, *, own=False):
+    arrived = {}
+
+    def memory(stored):
+        return lambda: torch.empty(stored.shape, dtype=stored.dtype)
+
+    cpu = torch.device("cpu")
+    wanted = {name: Target(device=cpu, own=memory(t) if own else None) for name, t in source.tensors.items()}
+    for pieces in stream(source, wanted, budget, Stages()):
+        for piece in pieces:
+            before = arrived.get(piece.info.name, piece.tensor[:0] if piece.tensor.dim() else None)
+            assert piece.start == (0 if before is None else len(before))
+            whole = piece.tensor.clone() if before is None or not len(before) else torch.cat([before, piece.tensor])
+            arrived[piece.info.name] = whole
+    return arrived
+
+
+def assert_holds(source, expected):
+    """Read at once, streamed in pieces, and streamed into memory of its own."""
+    assert set(source.tensors) == set(expected)
+    at_once = {name: tensor.clone() for name, tensor in source.read(list(expected)[::-1])}
+    assert list(at_once) == list(source.tensors)
+    for arrived in (at_once, streamed(source, AMPLE), streamed(source, SMALL), streamed(source, AMPLE, own=True)):
+        assert arrived.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(arrived[name], tensor), name
+            stored = source.tensors[name]
+            assert (arrived[name].dtype, arrived[name].shape) == (tensor.dtype, tensor.shape), name
+            assert (stored.name, stored.dtype, stored.shape) == (name, tensor.dtype, tensor.shape)
+
+
+def test_renamed_tensors_are_those_of_the_old_names(checkpoint, tensors):
+    names = {"embed": "head", "head": "embed", "experts.0.up": "first"}
+    assert_holds(Renamed(checkpoint, names), {names.get(name, name): tensor for name, tensor in tensors.items()})
+
+
+def test_stacked_tensors_are_those_that_torch_stacks(checkpoint, tensors):
+    stacks = {leaf: [f"experts.{i}.{leaf}" for i in range(E)] for leaf in ("up", "bias", "scale", "none")}
+    stacks["up"] = stacks["up"][::-1]  # the order of the list, not that of the file
+    expected = {name: torch.stack([tensors[member] for member in members]) for name, members in stacks.items()}
+    assert_holds(Stacked(checkpoint, stacks), {"embed": tensors["embed"], "head": tensors["head"], **expected})
+
+
+def test_adapters_adapt_each_other(checkpoint, tensors):
+    renamed = Renamed(checkpoint, {name: name.replace("experts", "mlp") for name in STACK})
+    source = Renamed(Stacked(renamed, {"all": [name.replace("experts", "mlp") for name in STACK]}), {"all": "w"})
+    assert torch.equal(dict(source.read(["w"]))["w"], torch.stack([tensors[name] for name in STACK]))
+    assert torch.equal(streamed(source, SMALL)["w"], torch.stack([tensors[name] for name in STACK]))
+
+
+def test_a_stack_whose_members_lie_side_by_side_is_one_span(tmp_path):
+    stored = {f"{i}": torch.randn(4, 4) for i in range(6)}
+    save_file(stored, tmp_path / "model.safetensors")
+    source = Stacked(Checkpoint.open(tmp_path), {"in order": ["1", "2", "3"], "not in order": ["5", "4", "0"]})
+    assert [len(source.tensors[name].spans) for name in ("in order", "not in order")] == [1, 3]
+    assert_holds(
+        source,
+        {
+            name: torch.stack([stored[i] for i in ids])
+            for name, ids in {"in order": "123", "not in order": "540"}.items()
+        },
+    )
+
+
+def test_a_stack_comes_where_its_last_member_is_stored_and_the_source_is_read_once(tmp_path, monkeypatch):
+    save_file({name: torch.randn(2, 2) for name in "abcdef"}, tmp_path / "model.safetensors")
+    source = Stacked(Checkpoint.open(tmp_path), {"ce": ["e", "c"], "bd": ["b", "d"]})
+    assert list(source.tensors) == ["a", "bd", "ce", "f"]
+    passes, plain = [], Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, names: passes.append(sorted(names)) or plain(self, names))
+    assert [name for name, _ in source.read(["f", "ce", "bd", "ce"])] == ["bd", "ce", "f"]
+    assert passes == [["b", "c", "d", "e", "f"]]
+
+
+def test_a_stack_may_have_the_name_of_a_member(tmp_path):
+    stored = {name: torch.randn(2, 2) for name in "ab"}
+    save_file(stored, tmp_path / "model.safetensors")
+    assert_holds(Stacked(Checkpoint.open(tmp_path), {"a": ["a", "b"]}), {"a": torch.stack(list(stored.values()))})
+
+
+def test_a_model_in_memory_is_adapted_too():
+    model = nn.Sequential(*(nn.Linear(3, 4) for _ in range(3)))
+    stacks = {"w": [f"{i}.weight" for i in range(3)], "b": [f"{i}.bias" for i in range(3)]}
+    source = Renamed(Stacked(ModelTensors(model), stacks), {"b": "bias"})
+    assert source.in_place
+    expected = {
+        "w": torch.stack([layer.weight for layer in model]),
+        "bias": torch.stack([layer.bias for layer in model]),
+    }
+    assert_holds(source, {name: tensor.detach() for name, tensor in expected.items()})
+    for adapter in (Renamed(ModelTensors(model.to("meta")), {}), Stacked(ModelTensors(model.to("meta")), {})):
+        with pytest.raises(CheckpointError, match="6 tensors of Sequential are on meta"):
+            adapter.check()
+
+
+@pytest.mark.parametrize("checkpoint", ["safetensors"], indirect=True)
+@pytest.mark.parametrize(
+    "adapt, message",
+    [
+        pytest.param(lambda c: Renamed(c, {"gone": "x"}), "does not hold 'gone'", id="a name that is not there"),
+        pytest.param(lambda c: Renamed(c, {"embed": "head"}), "one name: 'head' for", id="a name that is taken"),
+        pytest.param(
+            lambda c: Renamed(c, {"embed": "x", "head": "x"}), "'x' for '(embed|head)' and", id="one name for two"
+        ),
+        pytest.param(lambda c: Stacked(c, {"x": ["gone"]}), "stack 'x' does not hold 'gone'", id="a member not there"),
+        pytest.param(lambda c: Stacked(c, {"x": []}), "stack 'x' has no members", id="no members"),
+        pytest.param(
+            lambda c: Stacked(c, {"x": ["experts.0.up", "embed"]}),
+            r"look alike: 'experts.0.up' is torch.float32 \[30, 41\], 'embed' in .* is torch.float32 \[20, 41\]",
+            id="another shape",
+        ),
+        pytest.param(
+            lambda c: Stacked(c, {"x": ["embed", "head"]}), r"'head' in .* is torch.bfloat16", id="another dtype"
+        ),
+        pytest.param(
+            lambda c: Stacked(c, {"x": ["embed"], "y": ["embed"]}),
+            "'embed' is twice in stacks: in 'x' and 'y'",
+            id="two",
+        ),
+        pytest.param(lambda c: Stacked(c, {"head": ["embed"]}), "names of stacks: head", id="a stack's name is taken"),
+        pytest.param(lambda c: Renamed(c, {"embed": "x"}).read(["embed"]), "does not hold 'embed'", id="an old name"),
+        pytest.param(lambda c: Stacked(c, {"x": STACK}).read(STACK[:1]), "not hold 'experts.0.up'", id="a member"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_read(checkpoint, adapt, message):
+    with pytest.raises(CheckpointError, match=message):
+        adapt(checkpoint)
