@@ -7,16 +7,21 @@ import sys
 import threading
 import weakref
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import bigq.stream
 from bigq import CheckpointError, ConfigError
-from bigq.checkpoint import Checkpoint
+from bigq.checkpoint import Checkpoint, Stacked
+from bigq.model_tensors import ModelTensors
 from bigq.runs import Target
 from bigq.stages import Stages
 from bigq.stream import Budget, stream
+from bigq.testing import FaultyBytes, with_bytes
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
@@ -249,6 +254,141 @@ def test_threads_and_files_end_with_it(checkpoint, monkeypatch, end):
     assert set(threading.enumerate()) <= before  # those of other tests may end meanwhile
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/fd")) <= files
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["lent", "own"])
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_stacked_tensors_arrive_as_one_split_or_whole(tmp_path, device, own):
+    """37 tensors of 4,440 bytes in no order, 8 KiB at a time: a piece is a whole member, in chunks of 2.7 kB."""
+    stored = {f"{i}": torch.randn(30, 37) for i in range(37)}
+    save_file(stored, tmp_path / "model.safetensors")
+    members = [f"{i * 7 % 37}" for i in range(37)]
+    source = Stacked(Checkpoint.open(tmp_path), {"all": members})
+    assert len(source.tensors["all"].spans) > 30
+    expected = {"all": torch.stack([stored[name] for name in members])}
+    for budget in (SMALL, BUDGET):
+        assert_equal(arrivals(source, targets(source, device, own=own), budget), expected, ["all"])
+
+
+def test_a_model_in_memory_comes_as_its_own_tensors():
+    model = torch.nn.Linear(3, 4)
+    source = ModelTensors(model)
+    pieces = [piece for pieces in stream(source, targets(source), BUDGET, Stages()) for piece in pieces]
+    assert [(piece.info.name, piece.start) for piece in pieces] == [("weight", 0), ("bias", 0)]
+    assert [piece.tensor.data_ptr() for piece in pieces] == [model.weight.data_ptr(), model.bias.data_ptr()]
+
+
+def test_two_threads_stream_one_checkpoint_at_once(checkpoint, tensors):
+    with ThreadPoolExecutor(4) as pool:
+        for arrived in pool.map(lambda _: arrivals(checkpoint, targets(checkpoint), SMALL), range(24)):
+            assert_equal(arrived, tensors, checkpoint.tensors)
+    assert not open_files(checkpoint)
+
+
+def open_files(checkpoint):
+    if sys.platform != "linux":
+        return []
+    links = [os.path.join("/proc/self/fd", descriptor) for descriptor in os.listdir("/proc/self/fd")]
+    targets_of_links = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return [path for path in targets_of_links if path in set(map(str, checkpoint.files))]
+
+
+class InjectedError(Exception):
+    """An error that nothing but these tests raises."""
+
+
+@pytest.mark.parametrize("error", [InjectedError("broken"), KeyboardInterrupt(), CheckpointError("timeout")], ids=repr)
+def test_what_a_read_raises_in_a_thread_is_raised_in_the_caller(checkpoint, error):
+    """The same object, after what was read before it, with every source closed and no thread left."""
+    before, wrapped = set(threading.enumerate()), []
+
+    def wrap(source):
+        offset = checkpoint.tensors["big"].spans[0].offset + 900_000
+        fails = source is checkpoint.tensors["big"].spans[0].source
+        wrapped.append(FaultyBytes(source, fail_at=offset, error=error) if fails else FaultyBytes(source))
+        return wrapped[-1]
+
+    reading = stream(with_bytes(checkpoint, wrap), targets(checkpoint), SMALL, Stages())
+    arrived = [next(reading) for _ in range(20)]
+    with pytest.raises(type(error)) as caught:
+        deque(reading, maxlen=0)
+    assert caught.value is error
+    assert len(arrived) == 20
+    assert set(threading.enumerate()) <= before
+    assert [source.closes for source in wrapped if source.reads] == [1]
+    assert not open_files(checkpoint)
+
+
+def test_an_error_names_the_tensor_that_the_byte_belongs_to(checkpoint):
+    for name in ("half", "bytes", "wide", "long"):
+        span = checkpoint.tensors[name].spans[0]
+        for faults, words in (
+            ({"fail_at": span.offset}, rf"cannot read tensor '{name}' of .*safetensors: a fault that a test asked for"),
+            (
+                {"short_after": span.offset + 1},
+                rf"safetensors ended at byte {span.offset + 1}, in the middle of tensor '{name}': it was cut short",
+            ),
+        ):
+            source = with_bytes(checkpoint, lambda s: FaultyBytes(s, **faults) if s is span.source else s)  # noqa: B023
+            for nbytes in (BUDGET.nbytes, SMALL.nbytes):  # of several threads, one that reads on may be the first
+                budget = Budget(threads=1, nbytes=nbytes)
+                with pytest.raises(CheckpointError, match=words):
+                    list(stream(source, targets(checkpoint), budget, Stages()))
+    assert not open_files(checkpoint)
+
+
+def test_an_error_in_a_later_span_names_the_stack(tmp_path):
+    save_file({name: torch.randn(8, 8) for name in "abcd"}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    offset = checkpoint.tensors["c"].spans[0].offset
+    source = with_bytes(checkpoint, lambda source: FaultyBytes(source, fail_at=offset))
+    stacked = Stacked(source, {"stack": ["d", "a", "c"]})
+    assert len(list(stream(stacked, targets(stacked, names=["b"]), BUDGET, Stages()))) == 1
+    with pytest.raises(CheckpointError, match=r"cannot read tensor 'stack' of .*model\.safetensors"):
+        list(stream(stacked, targets(stacked), BUDGET, Stages()))
+
+
+def test_slow_reads_that_end_out_of_order_come_in_order(checkpoint, tensors):
+    source = with_bytes(
+        checkpoint, lambda s: FaultyBytes(s, delay_s=0.05, delay_at=checkpoint.tensors["big"].spans[0].offset)
+    )
+    assert_equal(arrivals(source, targets(checkpoint), SMALL), tensors, checkpoint.tensors)
+
+
+def test_every_byte_is_read_once(checkpoint):
+    wrapped = []
+
+    def wrap(source):
+        wrapped.append(FaultyBytes(source))
+        return wrapped[-1]
+
+    for _ in stream(with_bytes(checkpoint, wrap), targets(checkpoint), SMALL, Stages()):
+        pass
+    read = [(id(source), byte) for source in wrapped for asked in source.reads for byte in asked]
+    assert len(read) == len(set(read)) == checkpoint.nbytes
+
+
+def test_a_file_is_checked_before_memory_is_made_for_what_it_holds(checkpoint, monkeypatch):
+    """By `bigq.stream.open_unchanged`, in the thread of the caller."""
+    checked, plain, made = [], bigq.stream.open_unchanged, []
+
+    def swapped(path, nbytes):
+        checked.append((path, threading.current_thread()))
+        if path == checkpoint.files[1]:
+            os.truncate(path, nbytes - 1)
+        return plain(path, nbytes)
+
+    def memory(name):
+        made.append(name)
+        return torch.empty(checkpoint.tensors[name].shape, dtype=checkpoint.tensors[name].dtype)
+
+    monkeypatch.setattr(bigq.stream, "open_unchanged", swapped)
+    wanted = {name: Target(device=CPU, own=partial(memory, name)) for name in checkpoint.tensors}
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors changed after it was opened"):
+        list(stream(checkpoint, wanted, BUDGET, Stages()))
+    assert checked == [(path, threading.current_thread()) for path in checkpoint.files]
+    assert made
+    assert {checkpoint.tensors[name].where for name in made} == {str(checkpoint.files[0])}
 
 
 @pytest.mark.parametrize("threads, nbytes", [(0, None), (1.5, None), (None, 1000), ("2", None)], ids=repr)
