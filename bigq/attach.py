@@ -1,4 +1,4 @@
-"""attach: put a hook on a module as accelerate does, so that the module still pickles and compiles."""
+"""attach: put a hook on a module as accelerate does, so that the module pickles and compiles, and calls stay apart."""
 
 import functools
 import sys
@@ -9,7 +9,48 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-__all__ = ["attach", "outside_of_graphs"]
+__all__ = ["SurroundingHook", "attach", "outside_of_graphs"]
+
+
+class SurroundingHook(ModelHook):  # type: ignore[misc]
+    """A hook whose work surrounds the forward of its module, so that what belongs to a call is local to `call`.
+
+    accelerate's own `pre_forward` and `post_forward` share nothing but the hook, whatever the thread and the depth of
+    the recursion, and an exception skips `post_forward`. So the hook stands in front of `module._old_forward`, which is
+    what accelerate calls, also for `module.forward(x)`.
+    """
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`forward(*args, **kwargs)` with what the hook does before and after."""
+        raise NotImplementedError
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        module._old_forward = _Surrounded(self, module._old_forward)  # type: ignore[assignment, arg-type]
+        return module
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        module._old_forward = _without(self, module._old_forward)  # type: ignore[assignment, arg-type]
+        return module
+
+
+class _Surrounded:
+    """A forward in the middle of what a hook does; a class and no closure, so that the module pickles."""
+
+    def __init__(self, hook: SurroundingHook, forward: Callable[..., Any]) -> None:
+        self.hook, self.forward = hook, forward
+        functools.update_wrapper(self, forward, updated=())  # its signature is looked at
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hook.call(self.forward, args, kwargs)
+
+
+def _without(hook: SurroundingHook, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` without `hook`, which may be under others."""
+    if not isinstance(forward, _Surrounded):
+        return forward
+    if forward.hook is hook:
+        return forward.forward
+    return _Surrounded(forward.hook, _without(hook, forward.forward))
 
 
 class HookedForward:
@@ -17,7 +58,7 @@ class HookedForward:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        functools.update_wrapper(self, module._old_forward)  # type: ignore[arg-type]  # its signature is looked at
+        functools.update_wrapper(self, module._old_forward, updated=())  # type: ignore[arg-type]  # its signature is looked at
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module

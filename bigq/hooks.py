@@ -1,33 +1,21 @@
 """Hooks that bring a module's inputs and its offloaded tensors to the device it runs on; accelerate `ModelHook`s."""
 
-import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.hooks import ModelHook
 from accelerate.utils import find_device, recursively_apply, send_to_device
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from bigq.attach import outside_of_graphs
+from bigq.attach import SurroundingHook, outside_of_graphs
 from bigq.moves import allow_moves
 from bigq.prefetch import Block, Prefetcher
 
 __all__ = ["Float32Hook", "PlacementHook"]
 
 
-@dataclass(kw_only=True)
-class _Call:
-    """A call that has begun and not ended."""
-
-    input_device: torch.device | None = None
-    entered: bool = False
-    saving: AbstractContextManager[object] | None = None  # in force while the block computes
-
-
-class PlacementHook(ModelHook):  # type: ignore[misc]
+class PlacementHook(SurroundingHook):
     """Runs a module on `device`: moves its inputs there, and lends it its offloaded tensors for the length of the call.
 
     At rest the module keeps its own tensors, on the CPU or file-backed. What it is lent are frozen copies, given back
@@ -55,73 +43,56 @@ class PlacementHook(ModelHook):  # type: ignore[misc]
         self.prefetcher = prefetcher
         self.io_same_device = io_same_device
         self.skip_keys = skip_keys
-        self._calls = threading.local()
-        self._handle: RemovableHandle | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_calls"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _calls=threading.local())
-
-    def init_hook(self, module: nn.Module) -> nn.Module:
-        # accelerate calls no post_forward after an exception; torch calls this hook always
-        self._handle = module.register_forward_hook(self._after_call, always_call=True)
-        return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        if self._handle is not None:
-            self._handle.remove()
         allow_moves(module)
-        return module
+        return super().detach_hook(module)
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs, input_device = self._bring(args, kwargs)
+        if self.block is None:
+            output = forward(*args, **kwargs)
+        else:
+            saving = self._borrow()
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self._give_back(saving)
+        return output if input_device is None else self._send_back(output, input_device)
 
     @outside_of_graphs
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._calls.returned = False
-        call = _Call(input_device=find_device([args, kwargs]) if self.io_same_device else None)
-        self._stack.append(call)
+    def _bring(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], torch.device | None]:
+        """The inputs on the device, and where the first of them came from if the outputs go back there."""
+        input_device = find_device([args, kwargs]) if self.io_same_device else None
         args = send_to_device(args, self.device)
-        kwargs = send_to_device(kwargs, self.device, skip_keys=self.skip_keys)
-        if self.block is not None and self.prefetcher is not None:
-            call.saving = self.prefetcher.enter(self.block)
-            call.entered = True
-            if call.saving is not None:
-                call.saving.__enter__()
-        return args, kwargs
+        return args, send_to_device(kwargs, self.device, skip_keys=self.skip_keys), input_device
 
     @outside_of_graphs
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        call = self._stack.pop()
-        self._calls.returned = True
-        self._end(call)
-        if call.input_device is not None:
-            output = send_to_device(output, call.input_device, skip_keys=self.skip_keys)
-        return output
+    def _send_back(self, output: Any, device: torch.device) -> Any:
+        return send_to_device(output, device, skip_keys=self.skip_keys)
 
     @outside_of_graphs
-    def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._calls.returned:  # the call raised before post_forward
-            self._end(self._stack.pop())
-        self._calls.returned = False
+    def _borrow(self) -> AbstractContextManager[object] | None:
+        """Begin a call: the context that is in force while the block computes, if it needs one."""
+        assert self.block is not None
+        assert self.prefetcher is not None
+        saving = self.prefetcher.enter(self.block)
+        if saving is not None:
+            saving.__enter__()
+        return saving
 
-    @property
-    def _stack(self) -> list[_Call]:
-        """The calls of this thread: a module may call itself."""
-        if not hasattr(self._calls, "stack"):
-            self._calls.stack = []
-        stack: list[_Call] = self._calls.stack
-        return stack
-
-    def _end(self, call: _Call) -> None:
-        if call.saving is not None:
-            call.saving.__exit__(None, None, None)
-        if call.entered:
-            assert self.block is not None
-            assert self.prefetcher is not None
-            self.prefetcher.leave(self.block)
+    @outside_of_graphs
+    def _give_back(self, saving: AbstractContextManager[object] | None) -> None:
+        assert self.block is not None
+        assert self.prefetcher is not None
+        if saving is not None:
+            saving.__exit__(None, None, None)
+        self.prefetcher.leave(self.block)
 
 
-class Float32Hook(ModelHook):  # type: ignore[misc]
+class Float32Hook(SurroundingHook):
     """Lets a float32 module live among half-precision ones: casts its floating inputs to float32.
 
     With `restore` its float32 outputs are cast back to the dtype the inputs had; an output head keeps them.
@@ -130,23 +101,20 @@ class Float32Hook(ModelHook):  # type: ignore[misc]
     def __init__(self, *, restore: bool) -> None:
         super().__init__()
         self.restore = restore
-        self._dtype: torch.dtype | None = None
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._dtype = None
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        dtype: torch.dtype | None = None  # of the first half-precision input
 
         def up(tensor: Tensor) -> Tensor:
-            if self._dtype is None:
-                self._dtype = tensor.dtype
+            nonlocal dtype
+            dtype = dtype or tensor.dtype
             return tensor.float()
 
-        cast: tuple[tuple[Any, ...], dict[str, Any]] = recursively_apply(up, (args, kwargs), test_type=_is_half)
-        return cast
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        if not self.restore or self._dtype is None:
+        args, kwargs = recursively_apply(up, (args, kwargs), test_type=_is_half)
+        output = forward(*args, **kwargs)
+        if not self.restore or dtype is None:
             return output
-        return recursively_apply(lambda tensor: tensor.to(self._dtype), output, test_type=_is_float32)
+        return recursively_apply(lambda tensor: tensor.to(dtype), output, test_type=_is_float32)
 
 
 def _is_half(value: object) -> bool:

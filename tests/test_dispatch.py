@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bigq import QuantizationConfig, QuantizedLinear, load_and_quantize_model, memory_footprint
+from bigq.attach import attach
 from bigq.dispatch import _units
 from bigq.hooks import Float32Hook, PlacementHook
 from bigq.offload import is_file_backed
@@ -240,9 +241,14 @@ class TestHooks:
         assert is_file_backed(model.blocks[0].up.weight)
 
     def test_skip_keys_stay_where_they_are(self):
-        hook = PlacementHook(torch.device("meta"), skip_keys="cache")
+        class Given(nn.Module):
+            def forward(self, **kwargs):
+                return kwargs
+
+        module = Given()
+        attach(module, PlacementHook(torch.device("meta"), skip_keys="cache"))
         x = torch.ones(2)
-        _, kwargs = hook.pre_forward(nn.Identity(), hidden=x, cache=x)
+        kwargs = module(hidden=x, cache=x)
         assert kwargs["hidden"].is_meta
         assert kwargs["cache"] is x
 
