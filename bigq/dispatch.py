@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from bigq.attach import attach
-from bigq.device_map import DeviceMap, as_user_map, execution_device, is_gpu, place_of
+from bigq.device_map import DeviceMap, ancestors, as_user_map, execution_device, is_gpu, place_of
 from bigq.hooks import Float32Hook, PlacementHook
 from bigq.moves import refuse_moves
 from bigq.offload import is_file_backed
+from bigq.placement import is_called, is_stack
 from bigq.plan import Plan
 from bigq.prefetch import Block, Prefetcher
 from bigq.selection import output_head
@@ -67,7 +68,7 @@ def dispatch(model: nn.Module, device_map: DeviceMap, *, skip_keys: str | list[s
 def _share_prefetchers(hooks: Mapping[str, PlacementHook]) -> None:
     """One Prefetcher a device; a module around other blocks keeps what it borrows out of the slots."""
     prefetchers: dict[torch.device, Prefetcher] = {}
-    around = {ancestor for path, hook in hooks.items() if path and hook.block for ancestor in _ancestors(path)[:-1]}
+    around = {ancestor for path, hook in hooks.items() if path and hook.block for ancestor in ancestors(path)}
     for path, hook in hooks.items():
         if hook.block is not None:
             if hook.device not in prefetchers:
@@ -96,7 +97,7 @@ def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
         seen.add(module)
         prefix = f"{path}." if path else ""
         own = [prefix + name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
-        if path and own and _is_called(module) and by_rule.issuperset(own):
+        if path and own and is_called(module) and by_rule.issuperset(own):
             attach(module, Float32Hook(restore=module is not head))
             return
         for name, child in module.named_children():
@@ -108,16 +109,16 @@ def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
 def _units(model: nn.Module, device_map: DeviceMap) -> list[_Unit]:
     """The modules to hook: blocks, and callers of tensors that lie outside of every block."""
     units: dict[str, _Unit] = {}
-    split = {ancestor for name in device_map if name for ancestor in _ancestors(name)}
+    split = {ancestor for name in device_map if name for ancestor in ancestors(name)}
     seen: set[nn.Module] = set()  # a module that is reached on two paths gets one hook, or they would undo each other
 
     def walk(module: nn.Module, path: str, caller: str, block: str | None) -> None:
         if module in seen:
             return
         seen.add(module)
-        if _is_called(module):
+        if is_called(module):
             caller = path
-        if block is None and path and path not in split and _is_called(module) and not _is_stack(module):
+        if block is None and path and path not in split and is_called(module) and not is_stack(module):
             block = path
         prefix = f"{path}." if path else ""
         host = caller if block is None else block
@@ -131,20 +132,3 @@ def _units(model: nn.Module, device_map: DeviceMap) -> list[_Unit]:
 
     walk(model, "", "", None)
     return list(units.values())
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return ["", *(".".join(parts[:end]) for end in range(1, len(parts)))]
-
-
-def _is_called(module: nn.Module) -> bool:
-    """Whether the module has a forward of its own; a ModuleList, a ModuleDict or a ParameterList has none."""
-    return type(module).forward is not nn.Module.forward
-
-
-def _is_stack(module: nn.Module) -> bool:
-    """Whether the module holds a list of modules, or is a Sequential of composite ones: its members are the blocks."""
-    if isinstance(module, nn.Sequential):
-        return any(any(True for _ in child.children()) for child in module.children())
-    return any(isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) for child in module.children())

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from bigq.device_map import (
     STRATEGIES,
     DeviceMap,
     Node,
+    Sized,
     as_user_map,
     balanced_budgets,
     check_device_map,
@@ -26,12 +27,13 @@ from bigq.device_map import (
     place_of,
 )
 from bigq.errors import PlacementError
-from bigq.formats import Description
+from bigq.formats import Description, TensorSpec
 from bigq.model_tensors import ModelTensors, ModelTree, tensor_name
+from bigq.offload import align
 from bigq.plan import Plan
 from bigq.planning import make_plan, quantized_prefixes
 
-__all__ = ["expected_device", "infer_device_map", "plan_and_place", "resting_places"]
+__all__ = ["expected_device", "infer_device_map", "is_called", "is_stack", "plan_and_place", "resting_places"]
 
 
 def plan_and_place(
@@ -55,38 +57,58 @@ def plan_and_place(
     quantized = _descriptions(source)
     policy = offload if offload is not None or config is None else config.offload
 
-    def plan(places: DeviceMap, policy: str | torch.dtype | None) -> Plan:
-        kept = policy in ("preserve", torch.float32)
-        dtype = policy if isinstance(policy, torch.dtype) else None
-        runs_on = execution_device(places)
-        return make_plan(
-            tree,
-            source.tensors,
-            config,
-            quantized=quantized,
-            unquantized=lambda name: kept and is_offloaded(place_of(places, name), runs_on),
-            offload_dtype=lambda name: dtype if is_offloaded(place_of(places, name), runs_on) else None,
-            strict=strict,
-        )
-
+    make = partial(_make_plan, tree, source, config, quantized=quantized, strict=strict)
     if isinstance(device_map, str) and device_map in STRATEGIES:
-        everything_quantized = plan({"": "cpu"}, None)
-        places = _infer_from_plan(
+        resident = make({"": "cpu"}, None)
+        places = _infer(
             tree.model,
-            everything_quantized,
+            resident,
+            resident if policy in (None, "quantized") else make({"": "disk"}, policy),
             device_map,
             no_split_module_classes=no_split_module_classes,
             max_memory=max_memory,
             offload_folder=offload_folder,
         )
         if policy in (None, "quantized"):
-            return everything_quantized, places
+            return resident, places
     else:
         places = _explicit_device_map(device_map)
         check_device_map(places, tree.modules, [group.names for group in tree.tensors if group.persistent])
         if policy is None and config is not None:
             policy = config.weight_format().custom_map_offload
-    return plan(places, policy), places
+    return make(places, policy), places
+
+
+def _make_plan(
+    tree: ModelTree,
+    source: Source,
+    config: QuantizationConfig | None,
+    places: DeviceMap,
+    policy: str | torch.dtype | None,
+    *,
+    quantized: Mapping[str, Description] | None = None,
+    strict: bool = True,
+) -> Plan:
+    """The plan for a model at `places`, of which what is offloaded is kept as `policy` says."""
+    kept = policy in ("preserve", torch.float32)
+    dtype = policy if isinstance(policy, torch.dtype) else None
+    runs_on = execution_device(places)
+    names_of = {group.names[0]: group.names for group in tree.tensors} if dtype is not None else {}
+
+    def is_away(names: Iterable[str]) -> bool:
+        """Whether something rests elsewhere than where it runs: it does not if any of its names keeps it there."""
+        found = [place for name in names if (place := place_of(places, name)) is not None]
+        return bool(found) and all(is_offloaded(place, runs_on) for place in found)
+
+    return make_plan(
+        tree,
+        source.tensors,
+        config,
+        quantized=quantized,
+        unquantized=lambda name: kept and is_away(tensor_name(n, "weight") for n in tree.aliases[tree.modules[name]]),
+        offload_dtype=lambda name: dtype if dtype is not None and is_away(names_of[name]) else None,
+        strict=strict,
+    )
 
 
 def expected_device(device_map: object) -> torch.device:
@@ -118,10 +140,12 @@ def infer_device_map(
     """
     if device_map not in STRATEGIES:
         raise PlacementError(f"device_map is {device_map!r}; expected one of {list(STRATEGIES)}")
-    plan = make_plan(ModelTree(model), ModelTensors(model).tensors, as_config(quantization_config))
-    places = _infer_from_plan(
+    tree, config = ModelTree(model), as_config(quantization_config)
+    make = partial(_make_plan, tree, ModelTensors(model), config)
+    places = _infer(
         model,
-        plan,
+        make({"": "cpu"}, None),
+        make({"": "disk"}, config.offload),
         device_map,
         no_split_module_classes=no_split_module_classes,
         max_memory=max_memory,
@@ -152,16 +176,17 @@ def _explicit_device_map(device_map: object) -> DeviceMap:
     raise PlacementError(f"device_map is {device_map!r}; expected one of {list(STRATEGIES)}, a device or a dict")
 
 
-def _infer_from_plan(
+def _infer(
     model: nn.Module,
-    plan: Plan,
+    resident: Plan,
+    offloaded: Plan,
     strategy: str,
     *,
     no_split_module_classes: Iterable[str] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> DeviceMap:
-    """The device map that `strategy` gives for the exact bytes of `plan`.
+    """The device map that `strategy` gives for the exact bytes of a model: see `_tree` for the two plans.
 
     Modules of `no_split_module_classes` (by default the model's own `_no_split_modules`) and the members of a
     ModuleList stay whole. The disk takes part only with an `offload_folder`.
@@ -177,18 +202,47 @@ def _infer_from_plan(
         budgets.setdefault("cpu", 0)
     if offload_folder is not None:
         budgets.setdefault("disk", 1 << 62)
-    root = _tree(model, plan, classes)
-    buffers = {tensor.names[0]: tensor.spec.nbytes for tensor in plan.tensors if tensor.is_buffer}
-    return infer_places(root, balanced_budgets(root, budgets, strategy), buffer_nbytes=sum(buffers.values()))
+    root = _tree(model, resident, offloaded, classes)
+    buffer_nbytes = sum(  # at the larger of their two sizes
+        max(spec.nbytes for spec in specs)
+        for specs in zip(_buffer_specs(resident), _buffer_specs(offloaded), strict=True)
+    )
+    return infer_places(root, balanced_budgets(root, budgets, strategy), buffer_nbytes=buffer_nbytes)
 
 
-def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
-    by_module: dict[str, list[tuple[str, object, int]]] = {}
-    for names, spec in plan.specs().items():
+def _buffer_specs(plan: Plan) -> list[TensorSpec]:
+    return [tensor.spec for tensor in plan.tensors if tensor.is_buffer]
+
+
+def _tree(model: nn.Module, resident: Plan, offloaded: Plan, classes: set[str]) -> Node:
+    """The modules of `model` with their sizes: in `resident` everything is where it runs, in `offloaded` nothing.
+
+    A quantized linear is one entry, its weight's, since all of its state goes with that. What is offloaded is aligned
+    as its memory is.
+    """
+    sizes: dict[str, int] = {}
+    away: dict[str, int] = {}
+    for plan, found, nbytes_of in ((resident, sizes, int), (offloaded, away, align)):
+        for tensor in plan.tensors:
+            found.update(dict.fromkeys(tensor.names, nbytes_of(tensor.spec.nbytes)))
+        for linear in plan.linears:
+            if linear.source is not None:
+                weights = [tensor_name(name, "weight") for name in linear.names]
+                specs = linear.description.state_spec.values()
+                found.update(dict.fromkeys(weights, sum(nbytes_of(spec.nbytes) for spec in specs)))
+    names_of = [tensor.names for tensor in resident.tensors]
+    names_of += [
+        tuple(tensor_name(name, "weight") for name in linear.names)
+        for linear in resident.linears
+        if linear.source is not None
+    ]
+    by_module: dict[str, list[Sized]] = {}
+    for names in names_of:
         for name in names:
-            by_module.setdefault(name.rpartition(".")[0], []).append((name, names[0], spec.nbytes))
+            sized = Sized(name, names[0], sizes[names[0]], away[names[0]])
+            by_module.setdefault(name.rpartition(".")[0], []).append(sized)
 
-    def node(path: str, module: nn.Module, atomic: bool) -> Node:
+    def node(path: str, module: nn.Module, is_atomic: bool) -> Node:
         prefix = f"{path}." if path else ""
         listed = isinstance(module, nn.ModuleList)
         return Node(
@@ -196,12 +250,27 @@ def _tree(model: nn.Module, plan: Plan, classes: set[str]) -> Node:
             tensors=tuple(by_module.get(path, ())),
             children=tuple(
                 node(prefix + name, child, listed or type(child).__name__ in classes)
-                for name, child in module.named_children()
+                for name, child in module._modules.items()
+                if child is not None
             ),
-            atomic=atomic,
+            is_atomic=is_atomic,
+            is_called=is_called(module),
+            is_stack=is_stack(module),
         )
 
     return node("", model, False)
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether the module has a forward of its own; a ModuleList, a ModuleDict or a ParameterList has none."""
+    return type(module).forward is not nn.Module.forward
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether the module holds a list of modules, or is a Sequential of composite ones: its members are the blocks."""
+    if isinstance(module, nn.Sequential):
+        return any(any(True for _ in child.children()) for child in module.children())
+    return any(isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) for child in module.children())
 
 
 def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:

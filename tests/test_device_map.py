@@ -6,31 +6,36 @@ import torch
 from bigq import PlacementError
 from bigq.device_map import (
     Node,
+    Sized,
     as_user_map,
     balanced_budgets,
     check_device_map,
     execution_device,
     infer_places,
     is_offloaded,
+    lent_nbytes,
     normalize_device_map,
     place_of,
 )
 
 
 def leaf(name, nbytes, key=None):
-    return Node(name=name, tensors=((f"{name}.weight", key or name, nbytes),), children=(), atomic=False)
+    weight = Sized(f"{name}.weight", key or name, nbytes, nbytes)
+    return Node(name=name, tensors=(weight,), children=(), is_atomic=False)
 
 
 def block(name, nbytes):
     parts = (leaf(f"{name}.a", nbytes // 2), leaf(f"{name}.b", nbytes - nbytes // 2))
-    return Node(name=name, tensors=(), children=parts, atomic=True)
+    return Node(name=name, tensors=(), children=parts, is_atomic=True)
 
 
 def model(blocks=4, nbytes=100, embed=50, tied=False):
     layers = tuple(block(f"layers.{i}", nbytes) for i in range(blocks))
-    body = Node(name="layers", tensors=(), children=layers, atomic=False)
+    body = Node(name="layers", tensors=(), children=layers, is_atomic=False, is_called=False)
     head = leaf("head", embed, key="embed" if tied else None)
-    return Node(name="", tensors=(("gain", "gain", 2),), children=(leaf("embed", embed), body, head), atomic=False)
+    return Node(
+        name="", tensors=(Sized("gain", "gain", 2, 2),), children=(leaf("embed", embed), body, head), is_atomic=False
+    )
 
 
 def test_cpu_values():
@@ -147,8 +152,8 @@ class TestInfer:
 
     def test_a_module_seen_before_goes_where_it_went(self):
         shared = block("layers.0", 100)
-        again = Node(name="tail", tensors=(), children=shared.children, atomic=True)
-        root = Node(name="", tensors=(), children=(shared, block("layers.1", 100), again), atomic=False)
+        again = Node(name="tail", tensors=(), children=shared.children, is_atomic=True)
+        root = Node(name="", tensors=(), children=(shared, block("layers.1", 100), again), is_atomic=False)
         places = infer_places(root, {"cuda:0": 100, "cuda:1": 100})
         assert places == {"layers.0": "cuda:0", "layers.1": "cuda:1", "tail": "cuda:0"}
 
@@ -160,6 +165,45 @@ class TestInfer:
     def test_what_does_not_fit_is_refused_with_the_sizes(self):
         with pytest.raises(PlacementError, match=r"does not fit: layers\.\d is left over.*offload_folder"):
             infer_places(model(), {"cuda:0": 300, "cpu": 160})
+
+    def test_what_is_offloaded_counts_with_the_bytes_it_has_there(self):
+        layers = tuple(
+            Node(name=f"layers.{i}", tensors=(Sized(f"layers.{i}.w", i, 100, 250),), children=(), is_atomic=True)
+            for i in range(4)
+        )
+        root = Node(name="", tensors=(), children=layers, is_atomic=False)
+        assert infer_places(root, {"cuda:0": 400, "cpu": 0}) == {"": "cuda:0"}
+        places = infer_places(root, {"cuda:0": 350, "cpu": 750}, slots=1)
+        assert [places[f"layers.{i}"] for i in range(4)] == ["cpu", "cpu", "cpu", "cuda:0"]
+        with pytest.raises(PlacementError, match="does not fit"):
+            infer_places(root, {"cuda:0": 350, "cpu": 749}, slots=1)
+        places = infer_places(root, {"cuda:0": 350, "cpu": 749, "disk": 250}, slots=1)
+        assert [places[f"layers.{i}"] for i in range(4)] == ["cpu", "cpu", "disk", "cuda:0"]
+
+    def test_a_gpu_without_room_for_what_is_lent_is_left_out_and_the_cpu_runs(self):
+        layers = tuple(
+            Node(name=f"layers.{i}", tensors=(Sized(f"layers.{i}.w", i, 100, 250),), children=(), is_atomic=True)
+            for i in range(4)
+        )
+        root = Node(name="", tensors=(), children=layers, is_atomic=False)
+        assert infer_places(root, {"cuda:0": 249, "cpu": 800}, slots=1) == {"": "cpu"}
+        places = infer_places(root, {"cuda:0": 90, "cpu": 399, "disk": 9999}, slots=1)
+        assert [places[f"layers.{i}"] for i in range(4)] == ["cpu", "disk", "disk", "disk"]
+
+    def test_a_module_around_blocks_borrows_beside_the_slots(self):
+        layers = tuple(block(f"layers.{i}", 100) for i in range(4))
+        body = Node(name="layers", tensors=(), children=layers, is_atomic=False, is_called=False)
+        root = Node(name="", tensors=(Sized("gain", "gain", 30, 30),), children=(body,), is_atomic=False)
+        places = {"gain": "cpu", **{f"layers.{i}": "cpu" if i else "cuda:0" for i in range(4)}}
+        assert lent_nbytes(root, places, torch.device("cuda:0")) == {"cuda:0": 230}
+
+    def test_an_offloaded_module_outside_of_stacks_is_lent_in_one_piece(self):
+        mlp = Node(name="mlp", tensors=(), children=(leaf("mlp.a", 100), leaf("mlp.b", 60)), is_atomic=False)
+        root = Node(name="", tensors=(), children=(leaf("embed", 50), mlp), is_atomic=False)
+        places = {"embed": "cuda:0", "mlp": "cpu"}
+        assert lent_nbytes(root, places, torch.device("cuda:0")) == {"cuda:0": 160}
+        places = {"embed": "cuda:0", "mlp.a": "cpu", "mlp.b": "cpu"}
+        assert lent_nbytes(root, places, torch.device("cuda:0")) == {"cuda:0": 200}
 
     def test_every_tensor_has_a_place(self):
         places = infer_places(model(), {"cuda:0": 200, "cpu": 200, "disk": 1000})

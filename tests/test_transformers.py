@@ -110,7 +110,7 @@ def test_bitsandbytes_config_and_no_split_modules(tmp_path):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
     model = load_and_quantize_model(
-        skeleton, tmp_path / "plain", config, "auto", max_memory={"cpu": 20_000}, offload_folder=tmp_path / "offload"
+        skeleton, tmp_path / "plain", config, "auto", max_memory={"cpu": 30_000}, offload_folder=tmp_path / "offload"
     )
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
     assert "model.layers.0" in model.hf_device_map
