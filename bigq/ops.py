@@ -2,6 +2,9 @@
 
 CPU tensors run `bigq.reference`; CUDA tensors run the Triton launchers of `bigq_kernels`, imported on first use. There
 is no fallback between them. `BIGQ_REFERENCE=1`, the library's only environment variable, runs the reference on CUDA.
+
+Every scale that is an argument (absmax, nested_absmax, nested_offset) is float32, or int32 of the same bits. Tensors
+that do not fit together are refused with a RuntimeError, on each device and under fake tensors.
 """
 
 import os
@@ -37,7 +40,7 @@ _SCHEMAS = {
     "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset) -> Tensor",
     "linear_4bit": (
         "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, Tensor? nested_offset, "
-        "str quant_type, int block_size) -> Tensor"
+        "str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
     ),
     "quantize_int8": "(Tensor weight) -> (Tensor, Tensor)",
     "dequantize_int8": "(Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
@@ -89,17 +92,20 @@ def _(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]
 
 @torch.library.register_fake("bigq::dequantize_4bit", lib=_LIBRARY)
 def _(weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    reference.check_dequantize_4bit(weight, absmax, None, None, block_size, in_features, torch._check)
     return weight.new_empty(weight.shape[0], in_features, dtype=dtype)
 
 
 @torch.library.register_fake("bigq::quantize_absmax", lib=_LIBRARY)
 def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    absmax = reference.scales(absmax)
     blocks = (absmax.numel() + reference.NESTED_BLOCK_SIZE - 1) // reference.NESTED_BLOCK_SIZE
     return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(blocks), absmax.new_empty(1)
 
 
 @torch.library.register_fake("bigq::dequantize_absmax", lib=_LIBRARY)
 def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    reference.check_dequantize_absmax(codes, nested_absmax, nested_offset, torch._check)
     return torch.empty_like(codes, dtype=torch.float32)
 
 
@@ -113,8 +119,11 @@ def _(
     nested_offset: Tensor | None,
     quant_type: str,
     block_size: int,
+    in_features: int | None = None,
 ) -> Tensor:
-    torch._check((x.shape[-1] + 1) // 2 == weight.shape[1], lambda: "x and weight differ in in_features")
+    reference.check_linear_4bit(
+        x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, torch._check
+    )
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -125,17 +134,18 @@ def _(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("bigq::dequantize_int8", lib=_LIBRARY)
 def _(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    reference.check_dequantize_int8(weight, absmax, torch._check)
     return torch.empty_like(weight, dtype=dtype)
 
 
 @torch.library.register_fake("bigq::linear_int8", lib=_LIBRARY)
 def _(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[1], lambda: "x and weight differ in in_features")
+    reference.check_linear_int8(x, weight, absmax, bias, torch._check)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _save_linear_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, absmax, bias, nested_absmax, nested_offset, ctx.quant_type, ctx.block_size = inputs
+    x, weight, absmax, bias, nested_absmax, nested_offset, ctx.quant_type, ctx.block_size, _ = inputs
     ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
     ctx.save_for_backward(weight, absmax, nested_absmax, nested_offset)
 
@@ -148,7 +158,7 @@ def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if nested_absmax is not None:
             absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
         grad_x = grad @ dequantize_4bit(weight, absmax, ctx.quant_type, ctx.block_size, ctx.in_features, grad.dtype)
-    return grad_x, None, None, _bias_grad(ctx, grad, 3), None, None, None, None
+    return grad_x, None, None, _bias_grad(ctx, grad, 3), None, None, None, None, None
 
 
 def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

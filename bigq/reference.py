@@ -3,8 +3,12 @@
 Shapes: N = out_features (rows), K = in_features, M = tokens, B = ceil(K / block_size). The Triton launchers in
 `bigq_kernels` have the same names and arguments and are tested against these functions bit for bit, matmuls against an
 error budget. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantization, LLM.int8() (arXiv 2208.07339) for int8.
+
+Scales come as float32 or as int32 of the same bits, which no cast of a model's floating tensors changes; they are
+returned as float32. Tensors that do not fit together raise UnsupportedError.
 """
 
+from collections.abc import Callable
 from functools import cache
 from math import prod
 
@@ -12,9 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bigq.errors import UnsupportedError
+
 __all__ = [
     "CODES",
     "NESTED_BLOCK_SIZE",
+    "check_dequantize_4bit",
+    "check_dequantize_absmax",
+    "check_dequantize_int8",
+    "check_linear_4bit",
+    "check_linear_int8",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
@@ -24,6 +35,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "scales",
 ]
 
 # fmt: off
@@ -52,6 +64,9 @@ CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale in double quantization
 _CHUNK_NUMEL = 1 << 19  # elements converted at a time: 2 MiB of float32 stay near the core, 1.6 times as fast as 16
 _EXACT_K = 1024  # 1024 * 127 * 127 < 2**24: an int8 product of this depth is exact in float32
+_SCALES = (torch.float32, torch.int32)
+
+Expect = Callable[[bool, Callable[[], str]], object]  # (condition, what to say if it fails), as torch._check is
 
 
 @cache
@@ -85,6 +100,123 @@ def nested_code(device: torch.device) -> Tensor:
     magnitudes = torch.cat(positive)
     ends = torch.tensor([0.0, 1.0], device="cpu")
     return torch.cat([magnitudes, -magnitudes, ends]).sort().values.to(device)
+
+
+def scales(bits: Tensor) -> Tensor:
+    """The float32 scales in `bits`, which is float32, or int32 of the same bits; shares its memory."""
+    if bits.dtype == torch.float32:
+        return bits
+    _expect(bits.dtype == torch.int32, lambda: f"scales are {bits.dtype}; expected one of {_SCALES}")
+    return bits.view(torch.float32)
+
+
+def _expect(condition: bool, message: Callable[[], str]) -> None:
+    if not condition:
+        raise UnsupportedError(message())
+
+
+def _check(
+    name: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    device: torch.device,
+    expect: Expect,
+) -> None:
+    def message() -> str:
+        expected = " or ".join(map(str, dtypes))
+        return (
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
+            f"expected {expected} {list(shape)} on {device}"
+        )
+
+    expect(tensor.dtype in dtypes and tensor.device == device and tensor.dim() == len(shape), message)
+    for size, expected_size in zip(tensor.shape, shape, strict=True):
+        expect(size == expected_size, message)
+
+
+def check_linear_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+    expect: Expect = _expect,
+) -> None:
+    """Expect x [..., K], a 4-bit weight [N, K] and bias [N] that fit together."""
+    if in_features is not None:
+        expect(
+            x.shape[-1] == in_features,
+            lambda: f"x is {list(x.shape)}; expected [..., {in_features}], the in_features of the weight",
+        )
+    _check_width(x, weight, (x.shape[-1] + 1) // 2, expect)
+    check_dequantize_4bit(weight, absmax, nested_absmax, nested_offset, block_size, x.shape[-1], expect)
+    _check_beside(x, weight, bias, expect)
+
+
+def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, expect: Expect = _expect) -> None:
+    """Expect x [..., K], an int8 weight [N, K] and bias [N] that fit together."""
+    _check_width(x, weight, x.shape[-1], expect)
+    check_dequantize_int8(weight, absmax, expect)
+    _check_beside(x, weight, bias, expect)
+
+
+def check_dequantize_4bit(
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int,
+    expect: Expect = _expect,
+) -> None:
+    """Expect the tensors of a 4-bit weight [N, in_features]; absmax is uint8 if the nested pair is given."""
+    rows, device = weight.shape[0], weight.device
+    _check("weight", weight, (torch.uint8,), (rows, (in_features + 1) // 2), device, expect)
+    expect(
+        (nested_absmax is None) == (nested_offset is None),
+        lambda: "one of nested_absmax and nested_offset is None; expected both tensors, or neither",
+    )
+    blocks = (in_features + block_size - 1) // block_size
+    _check("absmax", absmax, _SCALES if nested_absmax is None else (torch.uint8,), (rows, blocks), device, expect)
+    if nested_absmax is not None and nested_offset is not None:
+        check_dequantize_absmax(absmax, nested_absmax, nested_offset, expect)
+
+
+def check_dequantize_absmax(
+    codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, expect: Expect = _expect
+) -> None:
+    """Expect the tensors of nested scales, of any shape."""
+    blocks = (codes.numel() + NESTED_BLOCK_SIZE - 1) // NESTED_BLOCK_SIZE
+    _check("absmax", codes, (torch.uint8,), codes.shape, codes.device, expect)
+    _check("nested_absmax", nested_absmax, _SCALES, (blocks,), codes.device, expect)
+    _check("nested_offset", nested_offset, _SCALES, (1,), codes.device, expect)
+
+
+def check_dequantize_int8(weight: Tensor, absmax: Tensor, expect: Expect = _expect) -> None:
+    """Expect the tensors of an int8 weight [N, K]."""
+    _check("weight", weight, (torch.int8,), (weight.shape[0], weight.shape[-1]), weight.device, expect)
+    _check("absmax", absmax, _SCALES, (weight.shape[0], 1), weight.device, expect)
+
+
+def _check_width(x: Tensor, weight: Tensor, width: int, expect: Expect) -> None:
+    expect(
+        weight.shape[-1] == width,
+        lambda: (
+            f"x and weight differ in in_features: x is {list(x.shape)} and the weight {weight.dtype} "
+            f"{list(weight.shape)}; expected a weight [N, {width}]"
+        ),
+    )
+
+
+def _check_beside(x: Tensor, weight: Tensor, bias: Tensor | None, expect: Expect) -> None:
+    device = weight.device
+    expect(x.device == device, lambda: f"x is on {x.device}, and the weight on {device}; expected one device")
+    if bias is not None:
+        _check("bias", bias, (bias.dtype,), (weight.shape[0],), device, expect)
 
 
 def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -144,6 +276,8 @@ def dequantize_4bit(
     weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """Undo `quantize_4bit`: code * float32 absmax, rounded once to `dtype`; uint8 [N, ceil(K/2)] -> [N, K]."""
+    check_dequantize_4bit(weight, absmax, None, None, block_size, in_features)
+    absmax = scales(absmax)
     rows = weight.shape[0]
     _, _, pairs = _tables(quant_type, weight.device)
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
@@ -164,7 +298,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes uint8 of absmax's shape, indices into `nested_code`, nearest value, a tie to the even index;
         nested_absmax float32 [ceil(numel / 256)]; nested_offset float32 [1], the mean.
     """
-    flat = absmax.flatten()
+    flat = scales(absmax).flatten()
     offset = flat.mean() if flat.numel() else flat.new_zeros(())
     blocks = -(-flat.numel() // NESTED_BLOCK_SIZE)
     centred = F.pad(flat - offset, (0, blocks * NESTED_BLOCK_SIZE - flat.numel())).view(blocks, NESTED_BLOCK_SIZE)
@@ -181,9 +315,10 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     """Undo `quantize_absmax`: code * nested_absmax, rounded, + nested_offset, rounded; float32 of codes' shape."""
-    scale = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()].view(codes.shape)
+    check_dequantize_absmax(codes, nested_absmax, nested_offset)
+    scale = scales(nested_absmax).repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()].view(codes.shape)
     values = nested_code(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
-    return values * scale + nested_offset
+    return values * scale + scales(nested_offset)
 
 
 def linear_4bit(
@@ -195,11 +330,15 @@ def linear_4bit(
     nested_offset: Tensor | None,
     quant_type: str,
     block_size: int,
+    in_features: int | None = None,
 ) -> Tensor:
-    """x [..., K] times the transposed 4-bit weight, plus bias, in x's dtype; absmax is uint8 when it is nested.
+    """x [..., K] times the transposed 4-bit weight, plus bias [N], in x's dtype.
 
-    The weight is dequantized a few rows at a time, into the cache: there is never a dense one.
+    weight is uint8 [N, ceil(K/2)], absmax [N, B], uint8 when nested_absmax [ceil(N*B/256)] and nested_offset [1] are
+    given. K is held to in_features, which tells an odd K from the next. The weight is dequantized a few rows at a
+    time, into the cache: there is never a dense one.
     """
+    check_linear_4bit(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     if nested_absmax is not None and nested_offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
     bias = None if bias is None else bias.to(x.dtype)
@@ -251,6 +390,8 @@ def _to_int8(x: Tensor, absmax: Tensor) -> Tensor:
 
 def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """Undo `quantize_int8`: code * absmax, rounded, * (1/127), rounded, then rounded to `dtype`; [N, K]."""
+    check_dequantize_int8(weight, absmax)
+    absmax = scales(absmax)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for start, stop in _row_chunks(*weight.shape):
         out[start:stop] = weight[start:stop].float() * absmax[start:stop] * (1.0 / 127.0)
@@ -258,12 +399,14 @@ def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """LLM.int8(): x [..., K] times the transposed int8 weight, plus bias, in x's dtype.
+    """LLM.int8(): x [..., K] times the transposed int8 weight [N, K], plus bias [N], in x's dtype; absmax is [N, 1].
 
     A column of x with any |value| >= threshold is an outlier: it is multiplied in x's dtype by the dequantized weight
     column. The rest is quantized to int8 with one scale a row, taken over the elements below the threshold, and
     multiplied in integers. threshold 0 means no outliers.
     """
+    check_linear_int8(x, weight, absmax, bias)
+    absmax = scales(absmax)
     rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])  # not -1, which an empty x leaves undecided
     outlier = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
     column = outlier.any(dim=0)

@@ -32,7 +32,33 @@ def sample(name, dtype=torch.float32):
         "quantize_int8": (weight,),
         "dequantize_int8": (int8, scale, torch.float16),
         "linear_int8": (x, int8, scale, bias, 2.0),
+        "linear_4bit-whole": (x, packed, absmax, bias, None, None, "nf4", 32, 70),
+        "linear_4bit-fp4": (x, *ops.quantize_4bit(weight, "fp4", 64), None, None, None, "fp4", 64, None),
     }[name]
+
+
+SCALES = {  # of each op that takes scales, where
+    "dequantize_4bit": (1,),
+    "quantize_absmax": (0,),
+    "dequantize_absmax": (1, 2),
+    "linear_4bit": (4, 5),
+    "linear_4bit-whole": (2,),
+    "linear_4bit-fp4": (2,),
+    "dequantize_int8": (1,),
+    "linear_int8": (2,),
+}
+
+
+def with_bits(name, arguments):
+    """The same arguments with the bits of the scales in their place."""
+    return tuple(v.view(torch.int32) if i in SCALES[name] else v for i, v in enumerate(arguments))
+
+
+def assert_same(actual, expected):
+    pairs = zip(actual, expected, strict=True) if isinstance(expected, (tuple, list)) else [(actual, expected)]
+    for a, e in pairs:
+        assert a.dtype == e.dtype
+        assert torch.equal(a, e)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,6 +72,74 @@ def test_every_op_has_both_devices(name):
 @pytest.mark.filterwarnings("ignore")  # opcheck's own
 def test_opcheck(name):
     opcheck(getattr(torch.ops.bigq, name).default, sample(name))
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.filterwarnings("ignore")  # opcheck's own
+def test_opcheck_of_the_bits_of_scales(name):
+    arguments = with_bits(name, sample(name))
+    if name.startswith("linear"):
+        arguments[0].requires_grad_()
+    opcheck(getattr(torch.ops.bigq, name.split("-")[0]).default, arguments)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_the_bits_of_scales_give_the_same_as_their_floats(name):
+    op, arguments = getattr(ops, name.split("-")[0]), sample(name)
+    assert_same(op(*with_bits(name, arguments)), op(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in SCALES if name.startswith("linear")])
+def test_gradients_from_the_bits_of_scales_are_those_from_their_floats(name, dtype):
+    op, gradients = getattr(ops, name.split("-")[0]), []
+    original = sample(name, dtype)
+    for arguments in (original, with_bits(name, original)):
+        x = arguments[0].detach().clone().requires_grad_()
+        out = op(x, *arguments[1:])
+        (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0].abs().sum() > 0
+    assert_same(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", [name for name in SCALES if name.startswith("linear")])
+def test_compiled_code_takes_the_bits_of_scales(name, dynamic):
+    op, arguments = getattr(ops, name.split("-")[0]), sample(name)
+    bits = with_bits(name, arguments)[1:]
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    def compiled(x):
+        return op(x * 2, *bits)
+
+    for tokens in (2, 5, 7):
+        x = torch.randn(tokens, 70, device=DEVICE, requires_grad=True)
+        out = compiled(x)
+        expected = op(x * 2, *arguments[1:])
+        assert_same(out, expected)
+        assert_same(torch.autograd.grad(out.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_fakes_of_the_bits_of_scales_look_like_the_result(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    op, arguments = getattr(ops, name.split("-")[0]), with_bits(name, sample(name))
+    result = op(*arguments)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments))
+    pairs = zip(fake, result, strict=True) if isinstance(result, (tuple, list)) else [(fake, result)]
+    for a, e in pairs:
+        assert (a.shape, a.dtype, a.device) == (e.shape, e.dtype, e.device)
+
+
+def test_in_features_may_be_left_out_and_is_held_to():
+    arguments = sample("linear_4bit")
+    assert torch.equal(ops.linear_4bit(*arguments, 70), ops.linear_4bit(*arguments))
+    assert torch.equal(ops.linear_4bit(*arguments, in_features=70), ops.linear_4bit(*arguments))
+    with pytest.raises(RuntimeError, match=r"x is \[3, 70\]; expected \[\.\.\., 69\]"):
+        ops.linear_4bit(*arguments, 69)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -146,6 +146,42 @@ def test_int8_beyond_half_precision():
     assert reference.dequantize_int8(packed, absmax, torch.float32)[0, 0] == pytest.approx(1e5)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("columns", [64, 77])
+def test_the_bits_of_scales_give_the_same_as_their_floats(quant_type, columns):
+    def bits(tensor):
+        return tensor.view(torch.int32)
+
+    weight, x, bias = torch.randn(12, columns), torch.randn(3, columns), torch.randn(12)
+    packed, absmax = reference.quantize_4bit(weight, quant_type, 32)
+    stored = reference.quantize_absmax(absmax)
+    codes8, nested, offset = stored
+    for actual, expected in zip(reference.quantize_absmax(bits(absmax)), stored, strict=True):
+        assert torch.equal(actual, expected)
+    expected = reference.dequantize_absmax(codes8, nested, offset)
+    assert torch.equal(reference.dequantize_absmax(codes8, bits(nested), bits(offset)), expected)
+    rest = (quant_type, 32, columns, torch.bfloat16)
+    expected = reference.dequantize_4bit(packed, absmax, *rest)
+    assert torch.equal(reference.dequantize_4bit(packed, bits(absmax), *rest), expected)
+    for floats, ints in (
+        ((absmax, bias, None, None), (bits(absmax), bias, None, None)),
+        ((codes8, None, nested, offset), (codes8, None, bits(nested), bits(offset))),
+    ):
+        expected = reference.linear_4bit(x, packed, *floats, quant_type, 32, columns)
+        assert torch.equal(reference.linear_4bit(x, packed, *ints, quant_type, 32, columns), expected)
+
+
+def test_the_bits_of_int8_scales_give_the_same_as_their_floats():
+    weight, x = torch.randn(12, 77), torch.randn(3, 77)
+    packed, absmax = reference.quantize_int8(weight)
+    bits = absmax.view(torch.int32)
+    expected = reference.dequantize_int8(packed, absmax, torch.bfloat16)
+    assert torch.equal(reference.dequantize_int8(packed, bits, torch.bfloat16), expected)
+    for threshold in (0.0, 1.5):
+        expected = reference.linear_int8(x, packed, absmax, None, threshold)
+        assert torch.equal(reference.linear_int8(x, packed, bits, None, threshold), expected)
+
+
 class TestLinearInt8:
     """threshold semantics, on integers so that every product is exact."""
 

@@ -70,6 +70,30 @@ def test_linear_4bit(m, n, k, block_size, quant_type, nested, dtype, device):
     check_linear_4bit(torch.randn(m, k, device=device).to(dtype), n, quant_type, block_size, nested)
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    "m, n, k, block_size",
+    [
+        pytest.param(1, 20, 128, 64, id="dp4a"),
+        pytest.param(9, 20, 96, 32, id="mma"),
+        pytest.param(3, 5, 77, 64, id="not-fused"),
+        pytest.param(16, 1024, 4096, 64, id="gluon", marks=pytest.mark.gpu),
+        pytest.param(128, 14336, 4096, 64, id="wgmma", marks=pytest.mark.gpu),
+        pytest.param(512, 1024, 4096, 64, id="cublas", marks=pytest.mark.gpu),
+    ],
+)
+def test_linear_4bit_of_the_bits_of_scales(m, n, k, block_size, quant_type, nested, device):
+    (weight, absmax, *pair), _ = quantized_4bit(n, k, quant_type, block_size, nested, device)
+    x, bias = torch.randn(m, k, device=device).half(), torch.randn(n, device=device)
+    floats = linear_4bit(x, weight, absmax, bias, *pair, quant_type, block_size, k)
+    if nested:
+        pair = [scales.view(torch.int32) for scales in pair]
+    else:
+        absmax = absmax.view(torch.int32)
+    assert torch.equal(linear_4bit(x, weight, absmax, bias, *pair, quant_type, block_size, k), floats)
+
+
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [2, MAX_MMA_M + 1], ids=["fused", "not-fused"])
 def test_linear_4bit_bias(m, bias_dtype, device):
@@ -331,6 +355,14 @@ def test_linear_int8(m, n, k, threshold, dtype, device):
 def test_linear_int8_without_outliers_is_exact(m, n, k, dtype, device):
     x, weight, absmax = int8_case(m, n, k, dtype, device)
     assert torch.equal(linear_int8(x, weight, absmax, None, 0.0), reference.linear_int8(x, weight, absmax, None, 0.0))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.5])
+@pytest.mark.parametrize("m", [1, 20, 70])
+def test_linear_int8_of_the_bits_of_absmax(m, threshold, device):
+    x, weight, absmax = int8_case(m, 33, 97, torch.float16, device)
+    floats = linear_int8(x, weight, absmax, None, threshold)
+    assert torch.equal(linear_int8(x, weight, absmax.view(torch.int32), None, threshold), floats)
 
 
 @pytest.mark.parametrize(

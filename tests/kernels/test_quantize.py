@@ -122,6 +122,22 @@ def test_dequantize_4bit_of_nested_absmax(rows, columns, block_size, dtype, devi
 
 @pytest.mark.parametrize("dtype", OUT_DTYPES, ids=str)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("rows, columns, block_size", SHAPES)
+def test_dequantize_4bit_of_the_bits_of_absmax(rows, columns, block_size, quant_type, dtype, device):
+    weight = torch.randint(0, 256, (rows, -(-columns // 2)), dtype=torch.uint8, device=device)
+    absmax = torch.rand(rows, -(-columns // block_size), device=device)
+    rest = (quant_type, block_size, columns, dtype)
+    expected = [dequantize_4bit(weight, absmax, *rest)]
+    assert_same_bits([dequantize_4bit(weight, absmax.view(torch.int32), *rest)], expected)
+    codes, nested, offset = quantize_absmax(absmax)
+    code = nested_code(weight.device)
+    expected = [dequantize_4bit(weight, codes, *rest, (nested, offset, code))]
+    bits = (nested.view(torch.int32), offset.view(torch.int32), code)
+    assert_same_bits([dequantize_4bit(weight, codes, *rest, bits)], expected)
+
+
+@pytest.mark.parametrize("dtype", OUT_DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_dequantize_4bit_of_every_byte(quant_type, dtype, device):
     weight = torch.arange(256, dtype=torch.uint8, device=device).view(1, 256).repeat(3, 1)
     absmax = torch.tensor([[1.0], [1e-3], [1000.1]], device=device).repeat(1, 8)
@@ -135,6 +151,16 @@ def test_quantize_absmax_and_back(shape, device):
     stored = quantize_absmax(absmax)
     assert_same_bits(stored, reference.quantize_absmax(absmax))
     assert_same_bits([dequantize_absmax(*stored)], [reference.dequantize_absmax(*stored)])
+
+
+@pytest.mark.parametrize("shape", [(7, 211), (256,), (3, 0), (1,)], ids=str)
+def test_quantize_absmax_and_back_of_the_bits_of_scales(shape, device):
+    absmax = torch.rand(shape, device=device)
+    stored = quantize_absmax(absmax)
+    assert_same_bits(quantize_absmax(absmax.view(torch.int32)), stored)
+    codes, nested, offset = stored
+    bits = (codes, nested.view(torch.int32), offset.view(torch.int32))
+    assert_same_bits([dequantize_absmax(*bits)], [dequantize_absmax(*stored)])
 
 
 def test_quantize_absmax_on_ties(device):
@@ -197,6 +223,7 @@ def test_dequantize_int8(rows, columns, dtype, device):
     absmax = torch.rand(rows, 1, device=device)
     args = (weight, absmax, dtype)
     assert_same_bits([dequantize_int8(*args)], [reference.dequantize_int8(*args)])
+    assert_same_bits([dequantize_int8(weight, absmax.view(torch.int32), dtype)], [dequantize_int8(*args)])
 
 
 @pytest.mark.gpu

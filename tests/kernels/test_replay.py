@@ -274,21 +274,33 @@ def test_keeps_no_other_product(kernels, multiply):
     assert kept is None
 
 
+def test_finds_an_input_that_is_read_as_another_dtype(kernels):
+    """Scales are bits in int32, which a launcher views as float32."""
+    launcher = launcher_of(kernels, lambda weight, out: (weight.view(torch.float32), out))
+    x, weight, bias = inputs()
+    out, kept = record(launcher, (x, weight.view(torch.int32), bias), (3.0,))
+    assert torch.equal(out, launcher_of(kernels)(x, weight, bias, 3.0))
+    other = torch.randn(N, K)
+    again = kept.bind(addresses(other, bias))(x, (other, bias))
+    assert torch.equal(again, launcher_of(kernels)(x, other, bias, 3.0))
+
+
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 17, 64, 129, 300])
 @pytest.mark.parametrize("fmt", ["nf4", "nf4-double-quant", "int8", "int8-no-outliers"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_linears_do_nothing_that_a_replay_could_not(monkeypatch, fmt, m, dtype):
+@pytest.mark.parametrize("scales", [torch.float32, torch.int32], ids=["floats", "bits"])
+def test_linears_do_nothing_that_a_replay_could_not(monkeypatch, fmt, m, dtype, scales):
     """With kernels that do nothing: what is between them only allocates and takes views."""
     n, k = 96, 128
     if fmt.startswith("int8"):
         launcher, settings = linear_int8, (0.0 if fmt.endswith("outliers") else 6.0,)
-        tensors = (torch.ones(n, k, dtype=torch.int8), torch.ones(n, 1), torch.ones(n, dtype=dtype))
+        tensors = (torch.ones(n, k, dtype=torch.int8), torch.ones(n, 1, dtype=scales), torch.ones(n, dtype=dtype))
     else:
-        launcher, settings = linear_4bit, ("nf4", 64)
+        launcher, settings = linear_4bit, ("nf4", 64, k)
         nested = fmt.endswith("quant")
-        absmax = torch.ones(n, k // 64, dtype=torch.uint8 if nested else torch.float32)
+        absmax = torch.ones(n, k // 64, dtype=torch.uint8 if nested else scales)
         tensors = (torch.zeros(n, k // 2, dtype=torch.uint8), absmax, torch.ones(n, dtype=dtype))
-        tensors += (torch.ones(1), torch.ones(1)) if nested else (None, None)
+        tensors += (torch.ones(1, dtype=scales), torch.ones(1, dtype=scales)) if nested else (None, None)
     launched = []
     for name in MODULES:
         module = import_module(f"bigq_kernels.{name}")

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.checks import check_dequantize_4bit, scales
 from bigq_kernels.dequantize_absmax import load_absmax
 from bigq_kernels.launch import launch
 from bigq_kernels.quantize_4bit import tile_shape
@@ -66,10 +67,15 @@ def dequantize_4bit(
     dtype: torch.dtype,
     nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
 ) -> Tensor:
-    """Packed uint8 [N, ceil(K/2)] and absmax float32 [N, B] -> [N, K] of `dtype`.
+    """Packed uint8 [N, ceil(K/2)] and absmax [N, B], float32 or its bits as int32 -> [N, K] of `dtype`.
 
     nested: absmax, offset and code of an absmax that is uint8.
     """
+    check_dequantize_4bit(weight, absmax, nested[0], nested[1], block_size, in_features)
+    if nested[0] is None:
+        absmax = scales(absmax)
+    else:
+        nested = (scales(nested[0]), scales(nested[1]), nested[2])
     rows = weight.shape[0]
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     if out.numel() == 0:

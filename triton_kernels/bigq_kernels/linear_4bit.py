@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bigq_kernels.checks import check_linear_4bit, scales
 from bigq_kernels.dequantize_4bit import dequantize_4bit
 from bigq_kernels.launch import dense_linear
 from bigq_kernels.linear_4bit_configs import MAX_DP4A_K, wgmma_config
@@ -74,8 +75,14 @@ def linear_4bit(
     nested_offset: Tensor | None,
     quant_type: str,
     block_size: int,
+    in_features: int | None = None,
 ) -> Tensor:
-    """x [..., K] times packed [N, ceil(K/2)] transposed, plus bias [N], in x's dtype; absmax is uint8 if nested."""
+    """x [..., K] times packed uint8 [N, ceil(K/2)] transposed, plus bias [N], in x's dtype.
+
+    absmax [N, B] is uint8 if nested_absmax [ceil(N*B/256)] and nested_offset [1] are given. Scales are float32 or its
+    bits as int32. Raises RuntimeError if the tensors do not fit together, or K is not in_features.
+    """
+    check_linear_4bit(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     n, k = weight.shape[0], x.shape[-1]
     m = x.numel() // k if k else 0
     fused = None
@@ -83,7 +90,10 @@ def linear_4bit(
         fused = _fused_kernel(x.device, m, n, k, block_size)
     nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
     if nested_absmax is not None and nested_offset is not None:
+        nested_absmax, nested_offset = scales(nested_absmax), scales(nested_offset)
         nested = (nested_absmax, nested_offset, nested_code(x.device))
+    else:
+        absmax = scales(absmax)
     if fused is None:
         dense = dequantize_4bit(weight, absmax, quant_type, block_size, k, x.dtype, nested)
         return dense_linear(x, dense, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.checks import check_linear_int8, scales
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_int8_configs import Int8Config, int8_config
 from bigq_kernels.outliers_int8 import gather_block, gather_outliers
@@ -170,7 +171,12 @@ def _rounded(threshold: float, dtype: torch.dtype) -> float:
 def linear_int8(
     x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, config: Int8Config | None = None
 ) -> Tensor:
-    """x [..., K] times int8 [N, K] transposed, plus bias [N], in x's dtype; threshold 0 means no outliers."""
+    """x [..., K] times int8 [N, K] transposed, plus bias [N], in x's dtype; threshold 0 means no outliers.
+
+    absmax [N, 1] is float32 or its bits as int32. Raises RuntimeError if the tensors do not fit together.
+    """
+    check_linear_int8(x, weight, absmax, bias)
+    absmax = scales(absmax)
     n, k = weight.shape
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:

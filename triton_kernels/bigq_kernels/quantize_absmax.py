@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.checks import scales
 from bigq_kernels.tiles import FLOAT32_TINY, NESTED_BLOCK_SIZE, absmax_bits, ceil_div
 
 __all__ = ["nested_code", "quantize_absmax"]
@@ -56,7 +57,11 @@ def _quantize_absmax_kernel(
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Float32 of any shape -> codes uint8 of that shape, nested_absmax float32 [ceil(n/256)], nested_offset [1]."""
+    """Float32 of any shape -> codes uint8 of that shape, nested_absmax float32 [ceil(n/256)], nested_offset [1].
+
+    absmax may be the bits of its float32 values as int32; what is returned is float32.
+    """
+    absmax = scales(absmax)
     n = absmax.numel()
     blocks = ceil_div(n, NESTED_BLOCK_SIZE.value)
     codes = torch.empty(absmax.shape, dtype=torch.uint8, device=absmax.device)

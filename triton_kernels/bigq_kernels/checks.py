@@ -1,0 +1,147 @@
+"""What launchers refuse: tensors of a quantized weight that are not of the shape, dtype and device a kernel reads.
+
+A kernel reads by address: a wrong width or a cast scale would give a wrong number, or a read out of bounds. Attributes
+are compared and no op runs: 1 to 2 us a linear. A replay is bound to attributes that passed, and asks nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from bigq_kernels.tiles import NESTED_BLOCK_SIZE
+
+__all__ = [
+    "check_dequantize_4bit",
+    "check_dequantize_absmax",
+    "check_dequantize_int8",
+    "check_linear_4bit",
+    "check_linear_int8",
+    "scales",
+]
+
+_BLOCK: int = NESTED_BLOCK_SIZE.value
+_UINT8 = (torch.uint8,)
+_INT8 = (torch.int8,)
+_SCALES = (torch.float32, torch.int32)
+
+
+def scales(bits: Tensor) -> Tensor:
+    """The float32 scales in `bits`, which is float32, or int32 of the same bits; shares its memory."""
+    dtype = bits.dtype
+    if dtype is torch.float32:
+        return bits
+    if dtype is not torch.int32:
+        raise RuntimeError(f"scales are {dtype}; expected torch.float32, or torch.int32 of the same bits")
+    return bits.view(torch.float32)
+
+
+def check_linear_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+) -> None:
+    """Raise RuntimeError unless x [..., K], a 4-bit weight [N, K] and bias [N] fit together."""
+    k = x.shape[-1]
+    if in_features is not None and k != in_features:
+        raise RuntimeError(f"x is {list(x.shape)}; expected [..., {in_features}], the in_features of the weight")
+    shape, device = weight.shape, weight.device
+    if shape[-1] != (k + 1) // 2:
+        raise _widths_differ(x, weight, (k + 1) // 2)
+    _check_4bit(weight, absmax, nested_absmax, nested_offset, block_size, k, shape[0], device)
+    _check_beside(x, bias, shape[0], device)
+
+
+def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+    """Raise RuntimeError unless x [..., K], an int8 weight [N, K] and bias [N] fit together."""
+    k, shape, device = x.shape[-1], weight.shape, weight.device
+    if shape[-1] != k:
+        raise _widths_differ(x, weight, k)
+    _check_int8(weight, absmax, shape[0], k, device)
+    _check_beside(x, bias, shape[0], device)
+
+
+def check_dequantize_4bit(
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int,
+) -> None:
+    """Raise RuntimeError unless the tensors are those of a 4-bit weight [N, in_features]."""
+    _check_4bit(weight, absmax, nested_absmax, nested_offset, block_size, in_features, weight.shape[0], weight.device)
+
+
+def check_dequantize_int8(weight: Tensor, absmax: Tensor) -> None:
+    """Raise RuntimeError unless the tensors are those of an int8 weight [N, K]."""
+    _check_int8(weight, absmax, weight.shape[0], weight.shape[-1], weight.device)
+
+
+def check_dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> None:
+    """Raise RuntimeError unless the tensors are those of nested scales, of any shape."""
+    _check("absmax", codes, _UINT8, codes.shape, codes.device)
+    _check_nested(nested_absmax, nested_offset, codes.numel(), codes.device)
+
+
+def _check_4bit(
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    columns: int,
+    rows: int,
+    device: torch.device,
+) -> None:
+    blocks = (columns + block_size - 1) // block_size
+    _check("weight", weight, _UINT8, (rows, (columns + 1) // 2), device)
+    if nested_absmax is not None and nested_offset is not None:
+        _check("absmax", absmax, _UINT8, (rows, blocks), device)
+        _check_nested(nested_absmax, nested_offset, rows * blocks, device)
+    elif nested_absmax is nested_offset:
+        _check("absmax", absmax, _SCALES, (rows, blocks), device)
+    else:
+        raise RuntimeError("one of nested_absmax and nested_offset is None; expected both tensors, or neither")
+
+
+def _check_nested(nested_absmax: Tensor, nested_offset: Tensor, numel: int, device: torch.device) -> None:
+    _check("nested_absmax", nested_absmax, _SCALES, ((numel + _BLOCK - 1) // _BLOCK,), device)
+    _check("nested_offset", nested_offset, _SCALES, (1,), device)
+
+
+def _check_int8(weight: Tensor, absmax: Tensor, rows: int, columns: int, device: torch.device) -> None:
+    _check("weight", weight, _INT8, (rows, columns), device)
+    _check("absmax", absmax, _SCALES, (rows, 1), device)
+
+
+def _check_beside(x: Tensor, bias: Tensor | None, rows: int, device: torch.device) -> None:
+    if x.device != device:
+        raise RuntimeError(f"x is on {x.device}, and the weight on {device}; expected one device")
+    if bias is not None:
+        _check("bias", bias, None, (rows,), device)
+
+
+def _check(
+    name: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...] | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    if (dtypes and tensor.dtype not in dtypes) or tensor.shape != shape or tensor.device != device:
+        expected = " or ".join(map(str, dtypes or (tensor.dtype,)))
+        raise RuntimeError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
+            f"expected {expected} {list(shape)} on {device}"
+        )
+
+
+def _widths_differ(x: Tensor, weight: Tensor, width: int) -> RuntimeError:
+    return RuntimeError(
+        f"x and weight differ in in_features: x is {list(x.shape)} and the weight {weight.dtype} {list(weight.shape)}; "
+        f"expected a weight [N, {width}]"
+    )
