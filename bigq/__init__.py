@@ -2,30 +2,39 @@
 
 from bigq.config import QuantizationConfig
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
-from bigq.footprint import MemoryFootprint, memory_footprint
+from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
+from bigq.formats import FP4, NF4, Int8
 from bigq.linear import QuantizedLinear
 from bigq.load import load_and_quantize_model
 from bigq.materialize import materialize
+from bigq.module import QuantizedModule
 from bigq.placement import infer_device_map
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
 from bigq.report import QuantizationReport
+from bigq.weight import QuantizedWeight
 
 __all__ = [
+    "FP4",
+    "NF4",
     "BigqError",
     "CheckpointError",
     "ConfigError",
+    "Int8",
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
     "QuantizationReport",
     "QuantizedLinear",
+    "QuantizedModule",
     "QuantizedTensor",
+    "QuantizedWeight",
     "UnsupportedError",
     "dequantize_tensor",
     "infer_device_map",
     "load_and_quantize_model",
     "materialize",
     "memory_footprint",
+    "num_parameters",
     "quantize_tensor",
 ]
 

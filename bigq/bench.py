@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bigq.errors import UnsupportedError
-from bigq.formats import Block4, Format, Int8, State
+from bigq.formats import FP4, NF4, Format, Int8, State
 
 __all__ = ["FORMATS", "Machine", "bench", "parse_shapes", "parse_tokens"]
 
 FORMATS: dict[str, Format] = {
-    "nf4": Block4(quant_type="nf4"),
-    "nf4-dq": Block4(quant_type="nf4", double_quant=True),
-    "fp4": Block4(quant_type="fp4"),
+    "nf4": NF4(),
+    "nf4-dq": NF4(double_quant=True),
+    "fp4": FP4(),
     "int8": Int8(),
 }
 SHAPES = "4096x4096,1024x4096,14336x4096,4096x14336"  # N x K of the linears of an 8B Llama

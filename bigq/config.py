@@ -1,13 +1,13 @@
 """QuantizationConfig: what to quantize into what; every refusal of a configuration is made here."""
 
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any
+from dataclasses import KW_ONLY, InitVar, dataclass, fields
+from typing import Any, cast
 
 import torch
 
 from bigq.errors import ConfigError
-from bigq.formats import Format, make_format
+from bigq.formats import FORMATS, METHODS, Format, Int8, make_format
 
 __all__ = ["QuantizationConfig", "as_config", "check_offload", "is_config"]
 
@@ -27,15 +27,18 @@ class QuantizationConfig:
     """What to quantize into what. Frozen, and never changed by the library.
 
     Args:
-        format: "nf4", "fp4" or "int8".
-        block_size: weights that share one absmax along a row, for the 4-bit formats: a power of two, 32 to 4096.
-        double_quant: store the 4-bit formats' absmax as uint8 codes too (4.13 instead of 4.5 bits a weight).
-        threshold: LLM.int8()'s outlier threshold; a column of activations that reaches it is not quantized. 0 for none.
+        format: a format with its settings, such as `NF4(block_size=32)` or `Int8(threshold=0.0)`, or its name: "nf4",
+            "fp4" or "int8".
+        block_size, double_quant, threshold: settings of a format that is given by its name, in place of its defaults.
+        method: how codes and scales are chosen; what is stored does not depend on it. "absmax" is the only one.
         compute_dtype: dtype of the products; None for that of the activations.
-        dtype: dtype of the parameters that are not quantized; None keeps each one's dtype in the checkpoint.
+        dtype: dtype of the parameters that are not quantized, and of those that quantized weights stand for; None keeps
+            each one's dtype in the checkpoint.
         skip_modules: modules not to quantize: a path ("model.layers.0"), a name ("lm_head") or a glob ("layers.*.mlp"),
             matched on component borders. A pattern that matches nothing is an error.
         skip_defaults: also skip the output head and the weights tied to another module.
+        also_quantize: parameters to quantize that are not by default, by name ("experts.gate_up_proj"), or modules all
+            of whose parameters of two or more dimensions are ("embed_tokens", "experts"); same patterns.
         keep_in_fp32_modules: modules kept (or made) float32 and not quantized, whatever `dtype` says; same patterns.
         cast_buffers: cast floating-point buffers to `dtype` as well; otherwise they keep theirs.
         offload: what a module on "cpu" or "disk" of a device map is stored as: "preserve" (its dtype), "quantized",
@@ -44,41 +47,44 @@ class QuantizationConfig:
 
     Raises:
         ConfigError: a value that is unknown, or that contradicts another.
+
+    Example:
+        >>> QuantizationConfig("nf4", block_size=32) == QuantizationConfig(NF4(block_size=32))
+        True
     """
 
-    format: str
+    format: Format | str  # a Format once it is made
     _: KW_ONLY
-    block_size: int = 64
-    double_quant: bool = False
-    threshold: float = 6.0
+    block_size: InitVar[int | None] = None
+    double_quant: InitVar[bool | None] = None
+    threshold: InitVar[float | None] = None
+    method: str = "absmax"
     compute_dtype: torch.dtype | None = None
     dtype: torch.dtype | None = None
     skip_modules: tuple[str, ...] = ()
     skip_defaults: bool = True
+    also_quantize: tuple[str, ...] = ()
     keep_in_fp32_modules: tuple[str, ...] = ()
     cast_buffers: bool = False
     offload: str | torch.dtype | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("double_quant", "skip_defaults", "cast_buffers"):
+    def __post_init__(self, block_size: int | None, double_quant: bool | None, threshold: float | None) -> None:
+        settings = {"block_size": block_size, "double_quant": double_quant, "threshold": threshold}
+        object.__setattr__(self, "format", _format(self.format, settings))
+        for name in ("skip_defaults", "cast_buffers"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
-        for name in ("skip_modules", "keep_in_fp32_modules"):
+        for name in ("skip_modules", "also_quantize", "keep_in_fp32_modules"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         for name in ("compute_dtype", "dtype"):
             object.__setattr__(self, name, _dtype(name, getattr(self, name)))
+        if self.method not in METHODS:
+            raise ConfigError(f"method is {self.method!r}; expected one of {list(METHODS)}")
         check_offload(self.offload)
-        self.weight_format()
 
     def weight_format(self) -> Format:
-        """The format of the quantized weights; refuses settings that the format does not have."""
-        settings = {"block_size": self.block_size, "double_quant": self.double_quant, "threshold": self.threshold}
-        defaults = {field.name: field.default for field in fields(self)}
-        own = {"int8": ("threshold",)}.get(self.format, ("block_size", "double_quant"))
-        for name, value in settings.items():
-            if name not in own and value != defaults[name]:
-                raise ConfigError(f"{name}={value!r} means nothing to format {self.format!r}: leave it out")
-        return make_format(self.format, **{name: settings[name] for name in own})
+        """The format of the quantized weights."""
+        return cast(Format, self.format)
 
 
 def check_offload(value: object) -> None:
@@ -143,13 +149,28 @@ def _from_bitsandbytes(config: Any, common: dict[str, Any]) -> QuantizationConfi
     if config.load_in_4bit == config.load_in_8bit:
         raise ConfigError(f"{type(config).__name__}: set exactly one of load_in_4bit and load_in_8bit")
     if config.load_in_8bit:
-        return QuantizationConfig("int8", threshold=float(config.llm_int8_threshold), **common)
+        return QuantizationConfig(Int8(threshold=float(config.llm_int8_threshold)), **common)
     return QuantizationConfig(
-        config.bnb_4bit_quant_type,
-        double_quant=config.bnb_4bit_use_double_quant,
+        make_format(config.bnb_4bit_quant_type, double_quant=config.bnb_4bit_use_double_quant),
         compute_dtype=config.bnb_4bit_compute_dtype,
         **common,
     )
+
+
+def _format(value: object, settings: dict[str, Any]) -> Format:
+    """The format that a config was given, by itself or by its name and `settings`, of which None says nothing."""
+    given = {name: setting for name, setting in settings.items() if setting is not None}
+    if Format in type(value).__mro__:
+        for name, setting in given.items():
+            raise ConfigError(f"{name}={setting!r} beside {value!r}: a format carries its own settings, pass it there")
+        return cast(Format, value)
+    if not isinstance(value, str) or value not in FORMATS:
+        return make_format(str(value))  # refuses it
+    own = {field.name for field in fields(FORMATS[value])}
+    for name, setting in given.items():
+        if name not in own:
+            raise ConfigError(f"{name}={setting!r} means nothing to format {value!r}: leave it out")
+    return make_format(value, **given)
 
 
 def _patterns(name: str, value: Iterable[str] | None) -> tuple[str, ...]:

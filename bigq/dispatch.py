@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from bigq.attach import attach
 from bigq.device_map import DeviceMap, ancestors, as_user_map, execution_device, is_gpu, place_of
+from bigq.errors import PlacementError
 from bigq.hooks import Float32Hook, PlacementHook
+from bigq.module import QuantizedModule
 from bigq.moves import refuse_moves
 from bigq.offload import is_file_backed
 from bigq.placement import is_called, is_stack
@@ -28,7 +30,9 @@ class _Unit:
     tensors: list[tuple[nn.Module, str, Tensor, str]] = field(default_factory=list)  # owner, leaf, tensor, place
 
 
-def dispatch(model: nn.Module, device_map: DeviceMap, *, skip_keys: str | list[str] | None = None) -> None:
+def dispatch(
+    model: nn.Module, device_map: DeviceMap, *, skip_keys: str | list[str] | None = None, is_placed: bool = True
+) -> None:
     """Hook a model whose tensors are where `device_map` says, so that it runs.
 
     A model on one device gets no hooks. Otherwise the root moves inputs in and outputs back, each offloaded block is
@@ -36,12 +40,18 @@ def dispatch(model: nn.Module, device_map: DeviceMap, *, skip_keys: str | list[s
 
     Args:
         skip_keys: keyword arguments that are not moved (default: what the model's `_skip_keys_device_placement` says).
+        is_placed: False where the tensors have yet to go there, and so only the map can tell which will be lent.
+
+    Raises:
+        PlacementError: the model is a ScriptModule and needs hooks.
     """
     model.hf_device_map = as_user_map(device_map)  # type: ignore[assignment]
     runs_on = execution_device(device_map)
     gpus = {place for place in device_map.values() if is_gpu(place)}
     if len(set(device_map.values())) == 1 and "disk" not in device_map.values():
         return
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PlacementError("a ScriptModule cannot carry the hooks of a device_map: pass one device")
     if skip_keys is None:
         skip_keys = getattr(model, "_skip_keys_device_placement", None)
     hooks: dict[str, PlacementHook] = {"": PlacementHook(runs_on, io_same_device=True, skip_keys=skip_keys)}
@@ -51,8 +61,8 @@ def dispatch(model: nn.Module, device_map: DeviceMap, *, skip_keys: str | list[s
         device = torch.device(own_gpus[0]) if own_gpus else runs_on
         borrowed = [
             (owner, leaf)
-            for owner, leaf, tensor, _ in unit.tensors
-            if tensor.device != device or is_file_backed(tensor)
+            for owner, leaf, tensor, place in unit.tensors
+            if (tensor.device != device or is_file_backed(tensor) if is_placed else place != str(device))
         ]
         if unit.path and (borrowed or len(gpus) > 1):
             hooks[unit.path] = PlacementHook(device, skip_keys=skip_keys)
@@ -87,48 +97,63 @@ def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
     by_rule = {name for tensor in floating if tensor.is_float32_by_rule for name in tensor.names}
     if not by_rule or not any(tensor.spec.dtype in (torch.float16, torch.bfloat16) for tensor in floating):
         return
-    head = output_head(model)
+    _hook_float32(model, "", by_rule, output_head(model), set())
 
-    seen: set[nn.Module] = set()  # a module that is reached on two paths gets one hook
 
-    def walk(module: nn.Module, path: str) -> None:
-        if module in seen:
-            return
-        seen.add(module)
-        prefix = f"{path}." if path else ""
-        own = [prefix + name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
-        if path and own and is_called(module) and by_rule.issuperset(own):
-            attach(module, Float32Hook(restore=module is not head))
-            return
-        for name, child in module.named_children():
-            walk(child, prefix + name)
-
-    walk(model, "")
+def _hook_float32(
+    module: nn.Module, path: str, by_rule: set[str], head: nn.Module | None, seen: set[nn.Module]
+) -> None:
+    if module in seen:  # a module that is reached on two paths gets one hook
+        return
+    seen.add(module)
+    prefix = f"{path}." if path else ""
+    own = [prefix + name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
+    if path and own and is_called(module) and by_rule.issuperset(own):
+        attach(module, Float32Hook(restore=module is not head))
+        return
+    for name, child in module.named_children():
+        _hook_float32(child, prefix + name, by_rule, head, seen)
 
 
 def _units(model: nn.Module, device_map: DeviceMap) -> list[_Unit]:
     """The modules to hook: blocks, and callers of tensors that lie outside of every block."""
-    units: dict[str, _Unit] = {}
-    split = {ancestor for name in device_map if name for ancestor in ancestors(name)}
-    seen: set[nn.Module] = set()  # a module that is reached on two paths gets one hook, or they would undo each other
+    walk = _Walk(model, device_map)
+    walk.visit(model, "", "", None, None)
+    return list(walk.units.values())
 
-    def walk(module: nn.Module, path: str, caller: str, block: str | None) -> None:
-        if module in seen:
+
+class _Walk:
+    """Collects the tensors of a model by the module that is lent them."""
+
+    def __init__(self, model: nn.Module, device_map: DeviceMap) -> None:
+        self.model, self.device_map = model, device_map
+        self.units: dict[str, _Unit] = {}
+        self._split = {ancestor for name in device_map if name for ancestor in ancestors(name)}
+        self._seen: set[nn.Module] = set()
+
+    def visit(self, module: nn.Module, path: str, caller: str, block: str | None, scripted: str | None) -> None:
+        """Visit `module` at `path`, which `caller` calls, in `block` and in the ScriptModule at `scripted`, if any."""
+        if module in self._seen:  # one that is reached on two paths gets one hook, or they would undo each other
             return
-        seen.add(module)
+        self._seen.add(module)
         if is_called(module):
             caller = path
-        if block is None and path and path not in split and is_called(module) and not is_stack(module):
-            block = path
+            if block is None and path and path not in self._split and not is_stack(module):
+                block = path
+        if scripted is None and isinstance(module, torch.jit.ScriptModule):
+            scripted = path
         prefix = f"{path}." if path else ""
         host = caller if block is None else block
         for table in (module._parameters, module._buffers):
             for leaf, tensor in table.items():
                 if tensor is not None:
-                    unit = units.setdefault(host, _Unit(module=model.get_submodule(host), path=host))
-                    unit.tensors.append((module, leaf, tensor, place_of(device_map, prefix + leaf) or "cpu"))
+                    unit = self.units.setdefault(host, _Unit(module=self.model.get_submodule(host), path=host))
+                    placed = module.weight_of(leaf) if isinstance(module, QuantizedModule) else leaf
+                    place = place_of(self.device_map, prefix + placed) or "cpu"
+                    if scripted is None:
+                        unit.tensors.append((module, leaf, tensor, place))
+                    else:  # a deepcopy knows the outermost ScriptModule again, and none of those in it
+                        own = (prefix + leaf)[len(scripted) + 1 :] if scripted else prefix + leaf
+                        unit.tensors.append((self.model.get_submodule(scripted), own, tensor, place))
         for name, child in module.named_children():
-            walk(child, prefix + name, caller, block)
-
-    walk(model, "", "", None)
-    return list(units.values())
+            self.visit(child, prefix + name, caller, block, scripted)

@@ -9,8 +9,8 @@ from bigq.checkpoint import StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
-from bigq.model_tensors import ModelTree, TensorGroup, tensor_name
-from bigq.plan import PlannedLinear, PlannedTensor
+from bigq.model_tensors import ModelTree, TensorGroup
+from bigq.plan import PlannedTensor, PlannedWeight
 from bigq.selection import match_patterns
 
 __all__ = ["Fit"]
@@ -36,29 +36,26 @@ class Fit:
         patterns = config.keep_in_fp32_modules if config is not None else ()
         self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, tree.names()))
 
-    def claim(self, linear: PlannedLinear) -> None:
+    def claim(self, weight: PlannedWeight) -> None:
         """Claim and check the weight to quantize, if the checkpoint holds it as floats."""
-        if linear.source is not None:
-            for name in linear.names:
-                self.claimed.add(tensor_name(name, "weight"))
-            shape = linear.description.shape[:: -1 if linear.transposed else 1]
-            self._check(linear.source, shape, floating=True)
+        if weight.source is not None:
+            self.claimed.update(weight.names)
+            self._check(weight.source, weight.description.weight_shape, floating=True)
 
-    def tensors_outside(self, linears: Sequence[PlannedLinear]) -> Iterator[PlannedTensor]:
+    def tensors_outside(self, weights: Sequence[PlannedWeight]) -> Iterator[PlannedTensor]:
         """Everything but the weights to quantize: kept parameters, buffers, biases, and state quantized already."""
-        weights = {tensor_name(name, "weight") for linear in linears for name in linear.names}
+        quantized = {name for weight in weights for name in weight.names}
         for group in self.tree.tensors:
-            if weights.isdisjoint(group.names):
+            if quantized.isdisjoint(group.names):
                 planned = self._kept(group)
                 if planned is not None:
                     yield planned
-        for linear in linears:
-            if linear.source is None:
-                for leaf, spec in linear.description.state_spec.items():
-                    names = tuple(tensor_name(name, leaf) for name in linear.names)
+        for weight in weights:
+            if weight.source is None:
+                for names, spec in weight.specs().items():
                     source = next((name for name in names if name in self.tensors), names[0])
                     self.claimed.update(names)
-                    info = self._check(source, spec.shape, floating=spec.dtype.is_floating_point)
+                    info = self._check(source, spec.shape, floating=False)
                     if info is not None and info.dtype != spec.dtype:
                         self.misfits.append(f"  {source} in {info.where}: expected {spec.dtype}, found {info.dtype}")
                     yield PlannedTensor(names=names, source=source, spec=spec, is_buffer=False, requires_grad=False)

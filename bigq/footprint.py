@@ -1,15 +1,17 @@
-"""memory_footprint: the exact bytes of a model, by device and by kind."""
+"""memory_footprint and num_parameters: the exact bytes of a model by device and kind, and how many weights it has."""
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor, nn
 
-from bigq.linear import QuantizedLinear
+from bigq.formats import state_name
 from bigq.model_tensors import ModelTree, find_owner
+from bigq.module import QuantizedModule
 from bigq.offload import is_file_backed
 from bigq.table import format_table
 
-__all__ = ["MemoryFootprint", "memory_footprint"]
+__all__ = ["MemoryFootprint", "memory_footprint", "num_parameters"]
 
 KINDS = ("packed", "scales", "kept")
 
@@ -42,11 +44,38 @@ def memory_footprint(model: nn.Module) -> MemoryFootprint:
     tree = ModelTree(model)
     for group in tree.tensors:
         owner, leaf = find_owner(tree.modules, group.names[0])
-        quantized = owner.state_spec() if isinstance(owner, QuantizedLinear) else {}
-        kind = "kept" if leaf not in quantized else "packed" if leaf == "weight" else "scales"
+        quantized = owner.state_spec() if isinstance(owner, QuantizedModule) else {}
+        kind = "kept" if leaf not in quantized else "packed" if leaf.endswith("_packed") else "scales"
         of_device = nbytes.setdefault(_where(group.tensor), dict.fromkeys(KINDS, 0))
         of_device[kind] += group.tensor.numel() * group.tensor.element_size()
     return MemoryFootprint(nbytes=nbytes)
+
+
+def num_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
+    """Count the parameters of `model`, quantized weights as the numbers they stand for; tied ones once.
+
+    What counts the tensors that a model enumerates, such as PEFT's `print_trainable_parameters`, counts packed bytes,
+    scales and descriptions instead.
+
+    Args:
+        model: any PyTorch model.
+        only_trainable: leave out frozen parameters, which all quantized weights are.
+
+    Example:
+        >>> num_parameters(nn.Linear(4, 3))
+        15
+    """
+    total, tree = 0, ModelTree(model)
+    for group in tree.tensors:
+        owner, leaf = find_owner(tree.modules, group.names[0])
+        if group.is_buffer or (only_trainable and not group.tensor.requires_grad):
+            continue
+        if isinstance(owner, QuantizedModule) and leaf in owner.state_spec():
+            sizes = {state_name(name, "packed"): d.shape for name, d in owner.descriptions.items()}
+            total += prod(sizes.get(leaf, (0,)))
+        else:
+            total += group.tensor.numel()
+    return total
 
 
 def _where(tensor: Tensor) -> str:

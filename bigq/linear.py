@@ -1,23 +1,82 @@
-"""QuantizedLinear: the one quantized module, an nn.Linear whose state is plain frozen Parameters."""
+"""The quantized modules that compute with the kernels themselves: linears, GPT-2's Conv1D, and embeddings."""
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from bigq.errors import UnsupportedError
-from bigq.formats import Description, Format, State, TensorSpec
+from bigq.formats import QUANT_STATE, Description, Format, Product, encode_quant_state, state_name
+from bigq.module import QuantizedModule, weight_property
+from bigq.stored import multiply
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["QuantizedConv1D", "QuantizedEmbedding", "QuantizedLinear", "QuantizedMatrix"]
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedMatrix(QuantizedModule):
+    """A module that multiplies by its `weight` [N, K] and adds its `bias` [N], or None."""
+
+    format: Format
+    compute_dtype: torch.dtype | None
+    _product: Product
+    _tensor_names: tuple[str, ...]  # of what `_product` takes
+    weight = weight_property("weight")
+
+    @property
+    def description(self) -> Description:
+        """What the saved weight says of itself."""
+        return self._quantized["weight"]
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors of `state_spec` for a float weight, on its device; changes nothing."""
+        state = self.quantize_weight("weight", weight)
+        return {**state, QUANT_STATE: encode_quant_state(self._quantized).to(weight.device)}
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that this module multiplies by, in `dtype` (by default that of the weight)."""
+        return self.stored_weight("weight").dequantize(dtype or self.description.dtype)
+
+    @property
+    def absmax(self) -> Tensor:
+        """The scales of the weight: float32 [N, B], or [N, 1]."""
+        stored = self.stored_weight("weight")
+        return stored.format.scales(stored.state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] times the transposed weight, plus bias: [..., N], in x's dtype or in autocast's.
+
+        Raises:
+            UnsupportedError: x is not floating point, or has another width than K.
+        """
+        parameters = self._parameters  # nn.Module's own lookup of a Parameter takes half a microsecond
+        tensors = tuple([parameters[name] for name in self._tensor_names])
+        return multiply(x, self._product, tensors, self.compute_dtype)
+
+    def reset_parameters(self) -> None:
+        """Do nothing: there is no such thing as a random quantized weight."""
+
+    def _describe(self, leaf: str, description: Description) -> None:
+        super()._describe(leaf, description)
+        if leaf == "weight":
+            product = description.format.product(description.shape[1])
+            names = tuple(part if part == "bias" else state_name("weight", part) for part in product.parts)
+            vars(self).update(
+                format=description.format,
+                compute_dtype=description.compute_dtype,
+                _product=product,
+                _tensor_names=names,
+            )
+
+    def extra_repr(self) -> str:
+        settings = [f"{name}={value}" for name, value in self.format.describe().items()]
+        return ", ".join(filter(None, [super(QuantizedModule, self).extra_repr(), *settings]))
+
+
+class QuantizedLinear(QuantizedMatrix, nn.Linear):
     """A linear layer whose weight is stored in a `Format`.
 
-    Its parameters are `weight` (packed codes), `absmax`, what else the format's `state_spec` names, `quant_state`
-    (which describes them in a checkpoint), and `bias`. All but the bias are frozen and immune to `.half()`,
-    `.to(dtype)` and their kin. They are Parameters, not buffers, because frameworks shard, offload and count those.
+    Its parameters are `weight_packed`, `weight_absmax`, what else the format's `state_spec` names, `quant_state` (which
+    describes them in a checkpoint), and `bias`. All but the bias are frozen and hold no floating-point number, so
+    nothing that casts a model touches them. `weight` reads and writes the weight that they stand for.
 
     Args:
         description: format, shape (N, K) and dtypes of the weight.
@@ -25,17 +84,14 @@ class QuantizedLinear(nn.Linear):
         device: where to make the uninitialized tensors.
     """
 
-    format: Format
-    source_dtype: torch.dtype
-    compute_dtype: torch.dtype | None
     _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism hands plain local shards to such a module
 
     def __init__(
         self, description: Description, *, bias: torch.dtype | None, device: torch.device | str = "meta"
     ) -> None:
         nn.Module.__init__(self)
-        self._describe(description)
-        for name, spec in description.state_spec.items():
+        self._describe("weight", description)
+        for name, spec in self.state_spec().items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         if bias is None:
@@ -43,99 +99,26 @@ class QuantizedLinear(nn.Linear):
         else:
             self.register_parameter("bias", nn.Parameter(torch.empty(self.out_features, dtype=bias, device=device)))
 
-    @classmethod
-    def convert(cls, linear: nn.Module, description: Description, state: State) -> None:
-        """Turn `linear` into a QuantizedLinear where it stands; its bias stays.
+    def _describe(self, leaf: str, description: Description) -> None:
+        super()._describe(leaf, description)
+        if leaf == "weight":
+            out_features, in_features = description.shape
+            vars(self).update(out_features=out_features, in_features=in_features)
 
-        The object stays the same, so whatever else refers to it follows: a second parent, a closure, its own hooks.
 
-        Args:
-            linear: an nn.Linear or a GPT-2 Conv1D; changed.
-            description: of the weight.
-            state: the tensors of the quantized weight, as far as they are known yet.
-        """
-        parameters: dict[str, nn.Parameter | None] = dict.fromkeys(description.state_spec)
-        for leaf, tensor in state.items():
-            parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        parameters["bias"] = linear._parameters["bias"]
-        object.__setattr__(linear, "__class__", cls)  # nn.Module's own takes 3 us, and a model may have 19,000 linears
-        vars(linear)["_parameters"] = parameters
-        cast(QuantizedLinear, linear)._describe(description)
+class QuantizedConv1D(QuantizedMatrix):
+    """GPT-2's Conv1D: a linear that holds its weight as [K, N]."""
 
-    def _describe(self, description: Description) -> None:
-        out_features, in_features = description.shape
-        vars(self).update(  # not by nn.Module's setattr: 3 us an attribute
-            out_features=out_features,
-            in_features=in_features,
-            format=description.format,
-            source_dtype=description.dtype,
-            compute_dtype=description.compute_dtype,
-        )
+    __repr__ = nn.Module.__repr__  # its own says nothing of a format
 
-    def state_spec(self) -> dict[str, TensorSpec]:
-        """The named tensors of the quantized weight, by the name of their Parameter."""
-        return self.description.state_spec
 
-    @property
-    def description(self) -> Description:
-        """What the saved weight says of itself."""
-        return Description(
-            format=self.format,
-            shape=(self.out_features, self.in_features),
-            dtype=self.source_dtype,
-            compute_dtype=self.compute_dtype,
-        )
+class QuantizedEmbedding(QuantizedModule):
+    """An embedding that decodes the rows it is asked for."""
 
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """The tensors of `state_spec` for a float weight [N, K], on the weight's device; changes nothing."""
-        return {**self.format.quantize(weight), "quant_state": self.description.encode().to(weight.device)}
+    weight = weight_property("weight")
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [N, K] that this layer multiplies by, in `dtype` (by default that of the original weight)."""
-        shape = (self.out_features, self.in_features)
-        return self.format.dequantize(self._state, shape, dtype or self.source_dtype)
-
-    @property
-    def W_q(self) -> Tensor:  # noqa: N802 - the name PEFT looks for before it calls dequantize()
-        """The packed codes."""
-        return self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            raise UnsupportedError(
-                f"QuantizedLinear got activations of {x.dtype}; expected a floating dtype. A parent module that casts "
-                "its input to weight.dtype does this: name this layer in skip_modules"
-            )
-        out_dtype = x.dtype
-        device_type = "cuda" if x.is_cuda else x.device.type  # the property costs as much as the rest of this method
-        if torch.is_autocast_enabled(device_type) and out_dtype is not torch.float64:  # which autocast leaves alone
-            out_dtype = torch.get_autocast_dtype(device_type)
-        dtype = self.compute_dtype or out_dtype
-        state: State = self._parameters  # type: ignore[assignment]
-        # A cast that changes nothing takes a microsecond, and nn.Module's lookup of a Parameter half a one.
-        out = self.format.linear(x if x.dtype is dtype else x.to(dtype), state, self._parameters["bias"])
-        return out if out.dtype is out_dtype else out.to(out_dtype)
-
-    @property
-    def _state(self) -> State:
-        return cast(State, self._parameters)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """Move the quantized tensors like any other, but never cast them: a half-precision absmax is a wrong absmax."""
-        frozen = {id(self._parameters[name]): self._parameters[name] for name in self.state_spec()}
-
-        def move(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            if id(tensor) in frozen and out.dtype != tensor.dtype:
-                return tensor.to(out.device)
-            return out
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def reset_parameters(self) -> None:
-        """Do nothing: there is no such thing as a random quantized weight."""
-
-    def extra_repr(self) -> str:
-        settings = ", ".join(f"{name}={value}" for name, value in self.format.describe().items())
-        return f"{super().extra_repr()}, {settings}"
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows `input` [...] of the weight, as [..., K] in the weight's dtype."""
+        if self.max_norm is not None:  # which changes the rows it is asked for
+            return cast(Tensor, super().forward(input))
+        return self.stored_weight("weight").rows(input, self._quantized["weight"].dtype)

@@ -2,8 +2,9 @@
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +12,19 @@ from torch import nn
 
 from bigq.checkpoint import Checkpoint
 from bigq.config import QuantizationConfig, as_config, is_config
-from bigq.device_map import execution_device, is_offloaded
+from bigq.device_map import DeviceMap, execution_device, is_offloaded
 from bigq.dispatch import dispatch, keep_float32_callable
 from bigq.errors import CheckpointError, ConfigError
 from bigq.fill import fill
 from bigq.model_tensors import ModelTensors, ModelTree
+from bigq.parameter_count import count_weights
 from bigq.placement import expected_device, plan_and_place
+from bigq.plan import Plan
 from bigq.report import make_report
 from bigq.stages import Stages
 from bigq.store import Store
 from bigq.stream import Budget
+from bigq.transaction import Snapshot, restored_on_error
 from bigq.warm_up import WarmUp
 
 __all__ = ["load_and_quantize_model"]
@@ -62,7 +66,9 @@ def load_and_quantize_model(
     """Stream a checkpoint into `model`, quantize its linears on the way, and place it as `device_map` says.
 
     Everything is checked before anything is changed, and the model changes only once every tensor has arrived: a call
-    that raises leaves it as it was. accelerate's order of the arguments (model, config, weights) works too.
+    that raises leaves it as it was. Without `weights_location` that holds for all that is checked, hooks and attributes
+    included; an interrupt after that leaves the layers that were reached quantized, because keeping the old weights to
+    put back would take the memory of both. accelerate's order of the arguments (model, config, weights) works too.
 
     Args:
         model: any PyTorch model, on meta (`accelerate.init_empty_weights`) or holding weights.
@@ -111,15 +117,46 @@ def load_and_quantize_model(
             store = Store.open(plan, places, offload_folder, source)
         modules = tree.modules
         del tree  # it keeps tensors alive, and a model that holds its weights frees them one by one
-        fill(modules, plan, source, store, budget=budget, stages=stages, warm_up=warm_up, progress=progress)
+        finish = partial(_finish, model, plan, places, store, stages, skip_keys)
+        if source.in_place:
+            _rehearse(modules, finish)
+        jobs = fill(modules, plan, source, store, budget=budget, stages=stages, warm_up=warm_up, progress=progress)
+    with restored_on_error(modules):
+        with stages.timed("commit"):
+            for job in jobs:
+                job.commit(modules)
+        finish()
+    return model
+
+
+def _finish(
+    model: nn.Module,
+    plan: Plan,
+    places: DeviceMap,
+    store: Store,
+    stages: Stages,
+    skip_keys: str | list[str] | None,
+    *,
+    is_placed: bool = True,
+) -> None:
+    """Give a model that holds its tensors the hooks and attributes that it needs."""
     keep_float32_callable(model, plan)
-    dispatch(model, places, skip_keys=skip_keys)
+    dispatch(model, places, skip_keys=skip_keys, is_placed=is_placed)
     model.quantization_method = "bigq"  # type: ignore[assignment]
     model.quantization_report = make_report(plan, store.resting, stages)  # type: ignore[assignment]
+    count_weights(model)
     # The flag by which PEFT and TRL know a k-bit model; accelerate refuses to prepare one of those that is offloaded.
     runs_on = execution_device(places)
     model.is_loaded_in_8bit = not any(is_offloaded(place, runs_on) for place in places.values())  # type: ignore[assignment]
-    return model
+
+
+def _rehearse(modules: Mapping[str, nn.Module], finish: Callable[..., None]) -> None:
+    """Finish a model that is not converted yet, and undo it: what the model refuses is then known while it is whole."""
+    before = Snapshot(modules.values())
+    try:
+        finish(is_placed=False)
+    finally:
+        before.restore()
 
 
 def _arguments(

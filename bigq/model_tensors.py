@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -51,15 +51,7 @@ class ModelTree:
         As `named_modules(remove_duplicate=False)` has it, without a generator for each level: a third of the time.
         """
         found: dict[str, nn.Module] = {}
-
-        def walk(module: nn.Module, name: str) -> None:
-            found[name] = module
-            prefix = f"{name}." if name else ""
-            for leaf, child in module._modules.items():
-                if child is not None:
-                    walk(child, prefix + leaf)
-
-        walk(self.model, "")
+        _walk(self.model, "", found)
         return found
 
     @cached_property
@@ -94,6 +86,15 @@ class ModelTree:
             yield from group.names
 
 
+def _walk(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
+    """Note `module` and all in it by name. No closure: one that calls itself keeps the model until it is collected."""
+    found[name] = module
+    prefix = f"{name}." if name else ""
+    for leaf, child in module._modules.items():
+        if child is not None:
+            _walk(child, prefix + leaf, found)
+
+
 def find_owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
     """(module, leaf) of the parameter, buffer or child module called `name` in a model with these modules."""
     path, _, leaf = name.rpartition(".")
@@ -107,7 +108,12 @@ def tensor_key(tensor: Tensor) -> tuple[object, ...]:
 
 
 def tensor_table(module: nn.Module, leaf: str) -> dict[str, Any]:
-    """The dict in which `module` itself holds its parameter or buffer `leaf`."""
+    """The dict in which `module` itself holds its parameter or buffer `leaf`.
+
+    Of a ScriptModule, `leaf` may be the path of a tensor of a ScriptModule in it.
+    """
+    if "." in leaf:
+        return cast(dict[str, Any], _ScriptedTensors(module))  # torch declares those of a ScriptModule as dicts too
     return module._parameters if leaf in module._parameters else module._buffers
 
 
@@ -119,6 +125,28 @@ def assign_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:
     tensor_table(module, leaf)[leaf] = tensor
     if isinstance(module, nn.RNNBase) and leaf in module._flat_weights_names:
         module._flat_weights[module._flat_weights_names.index(leaf)] = tensor
+
+
+class _ScriptedTensors:
+    """The tensors of the ScriptModules in `module` by their paths; none of them survives a deepcopy but `module`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getitem__(self, path: str) -> Tensor:
+        table, leaf = self._find(path)
+        tensor: Tensor = table[leaf]
+        return tensor
+
+    def __setitem__(self, path: str, tensor: Tensor) -> None:
+        table, leaf = self._find(path)
+        table[leaf] = tensor
+
+    def _find(self, path: str) -> tuple[dict[str, Any], str]:
+        module, (*names, leaf) = self._module, path.split(".")
+        for name in names:  # get_submodule refuses a ScriptModule
+            module = module._modules[name]  # type: ignore[assignment]
+        return tensor_table(module, leaf), leaf
 
 
 class ModelTensors:

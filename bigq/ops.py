@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigq import reference
+from bigq import checks, reference
 from bigq.errors import UnsupportedError
+from bigq.replays import run
 
 __all__ = [
-    "cuda_launcher",
+    "cuda_implementation",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
@@ -48,14 +49,9 @@ _SCHEMAS = {
 }
 
 
-def cuda_launcher(name: str) -> Callable[..., Any] | None:
-    """The launcher that the op `name` calls on CUDA tensors; None where the reference runs there."""
-    implementation = _cuda_implementation(name)
-    return None if implementation is getattr(reference, name) else implementation
-
-
 @cache
-def _cuda_implementation(name: str) -> Callable[..., Any]:
+def cuda_implementation(name: str) -> Callable[..., Any]:
+    """What the op `name` calls on CUDA tensors: its launcher, or the reference where the environment says so."""
     if os.environ.get("BIGQ_REFERENCE") == "1":
         return getattr(reference, name)  # type: ignore[no-any-return]
     try:
@@ -71,9 +67,13 @@ def _cuda_implementation(name: str) -> Callable[..., Any]:
 
 def _on_cuda(name: str) -> Callable[..., Any]:
     def implementation(*args: Any) -> Any:
-        return _cuda_implementation(name)(*args)
+        return cuda_implementation(name)(*args)
 
-    return implementation
+    def linear(x: Tensor, *args: Any) -> Any:
+        tensors = 5 if isinstance(args[3], Tensor) else 3  # a weight and its bias, with nested scales or without
+        return run(cuda_implementation, name, x, args[:tensors], args[tensors:])
+
+    return linear if name.startswith("linear") else implementation
 
 
 _LIBRARY = torch.library.Library("bigq", "DEF")
@@ -92,20 +92,20 @@ def _(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]
 
 @torch.library.register_fake("bigq::dequantize_4bit", lib=_LIBRARY)
 def _(weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    reference.check_dequantize_4bit(weight, absmax, None, None, block_size, in_features, torch._check)
+    checks.check_dequantize_4bit(weight, absmax, None, None, block_size, in_features, torch._check)
     return weight.new_empty(weight.shape[0], in_features, dtype=dtype)
 
 
 @torch.library.register_fake("bigq::quantize_absmax", lib=_LIBRARY)
 def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    absmax = reference.scales(absmax)
+    absmax = checks.as_floats(absmax)
     blocks = (absmax.numel() + reference.NESTED_BLOCK_SIZE - 1) // reference.NESTED_BLOCK_SIZE
     return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(blocks), absmax.new_empty(1)
 
 
 @torch.library.register_fake("bigq::dequantize_absmax", lib=_LIBRARY)
 def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
-    reference.check_dequantize_absmax(codes, nested_absmax, nested_offset, torch._check)
+    checks.check_dequantize_absmax(codes, nested_absmax, nested_offset, torch._check)
     return torch.empty_like(codes, dtype=torch.float32)
 
 
@@ -121,7 +121,7 @@ def _(
     block_size: int,
     in_features: int | None = None,
 ) -> Tensor:
-    reference.check_linear_4bit(
+    checks.check_linear_4bit(
         x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, torch._check
     )
     return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -134,13 +134,13 @@ def _(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("bigq::dequantize_int8", lib=_LIBRARY)
 def _(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    reference.check_dequantize_int8(weight, absmax, torch._check)
+    checks.check_dequantize_int8(weight, absmax, torch._check)
     return torch.empty_like(weight, dtype=dtype)
 
 
 @torch.library.register_fake("bigq::linear_int8", lib=_LIBRARY)
 def _(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    reference.check_linear_int8(x, weight, absmax, bias, torch._check)
+    checks.check_linear_int8(x, weight, absmax, bias, torch._check)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

@@ -27,11 +27,11 @@ from bigq.device_map import (
     place_of,
 )
 from bigq.errors import PlacementError
-from bigq.formats import Description, TensorSpec
-from bigq.model_tensors import ModelTensors, ModelTree, tensor_name
+from bigq.formats import Description, TensorSpec, check_quant_state, decode_quant_state
+from bigq.model_tensors import ModelTensors, ModelTree
 from bigq.offload import align
 from bigq.plan import Plan
-from bigq.planning import make_plan, quantized_prefixes
+from bigq.planning import Described, make_plan, quant_states
 
 __all__ = ["expected_device", "infer_device_map", "is_called", "is_stack", "plan_and_place", "resting_places"]
 
@@ -86,14 +86,15 @@ def _make_plan(
     places: DeviceMap,
     policy: str | torch.dtype | None,
     *,
-    quantized: Mapping[str, Description] | None = None,
+    quantized: Described | None = None,
     strict: bool = True,
 ) -> Plan:
     """The plan for a model at `places`, of which what is offloaded is kept as `policy` says."""
     kept = policy in ("preserve", torch.float32)
     dtype = policy if isinstance(policy, torch.dtype) else None
     runs_on = execution_device(places)
-    names_of = {group.names[0]: group.names for group in tree.tensors} if dtype is not None else {}
+    names_of = {group.names[0]: group.names for group in tree.tensors}
+    any_away = any(is_offloaded(place, runs_on) for place in places.values())
 
     def is_away(names: Iterable[str]) -> bool:
         """Whether something rests elsewhere than where it runs: it does not if any of its names keeps it there."""
@@ -105,8 +106,8 @@ def _make_plan(
         source.tensors,
         config,
         quantized=quantized,
-        unquantized=lambda name: kept and is_away(tensor_name(n, "weight") for n in tree.aliases[tree.modules[name]]),
-        offload_dtype=lambda name: dtype if dtype is not None and is_away(names_of[name]) else None,
+        unquantized=lambda name: kept and any_away and is_away(names_of[name]),
+        offload_dtype=lambda name: dtype if any_away and dtype is not None and is_away(names_of[name]) else None,
         strict=strict,
     )
 
@@ -154,13 +155,20 @@ def infer_device_map(
     return as_user_map(places)
 
 
-def _descriptions(source: Source) -> dict[str, Description]:
-    """What a checkpoint says of the weights that it holds quantized, by module name."""
-    prefixes = quantized_prefixes(source.tensors)
-    states = dict(source.read(prefixes.values()))
+def _descriptions(source: Source) -> dict[str, dict[str, Description]]:
+    """What a checkpoint says of the weights that it holds quantized, by module name and leaf.
+
+    Raises:
+        CheckpointError: a quant_state is none.
+    """
+    names = quant_states(source.tensors)
+    for name in names.values():
+        stored = source.tensors[name]
+        check_quant_state(stored.shape, stored.dtype, f"{name} in {stored.where}")  # before any of it is read
+    states = dict(source.read(names.values()))
     return {
-        prefix: Description.decode(states[name], where=f"{name} in {source.tensors[name].where}")
-        for prefix, name in prefixes.items()
+        module: decode_quant_state(states[name], f"{name} in {source.tensors[name].where}")
+        for module, name in names.items()
     }
 
 
@@ -217,29 +225,13 @@ def _buffer_specs(plan: Plan) -> list[TensorSpec]:
 def _tree(model: nn.Module, resident: Plan, offloaded: Plan, classes: set[str]) -> Node:
     """The modules of `model` with their sizes: in `resident` everything is where it runs, in `offloaded` nothing.
 
-    A quantized linear is one entry, its weight's, since all of its state goes with that. What is offloaded is aligned
-    as its memory is.
+    A quantized weight is one entry, since all of its tensors go with it. What is offloaded is aligned as its memory is.
     """
-    sizes: dict[str, int] = {}
-    away: dict[str, int] = {}
-    for plan, found, nbytes_of in ((resident, sizes, int), (offloaded, away, align)):
-        for tensor in plan.tensors:
-            found.update(dict.fromkeys(tensor.names, nbytes_of(tensor.spec.nbytes)))
-        for linear in plan.linears:
-            if linear.source is not None:
-                weights = [tensor_name(name, "weight") for name in linear.names]
-                specs = linear.description.state_spec.values()
-                found.update(dict.fromkeys(weights, sum(nbytes_of(spec.nbytes) for spec in specs)))
-    names_of = [tensor.names for tensor in resident.tensors]
-    names_of += [
-        tuple(tensor_name(name, "weight") for name in linear.names)
-        for linear in resident.linears
-        if linear.source is not None
-    ]
+    away = {names[0]: sum(map(align, sizes)) for names, sizes in offloaded.sizes()}
     by_module: dict[str, list[Sized]] = {}
-    for names in names_of:
+    for names, sizes in resident.sizes():
         for name in names:
-            sized = Sized(name, names[0], sizes[names[0]], away[names[0]])
+            sized = Sized(name, names[0], sum(sizes), away[names[0]])
             by_module.setdefault(name.rpartition(".")[0], []).append(sized)
 
     def node(path: str, module: nn.Module, is_atomic: bool) -> Node:
@@ -262,8 +254,11 @@ def _tree(model: nn.Module, resident: Plan, offloaded: Plan, classes: set[str]) 
 
 
 def is_called(module: nn.Module) -> bool:
-    """Whether the module has a forward of its own; a ModuleList, a ModuleDict or a ParameterList has none."""
-    return type(module).forward is not nn.Module.forward
+    """Whether the module has a forward of its own that a hook can stand in front of.
+
+    A ModuleList, a ModuleDict or a ParameterList has none, and that of a ScriptModule cannot be replaced.
+    """
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
 
 
 def is_stack(module: nn.Module) -> bool:
@@ -274,7 +269,7 @@ def is_stack(module: nn.Module) -> bool:
 
 
 def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:
-    """{first name: place} of each tensor and each quantized linear, all of whose tensors rest where its weight does.
+    """{first name: place} of each tensor and each quantized weight, all of whose tensors rest in one place.
 
     What has several names rests on the GPU if any of them does. Buffers rest where they run, as accelerate has it by
     default: a module may write to them, as BatchNorm does.
@@ -296,15 +291,19 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:
         places = {name: place for owner, name in names if (place := of_name(owner, name))}
         return _one_place(places) if len(places) > 1 else next(iter(places.values()), anywhere)
 
+    def of_tensor(names: Iterable[str]) -> str:
+        return of_names((name.rpartition(".")[0], name) for name in names)
+
     resting = {}
+    go_with = plan.weights_of_state()
     for tensor in plan.tensors:
-        place = of_names((name.rpartition(".")[0], name) for name in tensor.names)
+        place = of_tensor(go_with.get(tensor.names[0], tensor.names))
         if tensor.is_buffer and is_offloaded(place, runs_on):
             place = anywhere
         resting[tensor.names[0]] = place
-    for linear in plan.linears:
-        if linear.source is not None:
-            resting[linear.names[0]] = of_names((name, tensor_name(name, "weight")) for name in linear.names)
+    for weight in plan.weights:
+        if weight.source is not None:
+            resting[weight.names[0]] = of_tensor(weight.names)
     return resting
 
 

@@ -16,7 +16,7 @@ __all__ = ["QuantizedTensor", "dequantize_tensor", "quantize_tensor"]
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor:
-    """A quantized weight: what it is, and the named tensors that hold it."""
+    """A quantized weight: what it is, and the tensors that hold it, by part: "packed", "absmax" and so on."""
 
     description: Description
     tensors: Mapping[str, Tensor]
@@ -43,7 +43,9 @@ def quantize_tensor(weight: Tensor, quantization_config: Any) -> QuantizedTensor
         dtype=weight.dtype,
         compute_dtype=config.compute_dtype,
     )
-    return QuantizedTensor(description=description, tensors=description.format.quantize(weight.detach()))
+    return QuantizedTensor(
+        description=description, tensors=description.format.quantize(weight.detach(), method=config.method)
+    )
 
 
 def dequantize_tensor(state: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,46 +1,65 @@
-"""Quantizer: quantize weights as they arrive, those that look alike in one launch, a huge one in several."""
+"""Quantizer: quantize weights as they arrive, those that are described alike in one launch, a huge one in several."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
-from bigq.formats import Description, State
-from bigq.plan import PlannedLinear
+from bigq.formats import Description, State, encode_quant_state
+from bigq.plan import PlannedWeight
 from bigq.runs import Piece
 
 __all__ = ["Quantizer"]
 
-_Item = tuple[PlannedLinear, Piece]
-# Constants at a time, or those of a launch: each call of torch's queues for Python's lock behind the reading threads.
-_COPIES = 32
+_Item = tuple[PlannedWeight, Piece]
+# Copies of a quant_state at a time: each call of torch's queues for Python's lock behind the reading threads.
+_COPIES = 256
 
 
 class Quantizer:
-    """Turns pieces of float weights into the state of QuantizedLinears, without waiting for the GPU."""
+    """Turns pieces of float weights into the state of quantized ones, without waiting for the GPU."""
 
     def __init__(self) -> None:
         self._incomplete: dict[str, dict[str, Tensor]] = {}
         self._largest: list[tuple[list[str], Tensor]] = []  # scale of the weights of a launch
-        self._constants: dict[tuple[Description, torch.device], dict[str, Tensor]] = {}
-        self._copies: dict[tuple[Description, torch.device], list[dict[str, Tensor]]] = {}
+        self._copies: dict[tuple[int, torch.device], list[Tensor]] = {}
+        self._encoded: dict[tuple[int, torch.device], tuple[Mapping[str, Description], Tensor]] = {}
 
-    def quantize(self, items: Iterable[_Item]) -> Iterator[tuple[PlannedLinear, dict[str, Tensor]]]:
-        """Yield (linear, state) for each weight of which all pieces have come; each tensor owns its storage.
+    def quantize(self, items: Iterable[_Item]) -> Iterator[tuple[PlannedWeight, dict[str, Tensor]]]:
+        """Yield (weight, state by part) for each weight of which all pieces have come; each tensor owns its storage.
 
         Args:
-            items: linears and pieces of their weights, in one memory in the order of their addresses, on the device
-                that quantizes. Those of one Description, the same object, are quantized in one launch.
+            items: weights and pieces of them, in one memory in the order of their addresses, on the device that
+                quantizes. Those of one Description, the same object, are quantized in one launch where their format
+                allows it.
         """
-        alike: dict[tuple[int, bool], list[_Item]] = {}
+        alike: dict[tuple[int, str], list[_Item]] = {}
         for item in items:
-            linear, _ = item  # by identity: to hash a Description takes a microsecond
-            alike.setdefault((id(linear.description), linear.transposed), []).append(item)
+            weight, _ = item  # by identity: to hash a Description takes a microsecond
+            alike.setdefault((id(weight.description), weight.method), []).append(item)
         for group in alike.values():
-            yield from self._quantize_alike(group)
+            weight_format = group[0][0].description.format
+            apart = weight_format.measures or any(_count(item) % weight_format.row_group for item in group)
+            for launch in [[item] for item in group] if apart else [group]:
+                yield from self._quantize_alike(launch)
 
-    def non_finite(self, states: Mapping[str, State]) -> list[str]:
-        """The names of the weights that held NaN or Inf, among `states` by source name; waits for each GPU once."""
+    def quant_state(self, described: Mapping[str, Description], device: torch.device) -> Tensor:
+        """The quant_state of a module on `device`, in memory of its own."""
+        key = id(described), device
+        if key not in self._encoded:  # uploaded once
+            self._encoded[key] = described, encode_quant_state(described).to(device)
+        stock = self._copies.setdefault(key, [])
+        if not stock:
+            _, encoded = self._encoded[key]
+            stock += _cut(encoded.repeat(_COPIES), [len(encoded)] * _COPIES)
+        return stock.pop()
+
+    def non_finite(self, state_of: Callable[[str], tuple[Description, State]]) -> list[str]:
+        """The source names of the weights that held NaN or Inf; waits for each GPU once.
+
+        `state_of` gives the description and the state that a weight got.
+        """
         by_device: dict[torch.device, list[tuple[list[str], Tensor]]] = {}
         for names, largest in self._largest:
             by_device.setdefault(largest.device, []).append((names, largest))
@@ -48,45 +67,45 @@ class Quantizer:
         for launches in by_device.values():
             finite = torch.stack([largest for _, largest in launches]).isfinite().tolist()
             suspects += [name for (names, _), flag in zip(launches, finite, strict=True) if not flag for name in names]
-        return [name for name in suspects if not _is_finite(states[name])]
+        return [name for name in dict.fromkeys(suspects) if not _is_finite(*state_of(name))]
 
-    def _quantize_alike(self, group: list[_Item]) -> Iterator[tuple[PlannedLinear, dict[str, Tensor]]]:
-        description, transposed = group[0][0].description, group[0][0].transposed
-        weight_format, shape = description.format, description.shape
-        weights = [piece.tensor.T if transposed else piece.tensor for _, piece in group]
-        counts = [weight.shape[0] for weight in weights]
-        stacked = weight_format.quantize_rows(_stacked(weights, sum(counts)))
-        names = [piece.info.name for _, piece in group]
-        scales = (rows for rows in stacked.values() if rows.is_floating_point() and rows.numel())
-        self._largest += ((names, rows.amax()) for rows in scales)  # NaN or Inf if a weight held either
-        constants = self._copies_of(description, weights[0].device, len(group))
-        for (linear, piece), count, rows in zip(group, counts, _split(stacked, counts), strict=True):
-            whole = rows if count == shape[0] else self._collect(piece, count, rows, shape[0])
+    def _quantize_alike(self, group: list[_Item]) -> Iterator[tuple[PlannedWeight, dict[str, Tensor]]]:
+        weight = group[0][0]
+        description, weight_format = weight.description, weight.description.format
+        rows = [_rows(item) for item in group]
+        counts = [len(matrix) for matrix in rows]
+        stacked = _stacked(rows, sum(counts))
+        measured = weight_format.measure(stacked) if weight_format.measures else None
+        tensors, largest = weight_format.quantize_rows(stacked, method=weight.method, measured=measured)
+        self._largest.append(([piece.info.name for _, piece in group], largest))
+        total = prod(description.shape[:-1])
+        for (planned, piece), count, own in zip(group, counts, _split(tensors, counts), strict=True):
+            whole = own if count == total else self._collect(piece, count, own, total)
             if whole is not None:
-                yield linear, {**weight_format.finish(whole, shape), **constants.pop()}
+                yield planned, weight_format.finish(whole, description.shape)
 
     def _collect(self, piece: Piece, count: int, rows: dict[str, Tensor], total: int) -> dict[str, Tensor] | None:
         """The rows of all pieces of a weight of `total` rows, if these `count` ones are its last; else None."""
-        name, stop = piece.info.name, piece.start + count
+        name = piece.info.name
+        start = piece.start * (total // piece.info.shape[0])  # a stack of matrices comes in pieces of whole ones
         whole = self._incomplete.setdefault(
-            name, {leaf: tensor.new_empty(total, *tensor.shape[1:]) for leaf, tensor in rows.items()}
+            name, {part: tensor.new_empty(total, *tensor.shape[1:]) for part, tensor in rows.items()}
         )
-        for leaf, tensor in rows.items():
-            whole[leaf][piece.start : stop] = tensor
-        return self._incomplete.pop(name) if stop == total else None
+        for part, tensor in rows.items():
+            whole[part][start : start + count] = tensor
+        return self._incomplete.pop(name) if start + count == total else None
 
-    def _copies_of(self, description: Description, device: torch.device, count: int) -> list[dict[str, Tensor]]:
-        """A stock of what is the same for all weights of `description`, each in memory of its own, `count` or more."""
-        key = description, device
-        if key not in self._constants:  # uploaded once
-            state = description.encode().to(device)
-            self._constants[key] = {**description.format.constants(device), "quant_state": state}
-        constants, stock = self._constants[key], self._copies.setdefault(key, [])
-        if len(stock) < count:
-            more = max(count, _COPIES)
-            copies = [_cut(tensor.repeat(more), [len(tensor)] * more) for tensor in constants.values()]
-            stock += (dict(zip(constants, tensors, strict=True)) for tensors in zip(*copies, strict=True))
-        return stock
+
+def _count(item: _Item) -> int:
+    weight, piece = item
+    return piece.tensor.numel() // max(1, weight.description.shape[-1])
+
+
+def _rows(item: _Item) -> Tensor:
+    """A piece of a weight as the matrix [R, K] of its rows."""
+    weight, piece = item
+    tensor = piece.tensor.mT if weight.description.transposed else piece.tensor
+    return tensor if tensor.dim() == 2 else tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _stacked(weights: list[Tensor], count: int) -> Tensor:
@@ -119,7 +138,6 @@ def _cut(rows: Tensor, counts: list[int]) -> list[Tensor]:
     return cuts
 
 
-def _is_finite(state: State) -> Tensor:
-    """Whether every scale is finite: a 0-d bool on its device."""
-    flags = [tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point()]
-    return torch.stack(flags).all() if len(flags) > 1 else flags[0]
+def _is_finite(description: Description, state: State) -> bool:
+    """Whether every scale is finite."""
+    return bool(description.format.scales(state).isfinite().all())

@@ -5,10 +5,9 @@ Shapes: N = out_features (rows), K = in_features, M = tokens, B = ceil(K / block
 error budget. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantization, LLM.int8() (arXiv 2208.07339) for int8.
 
 Scales come as float32 or as int32 of the same bits, which no cast of a model's floating tensors changes; they are
-returned as float32. Tensors that do not fit together raise UnsupportedError.
+returned as float32. Tensors that do not fit together raise UnsupportedError (`bigq.checks`).
 """
 
-from collections.abc import Callable
 from functools import cache
 from math import prod
 
@@ -16,16 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bigq.errors import UnsupportedError
+from bigq.checks import (
+    NESTED_BLOCK_SIZE,
+    as_floats,
+    check_dequantize_4bit,
+    check_dequantize_absmax,
+    check_dequantize_int8,
+    check_linear_4bit,
+    check_linear_int8,
+)
 
 __all__ = [
     "CODES",
     "NESTED_BLOCK_SIZE",
-    "check_dequantize_4bit",
-    "check_dequantize_absmax",
-    "check_dequantize_int8",
-    "check_linear_4bit",
-    "check_linear_int8",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
@@ -35,7 +37,6 @@ __all__ = [
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
-    "scales",
 ]
 
 # fmt: off
@@ -61,12 +62,8 @@ FP4_MAGNITUDE_ORDER = (0, 1, 6, 7, 4, 5, 2, 3)  # code of the i-th smallest magn
 # fmt: on
 
 CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
-NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale in double quantization
 _CHUNK_NUMEL = 1 << 19  # elements converted at a time: 2 MiB of float32 stay near the core, 1.6 times as fast as 16
 _EXACT_K = 1024  # 1024 * 127 * 127 < 2**24: an int8 product of this depth is exact in float32
-_SCALES = (torch.float32, torch.int32)
-
-Expect = Callable[[bool, Callable[[], str]], object]  # (condition, what to say if it fails), as torch._check is
 
 
 @cache
@@ -100,123 +97,6 @@ def nested_code(device: torch.device) -> Tensor:
     magnitudes = torch.cat(positive)
     ends = torch.tensor([0.0, 1.0], device="cpu")
     return torch.cat([magnitudes, -magnitudes, ends]).sort().values.to(device)
-
-
-def scales(bits: Tensor) -> Tensor:
-    """The float32 scales in `bits`, which is float32, or int32 of the same bits; shares its memory."""
-    if bits.dtype == torch.float32:
-        return bits
-    _expect(bits.dtype == torch.int32, lambda: f"scales are {bits.dtype}; expected one of {_SCALES}")
-    return bits.view(torch.float32)
-
-
-def _expect(condition: bool, message: Callable[[], str]) -> None:
-    if not condition:
-        raise UnsupportedError(message())
-
-
-def _check(
-    name: str,
-    tensor: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
-    device: torch.device,
-    expect: Expect,
-) -> None:
-    def message() -> str:
-        expected = " or ".join(map(str, dtypes))
-        return (
-            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-            f"expected {expected} {list(shape)} on {device}"
-        )
-
-    expect(tensor.dtype in dtypes and tensor.device == device and tensor.dim() == len(shape), message)
-    for size, expected_size in zip(tensor.shape, shape, strict=True):
-        expect(size == expected_size, message)
-
-
-def check_linear_4bit(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    block_size: int,
-    in_features: int | None,
-    expect: Expect = _expect,
-) -> None:
-    """Expect x [..., K], a 4-bit weight [N, K] and bias [N] that fit together."""
-    if in_features is not None:
-        expect(
-            x.shape[-1] == in_features,
-            lambda: f"x is {list(x.shape)}; expected [..., {in_features}], the in_features of the weight",
-        )
-    _check_width(x, weight, (x.shape[-1] + 1) // 2, expect)
-    check_dequantize_4bit(weight, absmax, nested_absmax, nested_offset, block_size, x.shape[-1], expect)
-    _check_beside(x, weight, bias, expect)
-
-
-def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, expect: Expect = _expect) -> None:
-    """Expect x [..., K], an int8 weight [N, K] and bias [N] that fit together."""
-    _check_width(x, weight, x.shape[-1], expect)
-    check_dequantize_int8(weight, absmax, expect)
-    _check_beside(x, weight, bias, expect)
-
-
-def check_dequantize_4bit(
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    block_size: int,
-    in_features: int,
-    expect: Expect = _expect,
-) -> None:
-    """Expect the tensors of a 4-bit weight [N, in_features]; absmax is uint8 if the nested pair is given."""
-    rows, device = weight.shape[0], weight.device
-    _check("weight", weight, (torch.uint8,), (rows, (in_features + 1) // 2), device, expect)
-    expect(
-        (nested_absmax is None) == (nested_offset is None),
-        lambda: "one of nested_absmax and nested_offset is None; expected both tensors, or neither",
-    )
-    blocks = (in_features + block_size - 1) // block_size
-    _check("absmax", absmax, _SCALES if nested_absmax is None else (torch.uint8,), (rows, blocks), device, expect)
-    if nested_absmax is not None and nested_offset is not None:
-        check_dequantize_absmax(absmax, nested_absmax, nested_offset, expect)
-
-
-def check_dequantize_absmax(
-    codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, expect: Expect = _expect
-) -> None:
-    """Expect the tensors of nested scales, of any shape."""
-    blocks = (codes.numel() + NESTED_BLOCK_SIZE - 1) // NESTED_BLOCK_SIZE
-    _check("absmax", codes, (torch.uint8,), codes.shape, codes.device, expect)
-    _check("nested_absmax", nested_absmax, _SCALES, (blocks,), codes.device, expect)
-    _check("nested_offset", nested_offset, _SCALES, (1,), codes.device, expect)
-
-
-def check_dequantize_int8(weight: Tensor, absmax: Tensor, expect: Expect = _expect) -> None:
-    """Expect the tensors of an int8 weight [N, K]."""
-    _check("weight", weight, (torch.int8,), (weight.shape[0], weight.shape[-1]), weight.device, expect)
-    _check("absmax", absmax, _SCALES, (weight.shape[0], 1), weight.device, expect)
-
-
-def _check_width(x: Tensor, weight: Tensor, width: int, expect: Expect) -> None:
-    expect(
-        weight.shape[-1] == width,
-        lambda: (
-            f"x and weight differ in in_features: x is {list(x.shape)} and the weight {weight.dtype} "
-            f"{list(weight.shape)}; expected a weight [N, {width}]"
-        ),
-    )
-
-
-def _check_beside(x: Tensor, weight: Tensor, bias: Tensor | None, expect: Expect) -> None:
-    device = weight.device
-    expect(x.device == device, lambda: f"x is on {x.device}, and the weight on {device}; expected one device")
-    if bias is not None:
-        _check("bias", bias, (bias.dtype,), (weight.shape[0],), device, expect)
 
 
 def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -277,7 +157,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """Undo `quantize_4bit`: code * float32 absmax, rounded once to `dtype`; uint8 [N, ceil(K/2)] -> [N, K]."""
     check_dequantize_4bit(weight, absmax, None, None, block_size, in_features)
-    absmax = scales(absmax)
+    absmax = as_floats(absmax)
     rows = weight.shape[0]
     _, _, pairs = _tables(quant_type, weight.device)
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
@@ -298,7 +178,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes uint8 of absmax's shape, indices into `nested_code`, nearest value, a tie to the even index;
         nested_absmax float32 [ceil(numel / 256)]; nested_offset float32 [1], the mean.
     """
-    flat = scales(absmax).flatten()
+    flat = as_floats(absmax).flatten()
     offset = flat.mean() if flat.numel() else flat.new_zeros(())
     blocks = -(-flat.numel() // NESTED_BLOCK_SIZE)
     centred = F.pad(flat - offset, (0, blocks * NESTED_BLOCK_SIZE - flat.numel())).view(blocks, NESTED_BLOCK_SIZE)
@@ -316,9 +196,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     """Undo `quantize_absmax`: code * nested_absmax, rounded, + nested_offset, rounded; float32 of codes' shape."""
     check_dequantize_absmax(codes, nested_absmax, nested_offset)
-    scale = scales(nested_absmax).repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()].view(codes.shape)
+    scale = as_floats(nested_absmax).repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()].view(codes.shape)
     values = nested_code(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
-    return values * scale + scales(nested_offset)
+    return values * scale + as_floats(nested_offset)
 
 
 def linear_4bit(
@@ -391,7 +271,7 @@ def _to_int8(x: Tensor, absmax: Tensor) -> Tensor:
 def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """Undo `quantize_int8`: code * absmax, rounded, * (1/127), rounded, then rounded to `dtype`; [N, K]."""
     check_dequantize_int8(weight, absmax)
-    absmax = scales(absmax)
+    absmax = as_floats(absmax)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for start, stop in _row_chunks(*weight.shape):
         out[start:stop] = weight[start:stop].float() * absmax[start:stop] * (1.0 / 127.0)
@@ -406,7 +286,7 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     multiplied in integers. threshold 0 means no outliers.
     """
     check_linear_int8(x, weight, absmax, bias)
-    absmax = scales(absmax)
+    absmax = as_floats(absmax)
     rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])  # not -1, which an empty x leaves undecided
     outlier = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
     column = outlier.any(dim=0)

@@ -61,21 +61,23 @@ class QuantizationReport:
 
 def make_report(plan: Plan, resting: Mapping[str, str], stages: Stages) -> QuantizationReport:
     """The report on a load that carried out `plan`; `resting` is what `resting_places` says of it."""
-    formats = {linear.names[0]: linear.description.format.name for linear in plan.linears}
+    formats: dict[str, list[str]] = {}  # of the quantized weights of each module
     parts: dict[str, list[tuple[str, str, int]]] = {}  # by module: dtype or format, place and bytes of what it holds
     for tensor in plan.tensors:
         name, spec = tensor.names[0], tensor.spec
         part = (dtype_name(spec.dtype), resting[name], spec.nbytes)
         parts.setdefault(name.rpartition(".")[0], []).append(part)
-    for linear in plan.linears:
-        if linear.source is not None:
-            name = linear.names[0]
-            parts.setdefault(name, []).append((formats[name], resting[name], linear.description.nbytes))
+    for weight in plan.weights:
+        name = weight.names[0]
+        owner = name.rpartition(".")[0]
+        formats.setdefault(owner, []).append(weight.description.format.name)
+        if weight.source is not None:
+            parts.setdefault(owner, []).append((weight.description.format.name, resting[name], weight.nbytes))
     modules = [
         ModuleReport(
             name=name,
-            rule="quantized" if name in formats else plan.kept.get(name, "not a linear"),
-            format=formats.get(name) or _joined(dtypes),
+            rule=plan.rules.get(name, "quantized") if name in formats else plan.kept.get(name, "no weight to quantize"),
+            format=_joined(formats[name]) if name in formats else _joined(dtypes),
             device=_joined(places),
             nbytes=sum(sizes),
         )

@@ -24,12 +24,14 @@ _ALIGNMENT = 16  # bytes; Triton compiles another kernel for pointers that are n
 class Target:
     """How a tensor is to arrive on `device`: in memory of its own, which `own` makes, or as a view that is lent.
 
-    A lent tensor is good until the next step. Where it `splits`, one beyond the budget comes in pieces of whole rows.
+    A lent tensor is good until the next step. Where it `splits`, one beyond the budget comes in pieces of whole rows,
+    each but the last a multiple of `row_group` of them.
     """
 
     device: torch.device
     own: Callable[[], Tensor] | None = None
     splits: bool = True
+    row_group: int = 1
 
 
 class Piece(NamedTuple):
@@ -191,7 +193,7 @@ def _parts(stored: StoredTensor, target: Target, limit: int) -> list[tuple[Part,
     if target.own is not None or not target.splits or nbytes <= limit or not shape:
         return [(Part(stored, 0, shape, nbytes), stored.spans)]
     row_nbytes = nbytes // shape[0]
-    step = max(1, limit // row_nbytes)
+    step = max(1, limit // (row_nbytes * target.row_group)) * target.row_group
     counts = {start: min(step, shape[0] - start) for start in range(0, shape[0], step)}
     return [
         (

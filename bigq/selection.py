@@ -1,99 +1,165 @@
-"""Which linears of a model are quantized, and why the others are not."""
+"""Which weights of a model are quantized, and why the others are not."""
 
-import dis
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cache
 from itertools import islice
-from types import CodeType, FunctionType
+from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from bigq.convert import is_transposed_linear
 from bigq.errors import ConfigError
-from bigq.model_tensors import ModelTree, find_owner, tensor_name
+from bigq.formats import Format
+from bigq.model_tensors import ModelTree, TensorGroup, tensor_name
 
-__all__ = ["Selection", "is_transposed_linear", "match_patterns", "output_head", "select_linears"]
+__all__ = ["Chosen", "Selection", "match_patterns", "output_head", "select_weights"]
+
+
+class Chosen(NamedTuple):  # a model may have 19,000 of them, and a dataclass takes a microsecond more to make
+    """A weight to quantize: its names, its format, and whether its module holds it as [..., K, N].
+
+    `rule` is what a report says of it.
+    """
+
+    names: tuple[str, ...]
+    format: Format
+    transposed: bool = False
+    rule: str = "quantized"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """`linears`: every name of each module to quantize; `kept`: why each other linear stays as it is."""
+    """`weights`: what to quantize, by first name; `kept`: why other weights stay as they are, by the module's name."""
 
-    linears: dict[str, tuple[str, ...]]
+    weights: dict[str, Chosen]
     kept: dict[str, str]
 
 
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether `module` is transformers' GPT-2 Conv1D, a linear that stores its weight as [K, N]."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
-
-
-def select_linears(
-    model: nn.Module,
+def select_weights(
+    tree: ModelTree,
+    weight_format: Format,
     *,
     skip_modules: Sequence[str] = (),
+    also_quantize: Sequence[str] = (),
     keep_in_fp32_modules: Sequence[str] = (),
     defaults: bool = True,
-    tree: ModelTree | None = None,
 ) -> Selection:
-    """Choose the modules to quantize: every `nn.Linear` by exact type and every GPT-2 Conv1D.
+    """Choose the weights to quantize, and say why other candidates stay as they are.
 
-    Never chosen: a module that its parent does not call but whose weight it reads; what `skip_modules` or
-    `keep_in_fp32_modules` match. With `defaults`, neither: the output head, weights tied to another module, and what
-    the model's own `_keep_in_fp32_modules` names. One Linear under several names is one entry. `tree` is the model's,
-    where the caller has it already.
+    By default these are the weights of every nn.Linear, subclasses included, of every GPT-2 Conv1D and of the fused
+    experts of transformers. `also_quantize` adds any parameter of two or more dimensions. Never chosen: what
+    `skip_modules` or `keep_in_fp32_modules` match. With `defaults`, neither, unless `also_quantize` names it: the
+    output head, weights tied to another module, and what the model's own `_keep_in_fp32_modules` names. A weight under
+    several names is one entry.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or without `defaults` a choice that would break a tie.
+        ConfigError: a pattern that matches nothing, or no matrix, or without `defaults` a choice that breaks a tie.
     """
-    tree = ModelTree(model) if tree is None else tree
-    modules = tree.modules
+    names = list(tree.names()) if skip_modules or also_quantize or keep_in_fp32_modules else []
     asked: dict[str, str] = {}
     for field, patterns in (("skip_modules", skip_modules), ("keep_in_fp32_modules", keep_in_fp32_modules)):
-        for name, pattern in match_patterns(field, patterns, tree.names()).items():
+        for name, pattern in match_patterns(field, patterns, names).items():
             asked.setdefault(name, f"{field} {pattern!r}")
-    own = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if defaults else ()
-    tied = {name: group.names for group in tree.tensors if len(group.names) > 1 for name in group.names}
-    head = output_head(model) if defaults else None
+    named = match_patterns("also_quantize", also_quantize, names)
+    own = tuple(getattr(tree.model, "_keep_in_fp32_modules", None) or ()) if defaults else ()
+    head = output_head(tree.model) if defaults else None
+    groups = {name: group for group in tree.tensors for name in group.names}
 
-    def why_kept(module: nn.Module, aliases: tuple[str, ...]) -> str | None:
+    def why_kept(module: nn.Module, aliases: tuple[str, ...], leaf: str) -> str | None:
         for name in aliases if asked else ():
-            for asked_for in (name, tensor_name(name, "weight")):
+            for asked_for in (name, tensor_name(name, leaf)):
                 if asked_for in asked:
                     return asked[asked_for]
-        if module._parameters.get("weight") is None:
+        if module._parameters.get(leaf) is None:
             return "its weight is computed from other parameters"
         if "forward" in vars(module):
             return "its forward is patched"
-        if any(_read_but_not_called(modules, name) for name in aliases):
-            return "its parent reads its weight directly"
         for pattern in own:
             if any(_matches(pattern, name) for name in aliases):
                 return f"the model's own _keep_in_fp32_modules {pattern!r}"
-        weight = tensor_name(aliases[0], "weight")
-        others = sorted(n for n in tied[weight] if n.rpartition(".")[0] not in aliases) if weight in tied else []
-        if others and not defaults:
+        names = groups[tensor_name(aliases[0], leaf)].names
+        if len(names) == len(aliases):
+            return "the output head" if module is head else _why_left_alone(module)
+        others = sorted(name for name in names if name.rpartition(".")[0] not in aliases)
+        if not defaults:
             raise ConfigError(
-                f"{weight} is tied to {', '.join(others)}: quantizing it would break the tie; "
+                f"{names[0]} is tied to {', '.join(others)}: quantizing it would break the tie; "
                 f"add {aliases[0]!r} to skip_modules, or leave skip_defaults=True"
             )
-        if others:
-            return f"tied to {', '.join(others)}"
-        return "the output head" if module is head else None
+        return f"tied to {', '.join(others)}"
 
-    linears: dict[str, tuple[str, ...]] = {}
+    weights: dict[str, Chosen] = {}
     kept: dict[str, str] = {}
     for module, aliases in tree.aliases.items():
-        if type(module) is nn.Linear or is_transposed_linear(module):
-            reason = why_kept(module, aliases)
+        for leaf in _candidates(module):
+            reason = why_kept(module, aliases, leaf)
             if reason is None:
-                linears[aliases[0]] = aliases
+                own_names = groups[tensor_name(aliases[0], leaf)].names
+                weights[own_names[0]] = Chosen(own_names, weight_format, _is_transposed(module), _rule(module))
             else:
                 kept[aliases[0]] = reason
-    return Selection(linears=linears, kept=kept)
+    for group in _named_matrices(tree, named):
+        skipped = [name for name in group.names if name in asked or name.rpartition(".")[0] in asked]
+        if not skipped and group.names[0] not in weights:
+            transposed = {_is_transposed(tree.modules[name.rpartition(".")[0]]) for name in group.names}
+            if len(transposed) > 1:
+                raise ConfigError(
+                    f"also_quantize names {group.names[0]}, tied to {', '.join(group.names[1:])}: one module reads it "
+                    "as [K, N] and another as [N, K]; leave it out"
+                )
+            weights[group.names[0]] = Chosen(
+                names=group.names,
+                format=weight_format,
+                transposed=transposed.pop(),
+                rule=f"quantized: also_quantize {named[next(name for name in group.names if name in named)]!r}",
+            )
+            for name in group.names:
+                kept.pop(name.rpartition(".")[0], None)
+    return Selection(weights=weights, kept=kept)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether `module` holds its weights as [..., K, N]; transformers' fused experts say so."""
+    said = vars(module).get("is_transposed", getattr(type(module), "is_transposed", False))  # getattr of a module: 2 us
+    return is_transposed_linear(module) or said is True
+
+
+def _candidates(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of `module` that are quantized by default."""
+    if _is_linear(module):
+        return ("weight",)
+    if hasattr(module, "is_transposed") and hasattr(module, "num_experts"):  # transformers' fused experts say so
+        return tuple(leaf for leaf, tensor in module._parameters.items() if tensor is not None and tensor.dim() == 3)
+    return ()
+
+
+def _why_left_alone(module: nn.Module) -> str | None:
+    """Why a linear of this kind is not quantized unless the config names it."""
+    if type(module) is NonDynamicallyQuantizableLinear:
+        return "part of nn.MultiheadAttention, whose fused paths need a plain weight"
+    return None
+
+
+def _rule(module: nn.Module) -> str:
+    """What a report says of the weight of `module`, which is quantized by default."""
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return "quantized: a subclass of nn.Linear, which reads it in a forward of its own"
+    return "quantized" if _is_linear(module) else "quantized: fused experts"
+
+
+def _named_matrices(tree: ModelTree, named: Mapping[str, str]) -> Iterator[TensorGroup]:
+    """The parameters of two or more dimensions that are `named`, {name: pattern}, by `also_quantize`."""
+    found: set[str] = set()
+    for group in tree.tensors:
+        hits = [named[name] for name in group.names if name in named]
+        if hits and not group.is_buffer and group.tensor.dim() >= 2 and group.tensor.is_floating_point():
+            found.update(hits)
+            yield group
+    for pattern in sorted(set(named.values()) - found):
+        raise ConfigError(f"also_quantize {pattern!r} matches no floating-point parameter of two or more dimensions")
 
 
 def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
@@ -159,48 +225,3 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed_linear(module)
-
-
-def _read_but_not_called(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether its parent reads the weight of `name` and never calls it: the parent would compute with packed codes."""
-    parent, leaf = find_owner(modules, name)
-    return leaf in _only_read(type(parent))  # type: ignore[arg-type]
-
-
-@cache
-def _only_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Attributes of which the methods of `kind` use `.weight` and which they never call, found in their bytecode.
-
-    nn.MultiheadAttention's out_proj is one.
-    """
-    methods = [
-        value.__code__
-        for base in kind.__mro__
-        if base not in (nn.Module, object)
-        for attribute, value in vars(base).items()
-        if isinstance(value, FunctionType) and attribute != "__init__"
-    ]
-    # Only code that has one of the names is disassembled: to disassemble all of a transformers class takes 0.3 s.
-    chains = [chain for code in methods if _has_name(code, {"weight"}) for chain in _attribute_chains(code)]
-    read = {first for first, *rest in chains if rest[:1] == ["weight"]}
-    chains = [chain for code in methods if _has_name(code, read) for chain in _attribute_chains(code)]
-    return frozenset(read - {first for first, *rest in chains if rest[:1] not in (["weight"], ["bias"])})
-
-
-def _has_name(code: CodeType, names: Set[str]) -> bool:
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return not names.isdisjoint(code.co_names) or any(_has_name(constant, names) for constant in inner)
-
-
-def _attribute_chains(code: CodeType) -> Iterator[tuple[str, ...]]:
-    """('out_proj', 'weight') for each `x.out_proj.weight` in a function, nested functions included."""
-    chain: list[str] = []
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            chain.append(str(instruction.argval))
-        elif instruction.opname != "CACHE" and chain:
-            yield tuple(chain)
-            chain = []
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _attribute_chains(constant)

@@ -13,17 +13,16 @@ from bigq.checkpoint import Source
 from bigq.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
 from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
-from bigq.model_tensors import tensor_name
 from bigq.offload import CheckpointMap, OffloadSpace
 from bigq.placement import resting_places
-from bigq.plan import Job, Plan, PlannedLinear, PlannedTensor
+from bigq.plan import Plan, PlannedTensor, PlannedWeight
 
 __all__ = ["Store"]
 
 
 @dataclass(kw_only=True)
 class Store:
-    """Where each tensor and each quantized linear rests, by its first name: see `resting_places`.
+    """Where each tensor and each quantized weight rests, by its first name: see `resting_places`.
 
     `spaces` holds the room that is reserved on "cpu" and "disk", `in_checkpoint` the tensors on "disk" that the
     checkpoint holds just as the model needs them: they rest there, and no second copy is made.
@@ -49,11 +48,10 @@ class Store:
             name = tensor.names[0]
             if resting[name] in offloaded and name not in in_checkpoint:
                 offloaded[resting[name]][name] = tensor.spec
-        for linear in plan.linears:
-            place = resting.get(linear.names[0])
+        for weight in plan.weights:
+            place = resting.get(weight.names[0])
             if place in offloaded:
-                for leaf, spec in linear.description.state_spec.items():
-                    offloaded[place][tensor_name(linear.names[0], leaf)] = spec
+                offloaded[place] |= {names[0]: spec for names, spec in weight.specs().items()}
         spaces = {}
         if offloaded.get("disk"):
             if offload_folder is None:
@@ -67,12 +65,12 @@ class Store:
         """Whether the tensor called `name` rests elsewhere than where it runs."""
         return is_offloaded(self.resting.get(name), self.runs_on)
 
-    def work_device(self, job: Job) -> torch.device:
-        """Where a tensor is worked on: where it rests, or, to be quantized, where it will run."""
-        place = self.resting[job.names[0]]
+    def work_device(self, name: str, *, runs: bool = False) -> torch.device:
+        """Where the tensor called `name` is worked on: where it rests, or where it will run."""
+        place = self.resting[name]
         if is_gpu(place):
             return _device(place)
-        return self.runs_on if isinstance(job, PlannedLinear) else torch.device("cpu")
+        return self.runs_on if runs else torch.device("cpu")
 
     def receive(self, job: PlannedTensor, dtype: torch.dtype) -> Tensor:
         """Memory to read a tensor of `dtype` into: its own, if that is the dtype it stays in; `put` then keeps it."""
@@ -81,7 +79,7 @@ class Store:
         if dtype == spec.dtype and place in self.spaces:
             self._received[name] = self.spaces[place].empty(name)
             return self._received[name]
-        return torch.empty(spec.shape, dtype=dtype, device=self.work_device(job))
+        return torch.empty(spec.shape, dtype=dtype, device=self.work_device(name))
 
     def put(self, job: PlannedTensor, tensor: Tensor) -> Tensor:
         """`tensor` where it rests, in its final dtype; it may be kept, so it owns its storage."""
@@ -95,14 +93,13 @@ class Store:
             return tensor
         return tensor.to(place).to(dtype)  # cast at the end of the link: it is shorter there
 
-    def put_state(self, linear: PlannedLinear, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a quantized linear where they rest; they may be kept, as `put` has it."""
-        name = linear.names[0]
-        place = self.resting[name]
+    def put_state(self, weight: PlannedWeight, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a quantized weight, by name, where they rest; they may be kept, as `put` has it."""
+        place = self.resting[weight.names[0]]
         if place not in self.spaces:
-            return state  # quantized where it rests
+            return tensors  # quantized where it rests
         space = self.spaces[place]
-        return {leaf: space.empty(tensor_name(name, leaf)).copy_(tensor) for leaf, tensor in state.items()}
+        return {name: space.empty(name).copy_(tensor) for name, tensor in tensors.items()}
 
 
 @cache  # torch takes half a microsecond to read it, and a model may have 19,000 linears

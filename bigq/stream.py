@@ -93,7 +93,7 @@ def stream(
     with _short_turns():
         yield from _Reader(take_turns(runs), budget, stages, room).pieces()
     for name, tensor in source.read([stored.name for stored in wanted if not stored.spans]):
-        yield [Piece(source.tensors[name], 0, tensor)]
+        yield [Piece(source.tensors[name], 0, tensor, is_lent=not source.in_place)]
 
 
 @contextmanager

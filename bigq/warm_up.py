@@ -13,7 +13,7 @@ import torch
 from bigq.checkpoint import Source, StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.formats import Description
-from bigq.plan import PlannedLinear
+from bigq.plan import PlannedWeight
 from bigq.quantizer import Quantizer
 from bigq.runs import Piece
 
@@ -33,8 +33,8 @@ class WarmUp:
         self._error: BaseException | None = None
         self._thread: Thread | None = None
         if config is not None and device.type == "cuda":
-            self._format, self._device = config.weight_format(), device
-            found = {info.dtype for info in source.tensors.values() if len(info.shape) == 2}
+            self._format, self._method, self._device = config.weight_format(), config.method, device
+            found = {info.dtype for info in source.tensors.values() if len(info.shape) >= 2}
             self._dtypes = found & {torch.float16, torch.bfloat16, torch.float32}
             self._thread = Thread(target=self._run)
             self._thread.start()
@@ -66,8 +66,9 @@ class WarmUp:
         """Two neighbours, as the weights of a run are."""
         rows = torch.zeros(_SHAPE, dtype=dtype, device=self._device).chunk(2)
         description = Description(format=self._format, shape=tuple(rows[0].shape), dtype=dtype)
-        linear = PlannedLinear(names=("",), description=description, source="", transposed=False)
+        weight = PlannedWeight(names=("",), refs=(), description=description, source="", method=self._method)
         info = StoredTensor(name="", shape=rows[0].shape, dtype=dtype, where="")
         quantizer = Quantizer()
-        states = [state for _, state in quantizer.quantize((linear, Piece(info, 0, weight)) for weight in rows)]
-        quantizer.non_finite({"": states[0]})
+        states = [state for _, state in quantizer.quantize((weight, Piece(info, 0, matrix)) for matrix in rows)]
+        quantizer.quant_state({"weight": description}, rows[0].device)
+        quantizer.non_finite(lambda _: (description, states[0]))

@@ -21,10 +21,11 @@ from bigq import (
     load_and_quantize_model,
     memory_footprint,
 )
-from bigq.formats import Block4
+from bigq.formats import Block4, Rows
 from bigq.hooks import PlacementHook
+from bigq.model_tensors import ModelTree
 from bigq.offload import is_file_backed
-from bigq.selection import select_linears
+from bigq.selection import select_weights
 
 NF4 = QuantizationConfig("nf4")
 
@@ -149,7 +150,7 @@ class TestDefaultSkip:
 
     def test_the_last_linear_and_not_the_last_child(self):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4), nn.ReLU())
-        assert set(select_linears(model).linears) == {"0"}
+        assert set(select_weights(ModelTree(model), NF4.weight_format()).weights) == {"0.weight"}
 
     def test_a_weight_in_the_path_is_no_weight(self):
         class Odd(nn.Module):
@@ -158,7 +159,7 @@ class TestDefaultSkip:
                 self.weight_net = nn.Linear(4, 4)
                 self.head = nn.Linear(4, 4)
 
-        assert set(select_linears(Odd()).linears) == {"weight_net"}
+        assert set(select_weights(ModelTree(Odd()), NF4.weight_format()).weights) == {"weight_net.weight"}
 
     def test_the_users_list_adds_to_it(self, load):
         assert quantized_names(load(QuantizationConfig("nf4", skip_modules=["blocks.0"]))) == {
@@ -301,10 +302,10 @@ def test_load_lets_go_of_each_full_precision_weight(tiny, empty, tmp_path, monke
     alive, most = [], []
     original = Block4.quantize_rows
 
-    def counting(self, rows):
+    def counting(self, rows, **how):
         most.append(sum(reference() is not None for reference in alive))
         alive.append(weakref.ref(rows))
-        return original(self, rows)
+        return original(self, rows, **how)
 
     monkeypatch.setattr(Block4, "quantize_rows", counting)
     load_and_quantize_model(empty(tiny, width=256, blocks=6), tmp_path, NF4, "cpu", read_budget=1 << 20)
@@ -328,7 +329,9 @@ def test_work_per_tensor_does_not_grow_with_their_number(empty, tmp_path, monkey
     monkeypatch.setattr(
         Block4,
         "quantize_rows",
-        lambda self, rows: {"weight": torch.zeros(len(rows), 4), "absmax": torch.ones(len(rows), 1)},
+        lambda self, rows, **how: Rows(
+            {"packed": torch.zeros(len(rows), 4), "absmax": torch.ones(len(rows), 1)}, torch.ones(())
+        ),
     )
     for count in (500, 4000):
         save_file(Experts(count).state_dict(), tmp_path / "model.safetensors")
@@ -365,7 +368,7 @@ def test_int8_offload_really_leaves(load, ids):
         for value in gc.get_objects()
         if issubclass(type(value), torch.Tensor) and value.dtype == torch.int8 and value.shape == (216, 72)
     }
-    at_rest = {model.blocks[i].up.weight.untyped_storage().data_ptr() for i in range(3)}
+    at_rest = {model.blocks[i].up.weight_packed.untyped_storage().data_ptr() for i in range(3)}
     assert len(memories - at_rest) == 2, "two slots for three blocks"
 
 
@@ -426,7 +429,7 @@ class TestLoadedModel:
         model = load_and_quantize_model(
             tiny(), None, QuantizationConfig("int8"), {"": "cpu", "blocks.1": "disk"}, offload_folder=tmp_path
         )
-        assert is_file_backed(model.blocks[1].up.weight)
+        assert is_file_backed(model.blocks[1].up.weight_packed)
         assert model(ids).isfinite().all()
 
     def test_it_is_not_copied(self, tiny, monkeypatch):
@@ -437,10 +440,10 @@ class TestLoadedModel:
         seen = []
         original = Block4.quantize_rows
 
-        def counting(self, rows):
+        def counting(self, rows, **how):
             gc.collect()
             seen.append(sum(reference() is not None for reference in references))
-            return original(self, rows)
+            return original(self, rows, **how)
 
         monkeypatch.setattr(Block4, "quantize_rows", counting)
         load_and_quantize_model(model, None, NF4, "cpu")

@@ -97,7 +97,7 @@ class TestTools:
         add_hook_to_module(model.blocks[1], Count(), append=True)
         assert torch.equal(model(ids), expected)
         assert Count.calls == 1
-        assert is_file_backed(model.blocks[1].up.weight)
+        assert is_file_backed(model.blocks[1].up.weight_packed)
 
     def test_prepare_for_evaluation(self, model, ids):
         expected = model(ids)

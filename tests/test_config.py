@@ -8,14 +8,28 @@ from accelerate.utils import BnbQuantizationConfig
 
 from bigq import ConfigError, QuantizationConfig
 from bigq.config import as_config, is_config
-from bigq.formats import Block4, Int8
+from bigq.formats import FP4, NF4, Int8
 
 
 def test_defaults():
     config = QuantizationConfig("nf4")
-    assert config.weight_format() == Block4(quant_type="nf4", block_size=64, double_quant=False)
+    assert config.weight_format() == NF4(block_size=64, double_quant=False)
     assert (config.compute_dtype, config.dtype, config.skip_modules, config.offload) == (None, None, (), None)
     assert QuantizationConfig("int8").weight_format() == Int8(threshold=6.0)
+
+
+def test_a_format_with_its_settings_is_the_same_as_its_name_and_the_settings():
+    assert QuantizationConfig(FP4(block_size=32, double_quant=True)) == QuantizationConfig(
+        "fp4", block_size=32, double_quant=True
+    )
+    assert QuantizationConfig(NF4()) != QuantizationConfig(FP4())
+    assert QuantizationConfig(Int8(threshold=0.0)).format == Int8(threshold=0.0)
+    assert hash(QuantizationConfig(NF4())) == hash(QuantizationConfig("nf4"))
+
+
+def test_replace_keeps_the_format():
+    config = dataclasses.replace(QuantizationConfig("nf4", block_size=32), dtype="bf16")
+    assert config == QuantizationConfig(NF4(block_size=32), dtype=torch.bfloat16)
 
 
 def test_is_frozen_and_keyword_only():
@@ -49,6 +63,13 @@ def test_dtype_names(name):
         ({"format": "int8", "threshold": -1.0}, "a finite number >= 0"),
         ({"format": "int8", "threshold": float("nan")}, "a finite number >= 0"),
         ({"format": "nf4", "double_quant": 1}, "True or False"),
+        ({"format": NF4(), "block_size": 32}, "block_size=32 beside NF4"),
+        ({"format": Int8(), "threshold": 0.0}, "threshold=0.0 beside Int8"),
+        ({"format": NF4}, "format is .*NF4"),
+        ({"format": None}, "format is 'None'; expected 'nf4', 'fp4' or 'int8'"),
+        ({"format": "nf4", "method": "best"}, r"method is 'best'; expected one of \['absmax'\]"),
+        ({"format": "nf4", "also_quantize": "embed"}, r"expected a list of them: \['embed'\]"),
+        ({"format": "nf4", "also_quantize": ["a..b"]}, "also_quantize holds 'a..b'"),
         ({"format": "nf4", "compute_dtype": "fp8"}, "compute_dtype is 'fp8'"),
         ({"format": "nf4", "dtype": torch.int8}, "dtype is torch.int8"),
         ({"format": "nf4", "skip_modules": "head"}, r"expected a list of them: \['head'\]"),
@@ -106,7 +127,7 @@ def test_transformers_config():
         load_in_8bit=True, llm_int8_skip_modules=["head"], llm_int8_enable_fp32_cpu_offload=True
     )
     assert as_config(eight) == QuantizationConfig("int8", skip_modules=("head",), offload=torch.float32)
-    assert as_config(transformers.BitsAndBytesConfig(load_in_4bit=True)).format == "fp4"
+    assert as_config(transformers.BitsAndBytesConfig(load_in_4bit=True)).weight_format() == FP4()
     with pytest.raises(ConfigError, match="exactly one"):
         as_config(transformers.BitsAndBytesConfig())
     stored_wide = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)

@@ -8,14 +8,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bigq"
 LAYERS = [  # an import points to an earlier line, or to the left within a line
-    ["reference"],
-    ["ops", "eager"],
+    ["checks", "reference"],
+    ["replays", "ops", "eager"],
     ["files", "formats", "checkpoint", "testing", "table"],
-    ["config", "linear", "offload", "device_map", "model_tensors", "machine", "stages"],
+    ["stored", "lazy_weight", "weight", "module", "linear", "convert"],
+    ["config", "offload", "device_map", "model_tensors", "machine", "stages", "transaction"],
     ["transfer", "saved_tensors", "prefetch", "attach", "moves", "hooks"],
-    ["selection", "runs", "stream", "footprint", "quantize", "bench"],
+    ["selection", "runs", "stream", "footprint", "parameter_count", "quantize", "bench"],
     ["plan", "fit", "planning", "placement"],
-    ["quantizer", "warm_up", "commit", "dispatch", "materialize", "store", "fill", "report"],
+    ["quantizer", "warm_up", "commit", "dispatch", "materialize", "store", "jobs", "fill", "report"],
     ["load"],
     ["__init__", "__main__"],
 ]

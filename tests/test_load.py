@@ -1,5 +1,6 @@
 """load_and_quantize_model: what arrives in which model, under which arguments."""
 
+import copy
 import gc
 import sys
 import weakref
@@ -41,7 +42,7 @@ class TestArrival:
         for index in range(3):
             for leaf in ("up", "down"):
                 layer = model.get_submodule(f"blocks.{index}.{leaf}")
-                expected = layer.quantize(original[f"blocks.{index}.{leaf}.weight"].to(layer.weight.device))
+                expected = layer.quantize(original[f"blocks.{index}.{leaf}.weight"].to(layer.weight_packed.device))
                 assert all(torch.equal(getattr(layer, key), value) for key, value in expected.items())
         assert type(model.head) is nn.Linear
 
@@ -52,7 +53,7 @@ class TestArrival:
         device = next(model.parameters()).device
         expected = dequantized(model, plain)(ids)
         error = (model(ids.to(device)).cpu() - expected).norm() / expected.norm()
-        assert error < (5e-3 if config.format == "int8" else 1e-5)
+        assert error < (5e-3 if config.weight_format().name == "int8" else 1e-5)
 
     @pytest.mark.parametrize("max_shard_size", ["20KB", "10GB"])
     def test_save_and_load_bit_for_bit(self, tiny, checkpoint, empty, ids, config, tmp_path, max_shard_size):
@@ -334,6 +335,48 @@ class TestTorchModels:
         for _ in range(2):
             torch.testing.assert_close(model(x), expected)
 
+    @pytest.mark.parametrize("also_called", [False, True], ids=["only read", "read and called"])
+    def test_a_linear_whose_weight_its_parent_reads(self, tmp_path, empty, config, also_called):
+        class Reads(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.head = nn.Linear(72, 40), nn.Linear(40, 4)
+
+            def forward(self, x):
+                dtype, (rows, columns) = self.up.weight.dtype, self.up.weight.shape
+                read = nn.functional.linear(x.to(dtype), self.up.weight, self.up.bias)
+                read = read + x @ self.up.weight.t() + self.up.weight.abs().amax() + rows / columns
+                return self.head(read + self.up(x) if also_called else read)
+
+        plain = Reads()
+        save_file(plain.state_dict(), tmp_path / "model.safetensors")
+        model = load_and_quantize_model(empty(Reads), tmp_path, config, "cpu")
+        assert type(model.up) is QuantizedLinear
+        x = torch.randn(5, 72)
+        expected = dequantized(model, plain)(x)
+        error = (model(x) - expected).norm() / expected.norm()
+        assert error < (2e-2 if config.weight_format().name == "int8" else 1e-5)
+
+    def test_a_subclass_of_linear_stays_an_instance_of_its_class(self, tmp_path, empty):
+        class Marked(nn.Linear):
+            mark = "mine"
+
+        def build():
+            return nn.Sequential(Marked(40, 24), nn.ReLU(), nn.Linear(24, 4))
+
+        plain = build()
+        save_file(plain.state_dict(), tmp_path / "model.safetensors")
+        model = load_and_quantize_model(empty(build), tmp_path, QuantizationConfig("nf4"), "cpu")
+        assert isinstance(model[0], Marked)
+        assert isinstance(model[0], QuantizedLinear)
+        assert model[0].mark == "mine"
+        x = torch.randn(3, 40)
+        expected = dequantized(model, plain)(x)
+        torch.testing.assert_close(model(x), expected)
+        copied = copy.deepcopy(model)
+        assert type(copied[0]) is type(model[0])
+        assert torch.equal(copied(x), model(x))
+
     def test_a_bare_linear(self, tmp_path, empty):
         plain = nn.Linear(40, 24)
         save_file(plain.state_dict(), tmp_path / "model.safetensors")
@@ -381,9 +424,9 @@ class TestTorchModels:
         for config in configs:
             model = load_and_quantize_model(empty(build), tmp_path, config, "cpu")
             x = torch.randn(4, 33)
-            copy = build()
-            copy.load_state_dict(plain.state_dict())
-            expected = dequantized(model, copy)(x)
+            other = build()
+            other.load_state_dict(plain.state_dict())
+            expected = dequantized(model, other)(x)
             assert (model(x) - expected).norm() <= 0.02 * expected.norm()
 
 
@@ -404,9 +447,9 @@ def test_no_file_stays_open(tiny, checkpoint, empty, tmp_path):
 
 
 def test_an_interrupted_commit_leaves_the_model_as_it_was(tiny, checkpoint, monkeypatch):
-    import bigq.fill
+    import bigq.jobs
 
-    model, commit, calls = tiny(), bigq.fill.commit, []
+    model, commit, calls = tiny(), bigq.jobs.commit_weight, []
     before = [(module, type(module), dict(module._parameters)) for module in model.modules()]
 
     def interrupted(*args, **kwargs):
@@ -415,7 +458,7 @@ def test_an_interrupted_commit_leaves_the_model_as_it_was(tiny, checkpoint, monk
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bigq.fill, "commit", interrupted)
+    monkeypatch.setattr(bigq.jobs, "commit_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"), "cpu")
     assert len(calls) == 3

@@ -71,10 +71,10 @@ def used_nbytes(model, plan, places):
     for tensor in plan.tensors:
         sizes |= dict.fromkeys(tensor.names, (resting[tensor.names[0]], tensor.spec.nbytes))
         used[resting[tensor.names[0]]] += tensor.spec.nbytes
-    for linear in plan.linears:
-        place, nbytes = resting[linear.names[0]], linear.description.nbytes
-        sizes |= dict.fromkeys([f"{name}.weight" for name in linear.names], (place, nbytes))
-        used[place] += nbytes
+    for weight in plan.weights:
+        place = resting[weight.names[0]]
+        sizes |= dict.fromkeys(weight.names, (place, weight.nbytes))
+        used[place] += weight.nbytes
     names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     lent = {}
     for unit in _units(model, places):
@@ -168,6 +168,6 @@ def test_what_one_of_its_names_keeps_on_the_gpu_is_not_offloaded(policy):
     plan, places = plan_and_place(
         ModelTree(model), ModelTensors(model), QuantizationConfig("nf4"), device_map, offload=policy
     )
-    assert resting_places(plan, places)["first"] == "cuda:0"
-    assert [linear.names for linear in plan.linears] == [("first", "again")]
+    assert resting_places(plan, places)["first.weight"] == "cuda:0"
+    assert [weight.names for weight in plan.weights] == [("first.weight", "again.weight")]
     assert {tensor.spec.dtype for tensor in plan.tensors} == {torch.bfloat16}

@@ -8,21 +8,27 @@ import bigq
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
+    "FP4",
+    "NF4",
     "BigqError",
     "CheckpointError",
     "ConfigError",
+    "Int8",
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
     "QuantizationReport",
     "QuantizedLinear",
+    "QuantizedModule",
     "QuantizedTensor",
+    "QuantizedWeight",
     "UnsupportedError",
     "dequantize_tensor",
     "infer_device_map",
     "load_and_quantize_model",
     "materialize",
     "memory_footprint",
+    "num_parameters",
     "quantize_tensor",
 }
 

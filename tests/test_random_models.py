@@ -116,7 +116,7 @@ def test_every_placement_computes_the_same_bits(seed, load, tmp_path):
         if isinstance(module, QuantizedLinear):
             plain.get_submodule(name).weight.data = module.dequantize()
     error = (expected - plain(x)).norm() / plain(x).norm()
-    assert error < (0.05 if config.format == "int8" else 1e-4)
+    assert error < (0.05 if config.weight_format().name == "int8" else 1e-4)
 
 
 @pytest.mark.parametrize("seed", range(20))

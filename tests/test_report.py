@@ -27,7 +27,7 @@ def test_every_module_with_its_rule_format_place_and_bytes(tiny, checkpoint, emp
     assert modules["blocks.0.down"].device == "disk"
     assert modules["blocks.1.up"].rule == "skip_modules 'blocks.1.up'"
     assert modules["head"].rule == "the output head"
-    assert modules["embed"].rule == "not a linear"
+    assert modules["embed"].rule == "no weight to quantize"
     assert modules[""].format == "float32 and int64"
     assert sum(module.nbytes for module in modules.values()) == memory_footprint(model).total_nbytes
 

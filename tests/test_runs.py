@@ -109,3 +109,15 @@ def test_neighbours_of_two_sources_are_two_runs():
     for second, count in ((sources[0], 1), (sources[1], 2)):
         tensors = [stored("a", [16], Span(sources[0], 0, 16)), stored("b", [16], Span(second, 16, 16))]
         assert len(list(make_runs(tensors, dict.fromkeys("ab", Target(device=CPU)), 1 << 20))) == count
+
+
+def test_pieces_hold_whole_groups_of_rows():
+    file = LocalFile(Path("f"), 4096)
+    tensor = stored("a", (10, 16), Span(file, 0, 160))
+    target = Target(device=torch.device("cpu"), row_group=4)
+    runs = list(make_runs([tensor], {"a": target}, limit=96))  # six rows, so one group of four
+    assert [(part.start, part.shape) for run in runs for part in run.parts] == [
+        (0, (4, 16)),
+        (4, (4, 16)),
+        (8, (2, 16)),
+    ]

@@ -1,12 +1,15 @@
 """Hugging Face models and PEFT, with tiny random weights: the structures that trip a quantizer."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from accelerate import Accelerator, init_empty_weights
 from safetensors.torch import save_file
 from torch import nn
 
-from bigq import QuantizationConfig, QuantizedLinear, load_and_quantize_model
+from bigq import QuantizationConfig, QuantizedLinear, QuantizedModule, load_and_quantize_model, num_parameters
 
 transformers = pytest.importorskip("transformers")
 NF4 = QuantizationConfig("nf4")
@@ -63,12 +66,13 @@ def test_loads_runs_and_comes_back(name, format_name, tmp_path):
         skeleton = build(name)
     skeleton.tie_weights()
     model = load_and_quantize_model(skeleton, tmp_path / "plain", QuantizationConfig(format_name), "cpu")
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedModule)}
     assert len(layers) == MODELS[name][3]
     for path, layer in layers.items():
-        dense = layer.dequantize()
         target = plain.get_submodule(path)
-        target.weight.data = dense.T if type(target).__name__ == "Conv1D" else dense
+        assert isinstance(layer, type(target))
+        assert layer.weight.shape == target.weight.shape
+        target.weight.data = layer.dequantize()
     expected = run(plain, name)
     assert (run(model, name) - expected).norm() <= (0.02 if format_name == "int8" else 1e-4) * expected.norm()
     head = model.get_output_embeddings()
@@ -79,6 +83,39 @@ def test_loads_runs_and_comes_back(name, format_name, tmp_path):
     skeleton.tie_weights()
     again = load_and_quantize_model(skeleton, tmp_path / "saved", device_map="cpu")
     assert torch.equal(run(again, name), run(model, name))
+
+
+def test_a_conv1d_that_is_named_is_quantized_as_the_others_are(tmp_path):
+    """Square, so that its input would also fit a weight that is the wrong way round."""
+    conv1d = transformers.pytorch_utils.Conv1D
+    plain = nn.Sequential(conv1d(32, 32), nn.ReLU(), conv1d(32, 32)).eval()
+    save_file(plain.state_dict(), tmp_path / "model.safetensors")
+    config = QuantizationConfig("nf4", also_quantize=["2"])  # by default it is the output head
+    with init_empty_weights():
+        skeleton = nn.Sequential(conv1d(32, 32), nn.ReLU(), conv1d(32, 32)).eval()
+    model = load_and_quantize_model(skeleton, tmp_path, config, "cpu")
+    assert all(isinstance(model[i], QuantizedModule) for i in (0, 2))
+    for i in (0, 2):
+        assert (model[i].dequantize() - plain[i].weight).norm() < 0.15 * plain[i].weight.norm()
+        plain[i].weight.data = model[i].dequantize()
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_num_parameters_of_a_transformers_model_counts_weights(name, tmp_path):
+    plain = build(name)
+    save_file({key: t.clone() for key, t in plain.state_dict().items()}, tmp_path / "model.safetensors")
+    with init_empty_weights():
+        skeleton = build(name)
+    skeleton.tie_weights()
+    model = load_and_quantize_model(skeleton, tmp_path, NF4, "cpu")
+    assert model.num_parameters() == num_parameters(model) == plain.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+    frozen = sum(layer.dequantize().numel() for layer in model.modules() if isinstance(layer, QuantizedModule))
+    assert model.num_parameters(only_trainable=True) == plain.num_parameters() - frozen
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.num_parameters() == plain.num_parameters()
 
 
 def test_a_kv_cache_grows_right_through_offloaded_blocks(tmp_path):
@@ -128,7 +165,11 @@ def test_old_checkpoints_with_ignorable_extras(tmp_path):
     skeleton.tie_weights()
     skeleton._keys_to_ignore_on_load_unexpected = [r"h\.\d+\.attn\.masked_bias"]
     load_and_quantize_model(skeleton, tmp_path, NF4, "cpu")
-    assert type(skeleton.transformer.h[0].attn.c_attn) is QuantizedLinear
+    attention = skeleton.transformer.h[0].attn
+    assert isinstance(attention.c_attn, QuantizedModule)
+    assert isinstance(attention.c_attn, type(plain.transformer.h[0].attn.c_attn))
+    assert not isinstance(attention.c_attn, QuantizedLinear)
+    assert attention.c_attn.weight.shape == attention.c_attn.dequantize().shape == (32, 96)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # between peft and transformers

@@ -48,7 +48,9 @@ def test_no_thread_is_left(source, monkeypatch):
 def test_what_it_runs_is_what_a_load_runs(source, monkeypatch):
     launches, plain, zeros = [], Block4.quantize_rows, torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *args, dtype, device: zeros(*args, dtype=dtype))
-    monkeypatch.setattr(Block4, "quantize_rows", lambda self, rows: launches.append(rows) or plain(self, rows))
+    monkeypatch.setattr(
+        Block4, "quantize_rows", lambda self, rows, **how: launches.append(rows) or plain(self, rows, **how)
+    )
     WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")).wait()
     assert [(rows.dtype, tuple(rows.shape)) for rows in launches] == [(torch.float32, (16, 4096))]
 
@@ -57,6 +59,8 @@ def test_what_it_runs_is_what_a_load_runs(source, monkeypatch):
 def test_it_quantizes_each_dtype_once(source, monkeypatch):
     seen = []
     plain = Block4.quantize_rows
-    monkeypatch.setattr(Block4, "quantize_rows", lambda self, rows: seen.append(rows) or plain(self, rows))
+    monkeypatch.setattr(
+        Block4, "quantize_rows", lambda self, rows, **how: seen.append(rows) or plain(self, rows, **how)
+    )
     WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")).wait()
     assert [(weight.dtype, weight.device.type) for weight in seen] == [(torch.float32, "cuda")]

@@ -1,19 +1,40 @@
 """Weight formats: one frozen dataclass each, and the description that travels with a saved weight."""
 
-from bigq.formats.base import Format, State, TensorSpec
-from bigq.formats.block4 import BLOCK_SIZES, Block4
-from bigq.formats.description import QUANT_STATE_SPEC, Description, dtype_name, make_format
+from bigq.formats.base import METHODS, Format, Product, Rows, State, TensorSpec
+from bigq.formats.block4 import BLOCK_SIZES, FP4, NF4, Block4
 from bigq.formats.int8 import Int8
+from bigq.formats.quant_state import (
+    QUANT_STATE,
+    Description,
+    check_quant_state,
+    decode_quant_state,
+    dtype_name,
+    encode_quant_state,
+    quant_state_spec,
+    state_name,
+)
+from bigq.formats.registry import FORMATS, make_format
 
 __all__ = [
     "BLOCK_SIZES",
-    "QUANT_STATE_SPEC",
+    "FORMATS",
+    "FP4",
+    "METHODS",
+    "NF4",
+    "QUANT_STATE",
     "Block4",
     "Description",
     "Format",
     "Int8",
+    "Product",
+    "Rows",
     "State",
     "TensorSpec",
+    "check_quant_state",
+    "decode_quant_state",
     "dtype_name",
+    "encode_quant_state",
     "make_format",
+    "quant_state_spec",
+    "state_name",
 ]

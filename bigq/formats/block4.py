@@ -5,35 +5,41 @@ multiple of block_size the bytes equal bitsandbytes' flat layout. With `double_q
 their own, in flat blocks of 256 around their mean (QLoRA, arXiv 2305.14314, section 3).
 """
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bigq import eager, ops, reference
+from bigq import ops, reference
+from bigq.checks import as_floats
 from bigq.errors import ConfigError
-from bigq.formats.base import Format, State, TensorSpec, like_weight, matrix_shape
+from bigq.formats.base import Format, Product, Rows, State, TensorSpec, as_bits, like_weight, matrix_shape
 
-__all__ = ["BLOCK_SIZES", "Block4"]
+__all__ = ["BLOCK_SIZES", "FP4", "NF4", "Block4"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block4(Format):
-    """State: weight uint8 [..., ceil(K/2)], absmax [..., B], quant_map float32 [16]; two more with `double_quant`."""
+    """What NF4 and FP4 share: packed uint8 [..., ceil(K/2)] and absmax [..., B]; two more with `double_quant`.
 
-    quant_type: str
+    Args:
+        block_size: weights of a row that share one absmax: a power of two, 32 to 4096.
+        double_quant: store the absmax as uint8 codes too (4.13 instead of 4.5 bits a weight, in blocks of 64).
+    """
+
     block_size: int = 64
     double_quant: bool = False
+    quant_type: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if self.quant_type not in reference.CODES:
-            raise ConfigError(f"quant_type is {self.quant_type!r}; expected one of {sorted(reference.CODES)}")
-        if self.block_size not in BLOCK_SIZES:
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             raise ConfigError(f"block_size is {self.block_size!r}; expected one of {list(BLOCK_SIZES)}")
+        if not isinstance(self.double_quant, bool):
+            raise ConfigError(f"double_quant is {self.double_quant!r}; expected True or False")
 
     @property
     def name(self) -> str:
@@ -45,49 +51,84 @@ class Block4(Format):
 
     def state_spec(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         *leading, columns = shape or (1,)
-        blocks = -(-columns // self.block_size)
-        scales = (*leading, blocks)
+        scales = (*leading, -(-columns // self.block_size))
         spec = {
-            "weight": TensorSpec(shape=(*leading, -(-columns // 2)), dtype=torch.uint8),
-            "absmax": TensorSpec(shape=scales, dtype=torch.uint8 if self.double_quant else torch.float32),
+            "packed": TensorSpec(shape=(*leading, -(-columns // 2)), dtype=torch.uint8),
+            "absmax": TensorSpec(shape=scales, dtype=torch.uint8 if self.double_quant else torch.int32),
         }
         if self.double_quant:
             nested = -(-prod(scales) // reference.NESTED_BLOCK_SIZE)
-            spec["nested_absmax"] = TensorSpec(shape=(nested,), dtype=torch.float32)
-            spec["nested_offset"] = TensorSpec(shape=(1,), dtype=torch.float32)
-        return {**spec, "quant_map": TensorSpec(shape=(16,), dtype=torch.float32)}
+            spec["nested_absmax"] = TensorSpec(shape=(nested,), dtype=torch.int32)
+            spec["nested_offset"] = TensorSpec(shape=(1,), dtype=torch.int32)
+        return spec
 
-    def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
+    def quantize_rows(self, rows: Tensor, *, method: str = "absmax", measured: Tensor | None = None) -> Rows:
         packed, absmax = ops.quantize_4bit(rows, self.quant_type, self.block_size)
-        return {"weight": packed, "absmax": absmax}
+        largest = absmax.amax() if absmax.numel() else absmax.new_zeros(())
+        return Rows({"packed": packed, "absmax": as_bits(absmax)}, largest)
 
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
         absmax = like_weight(rows["absmax"], shape)
-        state = {"weight": like_weight(rows["weight"], shape), "absmax": absmax}
+        state = {"packed": like_weight(rows["packed"], shape), "absmax": absmax}
         if self.double_quant:
-            state["absmax"], state["nested_absmax"], state["nested_offset"] = ops.quantize_absmax(absmax)
+            codes, nested_absmax, nested_offset = ops.quantize_absmax(absmax)
+            state |= {"absmax": codes, "nested_absmax": as_bits(nested_absmax), "nested_offset": as_bits(nested_offset)}
         return state
 
-    def constants(self, device: torch.device) -> State:
-        return {"quant_map": _quant_map(self.quant_type, device)}
+    def scales(self, state: State) -> Tensor:
+        if not self.double_quant:
+            return as_floats(state["absmax"])
+        decoded: Tensor = ops.dequantize_absmax(state["absmax"], *_nested(state))
+        return decoded
+
+    def select(self, state: State, shape: tuple[int, ...], index: int | slice) -> tuple[Format, dict[str, Tensor]]:
+        return self._plain(), {"packed": state["packed"][index], "absmax": as_bits(self.scales(state))[index]}
+
+    def take_rows(self, state: State, index: Tensor) -> tuple[Format, dict[str, Tensor]]:
+        absmax = state["absmax"].index_select(0, index)
+        if self.double_quant:  # the block of 256 that each code of the rows belongs to, without decoding the others
+            row_numel = prod(state["absmax"].shape[1:])
+            flat = index.unsqueeze(1) * row_numel + torch.arange(row_numel, device=index.device)
+            nested_absmax, nested_offset = map(as_floats, _nested(state))
+            scale = nested_absmax.index_select(0, flat.flatten() // reference.NESTED_BLOCK_SIZE)
+            every_code = torch.arange(256, dtype=torch.uint8, device=index.device)
+            code = ops.dequantize_absmax(every_code, torch.ones_like(nested_offset), torch.zeros_like(nested_offset))
+            values = code.index_select(0, absmax.flatten().int())
+            absmax = as_bits(values * scale + nested_offset).view(absmax.shape)
+        return self._plain(), {"packed": state["packed"].index_select(0, index), "absmax": absmax}
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        weight, absmax = state["weight"], state["absmax"]
-        if self.double_quant:
-            absmax = ops.dequantize_absmax(absmax, state["nested_absmax"], state["nested_offset"])
         rows, columns = matrix_shape(shape)
-        packed, scales = weight.reshape(rows, -(-columns // 2)), absmax.reshape(rows, -(-columns // self.block_size))
-        dense = ops.dequantize_4bit(packed, scales, self.quant_type, self.block_size, columns, dtype)
-        return dense.view(shape)  # type: ignore[no-any-return]
+        packed = state["packed"].reshape(rows, -(-columns // 2))
+        scales = self.scales(state).reshape(rows, -(-columns // self.block_size))
+        dense: Tensor = ops.dequantize_4bit(packed, scales, self.quant_type, self.block_size, columns, dtype)
+        return dense.view(shape)
 
-    def linear(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
-        tensors = (state["weight"], state["absmax"], bias, state.get("nested_absmax"), state.get("nested_offset"))
-        return eager.linear("linear_4bit", x, tensors, (self.quant_type, self.block_size))
+    def product(self, in_features: int | None = None) -> Product:
+        settings = (self.quant_type, self.block_size, in_features)
+        if self.double_quant:
+            return Product("linear_4bit", ("packed", "absmax", "bias", "nested_absmax", "nested_offset"), settings)
+        return Product("linear_4bit", ("packed", "absmax", "bias"), (None, None, *settings))
 
     def describe(self) -> dict[str, str | int | float | bool]:
         return {"format": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
 
+    def _plain(self) -> "Block4":
+        """This format with float32 scales: a part's nested blocks would not begin where those of the whole do."""
+        return replace(self, double_quant=False)
 
-@cache  # to upload 16 numbers for each layer would wait for the GPU each time
-def _quant_map(quant_type: str, device: torch.device) -> Tensor:
-    return torch.tensor(reference.CODES[quant_type], dtype=torch.float32, device=device)
+
+class NF4(Block4):
+    """4-bit NormalFloat: codes are the 16 quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E)."""
+
+    quant_type = "nf4"
+
+
+class FP4(Block4):
+    """4-bit floating point: a sign bit and eight magnitudes, in bitsandbytes' order."""
+
+    quant_type = "fp4"
+
+
+def _nested(state: State) -> tuple[Tensor, Tensor]:
+    return state["nested_absmax"], state["nested_offset"]

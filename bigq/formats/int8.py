@@ -5,24 +5,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigq import eager, ops
+from bigq import ops
+from bigq.checks import as_floats
 from bigq.errors import ConfigError
-from bigq.formats.base import Format, State, TensorSpec, like_weight, matrix_shape
+from bigq.formats.base import Format, Product, Rows, State, TensorSpec, as_bits, like_weight, matrix_shape
 
 __all__ = ["Int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Format):
-    """State: weight int8 [..., K], absmax float32 [..., 1].
+    """State: packed int8 [..., K], absmax [..., 1].
 
-    `threshold` is the activation magnitude from which a column of x is multiplied in x's own dtype; 0 for never.
+    Args:
+        threshold: the activation magnitude from which a column of x is multiplied in x's own dtype; 0 for never.
     """
 
     threshold: float = 6.0
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.threshold < float("inf")):
+        is_number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not (is_number and 0.0 <= self.threshold < float("inf")):
             raise ConfigError(f"threshold is {self.threshold!r}; expected a finite number >= 0 (0 for no outliers)")
 
     @property
@@ -36,28 +39,35 @@ class Int8(Format):
     def state_spec(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         *leading, columns = shape or (1,)
         return {
-            "weight": TensorSpec(shape=(*leading, columns), dtype=torch.int8),
-            "absmax": TensorSpec(shape=(*leading, 1), dtype=torch.float32),
+            "packed": TensorSpec(shape=(*leading, columns), dtype=torch.int8),
+            "absmax": TensorSpec(shape=(*leading, 1), dtype=torch.int32),
         }
 
-    def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
+    def quantize_rows(self, rows: Tensor, *, method: str = "absmax", measured: Tensor | None = None) -> Rows:
         codes, absmax = ops.quantize_int8(rows)
-        return {"weight": codes, "absmax": absmax}
+        largest = absmax.amax() if absmax.numel() else absmax.new_zeros(())
+        return Rows({"packed": codes, "absmax": as_bits(absmax)}, largest)
 
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        return {leaf: like_weight(tensor, shape) for leaf, tensor in rows.items()}
+        return {part: like_weight(tensor, shape) for part, tensor in rows.items()}
 
-    def constants(self, device: torch.device) -> State:
-        return {}
+    def scales(self, state: State) -> Tensor:
+        return as_floats(state["absmax"])
+
+    def select(self, state: State, shape: tuple[int, ...], index: int | slice) -> tuple[Format, dict[str, Tensor]]:
+        return self, {part: tensor[index] for part, tensor in state.items()}
+
+    def take_rows(self, state: State, index: Tensor) -> tuple[Format, dict[str, Tensor]]:
+        return self, {part: tensor.index_select(0, index) for part, tensor in state.items()}
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        weight, absmax = state["weight"], state["absmax"]
         rows, columns = matrix_shape(shape)
-        dense = ops.dequantize_int8(weight.reshape(rows, columns), absmax.reshape(rows, 1), dtype)
-        return dense.view(shape)  # type: ignore[no-any-return]
+        packed, scales = state["packed"].reshape(rows, columns), self.scales(state).reshape(rows, 1)
+        dense: Tensor = ops.dequantize_int8(packed, scales, dtype)
+        return dense.view(shape)
 
-    def linear(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
-        return eager.linear("linear_int8", x, (state["weight"], state["absmax"], bias), (self.threshold,))
+    def product(self, in_features: int | None = None) -> Product:
+        return Product("linear_int8", ("packed", "absmax", "bias"), (self.threshold,))
 
     def describe(self) -> dict[str, str | int | float | bool]:
         return {"format": "int8", "threshold": self.threshold}

@@ -81,17 +81,17 @@ def their_model(bnb: ModuleType, folder: Path, config: bigq.QuantizationConfig) 
 
     For int8 with its own layer; its 4-bit layer decodes some shapes wrongly on a CPU, so 4-bit weights are dequantized.
     """
-    model = dense_model(folder)
+    model, ours = dense_model(folder), config.weight_format()
     for name, linear in linears(model):
         weight = linear.weight.detach()
-        if config.format == "int8":
+        if ours.name == "int8":
             rows, columns = weight.shape
-            layer = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=config.threshold)
+            layer = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=ours.threshold)
             layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
             model.set_submodule(name, layer.to("cpu").eval())
         else:
             packed, state = bnb.functional.quantize_4bit(
-                weight.flatten(), quant_type=config.format, compress_statistics=config.double_quant
+                weight.flatten(), quant_type=ours.name, compress_statistics=ours.double_quant
             )
             linear.weight.data = bnb.functional.dequantize_4bit(packed, state).view(weight.shape)
     return model

@@ -107,6 +107,25 @@ def test_a_stack_whose_members_lie_side_by_side_is_one_span(tmp_path):
     )
 
 
+def test_members_that_adjoin_by_offset_but_lie_in_two_files_are_two_spans(tmp_path):
+    stored = {name: torch.randn(4, 4) for name in "abcd"}
+    for file, names in (("1", "ab"), ("2", "cd")):
+        save_file({name: stored[name] for name in names}, tmp_path / f"{file}.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    (first,), (second,) = checkpoint.tensors["a"].spans, checkpoint.tensors["d"].spans
+    assert first.offset + first.nbytes == second.offset
+    source = Stacked(checkpoint, {"ad": ["a", "d"], "bc": ["b", "c"]})
+    assert_holds(source, {"ad": torch.stack([stored["a"], stored["d"]]), "bc": torch.stack([stored["b"], stored["c"]])})
+
+
+def test_a_stack_of_which_one_member_lies_in_no_plain_bytes_is_read_as_a_copy(tmp_path):
+    stored = {"plain": torch.randn(4, 4), "view": torch.randn(4, 4).t()}
+    torch.save(stored, tmp_path / "weights.pt")
+    source = Stacked(Checkpoint.open(tmp_path), {"both": ["view", "plain"]})
+    assert source.tensors["both"].spans == ()
+    assert_holds(source, {"both": torch.stack([stored["view"], stored["plain"]])})
+
+
 def test_a_stack_comes_where_its_last_member_is_stored_and_the_source_is_read_once(tmp_path, monkeypatch):
     save_file({name: torch.randn(2, 2) for name in "abcdef"}, tmp_path / "model.safetensors")
     source = Stacked(Checkpoint.open(tmp_path), {"ce": ["e", "c"], "bd": ["b", "d"]})

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigq import ops, reference
+from bigq import checks, ops, reference
 from bigq.errors import UnsupportedError
-from bigq_kernels.checks import scales
+from bigq_kernels.checks import as_floats
 
 N, K, BLOCK_SIZE = 6, 70, 32  # 3 blocks a row, 18 scales
 ARGUMENTS = {
@@ -189,7 +189,7 @@ def test_refuses_a_wrong_width_also_without_in_features(implementation, k, devic
 
 def test_scales_are_a_view_of_their_bits():
     values = torch.tensor([1.5, -0.0, float("inf")])
-    for function in (scales, reference.scales):
+    for function in (as_floats, checks.as_floats):
         assert function(values) is values
         bits = values.view(torch.int32)
         assert torch.equal(function(bits), values)

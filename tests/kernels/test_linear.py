@@ -120,6 +120,26 @@ def test_linear_4bit_of_views(device):
         assert_within_budget(out, x.double() @ dense.T, expected)
 
 
+@pytest.mark.parametrize("stride", [0, 2], ids=["expanded", "strided"])
+@pytest.mark.parametrize("m", [1, 9, MAX_MMA_M + 1], ids=["dp4a", "mma", "not-fused"])
+def test_linear_4bit_of_strided_bias_and_scales(m, stride, device):
+    (weight, codes, nested, offset), _ = quantized_4bit(24, 1024, "nf4", 32, True, device)
+    x, memory = torch.randn(m, 1024, device=device).half(), torch.randn(2 * 24, device=device)
+    bias = memory.as_strided((24,), (stride,))
+    strided = torch.stack([nested, torch.zeros_like(nested)], dim=1)[:, 0]
+    out = linear_4bit(x, weight, codes, bias, strided, offset, "nf4", 32)
+    assert not strided.is_contiguous()
+    assert torch.equal(out, linear_4bit(x, weight, codes, bias.contiguous(), nested, offset, "nf4", 32))
+
+
+@pytest.mark.parametrize("stride", [0, 2], ids=["expanded", "strided"])
+def test_linear_int8_of_strided_bias(stride, device):
+    x, weight, absmax = int8_case(3, 24, 97, torch.float16, device)
+    bias = torch.randn(2 * 24, device=device).as_strided((24,), (stride,))
+    out = linear_int8(x, weight, absmax, bias, 6.0)
+    assert torch.equal(out, linear_int8(x, weight, absmax, bias.contiguous(), 6.0))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("m", [2, 5, MAX_MMA_M + 1], ids=["dp4a", "mma", "not-fused"])

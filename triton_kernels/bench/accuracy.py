@@ -4,8 +4,8 @@
 
 Runs on the GPU if there is one. The real weights are the matrices of the checkpoint, without embeddings and head.
 
-bits: stored codes and scales of a weight, without what a layer stores once (here a description of 256 bytes and the
-    64 bytes of the 4-bit table; in bitsandbytes, tables and JSON). Rows that end in a partial block have more scales.
+bits: stored codes and scales of a weight, without what a layer stores once (here a description of 256 bytes; in
+    bitsandbytes, tables and JSON). Rows that end in a partial block have more scales.
 weight: |W' - W| / |W| (Frobenius), W' being the dequantized weight; over all real weights, and for 4096 x 4096 N(0, 1).
 original, dequantized: |Y - X W^T| / |X W^T| for that normal W, then with W' for W, which is the error of the product
     alone (for int8, with that of rounding X). Exact products are float64. X is 16 tokens, its channels of unequal
@@ -37,7 +37,6 @@ except ImportError:
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS, SIZE = 16, 4096
 DTYPES = (torch.bfloat16, torch.float32)
-FIXED = ("code", "quant_state")  # stored once a layer
 CONFIGS = [
     *(
         bigq.QuantizationConfig(name, block_size=block_size, double_quant=double_quant)
@@ -53,32 +52,33 @@ Quantized = tuple[list[Tensor], Tensor, Callable[[Tensor], Tensor]]
 
 def ours(weight: Tensor, config: bigq.QuantizationConfig) -> Quantized:
     state = bigq.quantize_tensor(weight, config)
-    stored = [tensor for name, tensor in state.tensors.items() if name not in FIXED]
+    stored = tuple(state.tensors.values())
     return (
-        stored,
+        list(stored),
         bigq.dequantize_tensor(state, torch.float32),
         lambda x: state.description.format.linear(x, state.tensors, None),
     )
 
 
 def theirs(weight: Tensor, config: bigq.QuantizationConfig) -> Quantized:
-    if config.format == "int8":
+    form = config.weight_format()
+    if isinstance(form, bigq.Int8):
         codes, absmax, _ = bnb.functional.int8_vectorwise_quant(weight.half())
         layer = bnb.MatmulLtState(CB=codes, SCB=absmax)
         layer.has_fp16_weights = layer.is_training = False
         dense = bnb.functional.int8_vectorwise_dequant(codes, absmax)
-        return [codes, absmax], dense.float(), lambda x: bnb.matmul(x, codes, state=layer, threshold=config.threshold)
+        return [codes, absmax], dense.float(), lambda x: bnb.matmul(x, codes, state=layer, threshold=form.threshold)
     # Flat, because the CPU decodes a matrix wrongly where its rows are multiples of 16 but not of the block size.
     packed, state = bnb.functional.quantize_4bit(
         weight.flatten(),
-        blocksize=config.block_size,
-        quant_type=config.format,
-        compress_statistics=config.double_quant,
+        blocksize=form.block_size,
+        quant_type=form.name,
+        compress_statistics=form.double_quant,
     )
     dense = bnb.functional.dequantize_4bit(packed, state).view(weight.shape)
     state.shape = weight.shape
     stored = [packed, state.absmax]
-    if config.double_quant:
+    if form.double_quant:
         stored += [state.state2.absmax, state.offset]
     return stored, dense, lambda x: bnb.matmul_4bit(x, packed.t(), state)
 
@@ -136,9 +136,11 @@ def main() -> None:
     header = ["format", "block", "library", "bits, real", "weight, real", "bits, normal", "weight, normal", *ends]
     print("", *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header))), sep="\n")
     for config in CONFIGS:
-        label = config.format + (" + double quant" if config.double_quant else "")
+        form = config.weight_format()
+        label = form.name + (" + double quant" if getattr(form, "double_quant", False) else "")
+        block = "row" if isinstance(form, bigq.Int8) else str(form.block_size)
         for library_name, library in libraries.items():
-            row = [label, "row" if config.format == "int8" else str(config.block_size), library_name]
+            row = [label, block, library_name]
             quantized = library(weight, config)
             row += bits_and_error([(w, library(w, config)) for w in real]) + bits_and_error([(weight, quantized)])
             print(f"| {' | '.join(row + output_errors(weight, quantized, x))} |", flush=True)

@@ -10,12 +10,12 @@ from torch import Tensor
 from bigq_kernels.tiles import NESTED_BLOCK_SIZE
 
 __all__ = [
+    "as_floats",
     "check_dequantize_4bit",
     "check_dequantize_absmax",
     "check_dequantize_int8",
     "check_linear_4bit",
     "check_linear_int8",
-    "scales",
 ]
 
 _BLOCK: int = NESTED_BLOCK_SIZE.value
@@ -24,7 +24,7 @@ _INT8 = (torch.int8,)
 _SCALES = (torch.float32, torch.int32)
 
 
-def scales(bits: Tensor) -> Tensor:
+def as_floats(bits: Tensor) -> Tensor:
     """The float32 scales in `bits`, which is float32, or int32 of the same bits; shares its memory."""
     dtype = bits.dtype
     if dtype is torch.float32:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.checks import check_dequantize_4bit, scales
+from bigq_kernels.checks import as_floats, check_dequantize_4bit
 from bigq_kernels.dequantize_absmax import load_absmax
 from bigq_kernels.launch import launch
 from bigq_kernels.quantize_4bit import tile_shape
@@ -73,9 +73,9 @@ def dequantize_4bit(
     """
     check_dequantize_4bit(weight, absmax, nested[0], nested[1], block_size, in_features)
     if nested[0] is None:
-        absmax = scales(absmax)
+        absmax = as_floats(absmax)
     else:
-        nested = (scales(nested[0]), scales(nested[1]), nested[2])
+        nested = (as_floats(nested[0]), as_floats(nested[1]), nested[2])
     rows = weight.shape[0]
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     if out.numel() == 0:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.checks import check_dequantize_absmax, scales
+from bigq_kernels.checks import as_floats, check_dequantize_absmax
 from bigq_kernels.launch import launch
 from bigq_kernels.quantize_absmax import nested_code
 from bigq_kernels.tiles import NESTED_BLOCK_SIZE, ceil_div
@@ -51,7 +51,7 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
     nested_absmax [ceil(n/256)] and nested_offset [1] are float32 or its bits as int32.
     """
     check_dequantize_absmax(codes, nested_absmax, nested_offset)
-    nested_absmax, nested_offset = scales(nested_absmax), scales(nested_offset)
+    nested_absmax, nested_offset = as_floats(nested_absmax), as_floats(nested_offset)
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     n = codes.numel()
     if n == 0:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.checks import check_dequantize_int8, scales
+from bigq_kernels.checks import as_floats, check_dequantize_int8
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
 __all__ = ["dequantize_int8"]
@@ -36,7 +36,7 @@ def _dequantize_int8_kernel(
 def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes int8 [N, K] and absmax [N, 1], float32 or its bits as int32 -> [N, K] of `dtype`."""
     check_dequantize_int8(weight, absmax)
-    absmax = scales(absmax)
+    absmax = as_floats(absmax)
     rows, columns = weight.shape
     out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     if out.numel() == 0:

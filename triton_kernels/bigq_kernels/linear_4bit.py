@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bigq_kernels.checks import check_linear_4bit, scales
+from bigq_kernels.checks import as_floats, check_linear_4bit
 from bigq_kernels.dequantize_4bit import dequantize_4bit
 from bigq_kernels.launch import dense_linear
 from bigq_kernels.linear_4bit_configs import MAX_DP4A_K, wgmma_config
@@ -90,16 +90,16 @@ def linear_4bit(
         fused = _fused_kernel(x.device, m, n, k, block_size)
     nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
     if nested_absmax is not None and nested_offset is not None:
-        nested_absmax, nested_offset = scales(nested_absmax), scales(nested_offset)
-        nested = (nested_absmax, nested_offset, nested_code(x.device))
+        nested = (as_floats(nested_absmax).contiguous(), as_floats(nested_offset), nested_code(x.device))
     else:
-        absmax = scales(absmax)
+        absmax = as_floats(absmax)
     if fused is None:
         dense = dequantize_4bit(weight, absmax, quant_type, block_size, k, x.dtype, nested)
         return dense_linear(x, dense, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
 
     out = x.new_empty(*x.shape[:-1], n)
     rows = _contiguous(x.reshape(m, k))
+    bias = None if bias is None else bias.contiguous()
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device_of(x):
         fused(rows, _contiguous(weight), absmax.contiguous(), bias, nested, out, quant_type, block_size)

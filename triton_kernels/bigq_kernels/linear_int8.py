@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.checks import check_linear_int8, scales
+from bigq_kernels.checks import as_floats, check_linear_int8
 from bigq_kernels.launch import launch
 from bigq_kernels.linear_int8_configs import Int8Config, int8_config
 from bigq_kernels.outliers_int8 import gather_block, gather_outliers
@@ -176,13 +176,14 @@ def linear_int8(
     absmax [N, 1] is float32 or its bits as int32. Raises RuntimeError if the tensors do not fit together.
     """
     check_linear_int8(x, weight, absmax, bias)
-    absmax = scales(absmax)
+    absmax = as_floats(absmax)
     n, k = weight.shape
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     m = out.numel() // n
     rows, weight, absmax = x.reshape(m, k).contiguous(), weight.contiguous(), absmax.contiguous()
+    bias = None if bias is None else bias.contiguous()
     config = config or int8_config(x.device, m, n, k, x.dtype, threshold > 0)
     tiles = config.tiles(m, n)
     _, pdl = device_features(x.device)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.checks import scales
+from bigq_kernels.checks import as_floats
 from bigq_kernels.tiles import FLOAT32_TINY, NESTED_BLOCK_SIZE, absmax_bits, ceil_div
 
 __all__ = ["nested_code", "quantize_absmax"]
@@ -61,7 +61,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     absmax may be the bits of its float32 values as int32; what is returned is float32.
     """
-    absmax = scales(absmax)
+    absmax = as_floats(absmax)
     n = absmax.numel()
     blocks = ceil_div(n, NESTED_BLOCK_SIZE.value)
     codes = torch.empty(absmax.shape, dtype=torch.uint8, device=absmax.device)

@@ -1,0 +1,144 @@
+"""What ops refuse: tensors of a quantized weight that do not fit together, in shape, dtype or device.
+
+A kernel reads by address: a wrong width or a cast scale would give a wrong number, or a read out of bounds.
+`bigq_kernels.checks` has the same functions for launchers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bigq.errors import UnsupportedError
+
+__all__ = [
+    "NESTED_BLOCK_SIZE",
+    "as_floats",
+    "check_dequantize_4bit",
+    "check_dequantize_absmax",
+    "check_dequantize_int8",
+    "check_linear_4bit",
+    "check_linear_int8",
+]
+
+NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale in double quantization
+_SCALES = (torch.float32, torch.int32)
+
+Expect = Callable[[bool, Callable[[], str]], object]  # (condition, what to say if it fails), as torch._check is
+
+
+def as_floats(bits: Tensor) -> Tensor:
+    """The float32 scales in `bits`, which is float32, or int32 of the same bits; shares its memory."""
+    if bits.dtype == torch.float32:
+        return bits
+    _expect(bits.dtype == torch.int32, lambda: f"scales are {bits.dtype}; expected one of {_SCALES}")
+    return bits.view(torch.float32)
+
+
+def _expect(condition: bool, message: Callable[[], str]) -> None:
+    if not condition:
+        raise UnsupportedError(message())
+
+
+def _check(
+    name: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    device: torch.device,
+    expect: Expect,
+) -> None:
+    def message() -> str:
+        expected = " or ".join(map(str, dtypes))
+        return (
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
+            f"expected {expected} {list(shape)} on {device}"
+        )
+
+    expect(tensor.dtype in dtypes and tensor.device == device and tensor.dim() == len(shape), message)
+    for size, expected_size in zip(tensor.shape, shape, strict=True):
+        expect(size == expected_size, message)
+
+
+def check_linear_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+    expect: Expect = _expect,
+) -> None:
+    """Expect x [..., K], a 4-bit weight [N, K] and bias [N] that fit together."""
+    if in_features is not None:
+        expect(
+            x.shape[-1] == in_features,
+            lambda: f"x is {list(x.shape)}; expected [..., {in_features}], the in_features of the weight",
+        )
+    _check_width(x, weight, (x.shape[-1] + 1) // 2, expect)
+    check_dequantize_4bit(weight, absmax, nested_absmax, nested_offset, block_size, x.shape[-1], expect)
+    _check_beside(x, weight, bias, expect)
+
+
+def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, expect: Expect = _expect) -> None:
+    """Expect x [..., K], an int8 weight [N, K] and bias [N] that fit together."""
+    _check_width(x, weight, x.shape[-1], expect)
+    check_dequantize_int8(weight, absmax, expect)
+    _check_beside(x, weight, bias, expect)
+
+
+def check_dequantize_4bit(
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int,
+    expect: Expect = _expect,
+) -> None:
+    """Expect the tensors of a 4-bit weight [N, in_features]; absmax is uint8 if the nested pair is given."""
+    rows, device = weight.shape[0], weight.device
+    _check("weight", weight, (torch.uint8,), (rows, (in_features + 1) // 2), device, expect)
+    expect(
+        (nested_absmax is None) == (nested_offset is None),
+        lambda: "one of nested_absmax and nested_offset is None; expected both tensors, or neither",
+    )
+    blocks = (in_features + block_size - 1) // block_size
+    _check("absmax", absmax, _SCALES if nested_absmax is None else (torch.uint8,), (rows, blocks), device, expect)
+    if nested_absmax is not None and nested_offset is not None:
+        check_dequantize_absmax(absmax, nested_absmax, nested_offset, expect)
+
+
+def check_dequantize_absmax(
+    codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, expect: Expect = _expect
+) -> None:
+    """Expect the tensors of nested scales, of any shape."""
+    blocks = (codes.numel() + NESTED_BLOCK_SIZE - 1) // NESTED_BLOCK_SIZE
+    _check("absmax", codes, (torch.uint8,), codes.shape, codes.device, expect)
+    _check("nested_absmax", nested_absmax, _SCALES, (blocks,), codes.device, expect)
+    _check("nested_offset", nested_offset, _SCALES, (1,), codes.device, expect)
+
+
+def check_dequantize_int8(weight: Tensor, absmax: Tensor, expect: Expect = _expect) -> None:
+    """Expect the tensors of an int8 weight [N, K]."""
+    _check("weight", weight, (torch.int8,), (weight.shape[0], weight.shape[-1]), weight.device, expect)
+    _check("absmax", absmax, _SCALES, (weight.shape[0], 1), weight.device, expect)
+
+
+def _check_width(x: Tensor, weight: Tensor, width: int, expect: Expect) -> None:
+    expect(
+        weight.shape[-1] == width,
+        lambda: (
+            f"x and weight differ in in_features: x is {list(x.shape)} and the weight {weight.dtype} "
+            f"{list(weight.shape)}; expected a weight [N, {width}]"
+        ),
+    )
+
+
+def _check_beside(x: Tensor, weight: Tensor, bias: Tensor | None, expect: Expect) -> None:
+    device = weight.device
+    expect(x.device == device, lambda: f"x is on {x.device}, and the weight on {device}; expected one device")
+    if bias is not None:
+        _check("bias", bias, (bias.dtype,), (weight.shape[0],), device, expect)

@@ -1,0 +1,174 @@
+"""quant_state: how a saved module says what its quantized weights are, so that loading them needs no config.
+
+It is one uint8 tensor a module: a record of 256 bytes for each quantized weight, a JSON object in UTF-8 padded with
+spaces to one length for all, so that skeletons agree on its shape. A tensor, because accelerate's save_model and
+safetensors carry nothing else with a weight.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bigq.errors import CheckpointError, UnsupportedError
+from bigq.formats.base import Format, TensorSpec
+from bigq.formats.registry import make_format
+
+__all__ = [
+    "QUANT_STATE",
+    "Description",
+    "check_quant_state",
+    "decode_quant_state",
+    "dtype_name",
+    "encode_quant_state",
+    "quant_state_spec",
+    "state_name",
+]
+
+QUANT_STATE = "quant_state"  # its name in a module
+_VERSION = 2
+_RECORD_NBYTES = 256
+_MAX_RECORDS = 4096
+_WEIGHT_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_COMPUTE_DTYPES = {name: dtype for name, dtype in _WEIGHT_DTYPES.items() if name != "float64"}
+
+
+def state_name(leaf: str, part: str) -> str:
+    """The name of a tensor of the quantized weight `leaf`, in its module or in the model: "weight_packed"."""
+    return f"{leaf}_{part}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Everything needed to use a quantized weight: its format, its shape, and the dtypes of its two ends.
+
+    Args:
+        format: how it is stored.
+        shape: [..., N, K], as it is stored.
+        dtype: that of the weight it stands for.
+        compute_dtype: dtype of products with it; None for that of the activations.
+        transposed: the module's weight is [..., K, N], as that of GPT-2's Conv1D.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    compute_dtype: torch.dtype | None = None
+    transposed: bool = False
+
+    state_spec: dict[str, TensorSpec] = field(init=False, compare=False, repr=False)  # of the quantized weight, by part
+    nbytes: int = field(init=False, compare=False, repr=False)  # of the quantized weight
+
+    def __post_init__(self) -> None:
+        spec = self.format.state_spec(self.shape)
+        object.__setattr__(self, "state_spec", spec)
+        object.__setattr__(self, "nbytes", sum(tensor.nbytes for tensor in spec.values()))
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the module's weight."""
+        return (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
+
+
+def quant_state_spec(count: int) -> TensorSpec:
+    """Shape and dtype of the quant_state of a module with `count` quantized weights."""
+    return TensorSpec(shape=(count * _RECORD_NBYTES,), dtype=torch.uint8)
+
+
+def encode_quant_state(weights: Mapping[str, Description]) -> Tensor:
+    """The quant_state of a module with these weights, {leaf: description}, on the CPU.
+
+    Raises:
+        UnsupportedError: a record does not fit into its 256 bytes.
+    """
+    data = bytearray().join(_record(leaf, description) for leaf, description in weights.items())
+    return torch.frombuffer(data, dtype=torch.uint8).clone()
+
+
+def check_quant_state(shape: Sequence[int], dtype: torch.dtype, where: str) -> None:
+    """Raise a CheckpointError unless a tensor of this shape and dtype can be a quant_state."""
+    records, rest = divmod(shape[0] if len(shape) == 1 else 0, _RECORD_NBYTES)
+    if dtype != torch.uint8 or rest or not 0 < records <= _MAX_RECORDS:
+        raise CheckpointError(
+            f"{where} is not a description of quantized weights: expected uint8, {_RECORD_NBYTES} bytes a weight, "
+            f"got {dtype_name(dtype)} {list(shape)}"
+        )
+
+
+def decode_quant_state(quant_state: Tensor, where: str) -> dict[str, Description]:
+    """{leaf: description} of a module's quant_state; `where` names the tensor in errors.
+
+    Raises:
+        CheckpointError: it is anything that `encode_quant_state` does not write.
+    """
+    check_quant_state(quant_state.shape, quant_state.dtype, where)
+    try:
+        data = bytes(quant_state.tolist())
+        records = [data[start : start + _RECORD_NBYTES] for start in range(0, len(data), _RECORD_NBYTES)]
+        return _distinct(_parsed(record) for record in records)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not a description of bigq weights: {error!r}") from error
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _record(leaf: str, description: Description) -> bytes:
+    fields = {
+        "bigq": _VERSION,
+        "leaf": leaf,
+        **description.format.describe(),
+        "shape": list(description.shape),
+        "dtype": dtype_name(description.dtype),
+        "compute_dtype": None if description.compute_dtype is None else dtype_name(description.compute_dtype),
+        "transposed": description.transposed,
+    }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    if len(text) > _RECORD_NBYTES:
+        raise UnsupportedError(
+            f"the description of {leaf!r} takes {len(text)} bytes in a checkpoint; there is room for {_RECORD_NBYTES}: "
+            f"{text.decode()}"
+        )
+    return text.ljust(_RECORD_NBYTES)
+
+
+def _parsed(record: bytes) -> tuple[str, Description]:
+    fields = json.loads(record)
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected an object, got {fields!r:.50}")
+    version = fields.pop("bigq")
+    if version != _VERSION:
+        raise ValueError(f"version {version!r}, and this bigq reads version {_VERSION}: quantize the weights again")
+    leaf, name, shape = fields.pop("leaf"), fields.pop("format"), fields.pop("shape")
+    dtype, compute_dtype, transposed = fields.pop("dtype"), fields.pop("compute_dtype"), fields.pop("transposed")
+    if not isinstance(leaf, str) or not leaf or "." in leaf:
+        raise ValueError(f"leaf is {leaf!r}; expected the name of a parameter in its module")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"shape is {shape!r}; expected a list of sizes")
+    if type(transposed) is not bool:
+        raise ValueError(f"transposed is {transposed!r}; expected true or false")
+    return leaf, Description(
+        format=make_format(name, **fields),
+        shape=tuple(shape),
+        dtype=_WEIGHT_DTYPES[dtype],
+        compute_dtype=None if compute_dtype is None else _COMPUTE_DTYPES[compute_dtype],
+        transposed=transposed,
+    )
+
+
+def _distinct(records: Iterable[tuple[str, Description]]) -> dict[str, Description]:
+    weights: dict[str, Description] = {}
+    for leaf, description in records:
+        if leaf in weights:
+            raise ValueError(f"it describes {leaf!r} twice")
+        weights[leaf] = description
+    return weights

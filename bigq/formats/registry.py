@@ -1,0 +1,21 @@
+"""Formats by name: the one place that lists them."""
+
+from bigq.errors import ConfigError
+from bigq.formats.base import Format
+from bigq.formats.block4 import FP4, NF4
+from bigq.formats.int8 import Int8
+
+__all__ = ["FORMATS", "make_format"]
+
+FORMATS: dict[str, type[NF4] | type[FP4] | type[Int8]] = {"nf4": NF4, "fp4": FP4, "int8": Int8}
+
+
+def make_format(name: str, **settings: object) -> Format:
+    """The format called `name`; `settings` are its own fields. Any other name or setting is a ConfigError."""
+    if name not in FORMATS:
+        *names, last = map(repr, FORMATS)
+        raise ConfigError(f"format is {name!r}; expected {', '.join(names)} or {last}")
+    try:
+        return FORMATS[name](**settings)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ConfigError(f"format {name!r}: {error}") from error
