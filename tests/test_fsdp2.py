@@ -1,0 +1,96 @@
+"""FSDP2 over quantized modules: two processes compute the bits of one, also under a policy that casts parameters."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model
+
+FORMATS = {
+    "nf4": NF4(),
+    "nf4-double-quant": NF4(double_quant=True),
+    "fp4": FP4(block_size=32),
+    "int8": Int8(),
+}
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
+        self.adapter = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(torch.relu(self.up(y))) + self.adapter(y)
+
+
+def _model(weight_format):
+    """Blocks quantized from float32, whose scales are no bfloat16 numbers, and trained through an adapter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(_Block() for _ in range(2)), nn.Linear(64, 10))
+    config = QuantizationConfig(weight_format, skip_modules=["adapter"])
+    model = load_and_quantize_model(model, None, config, "cpu")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("adapter" in name)
+    return model
+
+
+def _compare(rank, port, folder):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    x = torch.linspace(-2, 2, 3 * 64).view(3, 64)
+    for name, weight_format in FORMATS.items():
+        for dtype in (None, torch.bfloat16):
+            one = _model(weight_format).to(dtype or torch.float32)
+            expected = one(x.to(dtype or torch.float32))
+            expected.square().mean().backward()
+            sharded = _model(weight_format)
+            state = {key: tensor.clone() for key, tensor in sharded.state_dict().items()}
+            policy = MixedPrecisionPolicy(param_dtype=dtype)
+            for block in sharded[:2]:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(sharded, mesh=mesh, mp_policy=policy)
+            out = sharded(x)
+            out.square().mean().backward()
+            gradient = sharded[0].adapter.weight.grad.full_tensor()
+            kept = all(
+                torch.equal(tensor.full_tensor(), state[key])
+                for key, tensor in sharded.state_dict().items()
+                if not tensor.is_floating_point()
+            )
+            exact = one[0].adapter.weight.grad.float()
+            found[f"{name}-{dtype}"] = (
+                torch.equal(out, expected),
+                kept,
+                ((gradient.float() - exact).norm() / exact.norm()).item(),
+            )
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp2")
+    torch.multiprocessing.spawn(_compare, args=(29511 + os.getpid() % 1000, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["no-policy", "bfloat16-policy"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_two_processes_compute_the_bits_of_one(compared, name, dtype):
+    for found in compared:
+        same_outputs, same_state, gradient_error = found[f"{name}-{dtype}"]
+        assert same_outputs
+        assert same_state
+        assert gradient_error < (1e-2 if dtype else 1e-5)  # the reduction sums in another order

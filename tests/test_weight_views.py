@@ -1,0 +1,89 @@
+"""Views of a quantized weight: what is written to one reaches the weight, whichever function of torch made it."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model
+
+
+class Holder(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+
+
+def quantized(module, weight_format=None):
+    config = QuantizationConfig(weight_format or NF4(), also_quantize=["weight"] if type(module) is Holder else [])
+    return load_and_quantize_model(module, None, config, "cpu")
+
+
+def near(got, expected):
+    return (got - expected).norm() <= 0.12 * expected.norm()
+
+
+LOST = [
+    "w.diagonal().fill_(1.0)", "w.movedim(0, 1).mul_(2)", "w.vsplit([1])[0].mul_(2)", "w.hsplit([1])[0].mul_(2)",
+    "w.ravel().mul_(2)", "w.expand_as(torch.ones(9, 9)).mul_(2)", "w.as_strided((2,), (1,)).fill_(1.0)",
+    "w.unfold(0, 2, 2).mul_(2)", "w.adjoint().mul_(2)", "w.mH.mul_(2)", "w.broadcast_to((1, 9, 9)).mul_(2)",
+    "torch.ravel(w).mul_(2)", "torch.moveaxis(w, 0, 1).mul_(2)", "torch.atleast_3d(w).mul_(2)", "w.real.mul_(2)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", LOST)
+def test_a_write_through_a_view_is_not_lost(statement):
+    module = quantized(Holder(9, 9), Int8())
+    dense = module.weight.dequantize()
+    for weight in (dense, module.weight):
+        exec(statement, {"torch": torch, "w": weight})
+    assert near(module.weight.dequantize(), dense)
+
+
+@pytest.mark.parametrize("statement", ["w.reshape(-1)[:5].mul_(2)", "w.flatten().mul_(2)", "w.view(-1).mul_(2)"])
+def test_a_write_to_a_flat_view_of_a_conv1d_is_not_lost(statement):
+    module = quantized(Conv1D(9, 71), Int8())
+    dense = module.weight.dequantize().contiguous()
+    for weight in (dense, module.weight):
+        exec(statement, {"w": weight})
+    assert near(module.weight.dequantize(), dense)
+
+
+def test_a_flat_view_of_a_conv1d_can_be_read():
+    weight = quantized(Conv1D(9, 71)).weight
+    assert weight.is_contiguous()
+    assert torch.equal(weight.view(-1) + 0, weight.dequantize().reshape(-1))
+
+
+def test_an_initialization_of_a_conv1d_gives_what_it_gives_a_plain_one():
+    module, dense = quantized(Conv1D(9, 71), Int8()), torch.empty(71, 9)
+    for weight in (dense, module.weight):
+        torch.manual_seed(1)
+        nn.init.normal_(weight)
+    assert near(module.weight.dequantize(), dense)
+
+
+@pytest.mark.parametrize("where", [(4, 2), (1, -1), (-1, 2), (3, 100)], ids=str)
+def test_tensor_split_at_indices_that_go_back_or_beyond(where):
+    weight = quantized(Holder(9, 71)).weight
+    for got, expected in zip(weight.tensor_split(where), weight.dequantize().tensor_split(where), strict=True):
+        assert torch.equal(got + 0, expected)
+
+
+def test_transpose_takes_its_dimensions_by_name():
+    weight = quantized(Holder(9, 71)).weight
+    assert torch.equal(torch.transpose(weight, dim0=0, dim1=1) + 0, weight.dequantize().T)
+    assert torch.equal(torch.swapaxes(weight, axis0=0, axis1=1) + 0, weight.dequantize().T)
+
+
+def test_zeros_like_keeps_the_strides():
+    weight = quantized(Holder(9, 71)).weight
+    assert torch.zeros_like(weight.T).stride() == torch.zeros_like(weight.dequantize().T).stride() == (1, 71)
+
+
+def test_quantizing_int8_numbers_again_keeps_their_bits():
+    """RWKV divides weights by 1 in its first forward: what is saved then differs from what is reloaded and run."""
+    module = quantized(Holder(64, 71), Int8())
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module.weight.div_(1)
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
