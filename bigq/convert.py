@@ -39,6 +39,8 @@ def convert(module: nn.Module, leaf: str, description: Description, state: Mappi
             parameters.update((new, state.get(new)) for new in names)
         else:
             parameters[name] = parameter
+    if state.get(QUANT_STATE) is not None:  # it may come with any weight of the module
+        parameters[QUANT_STATE] = state[QUANT_STATE]
     plain_kind, leaves = _made_for(type(module))
     # nn.Module's own setattr takes 3 us, and a model may have 19,000 linears.
     object.__setattr__(module, "__class__", quantized_class(plain_kind, (*leaves, leaf)))  # type: ignore[arg-type]

@@ -89,6 +89,11 @@ class LazyWeight(Tensor):
             )
         return self.root
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is a copy, or a view of one, that still shares the tensors of a module."""
+        return self.versions is not None if self.base is None else self.base.is_copy
+
     def copy_as(self, dtype: torch.dtype, device: torch.device) -> "Self":
         """A copy in another dtype or on another device, not decoded until that is needed."""
         operand = self.operand()

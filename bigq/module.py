@@ -92,7 +92,8 @@ class QuantizedModule(nn.Module):
     def assign_weight(self, leaf: str, value: Tensor) -> None:
         """`module.leaf = value`: quantize `value` into new Parameters in the place of the weight's own.
 
-        A QuantizedWeight of a module, of the same format and shape, lends its own Parameters: the weights are tied.
+        A QuantizedWeight of a module, of the same format and shape, lends its own Parameters: the weights are tied. A
+        copy of one (`.half()`, `.clone()`) does not.
 
         Args:
             leaf: a quantized weight.
@@ -101,9 +102,11 @@ class QuantizedModule(nn.Module):
         Raises:
             ConfigError: `value` has another shape, is not floating point, or holds NaN or Inf.
         """
+        is_copy = isinstance(value, QuantizedWeight) and value.is_copy
         for part, tensor in self._state_of(leaf, value).items():
-            is_parameter = isinstance(tensor, nn.Parameter)
-            parameter = tensor if is_parameter else nn.Parameter(tensor.detach(), requires_grad=False)
+            own = tensor.detach().clone() if is_copy else tensor
+            is_parameter = isinstance(own, nn.Parameter)
+            parameter = own if is_parameter else nn.Parameter(own.detach(), requires_grad=False)
             self._parameters[state_name(leaf, part)] = cast(nn.Parameter, parameter)
         self._take_dtype(leaf, value.dtype)
 
@@ -143,6 +146,13 @@ class QuantizedModule(nn.Module):
     def _take_dtype(self, leaf: str, dtype: torch.dtype) -> None:
         if dtype != self._quantized[leaf].dtype:
             self._describe(leaf, replace(self._quantized[leaf], dtype=dtype))
+            self._write_quant_state()
+
+    def _write_quant_state(self) -> None:
+        """Make quant_state say what the weights are. One on meta, or in shards, keeps what it was loaded with."""
+        own = self._parameters.get(QUANT_STATE)
+        if own is not None and not own.is_meta and not hasattr(own, "to_local"):
+            own.data = encode_quant_state(self._quantized).to(own.device)
 
     def quantize_weight(self, leaf: str, weight: Tensor) -> dict[str, Tensor]:
         """The tensors that the float `weight` becomes as the weight `leaf`, by their names; changes nothing."""
@@ -195,8 +205,11 @@ class QuantizedModule(nn.Module):
             error_msgs.append(str(error))
             return
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        before = self._quantized
         for leaf, description in described.items():
             self._describe(leaf, description)
+        if self._quantized != before:
+            self._write_quant_state()
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str, *, follows: bool) -> dict[str, Description]:
         """What the weights become with `state_dict`, {leaf: description}; float weights in it become their state.
@@ -229,11 +242,14 @@ class QuantizedModule(nn.Module):
         own: Description,
         described: Description | None,
     ) -> None:
-        """Raise a CheckpointError unless a state dict holds all tensors of a weight as they are here, or none."""
+        """Raise a CheckpointError unless a state dict holds all tensors of a weight as they are here, or none.
+
+        A file without the duplicates of tied tensors may describe a weight and hold none of its tensors.
+        """
         missing = [name for name in spec if name not in state_dict]
         if len(missing) == len(spec) and described is None:
             return  # torch says whether it may
-        if missing:
+        if missing and (len(missing) < len(spec) or described is None or described.format != own.format):
             raise CheckpointError(f"the state dict holds a part of the quantized {weight} and no {', '.join(missing)}")
         if described is None:
             raise CheckpointError(f"the state dict holds the quantized {weight} and no {QUANT_STATE} that describes it")
@@ -242,8 +258,8 @@ class QuantizedModule(nn.Module):
                 f"{weight}: the state dict holds {_words(described)}, the model {_words(own)}; "
                 "load it with load_and_quantize_model into a model built anew"
             )
-        for name, expected in spec.items():
-            found = state_dict[name]
+        for name in spec.keys() - set(missing):
+            expected, found = spec[name], state_dict[name]
             if (tuple(found.shape), found.dtype) != (expected.shape, expected.dtype):
                 raise CheckpointError(
                     f"{name}: expected {expected.dtype} {list(expected.shape)}, got {found.dtype} {list(found.shape)}"
@@ -254,7 +270,9 @@ class QuantizedModule(nn.Module):
         expected = self._quantized[leaf].weight_shape
         if tuple(weight.shape) != expected:
             raise CheckpointError(f"{prefix}{leaf}: expected shape {list(expected)}, got {list(weight.shape)}")
-        weight = weight.to(self._parameters[state_name(leaf, "packed")].device)  # type: ignore[union-attr]
+        own = self._parameters[state_name(leaf, "packed")]
+        if own is not None and not own.is_meta:  # one on meta takes the place of the weight, or torch says it cannot
+            weight = weight.to(own.device)
         state = {prefix + name: tensor for name, tensor in self.quantize_weight(leaf, plain(weight)).items()}
         return {**state, prefix + QUANT_STATE: encode_quant_state(self._quantized).to(weight.device)}
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -122,16 +123,25 @@ def select_weights(
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Whether `module` holds its weights as [..., K, N]; transformers' fused experts say so."""
-    said = vars(module).get("is_transposed", getattr(type(module), "is_transposed", False))  # getattr of a module: 2 us
-    return is_transposed_linear(module) or said is True
+    """Whether `module` holds its weights as [..., K, N]."""
+    if is_transposed_linear(module):
+        return True
+    said: object = module.is_transposed if _holds_fused_experts(module) else False
+    return said is True
+
+
+def _holds_fused_experts(module: nn.Module) -> bool:
+    """Whether `module` is of transformers' fused experts, which say how they hold their weights [E, N, K]."""
+    if isinstance(module, nn.Linear):  # hasattr of a module takes 2 us
+        return False
+    return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
 
 
 def _candidates(module: nn.Module) -> tuple[str, ...]:
     """The parameters of `module` that are quantized by default."""
     if _is_linear(module):
         return ("weight",)
-    if hasattr(module, "is_transposed") and hasattr(module, "num_experts"):  # transformers' fused experts say so
+    if _holds_fused_experts(module):
         return tuple(leaf for leaf, tensor in module._parameters.items() if tensor is not None and tensor.dim() == 3)
     return ()
 
@@ -157,6 +167,12 @@ def _named_matrices(tree: ModelTree, named: Mapping[str, str]) -> Iterator[Tenso
         hits = [named[name] for name in group.names if name in named]
         if hits and not group.is_buffer and group.tensor.dim() >= 2 and group.tensor.is_floating_point():
             found.update(hits)
+            for name in group.names:
+                if isinstance(tree.modules[name.rpartition(".")[0]], torch.jit.ScriptModule):
+                    raise ConfigError(
+                        f"also_quantize {hits[0]!r} names {name}: the compiled forward of a ScriptModule reads its own "
+                        "float weight; leave it out, or quantize the module that was scripted"
+                    )
             yield group
     for pattern in sorted(set(named.values()) - found):
         raise ConfigError(f"also_quantize {pattern!r} matches no floating-point parameter of two or more dimensions")

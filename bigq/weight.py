@@ -166,11 +166,21 @@ def _views(func: Function, weight: QuantizedWeight, others: Arguments, kwargs: K
     if name == "unbind" and (*others, *kwargs.values()) in ((), (0,)):
         return tuple(weight.part(i) for i in range(len(weight)))
     shapes = [out.shape for out in outputs(_description(weight))]
+    if name in ("flatten", "reshape", "reshape_as") and not _can_be_viewed(weight, shapes[0]):
+        return func(weight.dequantize(), *others, **kwargs)  # a copy, as in torch
     if name in ("chunk", "split", "split_with_sizes") and shapes[0][1:] == weight.shape[1:]:
         stops = list(accumulate(shape[0] for shape in shapes))  # cut along the first dimension
         return tuple(weight.part(slice(*ends)) for ends in zip([0, *stops], stops, strict=False))
     made = [weight.viewed(lambda dense, i=i: outputs(dense)[i]) for i in range(len(shapes))]  # type: ignore[misc]
     return tuple(made) if name in _SEVERAL_VIEWS else made[0]
+
+
+def _can_be_viewed(weight: QuantizedWeight, shape: torch.Size) -> bool:
+    try:
+        _description(weight).view(shape)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _swaps_the_last(weight: QuantizedWeight, *dims: int) -> bool:
@@ -269,6 +279,11 @@ def _matmul(input: Tensor, other: Tensor, **rest: Any) -> Tensor | None:
     return None if operand is None else operand.linear(input)
 
 
+def _mm(input: Tensor, mat2: Tensor, **rest: Any) -> Tensor | None:
+    operand = None if rest or input.dim() != 2 else _operand(input, mat2, dim=2, transposed=True)
+    return None if operand is None else operand.linear(input)
+
+
 def _bmm(input: Tensor, mat2: Tensor, **rest: Any) -> Tensor | None:
     if rest or input.dim() != 3 or mat2.dim() != 3 or len(input) != len(mat2):
         return None
@@ -318,8 +333,8 @@ _PRODUCTS: dict[Function, Function] = {
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
     Tensor.__rmatmul__: lambda weight, other: _matmul(other, weight),
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
     torch.bmm: _bmm,
     Tensor.bmm: _bmm,
     torch.addmm: _addmm,

@@ -5,10 +5,13 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bigq import FP4, NF4, QuantizationConfig, load_and_quantize_model
+from bigq.formats import decode_quant_state
+from bigq.linear import QuantizedLinear
 
 
 class Holder(nn.Module):
@@ -32,6 +35,54 @@ def test_functional_call_with_a_float_weight_leaves_the_module_as_it_was():
     out = torch.func.functional_call(layer, {"weight": torch.ones(7, 71), "bias": torch.zeros(7)}, (x,))
     assert out[0, 0] == 71
     assert torch.equal(layer.dequantize(), before)
+
+
+def test_an_extra_weight_tied_to_an_earlier_module_keeps_the_quant_state():
+    class Extra(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"embed": nn.Embedding(50, 32), "last": Extra(32, 9)})
+    model["last"].table = model["embed"].weight
+    model = load_and_quantize_model(model, None, QuantizationConfig(NF4(), also_quantize=["embed", "last"]), "cpu")
+    for module in model.values():
+        assert decode_quant_state(module.quant_state, "quant_state") == module.descriptions
+
+
+def test_the_saved_state_of_a_cast_module_brings_its_dtype():
+    module, other = quantized(nn.Linear(71, 7)).half(), quantized(nn.Linear(71, 7))
+    other.load_state_dict(module.state_dict(), assign=True)
+    assert other.weight.dtype == other.bias.dtype == torch.float16
+    module.load_state_dict(module.state_dict())
+    assert module.weight.dtype == torch.float16
+
+
+def test_a_state_without_the_duplicates_of_tied_tensors_is_taken(tmp_path):
+    def tied():
+        model = nn.ModuleDict({"embed": nn.Embedding(50, 71), "head": nn.Linear(71, 50, bias=False)})
+        model["head"].weight = model["embed"].weight
+        return load_and_quantize_model(model, None, QuantizationConfig(NF4(), also_quantize=["embed"]), "cpu")
+
+    model, other = tied(), tied()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    load_model(other, str(tmp_path / "model.safetensors"))
+    assert torch.equal(other["head"].weight.dequantize(), model["head"].weight.dequantize())
+    assert other["head"].weight_packed is other["embed"].weight_packed
+
+
+def test_a_copy_of_a_weight_that_is_assigned_is_not_tied_to_it():
+    first, second = quantized(nn.Linear(71, 7)), quantized(nn.Linear(71, 7))
+    second.weight = first.weight.half()
+    before = second.weight.dequantize()
+    first.weight.zero_()
+    assert torch.equal(second.weight.dequantize(), before)
+    assert before.any()
+
+
+def test_a_linear_on_meta_takes_float_weights_that_are_assigned():
+    module = QuantizedLinear(quantized(nn.Linear(71, 7)).description, bias=torch.float32)
+    weight = torch.randn(7, 71)
+    module.load_state_dict({"weight": weight, "bias": torch.zeros(7)}, assign=True)
+    assert near(module.weight.dequantize(), weight)
 
 
 def test_a_state_dict_of_another_width_is_refused_also_where_its_tensors_have_the_same_shapes():

@@ -289,3 +289,16 @@ def test_selection_changes_nothing():
 def test_a_pattern_may_name_a_parameter():
     assert "layers.0.proj.weight" not in chosen(Model(), skip_modules=["layers.0.proj.weight"])
     assert "layers.0.proj.weight" in chosen(Model(), skip_modules=["layers.0.proj.bias"])  # no bias is quantized anyway
+
+
+def test_a_linear_that_says_is_transposed_is_no_fused_experts():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0].is_transposed = True
+    assert not any(weight.transposed for weight in select_weights(ModelTree(model), NF4()).weights.values())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_cannot_be_named():
+    model = nn.Sequential(nn.Linear(64, 64), torch.jit.script(nn.Linear(64, 64)))
+    with pytest.raises(ConfigError, match="ScriptModule"):
+        select(model, also_quantize=["1"])

@@ -87,3 +87,21 @@ def test_quantizing_int8_numbers_again_keeps_their_bits():
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     module.weight.div_(1)
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("statement", ["w.t().reshape(-1)", "w.t().flatten()", "w.t().reshape_as(torch.ones(9, 142))"])
+def test_a_reshape_that_copies_in_torch_is_a_copy(statement):
+    module = quantized(Holder(18, 71), Int8())
+    before = module.weight.dequantize()
+    got = eval(statement, {"torch": torch, "w": module.weight})
+    assert torch.equal(got, eval(statement, {"torch": torch, "w": before}))
+    got.zero_()
+    assert not got.any()
+    assert torch.equal(module.weight.dequantize(), before)
+
+
+def test_mm_takes_its_arguments_by_name_and_refuses_more_dimensions():
+    weight, x = quantized(Holder(9, 64)).weight, torch.randn(2, 64)
+    assert near(torch.mm(x, mat2=weight.t()), x @ weight.dequantize().t())
+    with pytest.raises(RuntimeError):
+        torch.mm(x[None], weight.t())
