@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from bigq.checkpoint import StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.fit import Fit
-from bigq.formats import QUANT_STATE, Description, encode_quant_state
+from bigq.formats import QUANT_STATE, Description, encode_quant_state, state_name
 from bigq.model_tensors import ModelTree, TensorGroup, tensor_name
 from bigq.module import QuantizedModule
 from bigq.plan import Plan, PlannedWeight, WeightRef
@@ -194,6 +195,7 @@ def _planned(
             encode_quant_state(weights)  # refuses what has no room, before anything is changed
             shared[key] = weights
         quant_state_of[owner] = shared[key]
+        _refuse_names_in_use(tree.modules[owner], owner, weights)
     planned = []
     for name, description in described.items():
         refs = tuple(
@@ -205,3 +207,17 @@ def _planned(
             PlannedWeight(names=names_of[name], refs=refs, description=description, source=source, method=method)
         )
     return planned
+
+
+def _refuse_names_in_use(module: nn.Module, name: str, weights: Mapping[str, Description]) -> None:
+    """Raise a ConfigError if `module` has something else by the name of a tensor that its `weights` become."""
+    own = vars(module)  # hasattr of a module takes 2 us a name
+    for leaf, description in weights.items():
+        for new in (QUANT_STATE, *(state_name(leaf, part) for part in description.state_spec)):
+            in_use = (own, own["_parameters"], own["_buffers"], own["_modules"])
+            if any(new in names for names in in_use) or hasattr(type(module), new):
+                raise ConfigError(
+                    f"{tensor_name(name, leaf)} cannot be quantized: its {type(module).__name__} already has "
+                    f"{new!r}, the name of a tensor of the quantized weight; rename it, or add the weight to "
+                    "skip_modules"
+                )

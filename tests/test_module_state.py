@@ -9,7 +9,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bigq import FP4, NF4, QuantizationConfig, load_and_quantize_model
+from bigq import FP4, NF4, BigqError, QuantizationConfig, load_and_quantize_model
 from bigq.formats import decode_quant_state
 from bigq.linear import QuantizedLinear
 
@@ -46,6 +46,20 @@ def test_an_extra_weight_tied_to_an_earlier_module_keeps_the_quant_state():
     model = load_and_quantize_model(model, None, QuantizationConfig(NF4(), also_quantize=["embed", "last"]), "cpu")
     for module in model.values():
         assert decode_quant_state(module.quant_state, "quant_state") == module.descriptions
+
+
+@pytest.mark.parametrize("name", ["weight_packed", "weight_absmax", "quant_state"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "attribute"])
+def test_a_name_in_use_is_refused_and_nothing_is_taken(kind, name):
+    module = nn.Linear(71, 7)
+    if kind == "buffer":
+        module.register_buffer(name, torch.ones(3))
+    else:
+        setattr(module, name, nn.Parameter(torch.ones(3)) if kind == "parameter" else {})
+    model = nn.ModuleDict({"layer": module})
+    with pytest.raises(BigqError, match=name):  # a tensor quant_state is refused as one that describes nothing
+        quantized(model)
+    assert type(module) is nn.Linear
 
 
 def test_the_saved_state_of_a_cast_module_brings_its_dtype():
