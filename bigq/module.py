@@ -6,7 +6,7 @@ because frameworks shard, offload and count those. Reading `module.leaf` gives a
 it, or writing to it, quantizes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -108,7 +108,7 @@ class QuantizedModule(nn.Module):
             is_parameter = isinstance(own, nn.Parameter)
             parameter = own if is_parameter else nn.Parameter(own.detach(), requires_grad=False)
             self._parameters[state_name(leaf, part)] = cast(nn.Parameter, parameter)
-        self._take_dtype(leaf, value.dtype)
+        self._redescribe({leaf: replace(self._quantized[leaf], dtype=value.dtype)})
 
     def write_weight(self, leaf: str, value: Tensor, *, follows: bool = False) -> None:
         """Quantize `value`, as `assign_weight` has it, into the Parameters of the weight `leaf`.
@@ -124,7 +124,7 @@ class QuantizedModule(nn.Module):
                 elif tensor is not own:
                     own.copy_(tensor)
         if follows:
-            self._take_dtype(leaf, value.dtype)
+            self._redescribe({leaf: replace(self._quantized[leaf], dtype=value.dtype)})
 
     def _state_of(self, leaf: str, value: Tensor) -> State:
         """What `value` is as the weight `leaf`: that of a QuantizedWeight bit for bit, where it is stored alike."""
@@ -143,15 +143,16 @@ class QuantizedModule(nn.Module):
             return operand.state
         return stored.quantize(plain(value))
 
-    def _take_dtype(self, leaf: str, dtype: torch.dtype) -> None:
-        if dtype != self._quantized[leaf].dtype:
-            self._describe(leaf, replace(self._quantized[leaf], dtype=dtype))
-            self._write_quant_state()
+    def _redescribe(self, described: Mapping[str, Description]) -> None:
+        """Note what weights are now, {leaf: description}, and let quant_state say it if that is new.
 
-    def _write_quant_state(self) -> None:
-        """Make quant_state say what the weights are. One on meta, or in shards, keeps what it was loaded with."""
+        A quant_state on meta, or in shards, keeps what it was loaded with.
+        """
+        changed = {leaf: description for leaf, description in described.items() if description != self._quantized[leaf]}
+        for leaf, description in changed.items():
+            self._describe(leaf, description)
         own = self._parameters.get(QUANT_STATE)
-        if own is not None and not own.is_meta and not hasattr(own, "to_local"):
+        if changed and own is not None and not own.is_meta and not hasattr(own, "to_local"):
             own.data = encode_quant_state(self._quantized).to(own.device)
 
     def quantize_weight(self, leaf: str, weight: Tensor) -> dict[str, Tensor]:
@@ -172,10 +173,9 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
         """Move or cast the module. No tensor of a weight is cast; the dtype that the weight stands for follows."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for leaf, description in self._quantized.items():
-            dtype = fn(torch.empty(0, dtype=description.dtype)).dtype
-            if dtype.is_floating_point:
-                self._take_dtype(leaf, dtype)
+        dtypes = {leaf: fn(torch.empty(0, dtype=own.dtype)).dtype for leaf, own in self._quantized.items()}
+        floating = {leaf: dtype for leaf, dtype in dtypes.items() if dtype.is_floating_point}
+        self._redescribe({leaf: replace(self._quantized[leaf], dtype=dtype) for leaf, dtype in floating.items()})
         return self
 
     def extra_repr(self) -> str:
@@ -205,11 +205,7 @@ class QuantizedModule(nn.Module):
             error_msgs.append(str(error))
             return
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        before = self._quantized
-        for leaf, description in described.items():
-            self._describe(leaf, description)
-        if self._quantized != before:
-            self._write_quant_state()
+        self._redescribe(described)
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str, *, follows: bool) -> dict[str, Description]:
         """What the weights become with `state_dict`, {leaf: description}; float weights in it become their state.
@@ -246,10 +242,11 @@ class QuantizedModule(nn.Module):
 
         A file without the duplicates of tied tensors may describe a weight and hold none of its tensors.
         """
+        held = [name for name in spec if name in state_dict]
         missing = [name for name in spec if name not in state_dict]
-        if len(missing) == len(spec) and described is None:
+        if not held and described is None:
             return  # torch says whether it may
-        if missing and (len(missing) < len(spec) or described is None or described.format != own.format):
+        if missing and (held or described is None or described.format != own.format):
             raise CheckpointError(f"the state dict holds a part of the quantized {weight} and no {', '.join(missing)}")
         if described is None:
             raise CheckpointError(f"the state dict holds the quantized {weight} and no {QUANT_STATE} that describes it")
@@ -258,7 +255,7 @@ class QuantizedModule(nn.Module):
                 f"{weight}: the state dict holds {_words(described)}, the model {_words(own)}; "
                 "load it with load_and_quantize_model into a model built anew"
             )
-        for name in spec.keys() - set(missing):
+        for name in held:
             expected, found = spec[name], state_dict[name]
             if (tuple(found.shape), found.dtype) != (expected.shape, expected.dtype):
                 raise CheckpointError(
