@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from bigq.checkpoint import ByteSource, ReadError, Source, StoredTensor, read_tensor, refuse_unknown
+from bigq.checkpoint import Adapter, ByteSource, ReadError, Source, StoredTensor, read_tensor, refuse_unknown
 
 __all__ = ["FaultyBytes", "with_bytes"]
 
@@ -100,9 +100,9 @@ def with_bytes(source: Source, wrap: Callable[[ByteSource], ByteSource]) -> Sour
     return _WithBytes(source, wrap)
 
 
-class _WithBytes:
+class _WithBytes(Adapter):
     def __init__(self, source: Source, wrap: Callable[[ByteSource], ByteSource]) -> None:
-        self._source = source
+        super().__init__(source)
         self._wrapped: dict[int, ByteSource] = {}  # by the identity of what it stands for
         tensors: dict[str, StoredTensor] = {}
         for name, stored in source.tensors.items():
@@ -112,13 +112,6 @@ class _WithBytes:
             spans = tuple(span._replace(source=self._wrapped[id(span.source)]) for span in stored.spans)
             tensors[name] = replace(stored, spans=spans)
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
-
-    @property
-    def in_place(self) -> bool:
-        return self._source.in_place
-
-    def check(self) -> None:
-        self._source.check()
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         refuse_unknown(names, self.tensors, "the source with other bytes")

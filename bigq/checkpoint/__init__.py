@@ -1,11 +1,12 @@
 """Checkpoints as they come: where their files are, which tensors they hold, and the tensors one by one."""
 
-from bigq.checkpoint.adapters import Renamed, Stacked
+from bigq.checkpoint.adapters import Adapter, Renamed, Stacked
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
 from bigq.checkpoint.source import ByteSource, ReadError, Source, Span, StoredTensor, read_tensor, refuse_unknown
 
 __all__ = [
+    "Adapter",
     "ByteSource",
     "Checkpoint",
     "LocalFile",

@@ -11,18 +11,33 @@ from bigq.checkpoint.shortlist import shortlist
 from bigq.checkpoint.source import Source, Span, StoredTensor, refuse_unknown
 from bigq.errors import CheckpointError
 
-__all__ = ["Renamed", "Stacked"]
+__all__ = ["Adapter", "Renamed", "Stacked"]
 
 
-class Renamed:
+class Adapter:
+    """What adapters of `source` share: its tensors are where those of `source` are."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property
+    def in_place(self) -> bool:
+        return self._source.in_place
+
+    def check(self) -> None:
+        """Raise what `source` raises."""
+        self._source.check()
+
+
+class Renamed(Adapter):
     """`source` with other names: `names` says {name in the source: new name}, and what it leaves out keeps its name.
 
     Names may be exchanged. Raises CheckpointError where `source` does not hold a name, or two tensors get the same.
     """
 
     def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+        super().__init__(source)
         refuse_unknown(names, source.tensors, "the source to rename tensors of")
-        self._source = source
         self._new_names = dict(names)
         self._old_names: dict[str, str] = {}
         tensors: dict[str, StoredTensor] = {}
@@ -38,14 +53,6 @@ class Renamed:
             raise CheckpointError(f"two tensors would get one name: {shortlist(clashes)}")
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
 
-    @property
-    def in_place(self) -> bool:
-        return self._source.in_place
-
-    def check(self) -> None:
-        """Raise what `source` raises."""
-        self._source.check()
-
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (new name, tensor) as `source` reads them."""
         refuse_unknown(names, self.tensors, "the renamed source")
@@ -53,7 +60,7 @@ class Renamed:
         return ((self._new_names.get(old, old), tensor) for old, tensor in arriving)
 
 
-class Stacked:
+class Stacked(Adapter):
     """`source` with tensors put together: `stacks` says {new name: names of E tensors that look alike}.
 
     A stack has the shape [E, ...] and its members in the order of the list; they are no tensors of their own any more.
@@ -63,7 +70,7 @@ class Stacked:
     """
 
     def __init__(self, source: Source, stacks: Mapping[str, Sequence[str]]) -> None:
-        self._source = source
+        super().__init__(source)
         self._members = {name: tuple(members) for name, members in stacks.items()}
         self._places: dict[str, tuple[str, int]] = {}  # {member: (stack, position)}
         for name, members in self._members.items():
@@ -87,14 +94,6 @@ class Stacked:
             if not missing[stack]:
                 tensors[stack] = made[stack]
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
-
-    @property
-    def in_place(self) -> bool:
-        return self._source.in_place
-
-    def check(self) -> None:
-        """Raise what `source` raises."""
-        self._source.check()
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) in order, in one pass over `source`; a stack is a copy of its members."""
