@@ -6,33 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from bigq import (
-    FP4,
-    NF4,
-    ConfigError,
-    Int8,
-    QuantizationConfig,
-    QuantizedWeight,
-    UnsupportedError,
-    load_and_quantize_model,
-)
-
-FORMATS = {"nf4": NF4(), "nf4-double": NF4(double_quant=True), "fp4": FP4(block_size=32), "int8": Int8()}
-
-
-class Holder(nn.Module):
-    """A module of one weight that is no linear."""
-
-    def __init__(self, *shape):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape))
-
-
-class TransposedExperts(Holder):
-    """Matrices [E, K, N], as transformers' fused experts hold them."""
-
-    is_transposed, num_experts = True, 7
-
+from bigq import NF4, ConfigError, QuantizedWeight, UnsupportedError
+from one_weight import FORMATS, Holder, TransposedExperts, quantized
 
 HOLDERS = {
     "square": lambda: Holder(9, 9),
@@ -42,11 +17,6 @@ HOLDERS = {
     "conv1d": lambda: Conv1D(71, 9),
     "transposed experts": lambda: TransposedExperts(7, 70, 6),
 }
-
-
-def quantized(module, weight_format):
-    config = QuantizationConfig(weight_format, also_quantize=["weight"] if type(module) is Holder else [])
-    return load_and_quantize_model(module, None, config, "cpu")
 
 
 @pytest.fixture(params=FORMATS.values(), ids=FORMATS)

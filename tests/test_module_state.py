@@ -12,21 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from bigq import FP4, NF4, BigqError, QuantizationConfig, load_and_quantize_model
 from bigq.formats import decode_quant_state
 from bigq.linear import QuantizedLinear
-
-
-class Holder(nn.Module):
-    def __init__(self, *shape):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape))
-
-
-def quantized(module, weight_format=None):
-    config = QuantizationConfig(weight_format or NF4(), also_quantize=["weight"] if type(module) is Holder else [])
-    return load_and_quantize_model(module, None, config, "cpu")
-
-
-def near(got, expected):
-    return (got - expected).norm() <= 0.12 * expected.norm()
+from one_weight import near, quantized
 
 
 def test_functional_call_with_a_float_weight_leaves_the_module_as_it_was():

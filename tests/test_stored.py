@@ -6,30 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from bigq import FP4, NF4, Int8, QuantizationConfig, UnsupportedError, eager, load_and_quantize_model
+from bigq import NF4, Int8, UnsupportedError, eager
 from bigq.formats import Block4
-
-FORMATS = {"nf4": NF4(), "nf4-double": NF4(double_quant=True), "fp4": FP4(block_size=32), "int8": Int8()}
-
-
-class Experts(nn.Module):
-    """Matrices [E, N, K]."""
-
-    def __init__(self, *shape):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape))
-
-
-class TransposedExperts(Experts):
-    """Matrices [E, K, N], as transformers' fused experts hold them."""
-
-    is_transposed, num_experts = True, 3
-
-
-def quantized(module, weight_format, **settings):
-    named = [] if isinstance(module, (nn.Linear, Conv1D, TransposedExperts)) else ["weight"]
-    config = QuantizationConfig(weight_format, also_quantize=named, **settings)
-    return load_and_quantize_model(module, None, config, "cpu")
+from one_weight import FORMATS, Holder, TransposedExperts, quantized
 
 
 @pytest.fixture(params=FORMATS.values(), ids=FORMATS)
@@ -123,13 +102,13 @@ TRANSPOSED_EXPERT_PRODUCTS = [
 @pytest.mark.parametrize(
     "expression, make",
     [
-        *[pytest.param(expression, Experts, id=expression) for expression in EXPERT_PRODUCTS],
+        *[pytest.param(expression, Holder, id=expression) for expression in EXPERT_PRODUCTS],
         *[pytest.param(expression, TransposedExperts, id=expression) for expression in TRANSPOSED_EXPERT_PRODUCTS],
     ],
 )
 @pytest.mark.parametrize("size, weight_format", CASES)
 def test_a_batched_product_is_one_call_of_the_kernel_an_expert(expression, make, size, weight_format, counted):
-    module = quantized(make(3, *(size if make is Experts else size[::-1])), weight_format)
+    module = quantized(make(3, *(size if make is Holder else size[::-1])), weight_format)
     x, dense = torch.randn(3, 5, size[1]), module.weight.dequantize()
     counted.update(linear=0, dequantize=0)
     got = evaluate(expression, x=x, w=module.weight)
@@ -139,7 +118,7 @@ def test_a_batched_product_is_one_call_of_the_kernel_an_expert(expression, make,
 
 @pytest.mark.parametrize("expert", ["w[1]", "w[-1]", "w[torch.tensor(2)]", "w.unbind()[0]", "list(w)[2]", "w[1:][0]"])
 def test_one_of_the_experts_is_multiplied_by_the_kernel(expert, weight_format, counted):
-    module = quantized(Experts(3, 6, 70), weight_format)
+    module = quantized(Holder(3, 6, 70), weight_format)
     x, dense = torch.randn(5, 70), module.weight.dequantize()
     counted.update(linear=0, dequantize=0)
     got = F.linear(x, evaluate(expert, w=module.weight))
@@ -149,7 +128,7 @@ def test_one_of_the_experts_is_multiplied_by_the_kernel(expert, weight_format, c
 
 @pytest.mark.parametrize("stops", [[2, 2, 9], [0, 0, 9], [3, 6, 9], [9, 9, 9], [1, 4, 7]], ids=str)
 def test_a_grouped_product_multiplies_each_row_by_its_expert(stops, weight_format, counted):
-    module = quantized(Experts(3, 6, 70), weight_format)
+    module = quantized(Holder(3, 6, 70), weight_format)
     x, dense, offs = torch.randn(9, 70), module.weight.dequantize(), torch.tensor(stops, dtype=torch.int32)
     counted.update(linear=0, dequantize=0)
     got = F.grouped_mm(x, module.weight.transpose(-2, -1), offs=offs)
@@ -210,7 +189,7 @@ def test_products_that_no_kernel_has_use_the_dequantized_weight(weight_format):
 
 def test_a_product_of_no_rows_has_none(weight_format):
     layer = quantized(nn.Linear(71, 9), weight_format)
-    experts = quantized(Experts(3, 6, 70), weight_format)
+    experts = quantized(Holder(3, 6, 70), weight_format)
     assert F.linear(torch.empty(0, 71), layer.weight).shape == (0, 9)
     assert (torch.empty(2, 0, 71) @ layer.weight.T).shape == (2, 0, 9)
     assert torch.bmm(torch.empty(3, 0, 70), experts.weight.mT).shape == (3, 0, 6)
@@ -249,7 +228,7 @@ GROUPED = "F.grouped_mm(x[0], w.mT, offs=torch.tensor([1, 1, 5], dtype=torch.int
 
 @pytest.mark.parametrize("expression", [*EXPERT_PRODUCTS, GROUPED])
 def test_gradients_pass_through_batched_products(expression, weight_format):
-    module = quantized(Experts(3, 8, 72), weight_format)  # torch's own grouped_mm wants rows of 16 bytes
+    module = quantized(Holder(3, 8, 72), weight_format)  # torch's own grouped_mm wants rows of 16 bytes
     x, grads = torch.randn(3, 5, 72), []
     for weight in (module.weight, module.weight.dequantize()):
         leaf = x.clone().requires_grad_()

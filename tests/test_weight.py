@@ -9,25 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from bigq import FP4, NF4, Int8, QuantizationConfig, QuantizedWeight, UnsupportedError, load_and_quantize_model
+from bigq import Int8, QuantizedWeight, UnsupportedError
 from bigq.formats import Block4
-
-FORMATS = {"nf4": NF4(), "nf4-double": NF4(double_quant=True), "fp4": FP4(block_size=32), "int8": Int8()}
-
-
-class Holder(nn.Module):
-    """A module of one weight that is no linear."""
-
-    def __init__(self, *shape):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape))
-
-
-class TransposedExperts(Holder):
-    """Matrices [E, K, N], as transformers' fused experts hold them."""
-
-    is_transposed, num_experts = True, 7
-
+from one_weight import FORMATS, Holder, TransposedExperts, quantized
 
 HOLDERS = {
     "square": lambda: Holder(9, 9),
@@ -36,11 +20,6 @@ HOLDERS = {
     "conv1d": lambda: Conv1D(71, 9),
     "transposed-experts": lambda: TransposedExperts(7, 70, 6),
 }
-
-
-def quantized(module, weight_format):
-    config = QuantizationConfig(weight_format, also_quantize=["weight"] if type(module) is Holder else [])
-    return load_and_quantize_model(module, None, config, "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -5,23 +5,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model
-
-
-class Holder(nn.Module):
-    def __init__(self, *shape):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape))
-
-
-def quantized(module, weight_format=None):
-    config = QuantizationConfig(weight_format or NF4(), also_quantize=["weight"] if type(module) is Holder else [])
-    return load_and_quantize_model(module, None, config, "cpu")
-
-
-def near(got, expected):
-    return (got - expected).norm() <= 0.12 * expected.norm()
-
+from bigq import Int8
+from one_weight import Holder, near, quantized
 
 LOST = [
     "w.diagonal().fill_(1.0)", "w.movedim(0, 1).mul_(2)", "w.vsplit([1])[0].mul_(2)", "w.hsplit([1])[0].mul_(2)",

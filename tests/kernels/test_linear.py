@@ -1,4 +1,7 @@
-"""Matmuls against float64 products of the dequantized weight: at most twice the error torch makes in the same dtype."""
+"""4-bit linears against float64 products of the dequantized weight: at most twice the error torch makes in that dtype.
+
+The last tests are of all linears.
+"""
 
 from dataclasses import replace
 
@@ -9,33 +12,8 @@ from bigq import reference
 from bigq_kernels.linear_4bit import MAX_MMA_M, _fused_kernel, _takes_gluon, linear_4bit
 from bigq_kernels.linear_4bit_configs import WGMMA, WgmmaConfig, gluon_config
 from bigq_kernels.linear_int8 import linear_int8
-from bigq_kernels.linear_int8_configs import int8_config
 from bigq_kernels.quantize_absmax import nested_code
-
-# The interpreter truncates float32 to bfloat16 instead of rounding.
-DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-
-
-def assert_within_budget(out, exact, baseline):
-    """Twice the baseline's error plus one rounding of the output, in the Frobenius norm: a maximum is mostly luck."""
-    assert out.shape == baseline.shape
-    assert out.dtype == baseline.dtype
-    error, allowed = ((t.double() - exact).norm() for t in (out, baseline))
-    rounding = exact.norm() * torch.finfo(out.dtype).eps / 2
-    assert error <= 2 * allowed + rounding
-
-
-def quantized_4bit(n, k, quant_type, block_size, nested, device):
-    """(weight, absmax, nested_absmax, nested_offset) and the exact dequantized weight in float64."""
-    weight, absmax = reference.quantize_4bit(torch.randn(n, k, device=device), quant_type, block_size)
-    scale, stored = absmax, (absmax, None, None)
-    if nested:
-        stored = reference.quantize_absmax(absmax)
-        scale = reference.dequantize_absmax(*stored)
-    # A float32 code times a float32 scale needs 48 bits, so float64 holds the exact product.
-    values = reference.dequantize_4bit(weight, torch.ones_like(absmax), quant_type, block_size, k, torch.float32)
-    exact = values.double() * scale.double().repeat_interleave(block_size, dim=1)[:, :k]
-    return (weight, *stored), exact
+from linear_cases import DTYPES, assert_within_budget, int8_case, quantized_4bit
 
 
 def check_linear_4bit(x, n, quant_type, block_size, nested=False, bias=None):
@@ -130,14 +108,6 @@ def test_linear_4bit_of_strided_bias_and_scales(m, stride, device):
     out = linear_4bit(x, weight, codes, bias, strided, offset, "nf4", 32)
     assert not strided.is_contiguous()
     assert torch.equal(out, linear_4bit(x, weight, codes, bias.contiguous(), nested, offset, "nf4", 32))
-
-
-@pytest.mark.parametrize("stride", [0, 2], ids=["expanded", "strided"])
-def test_linear_int8_of_strided_bias(stride, device):
-    x, weight, absmax = int8_case(3, 24, 97, torch.float16, device)
-    bias = torch.randn(2 * 24, device=device).as_strided((24,), (stride,))
-    out = linear_int8(x, weight, absmax, bias, 6.0)
-    assert torch.equal(out, linear_int8(x, weight, absmax, bias.contiguous(), 6.0))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
@@ -328,162 +298,6 @@ def test_gluon_kernels_of_more_than_2_to_the_31_weights(m, kernel, device):
     out = linear_4bit(x, packed, absmax, None, None, None, "nf4", 64)[:, -tail:]
     expected = reference.linear_4bit(x, packed[-tail:], absmax[-tail:], None, None, None, "nf4", 64)
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=0.5)
-
-
-def exact_linear_int8(x, weight, absmax, threshold):
-    """LLM.int8() with the codes of the specification and float64 sums."""
-    outlier = x.abs() >= threshold if threshold > 0 else torch.zeros_like(x, dtype=torch.bool)
-    column = outlier.any(dim=0)
-    regular = x.float().masked_fill(outlier, 0.0)
-    scale = regular.abs().amax(dim=1, keepdim=True)
-    codes = (regular * (127.0 / scale.clamp_min(2.0**-119))).round().masked_fill(column, 0)
-    total = codes.double() @ weight.double().T * scale.double() * absmax.double().T / 127**2
-    dense = reference.dequantize_int8(weight[:, column], absmax, x.dtype)
-    return total + x[:, column].double() @ dense.double().T
-
-
-def int8_case(m, n, k, dtype, device):
-    weight, absmax = reference.quantize_int8(torch.randn(n, k, device=device))
-    x = torch.randn(m, k, device=device)
-    x[0, 5], x[-1, k - 1], x[m // 2, k // 2] = 9.0, -6.0, 20.0
-    return x.to(dtype), weight, absmax
-
-
-INT8_SHAPES = [
-    pytest.param(1, 40, 256, id="one-token"),
-    pytest.param(3, 40, 97, id="odd-columns"),
-    pytest.param(20, 70, 300, id="more-tokens-than-one-scan"),
-    pytest.param(70, 33, 128, id="large-tile"),
-    pytest.param(2, 6, 17000, id="row-longer-than-a-tile"),
-    pytest.param(512, 4096, 4096, id="many-tiles", marks=pytest.mark.gpu),
-    pytest.param(2049, 4100, 1000, id="many-partial-tiles", marks=pytest.mark.gpu),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("threshold", [0.0, 2.5, 6.0, 100.0])
-@pytest.mark.parametrize("m, n, k", INT8_SHAPES)
-def test_linear_int8(m, n, k, threshold, dtype, device):
-    x, weight, absmax = int8_case(m, n, k, dtype, device)
-    exact = exact_linear_int8(x, weight, absmax, threshold)
-    baseline = reference.linear_int8(x, weight, absmax, None, threshold)
-    assert_within_budget(linear_int8(x, weight, absmax, None, threshold), exact, baseline)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m, n, k", INT8_SHAPES)
-def test_linear_int8_without_outliers_is_exact(m, n, k, dtype, device):
-    x, weight, absmax = int8_case(m, n, k, dtype, device)
-    assert torch.equal(linear_int8(x, weight, absmax, None, 0.0), reference.linear_int8(x, weight, absmax, None, 0.0))
-
-
-@pytest.mark.parametrize("threshold", [0.0, 2.5])
-@pytest.mark.parametrize("m", [1, 20, 70])
-def test_linear_int8_of_the_bits_of_absmax(m, threshold, device):
-    x, weight, absmax = int8_case(m, 33, 97, torch.float16, device)
-    floats = linear_int8(x, weight, absmax, None, threshold)
-    assert torch.equal(linear_int8(x, weight, absmax.view(torch.int32), None, threshold), floats)
-
-
-@pytest.mark.parametrize(
-    "m, k",
-    [
-        pytest.param(4, 70, id="few-tokens"),
-        pytest.param(20, 300, id="more-than-are-gathered-before"),
-        pytest.param(70, 300, id="many-tokens"),
-        pytest.param(2, 600, id="several-segments"),
-    ],
-)
-def test_linear_int8_with_outliers_only(m, k, device):
-    x, weight, absmax = int8_case(m, 24, k, torch.float16, device)
-    x = x.sign() * (x.abs() + 6)
-    exact = exact_linear_int8(x, weight, absmax, 6.0)
-    baseline = reference.linear_int8(x, weight, absmax, None, 6.0)
-    assert_within_budget(linear_int8(x, weight, absmax, None, 6.0), exact, baseline)
-
-
-@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_linear_int8_bias_and_leading_shape(bias_dtype, device):
-    x, weight, absmax = int8_case(6, 24, 64, torch.float16, device)
-    bias = torch.randn(24, device=device).to(bias_dtype)
-    out = linear_int8(x.view(2, 3, 64), weight, absmax, bias, 6.0).view(6, 24)
-    exact = exact_linear_int8(x, weight, absmax, 6.0) + bias.double()
-    assert_within_budget(out, exact, reference.linear_int8(x, weight, absmax, bias, 6.0))
-    assert linear_int8(x[:0], weight, absmax, bias, 6.0).shape == (0, 24)
-    assert linear_int8(x[0], weight, absmax, bias, 6.0).shape == (24,)
-
-
-def test_linear_int8_threshold_is_compared_in_the_dtype_of_x(device):
-    x, weight, absmax = int8_case(2, 24, 64, torch.float16, device)
-    threshold = 6.1  # 6.1015625 in float16: the element below equals it only after that rounding
-    x[0, 3] = 6.1
-    exact = exact_linear_int8(x, weight, absmax, threshold)
-    baseline = reference.linear_int8(x, weight, absmax, None, threshold)
-    assert_within_budget(linear_int8(x, weight, absmax, None, threshold), exact, baseline)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("m", [3, 20, 70], ids=["few-tokens", "more-tokens", "many-tokens"])
-def test_linear_int8_keeps_nan_and_inf_in_their_row(m, value, device):
-    x, weight, absmax = int8_case(m, 24, 64, torch.float16, device)
-    x[1, 7] = value
-    finite = linear_int8(x, weight, absmax, None, 6.0).isfinite()
-    assert not finite[1].any()
-    assert finite[0].all()
-    assert finite[2:].all()
-
-
-@pytest.mark.parametrize("m", [3, 20], ids=["few-tokens", "more-tokens"])
-def test_linear_int8_multiplies_all_of_an_outlier_column_in_the_dtype_of_x(m, device):
-    x, weight, absmax = int8_case(m, 24, 64, torch.float16, device)
-    x[:, :] = 0.0
-    x[0, 5], x[1, 5], x[1, 6] = 8.0, 0.3, 5.0  # 0.3 would round to 8/127 * 5.0 in int8
-    out = linear_int8(x, weight, absmax, None, 6.0)
-    dense = reference.dequantize_int8(weight, absmax, x.dtype).double()
-    expected = x.double() @ dense.T
-    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("m", [1, 4, 5, 8, 16], ids="tokens={}".format)
-def test_linear_int8_of_few_tokens_with_outliers_of_very_different_sizes(m, device):
-    x, weight, absmax = int8_case(m, 24, 128, torch.float16, device)
-    x[0, 9], x[m - 1, 11], x[m // 2, 13] = 2000.0, -40.0, 6.0
-    exact = exact_linear_int8(x, weight, absmax, 6.0)
-    baseline = reference.linear_int8(x, weight, absmax, None, 6.0)
-    assert_within_budget(linear_int8(x, weight, absmax, None, 6.0), exact, baseline)
-
-
-@pytest.mark.parametrize("threshold", [0.0, 2.5], ids="threshold={}".format)
-@pytest.mark.parametrize("m", [2, 20, 130], ids="tokens={}".format)
-def test_linear_int8_split_along_k_gives_the_same_bits(m, threshold, device):
-    x, weight, absmax = int8_case(m, 70, 700, torch.bfloat16, device)
-    config = int8_config(x.device, m, 70, 700, x.dtype, threshold > 0)
-    steps = -(-700 // config.block_k)
-    outputs = [
-        linear_int8(
-            x, weight, absmax, None, threshold, replace(config, split=-(-steps // per_split), steps_per_split=per_split)
-        )
-        for per_split in (steps, 2, 1)
-    ]
-    assert torch.equal(outputs[1], outputs[0])
-    assert torch.equal(outputs[2], outputs[0])
-
-
-@pytest.mark.parametrize("m", [20, 130], ids="tokens={}".format)
-def test_linear_int8_gathers_the_same_outliers_before_the_product_and_in_it(m, device):
-    x, weight, absmax = int8_case(m, 24, 300, torch.bfloat16, device)
-    config = int8_config(x.device, m, 24, 300, x.dtype, True)
-    outputs = [linear_int8(x, weight, absmax, None, 2.0, replace(config, gather=gather)) for gather in (True, False)]
-    assert torch.equal(*outputs)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 40, 512])
-def test_linear_int8_repeats_bit_for_bit(m, device):
-    x, weight, absmax = int8_case(m, 4096, 4096, torch.bfloat16, device)
-    first = linear_int8(x, weight, absmax, None, 3.0)
-    assert all(torch.equal(linear_int8(x, weight, absmax, None, 3.0), first) for _ in range(200))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,38 @@
+"""Quantized weights of linears, and the error that a product with one may have."""
+
+import pytest
+import torch
+
+from bigq import reference
+
+# The interpreter truncates float32 to bfloat16 instead of rounding.
+DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def assert_within_budget(out, exact, baseline):
+    """Twice the baseline's error plus one rounding of the output, in the Frobenius norm: a maximum is mostly luck."""
+    assert out.shape == baseline.shape
+    assert out.dtype == baseline.dtype
+    error, allowed = ((t.double() - exact).norm() for t in (out, baseline))
+    rounding = exact.norm() * torch.finfo(out.dtype).eps / 2
+    assert error <= 2 * allowed + rounding
+
+
+def quantized_4bit(n, k, quant_type, block_size, nested, device):
+    """(weight, absmax, nested_absmax, nested_offset) and the exact dequantized weight in float64."""
+    weight, absmax = reference.quantize_4bit(torch.randn(n, k, device=device), quant_type, block_size)
+    scale, stored = absmax, (absmax, None, None)
+    if nested:
+        stored = reference.quantize_absmax(absmax)
+        scale = reference.dequantize_absmax(*stored)
+    # A float32 code times a float32 scale needs 48 bits, so float64 holds the exact product.
+    values = reference.dequantize_4bit(weight, torch.ones_like(absmax), quant_type, block_size, k, torch.float32)
+    exact = values.double() * scale.double().repeat_interleave(block_size, dim=1)[:, :k]
+    return (weight, *stored), exact
+
+
+def int8_case(m, n, k, dtype, device):
+    weight, absmax = reference.quantize_int8(torch.randn(n, k, device=device))
+    x = torch.randn(m, k, device=device)
+    x[0, 5], x[-1, k - 1], x[m // 2, k // 2] = 9.0, -6.0, 20.0
+    return x.to(dtype), weight, absmax
