@@ -4,14 +4,14 @@ from bigq.config import QuantizationConfig
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
 from bigq.formats import FP4, NF4, Int8
-from bigq.linear import QuantizedLinear
 from bigq.load import load_and_quantize_model
-from bigq.materialize import materialize
-from bigq.module import QuantizedModule
-from bigq.placement import infer_device_map
+from bigq.loading.report import QuantizationReport
+from bigq.offload.materialize import materialize
+from bigq.planning.places import infer_device_map
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
-from bigq.report import QuantizationReport
-from bigq.weight import QuantizedWeight
+from bigq.weight.linear import QuantizedLinear
+from bigq.weight.quantized_module import QuantizedModule
+from bigq.weight.quantized_weight import QuantizedWeight
 
 __all__ = [
     "FP4",

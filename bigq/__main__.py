@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 
-from bigq.bench import FORMATS, SHAPES, TOKENS, bench, parse_shapes, parse_tokens
+from bigq.cli.bench import FORMATS, SHAPES, TOKENS, bench, parse_shapes, parse_tokens
 from bigq.errors import UnsupportedError
 
 

@@ -6,10 +6,10 @@ from math import prod
 from torch import Tensor, nn
 
 from bigq.formats import state_name
-from bigq.model_tensors import ModelTree, find_owner
-from bigq.module import QuantizedModule
-from bigq.offload import is_file_backed
-from bigq.table import format_table
+from bigq.model.tree import ModelTree, find_owner
+from bigq.offload.space import is_file_backed
+from bigq.system.text import format_table
+from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["MemoryFootprint", "memory_footprint", "num_parameters"]
 

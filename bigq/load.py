@@ -12,20 +12,20 @@ from torch import nn
 
 from bigq.checkpoint import Checkpoint
 from bigq.config import QuantizationConfig, as_config, is_config
-from bigq.device_map import DeviceMap, execution_device, is_offloaded
-from bigq.dispatch import dispatch, keep_float32_callable
 from bigq.errors import CheckpointError, ConfigError
-from bigq.fill import fill
-from bigq.model_tensors import ModelTensors, ModelTree
-from bigq.parameter_count import count_weights
-from bigq.placement import expected_device, plan_and_place
-from bigq.plan import Plan
-from bigq.report import make_report
-from bigq.stages import Stages
-from bigq.store import Store
-from bigq.stream import Budget
-from bigq.transaction import Snapshot, restored_on_error
-from bigq.warm_up import WarmUp
+from bigq.integrations.parameter_count import count_weights
+from bigq.loading.destinations import Store
+from bigq.loading.fill import fill
+from bigq.loading.report import make_report
+from bigq.loading.stream import Budget
+from bigq.loading.timings import Stages
+from bigq.loading.warm_up import WarmUp
+from bigq.model.transaction import Snapshot, restored_on_error
+from bigq.model.tree import ModelTensors, ModelTree
+from bigq.offload.dispatch import dispatch, keep_float32_callable
+from bigq.planning.device_map import DeviceMap, execution_device, is_offloaded
+from bigq.planning.places import expected_device, plan_and_place
+from bigq.planning.plan import Plan
 
 __all__ = ["load_and_quantize_model"]
 

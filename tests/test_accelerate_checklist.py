@@ -22,10 +22,10 @@ from bigq import (
     memory_footprint,
 )
 from bigq.formats import Block4, Rows
-from bigq.hooks import PlacementHook
-from bigq.model_tensors import ModelTree
-from bigq.offload import is_file_backed
-from bigq.selection import select_weights
+from bigq.model.selection import select_weights
+from bigq.model.tree import ModelTree
+from bigq.offload.hooks import PlacementHook
+from bigq.offload.space import is_file_backed
 
 NF4 = QuantizationConfig("nf4")
 
@@ -257,7 +257,7 @@ def test_device_map_values(load, ids, value):
 
 
 def test_main_device_is_the_first_of_the_map():
-    from bigq.device_map import execution_device
+    from bigq.planning.device_map import execution_device
 
     for first, second in (("cuda:0", "cuda:1"), ("cuda:1", "cuda:0")):
         assert str(execution_device({"a": "disk", "b": first, "c": second})) == first

@@ -20,7 +20,7 @@ from bigq import (
     QuantizedLinear,
     load_and_quantize_model,
 )
-from bigq.quantizer import Quantizer
+from bigq.loading.batch_quantizer import Quantizer
 
 
 def dequantized(model, source):
@@ -447,9 +447,9 @@ def test_no_file_stays_open(tiny, checkpoint, empty, tmp_path):
 
 
 def test_an_interrupted_commit_leaves_the_model_as_it_was(tiny, checkpoint, monkeypatch):
-    import bigq.jobs
+    import bigq.loading.jobs
 
-    model, commit, calls = tiny(), bigq.jobs.commit_weight, []
+    model, commit, calls = tiny(), bigq.loading.jobs.commit_weight, []
     before = [(module, type(module), dict(module._parameters)) for module in model.modules()]
 
     def interrupted(*args, **kwargs):
@@ -458,7 +458,7 @@ def test_an_interrupted_commit_leaves_the_model_as_it_was(tiny, checkpoint, monk
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bigq.jobs, "commit_weight", interrupted)
+    monkeypatch.setattr(bigq.loading.jobs, "commit_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"), "cpu")
     assert len(calls) == 3

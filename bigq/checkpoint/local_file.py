@@ -5,7 +5,7 @@ from pathlib import Path
 from threading import Lock
 
 from bigq.checkpoint.source import ReadError
-from bigq.files import open_unchanged, read_into
+from bigq.system.files import open_unchanged, read_into
 
 __all__ = ["LocalFile"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigq.checkpoint.shortlist import shortlist
 from bigq.errors import CheckpointError
-from bigq.files import memory_of
+from bigq.system.files import memory_of
 
 __all__ = ["ByteSource", "ReadError", "Source", "Span", "StoredTensor", "read_tensor", "refuse_unknown"]
 

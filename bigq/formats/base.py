@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bigq import eager
 from bigq.errors import UnsupportedError
+from bigq.ops import eager
 
 __all__ = ["METHODS", "Format", "Product", "Rows", "State", "TensorSpec", "as_bits", "like_weight", "matrix_shape"]
 
@@ -64,7 +64,7 @@ def like_weight(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 def as_bits(scales: Tensor) -> Tensor:
     """Float32 scales as int32 of the same bits, which nothing that casts floating-point tensors touches.
 
-    Ops take them so; `bigq.checks.as_floats` is the way back.
+    Ops take them so; `bigq.ops.checks.as_floats` is the way back.
     """
     return scales.view(torch.int32)
 

@@ -12,10 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bigq import ops, reference
-from bigq.checks import as_floats
+from bigq import ops
 from bigq.errors import ConfigError
 from bigq.formats.base import Format, Product, Rows, State, TensorSpec, as_bits, like_weight, matrix_shape
+from bigq.ops import reference
+from bigq.ops.checks import as_floats
 
 __all__ = ["BLOCK_SIZES", "FP4", "NF4", "Block4"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bigq import ops
-from bigq.checks import as_floats
 from bigq.errors import ConfigError
 from bigq.formats.base import Format, Product, Rows, State, TensorSpec, as_bits, like_weight, matrix_shape
+from bigq.ops.checks import as_floats
 
 __all__ = ["Int8"]
 

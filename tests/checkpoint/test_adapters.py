@@ -7,10 +7,10 @@ from torch import nn
 
 from bigq.checkpoint import Checkpoint, Renamed, Stacked
 from bigq.errors import CheckpointError
-from bigq.model_tensors import ModelTensors
-from bigq.runs import Target
-from bigq.stages import Stages
-from bigq.stream import Budget, stream
+from bigq.loading.runs import Target
+from bigq.loading.stream import Budget, stream
+from bigq.loading.timings import Stages
+from bigq.model.tree import ModelTensors
 
 AMPLE = Budget(threads=2, nbytes=8 << 20)
 SMALL = Budget(threads=3, nbytes=1 << 15)  # runs of 8 KiB in chunks of 2.7 kB

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import bigq
-from bigq import reference
 from bigq.formats import BLOCK_SIZES
+from bigq.ops import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")

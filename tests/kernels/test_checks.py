@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigq import checks, ops, reference
+from bigq import ops
 from bigq.errors import UnsupportedError
+from bigq.ops import checks, library, reference
 from bigq_kernels.checks import as_floats
 
 N, K, BLOCK_SIZE = 6, 70, 32  # 3 blocks a row, 18 scales
@@ -58,7 +59,7 @@ def arguments_of(name, device, nested=False):
 
 
 def launcher(name):
-    return getattr(import_module(f"bigq_kernels.{name}"), name)
+    return getattr(import_module(library._LAUNCHERS[name]), name)
 
 
 def fake(name):

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from bigq import reference
-from bigq_kernels.dequantize_4bit import dequantize_4bit
-from bigq_kernels.dequantize_absmax import dequantize_absmax
-from bigq_kernels.dequantize_int8 import dequantize_int8
-from bigq_kernels.quantize_4bit import quantize_4bit
-from bigq_kernels.quantize_absmax import nested_code, quantize_absmax
-from bigq_kernels.quantize_int8 import quantize_int8
+from bigq.ops import reference
+from bigq_kernels.block4.absmax import dequantize_absmax
+from bigq_kernels.block4.dequantize import dequantize_4bit
+from bigq_kernels.block4.quantize import quantize_4bit
+from bigq_kernels.block4.quantize_absmax import nested_code, quantize_absmax
+from bigq_kernels.int8.dequantize import dequantize_int8
+from bigq_kernels.int8.quantize import quantize_int8
 
 QUANT_TYPES = ["nf4", "fp4"]
 IN_DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -1,6 +1,6 @@
 """A replay gives what the launcher gives, on other inputs of the same looks; what it cannot repeat it refuses to keep.
 
-The kernels here are Python on raw addresses, so that all runs without a GPU; tests/test_eager.py runs real ones.
+The kernels here are Python on raw addresses, so that all runs without a GPU; tests/ops/test_eager.py runs real ones.
 """
 
 import ctypes
@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.nvidia.driver import CudaLauncher
 
 from bigq_kernels import replay
+from bigq_kernels.block4.linear import linear_4bit
+from bigq_kernels.int8.linear import linear_int8
 from bigq_kernels.launch import dense_linear, launch, observed
-from bigq_kernels.linear_4bit import linear_4bit
-from bigq_kernels.linear_int8 import linear_int8
 from bigq_kernels.replay import record
 
 K, N = 64, 6
-MODULES = [path.stem for path in Path(replay.__file__).parent.glob("[!_]*.py") if path.stem != "launch"]
+KERNELS = Path(replay.__file__).parent
+MODULES = [path.relative_to(KERNELS).with_suffix("") for path in KERNELS.rglob("[!_]*.py") if path.stem != "launch"]
 TABLE = torch.tensor([0.5])
 
 
@@ -303,7 +304,7 @@ def test_linears_do_nothing_that_a_replay_could_not(monkeypatch, fmt, m, dtype, 
         tensors += (torch.ones(1, dtype=scales), torch.ones(1, dtype=scales)) if nested else (None, None)
     launched = []
     for name in MODULES:
-        module = import_module(f"bigq_kernels.{name}")
+        module = import_module(".".join(("bigq_kernels", *name.parts)))
         if hasattr(module, "launch"):
             monkeypatch.setattr(module, "launch", lambda kernel, *args, **kwargs: launched.append(kernel))
     x = torch.ones(m, k, dtype=dtype)

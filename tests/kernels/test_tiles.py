@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from bigq import reference
+from bigq.ops import reference
 from bigq_kernels import tiles
-from bigq_kernels.quantize_absmax import nested_code
+from bigq_kernels.block4.quantize_absmax import nested_code
 
 
 def test_codes_equal_the_specification():
@@ -84,7 +84,7 @@ def test_asm_decodes_every_byte_in_every_position(quant_type, name, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_gluon_asm_decodes_every_byte_in_every_position(quant_type, dtype):
     # Gluon is not the same in all releases of Triton.
-    module = pytest.importorskip("bigq_kernels.decode_words", exc_type=ImportError)
+    module = pytest.importorskip("bigq_kernels.block4.gluon.operands", exc_type=ImportError)
     code = torch.tensor(reference.CODES[quant_type]).to(dtype)
     asm = module.decode_asm(quant_type)
     tables = {f"${5 + 4 * i}": value & 0xFFFFFFFF for i, value in enumerate(module.code_tables(quant_type, dtype))}

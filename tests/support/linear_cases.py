@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bigq import reference
+from bigq.ops import reference
 
 # The interpreter truncates float32 to bfloat16 instead of rounding.
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]

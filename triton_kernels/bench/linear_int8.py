@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bigq_kernels.linear_int8 import linear_int8
-from bigq_kernels.quantize_int8 import quantize_int8
+from bigq_kernels.int8.linear import linear_int8
+from bigq_kernels.int8.quantize import quantize_int8
 from bigq_kernels.timing import copies, is_hot, microseconds
 
 try:

@@ -8,10 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bigq_kernels.dequantize_4bit import dequantize_4bit
-from bigq_kernels.dequantize_int8 import dequantize_int8
-from bigq_kernels.quantize_4bit import quantize_4bit
-from bigq_kernels.quantize_int8 import quantize_int8
+from bigq_kernels.block4.dequantize import dequantize_4bit
+from bigq_kernels.block4.quantize import quantize_4bit
+from bigq_kernels.int8.dequantize import dequantize_int8
+from bigq_kernels.int8.quantize import quantize_int8
 from bigq_kernels.timing import copies, microseconds
 
 try:

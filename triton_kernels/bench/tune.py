@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bigq_kernels.linear_4bit_configs import (
+from bigq_kernels.block4.configs import (
     WgmmaConfig,
     dp4a_config,
     gluon_config,
@@ -31,11 +31,11 @@ from bigq_kernels.linear_4bit_configs import (
     shape_class,
     wgmma_config,
 )
-from bigq_kernels.linear_4bit_dp4a import linear_4bit_dp4a
-from bigq_kernels.linear_4bit_gluon import linear_4bit_gluon
-from bigq_kernels.linear_4bit_mma import linear_4bit_mma
-from bigq_kernels.linear_4bit_wgmma import linear_4bit_wgmma
-from bigq_kernels.quantize_4bit import quantize_4bit
+from bigq_kernels.block4.dp4a import linear_4bit_dp4a
+from bigq_kernels.block4.gluon.staged import linear_4bit_gluon
+from bigq_kernels.block4.gluon.wgmma import linear_4bit_wgmma
+from bigq_kernels.block4.mma import linear_4bit_mma
+from bigq_kernels.block4.quantize import quantize_4bit
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 from bigq_kernels.timing import copies, microseconds
 

@@ -1,0 +1,1 @@
+"""Carrying out a plan: read, quantize, place, commit, report."""

@@ -1,0 +1,158 @@
+"""Jobs: what a load does with each tensor of a source, from where it is to arrive to its place in the model."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bigq.checkpoint import StoredTensor
+from bigq.formats import State, TensorSpec
+from bigq.loading.batch_quantizer import Quantizer
+from bigq.loading.commit import commit_tensor, commit_weight
+from bigq.loading.destinations import Store
+from bigq.loading.runs import Piece, Target
+from bigq.model.tree import find_owner
+from bigq.planning.device_map import is_gpu
+from bigq.planning.plan import PlannedTensor, PlannedWeight
+
+__all__ = ["Batch", "Job", "TensorJob", "WeightJob"]
+
+_OWN_NBYTES = 1 << 20  # a smaller tensor is read with its neighbours and copied, which takes less than a run of its own
+_SMALL_NBYTES = 1 << 20  # torch keeps smaller tensors in segments of their own: they take no memory that was lent
+
+
+class Job(Protocol):
+    """What becomes of one tensor of a source. Nothing changes a model before `commit`."""
+
+    def target(self, stored: StoredTensor) -> Target:
+        """How the tensor is to arrive."""
+
+    def take(self, piece: Piece) -> None:
+        """Take a piece of it that has arrived."""
+
+    def commit(self, modules: Mapping[str, nn.Module]) -> None:
+        """Put what it became into the model of these modules, by name; the job then holds nothing."""
+
+
+class TensorJob:
+    """A tensor that is kept as it is, or cast."""
+
+    def __init__(self, planned: PlannedTensor, store: Store) -> None:
+        self.planned, self.store = planned, store
+        self._placed: Tensor | None = store.in_checkpoint.get(planned.names[0])
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has its numbers without being read: it rests in the checkpoint."""
+        return self._placed is not None
+
+    def target(self, stored: StoredTensor) -> Target:
+        stays = self.planned.spec == TensorSpec(shape=tuple(stored.shape), dtype=stored.dtype)
+        own = None
+        if stays and stored.nbytes >= _OWN_NBYTES:
+            own = partial(self.store.receive, self.planned, stored.dtype)
+        return Target(device=self.store.work_device(self.planned.names[0]), own=own)
+
+    def take(self, piece: Piece) -> None:
+        """Copy rows to where they stay, unless they were read there."""
+        if not piece.is_lent:
+            self._placed = self.store.put(self.planned, piece.tensor)
+            return
+        if self._placed is None:
+            self._placed = self.store.put(self.planned, self.store.receive(self.planned, self.planned.spec.dtype))
+        memory = self._placed
+        if piece.tensor.shape != memory.shape:
+            memory = memory[piece.start : piece.start + len(piece.tensor)]
+        memory.copy_(piece.tensor.to(memory.device))  # cast at the end of the link: it is shorter there
+
+    def take_own(self, modules: Mapping[str, nn.Module]) -> None:
+        """Take the tensor that the model holds already."""
+        own: Tensor = getattr(*find_owner(modules, self.planned.names[0]))
+        self._placed = self.store.put(self.planned, own.detach())
+
+    def commit(self, modules: Mapping[str, nn.Module]) -> None:
+        assert self._placed is not None
+        frozen = any(self.store.is_offloaded(name) for name in self.planned.names)
+        commit_tensor(modules, self.planned, self._placed, frozen=frozen)
+        self._placed = None
+
+
+class WeightJob:
+    """A float weight that is quantized; with others, in the `batch` that it is given to."""
+
+    def __init__(self, planned: PlannedWeight, store: Store, batch: "Batch") -> None:
+        self.planned, self.store, self.batch = planned, store, batch
+        name, place = planned.names[0], store.resting.get(planned.names[0], "")
+        self.device = store.work_device(name, runs=True) if place else store.runs_on  # where it is quantized
+        # Lent memory that the quantized weight will take over on a GPU; until then, other weights may have it.
+        is_large = planned.description.state_spec["packed"].nbytes > _SMALL_NBYTES
+        self.nbytes_on_gpu = planned.nbytes if is_large and place and is_gpu(place) else 0
+        self._placed: dict[str, Tensor] = {}  # by first name in the model
+
+    def target(self, stored: StoredTensor) -> Target:
+        return self.batch.target(self.device, self.planned)
+
+    def take(self, piece: Piece) -> None:
+        self.batch.add(self, piece)
+
+    def finish(self, state: dict[str, Tensor], quantizer: Quantizer) -> None:
+        """Put the quantized weight where it rests."""
+        tensors = {self.planned.tensor_name(part): tensor for part, tensor in state.items()}
+        for ref in self.planned.refs:
+            if ref.described:
+                tensors[ref.quant_states[0]] = quantizer.quant_state(ref.described, self.device)
+        self._placed = self.store.put_state(self.planned, tensors)
+
+    def state(self) -> State:
+        """The quantized weight, by part."""
+        return {part: self._placed[self.planned.tensor_name(part)] for part in self.planned.description.state_spec}
+
+    def commit(self, modules: Mapping[str, nn.Module]) -> None:
+        commit_weight(modules, self.planned, self._placed)
+        self._placed = {}
+
+
+class Batch:
+    """Weights that have arrived together, quantized together."""
+
+    def __init__(self) -> None:
+        self.quantizer = Quantizer()
+        self._items: list[tuple[WeightJob, Piece]] = []
+        self._targets: dict[tuple[torch.device, bool, int], Target] = {}
+
+    def target(self, device: torch.device, planned: PlannedWeight) -> Target:
+        """How weights such as `planned` are to arrive; one Target for all that are alike."""
+        description, weight_format = planned.description, planned.description.format
+        is_stack = len(description.shape) > 2
+        in_groups = not is_stack or description.shape[-2] % weight_format.row_group == 0
+        splits = in_groups and not weight_format.measures and (is_stack or not description.transposed)
+        key = device, splits, 1 if is_stack else weight_format.row_group
+        if key not in self._targets:
+            self._targets[key] = Target(device=device, splits=splits, row_group=key[2])
+        return self._targets[key]
+
+    def add(self, job: WeightJob, piece: Piece) -> None:
+        self._items.append((job, piece))
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._items
+
+    def quantize(self) -> list[WeightJob]:
+        """Quantize what was added; the jobs that are finished by it."""
+        items, self._items = self._items, []
+        if not items:
+            return []
+        jobs = {id(job.planned): job for job, _ in items}
+        device = items[0][0].device
+        pieces = [(job.planned, piece) for job, piece in items]
+        if pieces[0][1].tensor.device != device:  # views of a file, or of a model
+            pieces = [(planned, piece._replace(tensor=piece.tensor.to(device))) for planned, piece in pieces]
+        del items
+        finished = []
+        for planned, state in self.quantizer.quantize(pieces):
+            jobs[id(planned)].finish(state, self.quantizer)
+            finished.append(jobs[id(planned)])
+        return finished

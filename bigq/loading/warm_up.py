@@ -1,0 +1,74 @@
+"""WarmUp: let Triton start while a load is planned and the first weights are read.
+
+The first launch in a process hashes Triton's 461 MB library and finds the driver, and torch loads each of its kernels
+at its first call: together about as long as reading 16 GB. Here it happens in a thread, mostly outside of Python's
+lock.
+"""
+
+from threading import Thread
+from types import TracebackType
+
+import torch
+
+from bigq.checkpoint import Source, StoredTensor
+from bigq.config import QuantizationConfig
+from bigq.formats import Description
+from bigq.loading.batch_quantizer import Quantizer
+from bigq.loading.runs import Piece
+from bigq.planning.plan import PlannedWeight
+
+__all__ = ["WarmUp"]
+
+_SHAPE = (16, 4096)  # every size a multiple of 16, as in most models: the kernel that Triton compiles for them
+
+
+class WarmUp:
+    """Quantizes a few zeros of each dtype of `source` on `device`, in a thread; `wait` for it before other launches.
+
+    Triton's start is not meant for two threads at once. On the CPU there is nothing to warm up. Use it as a context
+    manager: no thread is left when it is done.
+    """
+
+    def __init__(self, config: QuantizationConfig | None, source: Source, device: torch.device) -> None:
+        self._error: BaseException | None = None
+        self._thread: Thread | None = None
+        if config is not None and device.type == "cuda":
+            self._format, self._method, self._device = config.weight_format(), config.method, device
+            found = {info.dtype for info in source.tensors.values() if len(info.shape) >= 2}
+            self._dtypes = found & {torch.float16, torch.bfloat16, torch.float32}
+            self._thread = Thread(target=self._run)
+            self._thread.start()
+
+    def __enter__(self) -> "WarmUp":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def wait(self) -> None:
+        """Return when it is done; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            for dtype in self._dtypes:
+                self._quantize_zeros(dtype)
+        except BaseException as error:  # raised by wait()
+            self._error = error
+
+    def _quantize_zeros(self, dtype: torch.dtype) -> None:
+        """Two neighbours, as the weights of a run are."""
+        rows = torch.zeros(_SHAPE, dtype=dtype, device=self._device).chunk(2)
+        description = Description(format=self._format, shape=tuple(rows[0].shape), dtype=dtype)
+        weight = PlannedWeight(names=("",), refs=(), description=description, source="", method=self._method)
+        info = StoredTensor(name="", shape=rows[0].shape, dtype=dtype, where="")
+        quantizer = Quantizer()
+        states = [state for _, state in quantizer.quantize((weight, Piece(info, 0, matrix)) for matrix in rows)]
+        quantizer.quant_state({"weight": description}, rows[0].device)
+        quantizer.non_finite(lambda _: (description, states[0]))

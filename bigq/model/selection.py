@@ -1,0 +1,243 @@
+"""Which weights of a model are quantized, and why the others are not."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from bigq.errors import ConfigError
+from bigq.formats import Format
+from bigq.model.tree import ModelTree, TensorGroup, tensor_name
+from bigq.weight.convert import is_transposed_linear
+
+__all__ = ["Chosen", "Selection", "match_patterns", "output_head", "select_weights"]
+
+
+class Chosen(NamedTuple):  # a model may have 19,000 of them, and a dataclass takes a microsecond more to make
+    """A weight to quantize: its names, its format, and whether its module holds it as [..., K, N].
+
+    `rule` is what a report says of it.
+    """
+
+    names: tuple[str, ...]
+    format: Format
+    transposed: bool = False
+    rule: str = "quantized"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """`weights`: what to quantize, by first name; `kept`: why other weights stay as they are, by the module's name."""
+
+    weights: dict[str, Chosen]
+    kept: dict[str, str]
+
+
+def select_weights(
+    tree: ModelTree,
+    weight_format: Format,
+    *,
+    skip_modules: Sequence[str] = (),
+    also_quantize: Sequence[str] = (),
+    keep_in_fp32_modules: Sequence[str] = (),
+    defaults: bool = True,
+) -> Selection:
+    """Choose the weights to quantize, and say why other candidates stay as they are.
+
+    By default these are the weights of every nn.Linear, subclasses included, of every GPT-2 Conv1D and of the fused
+    experts of transformers. `also_quantize` adds any parameter of two or more dimensions. Never chosen: what
+    `skip_modules` or `keep_in_fp32_modules` match. With `defaults`, neither, unless `also_quantize` names it: the
+    output head, weights tied to another module, and what the model's own `_keep_in_fp32_modules` names. A weight under
+    several names is one entry.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or no matrix, or without `defaults` a choice that breaks a tie.
+    """
+    names = list(tree.names()) if skip_modules or also_quantize or keep_in_fp32_modules else []
+    asked: dict[str, str] = {}
+    for field, patterns in (("skip_modules", skip_modules), ("keep_in_fp32_modules", keep_in_fp32_modules)):
+        for name, pattern in match_patterns(field, patterns, names).items():
+            asked.setdefault(name, f"{field} {pattern!r}")
+    named = match_patterns("also_quantize", also_quantize, names)
+    own = tuple(getattr(tree.model, "_keep_in_fp32_modules", None) or ()) if defaults else ()
+    head = output_head(tree.model) if defaults else None
+    groups = {name: group for group in tree.tensors for name in group.names}
+
+    def why_kept(module: nn.Module, aliases: tuple[str, ...], leaf: str) -> str | None:
+        for name in aliases if asked else ():
+            for asked_for in (name, tensor_name(name, leaf)):
+                if asked_for in asked:
+                    return asked[asked_for]
+        if module._parameters.get(leaf) is None:
+            return "its weight is computed from other parameters"
+        if "forward" in vars(module):
+            return "its forward is patched"
+        for pattern in own:
+            if any(_matches(pattern, name) for name in aliases):
+                return f"the model's own _keep_in_fp32_modules {pattern!r}"
+        names = groups[tensor_name(aliases[0], leaf)].names
+        if len(names) == len(aliases):
+            return "the output head" if module is head else _why_left_alone(module)
+        others = sorted(name for name in names if name.rpartition(".")[0] not in aliases)
+        if not defaults:
+            raise ConfigError(
+                f"{names[0]} is tied to {', '.join(others)}: quantizing it would break the tie; "
+                f"add {aliases[0]!r} to skip_modules, or leave skip_defaults=True"
+            )
+        return f"tied to {', '.join(others)}"
+
+    weights: dict[str, Chosen] = {}
+    kept: dict[str, str] = {}
+    for module, aliases in tree.aliases.items():
+        for leaf in _candidates(module):
+            reason = why_kept(module, aliases, leaf)
+            if reason is None:
+                own_names = groups[tensor_name(aliases[0], leaf)].names
+                weights[own_names[0]] = Chosen(own_names, weight_format, _is_transposed(module), _rule(module))
+            else:
+                kept[aliases[0]] = reason
+    for group in _named_matrices(tree, named):
+        skipped = [name for name in group.names if name in asked or name.rpartition(".")[0] in asked]
+        if not skipped and group.names[0] not in weights:
+            transposed = {_is_transposed(tree.modules[name.rpartition(".")[0]]) for name in group.names}
+            if len(transposed) > 1:
+                raise ConfigError(
+                    f"also_quantize names {group.names[0]}, tied to {', '.join(group.names[1:])}: one module reads it "
+                    "as [K, N] and another as [N, K]; leave it out"
+                )
+            weights[group.names[0]] = Chosen(
+                names=group.names,
+                format=weight_format,
+                transposed=transposed.pop(),
+                rule=f"quantized: also_quantize {named[next(name for name in group.names if name in named)]!r}",
+            )
+            for name in group.names:
+                kept.pop(name.rpartition(".")[0], None)
+    return Selection(weights=weights, kept=kept)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether `module` holds its weights as [..., K, N]."""
+    if is_transposed_linear(module):
+        return True
+    said: object = module.is_transposed if _holds_fused_experts(module) else False
+    return said is True
+
+
+def _holds_fused_experts(module: nn.Module) -> bool:
+    """Whether `module` is of transformers' fused experts, which say how they hold their weights [E, N, K]."""
+    if isinstance(module, nn.Linear):  # hasattr of a module takes 2 us
+        return False
+    return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
+
+
+def _candidates(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of `module` that are quantized by default."""
+    if _is_linear(module):
+        return ("weight",)
+    if _holds_fused_experts(module):
+        return tuple(leaf for leaf, tensor in module._parameters.items() if tensor is not None and tensor.dim() == 3)
+    return ()
+
+
+def _why_left_alone(module: nn.Module) -> str | None:
+    """Why a linear of this kind is not quantized unless the config names it."""
+    if type(module) is NonDynamicallyQuantizableLinear:
+        return "part of nn.MultiheadAttention, whose fused paths need a plain weight"
+    return None
+
+
+def _rule(module: nn.Module) -> str:
+    """What a report says of the weight of `module`, which is quantized by default."""
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return "quantized: a subclass of nn.Linear, which reads it in a forward of its own"
+    return "quantized" if _is_linear(module) else "quantized: fused experts"
+
+
+def _named_matrices(tree: ModelTree, named: Mapping[str, str]) -> Iterator[TensorGroup]:
+    """The parameters of two or more dimensions that are `named`, {name: pattern}, by `also_quantize`."""
+    found: set[str] = set()
+    for group in tree.tensors:
+        hits = [named[name] for name in group.names if name in named]
+        if hits and not group.is_buffer and group.tensor.dim() >= 2 and group.tensor.is_floating_point():
+            found.update(hits)
+            for name in group.names:
+                if isinstance(tree.modules[name.rpartition(".")[0]], torch.jit.ScriptModule):
+                    raise ConfigError(
+                        f"also_quantize {hits[0]!r} names {name}: the compiled forward of a ScriptModule reads its own "
+                        "float weight; leave it out, or quantize the module that was scripted"
+                    )
+            yield group
+    for pattern in sorted(set(named.values()) - found):
+        raise ConfigError(f"also_quantize {pattern!r} matches no floating-point parameter of two or more dimensions")
+
+
+def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """{name: pattern} for each of `names` that a pattern matches: itself, or an ancestor of it, on component borders.
+
+    Raises:
+        ConfigError: a pattern that matches none of `names`; it lists near ones.
+    """
+    matched: dict[str, str] = {}
+    names = list(names) if patterns else []
+    for pattern in patterns:
+        hits = [name for name in names if _matches(pattern, name)]
+        if not hits:
+            parts = {part for name in names for part in name.split(".")}
+            near = get_close_matches(pattern, [*names, *sorted(parts)], n=5, cutoff=0.5)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise ConfigError(f"{field} {pattern!r} matches no module or parameter of the model{hint}")
+        for name in hits:
+            matched.setdefault(name, pattern)
+    return matched
+
+
+def _matches(pattern: str, name: str) -> bool:
+    wanted, parts = pattern.split("."), name.split(".")
+    return any(
+        all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The model's output head: what it says itself, or the last linear outside of every stack of blocks.
+
+    The search goes down from the root into the last child that holds a linear, so a head behind wrappers is found, and
+    ends with None at a stack: a ModuleList of blocks, or a child of the same class as an earlier sibling. A model with
+    a single linear has no head.
+    """
+    own = getattr(model, "get_output_embeddings", None)
+    if callable(own):
+        try:
+            found = own()
+        except (AttributeError, NotImplementedError):
+            found = None
+        if isinstance(found, nn.Module):
+            return found
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and not hasattr(model, prefix):
+        return None  # a transformers model without the head that others put on it
+    if len(list(islice(filter(_is_linear, model.modules()), 2))) < 2:
+        return None
+    module = model
+    while not _is_linear(module):
+        children = [child for child in module.children() if any(_is_linear(inner) for inner in child.modules())]
+        if not children:
+            return None
+        last = children[-1]
+        stacked = any(type(child) is type(last) for child in children[:-1])
+        if not _is_linear(last) and (stacked or (isinstance(module, nn.ModuleList) and len(children) == 1)):
+            return None
+        module = last
+    return module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed_linear(module)

@@ -1,0 +1,125 @@
+"""Hooks that bring a module's inputs and its offloaded tensors to the device it runs on; accelerate `ModelHook`s."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate.utils import find_device, recursively_apply, send_to_device
+from torch import Tensor, nn
+
+from bigq.offload.attach import SurroundingHook, outside_of_graphs
+from bigq.offload.moves import allow_moves
+from bigq.offload.prefetch import Block, Prefetcher
+
+__all__ = ["Float32Hook", "PlacementHook"]
+
+
+class PlacementHook(SurroundingHook):
+    """Runs a module on `device`: moves its inputs there, and lends it its offloaded tensors for the length of the call.
+
+    At rest the module keeps its own tensors, on the CPU or file-backed. What it is lent are frozen copies, given back
+    when the last call of it ends, also by an exception.
+
+    Args:
+        device: where the module runs.
+        block: what to lend it, and `prefetcher`: who lends it.
+        io_same_device: move the outputs back to the device of the first input tensor.
+        skip_keys: keyword arguments that are left where they are, such as a KV cache.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        block: Block | None = None,
+        prefetcher: Prefetcher | None = None,
+        io_same_device: bool = False,
+        skip_keys: str | list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.device = device
+        self.block = block
+        self.prefetcher = prefetcher
+        self.io_same_device = io_same_device
+        self.skip_keys = skip_keys
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        allow_moves(module)
+        return super().detach_hook(module)
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs, input_device = self._bring(args, kwargs)
+        if self.block is None:
+            output = forward(*args, **kwargs)
+        else:
+            saving = self._borrow()
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self._give_back(saving)
+        return output if input_device is None else self._send_back(output, input_device)
+
+    @outside_of_graphs
+    def _bring(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], torch.device | None]:
+        """The inputs on the device, and where the first of them came from if the outputs go back there."""
+        input_device = find_device([args, kwargs]) if self.io_same_device else None
+        args = send_to_device(args, self.device)
+        return args, send_to_device(kwargs, self.device, skip_keys=self.skip_keys), input_device
+
+    @outside_of_graphs
+    def _send_back(self, output: Any, device: torch.device) -> Any:
+        return send_to_device(output, device, skip_keys=self.skip_keys)
+
+    @outside_of_graphs
+    def _borrow(self) -> AbstractContextManager[object] | None:
+        """Begin a call: the context that is in force while the block computes, if it needs one."""
+        assert self.block is not None
+        assert self.prefetcher is not None
+        saving = self.prefetcher.enter(self.block)
+        if saving is not None:
+            saving.__enter__()
+        return saving
+
+    @outside_of_graphs
+    def _give_back(self, saving: AbstractContextManager[object] | None) -> None:
+        assert self.block is not None
+        assert self.prefetcher is not None
+        if saving is not None:
+            saving.__exit__(None, None, None)
+        self.prefetcher.leave(self.block)
+
+
+class Float32Hook(SurroundingHook):
+    """Lets a float32 module live among half-precision ones: casts its floating inputs to float32.
+
+    With `restore` its float32 outputs are cast back to the dtype the inputs had; an output head keeps them.
+    """
+
+    def __init__(self, *, restore: bool) -> None:
+        super().__init__()
+        self.restore = restore
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        dtype: torch.dtype | None = None  # of the first half-precision input
+
+        def up(tensor: Tensor) -> Tensor:
+            nonlocal dtype
+            dtype = dtype or tensor.dtype
+            return tensor.float()
+
+        args, kwargs = recursively_apply(up, (args, kwargs), test_type=_is_half)
+        output = forward(*args, **kwargs)
+        if not self.restore or dtype is None:
+            return output
+        return recursively_apply(lambda tensor: tensor.to(dtype), output, test_type=_is_float32)
+
+
+def _is_half(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def _is_float32(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32

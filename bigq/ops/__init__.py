@@ -1,0 +1,25 @@
+"""Ops: what each computes, in torch; their schemas, fakes and gradients; and which device runs what."""
+
+from bigq.ops.library import (
+    cuda_implementation,
+    dequantize_4bit,
+    dequantize_absmax,
+    dequantize_int8,
+    linear_4bit,
+    linear_int8,
+    quantize_4bit,
+    quantize_absmax,
+    quantize_int8,
+)
+
+__all__ = [
+    "cuda_implementation",
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "dequantize_int8",
+    "linear_4bit",
+    "linear_int8",
+    "quantize_4bit",
+    "quantize_absmax",
+    "quantize_int8",
+]

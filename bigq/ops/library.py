@@ -1,0 +1,208 @@
+"""The ops: torch.library schemas, fakes, gradients, and the one place that maps a device to an implementation.
+
+CPU tensors run `bigq.reference`; CUDA tensors run the Triton launchers of `bigq_kernels`, imported on first use. There
+is no fallback between them. `BIGQ_REFERENCE=1`, the library's only environment variable, runs the reference on CUDA.
+
+Every scale that is an argument (absmax, nested_absmax, nested_offset) is float32, or int32 of the same bits. Tensors
+that do not fit together are refused with a RuntimeError, on each device and under fake tensors.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigq.errors import UnsupportedError
+from bigq.ops import checks, reference
+from bigq.ops.replays import run
+
+__all__ = [
+    "cuda_implementation",
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "dequantize_int8",
+    "linear_4bit",
+    "linear_int8",
+    "quantize_4bit",
+    "quantize_absmax",
+    "quantize_int8",
+]
+
+_SCHEMAS = {
+    "quantize_4bit": "(Tensor weight, str quant_type, int block_size) -> (Tensor, Tensor)",
+    "dequantize_4bit": (
+        "(Tensor weight, Tensor absmax, str quant_type, int block_size, SymInt in_features, ScalarType dtype) -> Tensor"
+    ),
+    "quantize_absmax": "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
+    "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset) -> Tensor",
+    "linear_4bit": (
+        "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, Tensor? nested_offset, "
+        "str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
+    ),
+    "quantize_int8": "(Tensor weight) -> (Tensor, Tensor)",
+    "dequantize_int8": "(Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
+    "linear_int8": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
+}
+
+_LAUNCHERS = {  # the modules that hold them, imported on first use
+    "quantize_4bit": "bigq_kernels.block4.quantize",
+    "dequantize_4bit": "bigq_kernels.block4.dequantize",
+    "quantize_absmax": "bigq_kernels.block4.quantize_absmax",
+    "dequantize_absmax": "bigq_kernels.block4.absmax",
+    "linear_4bit": "bigq_kernels.block4.linear",
+    "quantize_int8": "bigq_kernels.int8.quantize",
+    "dequantize_int8": "bigq_kernels.int8.dequantize",
+    "linear_int8": "bigq_kernels.int8.linear",
+}
+
+
+@cache
+def cuda_implementation(name: str) -> Callable[..., Any]:
+    """What the op `name` calls on CUDA tensors: its launcher, or the reference where the environment says so."""
+    if os.environ.get("BIGQ_REFERENCE") == "1":
+        return getattr(reference, name)  # type: ignore[no-any-return]
+    try:
+        return getattr(import_module(_LAUNCHERS[name]), name)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise UnsupportedError(
+            f"bigq::{name} on a CUDA tensor needs Triton, which is not installed: pip install triton, "
+            "or set BIGQ_REFERENCE=1 to run the slow torch implementation"
+        ) from error
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    def implementation(*args: Any) -> Any:
+        return cuda_implementation(name)(*args)
+
+    def linear(x: Tensor, *args: Any) -> Any:
+        tensors = 5 if isinstance(args[3], Tensor) else 3  # a weight and its bias, with nested scales or without
+        return run(cuda_implementation, name, x, args[:tensors], args[tensors:])
+
+    return linear if name.startswith("linear") else implementation
+
+
+_LIBRARY = torch.library.Library("bigq", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, getattr(reference, _name), "CPU")
+    _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
+
+
+@torch.library.register_fake("bigq::quantize_4bit", lib=_LIBRARY)
+def _(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    packed = weight.new_empty(rows, (columns + 1) // 2, dtype=torch.uint8)
+    return packed, weight.new_empty(rows, (columns + block_size - 1) // block_size, dtype=torch.float32)
+
+
+@torch.library.register_fake("bigq::dequantize_4bit", lib=_LIBRARY)
+def _(weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    checks.check_dequantize_4bit(weight, absmax, None, None, block_size, in_features, torch._check)
+    return weight.new_empty(weight.shape[0], in_features, dtype=dtype)
+
+
+@torch.library.register_fake("bigq::quantize_absmax", lib=_LIBRARY)
+def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    absmax = checks.as_floats(absmax)
+    blocks = (absmax.numel() + reference.NESTED_BLOCK_SIZE - 1) // reference.NESTED_BLOCK_SIZE
+    return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(blocks), absmax.new_empty(1)
+
+
+@torch.library.register_fake("bigq::dequantize_absmax", lib=_LIBRARY)
+def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    checks.check_dequantize_absmax(codes, nested_absmax, nested_offset, torch._check)
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+@torch.library.register_fake("bigq::linear_4bit", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    checks.check_linear_4bit(
+        x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, torch._check
+    )
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("bigq::quantize_int8", lib=_LIBRARY)
+def _(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
+
+
+@torch.library.register_fake("bigq::dequantize_int8", lib=_LIBRARY)
+def _(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    checks.check_dequantize_int8(weight, absmax, torch._check)
+    return torch.empty_like(weight, dtype=dtype)
+
+
+@torch.library.register_fake("bigq::linear_int8", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    checks.check_linear_int8(x, weight, absmax, bias, torch._check)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _save_linear_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, absmax, bias, nested_absmax, nested_offset, ctx.quant_type, ctx.block_size, _ = inputs
+    ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+    ctx.save_for_backward(weight, absmax, nested_absmax, nested_offset)
+
+
+def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY @ dequantize(weight); the packed weight is frozen, so it has no gradient."""
+    weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        if nested_absmax is not None:
+            absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+        grad_x = grad @ dequantize_4bit(weight, absmax, ctx.quant_type, ctx.block_size, ctx.in_features, grad.dtype)
+    return grad_x, None, None, _bias_grad(ctx, grad, 3), None, None, None, None, None
+
+
+def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, absmax, bias, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(weight, absmax)
+
+
+def _linear_int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY @ dequantize(weight): the rounding of x to int8 is passed straight through."""
+    weight, absmax = ctx.saved_tensors
+    grad_x = grad @ dequantize_int8(weight, absmax, grad.dtype) if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, _bias_grad(ctx, grad, 3), None
+
+
+def _bias_grad(ctx: Any, grad: Tensor, position: int) -> Tensor | None:
+    if not ctx.needs_input_grad[position]:
+        return None
+    return grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+
+
+torch.library.register_autograd(
+    "bigq::linear_4bit", _linear_4bit_backward, setup_context=_save_linear_4bit, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "bigq::linear_int8", _linear_int8_backward, setup_context=_save_linear_int8, lib=_LIBRARY
+)
+
+quantize_4bit = torch.ops.bigq.quantize_4bit.default
+dequantize_4bit = torch.ops.bigq.dequantize_4bit.default
+quantize_absmax = torch.ops.bigq.quantize_absmax.default
+dequantize_absmax = torch.ops.bigq.dequantize_absmax.default
+linear_4bit = torch.ops.bigq.linear_4bit.default
+quantize_int8 = torch.ops.bigq.quantize_int8.default
+dequantize_int8 = torch.ops.bigq.dequantize_int8.default
+linear_int8 = torch.ops.bigq.linear_int8.default

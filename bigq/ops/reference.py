@@ -1,0 +1,307 @@
+"""The numerical specification of every op, in plain torch; it is also the CPU implementation.
+
+Shapes: N = out_features (rows), K = in_features, M = tokens, B = ceil(K / block_size). The Triton launchers in
+`bigq_kernels` have the same names and arguments and are tested against these functions bit for bit, matmuls against an
+error budget. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantization, LLM.int8() (arXiv 2208.07339) for int8.
+
+Scales come as float32 or as int32 of the same bits, which no cast of a model's floating tensors changes; they are
+returned as float32. Tensors that do not fit together raise UnsupportedError (`bigq.checks`).
+"""
+
+from functools import cache
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bigq.ops.checks import (
+    NESTED_BLOCK_SIZE,
+    as_floats,
+    check_dequantize_4bit,
+    check_dequantize_absmax,
+    check_dequantize_int8,
+    check_linear_4bit,
+    check_linear_int8,
+)
+
+__all__ = [
+    "CODES",
+    "NESTED_BLOCK_SIZE",
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "dequantize_int8",
+    "linear_4bit",
+    "linear_int8",
+    "nested_code",
+    "quantize_4bit",
+    "quantize_absmax",
+    "quantize_int8",
+]
+
+# fmt: off
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # the 16 quantiles of a normal distribution, QLoRA appendix E
+FP4_CODE = (
+    0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+    0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+)  # sign bit, then an 8-entry magnitude table in bitsandbytes' order
+# A scaled value belongs to the first bucket whose upper boundary it does not exceed: ties go to the lower bucket.
+NF4_BOUNDARIES = (  # float32 midpoints of neighbouring codes
+    -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
+    -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
+    0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
+)
+FP4_MAGNITUDE_BOUNDARIES = (  # bitsandbytes' CUDA constants, which are up to 14 ulp away from the midpoints
+    0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333,
+)
+FP4_MAGNITUDE_ORDER = (0, 1, 6, 7, 4, 5, 2, 3)  # code of the i-th smallest magnitude
+# fmt: on
+
+CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+_CHUNK_NUMEL = 1 << 19  # elements converted at a time: 2 MiB of float32 stay near the core, 1.6 times as fast as 16
+_EXACT_K = 1024  # 1024 * 127 * 127 < 2**24: an int8 product of this depth is exact in float32
+
+
+@cache
+def _tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(boundaries [15] float32, code of each bucket [16] uint8, the two float32 values of each byte [256] as int64)."""
+    cpu = torch.device("cpu")  # said aloud: a caller may be inside `with torch.device("meta")`
+    values = torch.tensor(CODES[quant_type], dtype=torch.float32, device=cpu)
+    if quant_type == "nf4":
+        boundaries = torch.tensor(NF4_BOUNDARIES, dtype=torch.float32, device=cpu)
+        bucket_code = torch.arange(16, dtype=torch.uint8, device=cpu)
+    else:
+        # The rule is "sign bit if x < 0, then strictly greater on |x|": on the negative side a tie belongs to the
+        # smaller magnitude, so each negative boundary is the next float below -t.
+        upper = torch.tensor((0.0, *FP4_MAGNITUDE_BOUNDARIES), dtype=torch.float32, device=cpu)
+        below = torch.nextafter(-upper, torch.full_like(upper, -float("inf")))
+        boundaries = torch.cat([below.flip(0), upper[1:]])
+        order = torch.tensor(FP4_MAGNITUDE_ORDER, dtype=torch.uint8, device=cpu)
+        bucket_code = torch.cat([order.flip(0) + 8, order])
+    byte = torch.arange(256, device=cpu)
+    pairs = torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).flatten()
+    return boundaries.to(device), bucket_code.to(device), pairs.to(device)
+
+
+@cache
+def nested_code(device: torch.device) -> Tensor:
+    """The 256-entry signed dynamic map of the second quantization level, ascending, float32."""
+    positive = []
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32, device="cpu")
+        positive.append(10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0))
+    magnitudes = torch.cat(positive)
+    ends = torch.tensor([0.0, 1.0], device="cpu")
+    return torch.cat([magnitudes, -magnitudes, ends]).sort().values.to(device)
+
+
+def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
+    step = max(1, _CHUNK_NUMEL // max(1, columns))
+    return [(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
+def _scale_blocks(values: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
+    """out [N, K] = values [N, K] times the scale of their block, absmax [N, B], in float32 and rounded once."""
+    rows, columns = values.shape
+    blocks = absmax.shape[1]
+    if columns == blocks * block_size:
+        shape = rows, blocks, block_size
+        torch.mul(values.view(shape), absmax[:, :, None], out=out.view(shape))
+        return
+    padded = F.pad(values, (0, blocks * block_size - columns))
+    out.copy_((padded.view(rows, blocks, block_size) * absmax[:, :, None]).view(rows, -1)[:, :columns])
+
+
+def _bucket(values: Tensor, boundaries: Tensor) -> Tensor:
+    """How many boundaries lie below each value, uint8: 15 vectorized comparisons, 1.4 times as fast as bucketize."""
+    count = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    below = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    for boundary in boundaries.tolist():
+        count += torch.gt(values, boundary, out=below).view(torch.uint8)
+    return count
+
+
+def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantize a [N, K] float weight to 4-bit codes in blocks along each row.
+
+    Returns:
+        packed uint8 [N, ceil(K/2)], element 2i in the high nibble and an odd K padded with the code of 0.0; and
+        absmax float32 [N, B], which is inf for a block that holds NaN or Inf (its codes mean nothing).
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    boundaries, bucket_code, _ = _tables(quant_type, weight.device)
+    packed = torch.empty(rows, -(-columns // 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(rows, blocks, dtype=torch.float32, device=weight.device)
+    if not weight.numel():
+        return packed, absmax
+    for start, stop in _row_chunks(rows, columns):
+        x = F.pad(weight[start:stop].float().contiguous(), (0, blocks * block_size - columns))
+        x = x.view(-1, blocks, block_size)
+        scale = torch.nan_to_num(x.abs().amax(dim=2), nan=float("inf"), posinf=float("inf"))
+        # The smallest normal float keeps 1/absmax finite; below it a block loses precision, and zeros encode 0.0.
+        scaled = x * scale.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()[:, :, None]
+        codes = bucket_code[_bucket(scaled, boundaries).int()].view(stop - start, -1)
+        high, low = codes[:, 0:columns:2], codes[:, 1 : columns + 1 : 2]
+        packed[start:stop] = (high << 4) | low
+        absmax[start:stop] = scale
+    return packed, absmax
+
+
+def dequantize_4bit(
+    weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Undo `quantize_4bit`: code * float32 absmax, rounded once to `dtype`; uint8 [N, ceil(K/2)] -> [N, K]."""
+    check_dequantize_4bit(weight, absmax, None, None, block_size, in_features)
+    absmax = as_floats(absmax)
+    rows = weight.shape[0]
+    _, _, pairs = _tables(quant_type, weight.device)
+    out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
+    if not out.numel():
+        return out
+    for start, stop in _row_chunks(rows, in_features):
+        # One 8-byte value a byte, by index_select: 7 times as fast as indexing rows of two.
+        values = pairs.index_select(0, weight[start:stop].flatten().int()).view(torch.float32)
+        values = values.view(stop - start, -1)[:, :in_features]
+        _scale_blocks(values, absmax[start:stop], block_size, out[start:stop])
+    return out
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize the scales themselves (double quantization), in flat blocks of 256 around their mean.
+
+    Returns:
+        codes uint8 of absmax's shape, indices into `nested_code`, nearest value, a tie to the even index;
+        nested_absmax float32 [ceil(numel / 256)]; nested_offset float32 [1], the mean.
+    """
+    flat = as_floats(absmax).flatten()
+    offset = flat.mean() if flat.numel() else flat.new_zeros(())
+    blocks = -(-flat.numel() // NESTED_BLOCK_SIZE)
+    centred = F.pad(flat - offset, (0, blocks * NESTED_BLOCK_SIZE - flat.numel())).view(blocks, NESTED_BLOCK_SIZE)
+    nested_absmax = centred.abs().amax(dim=1) if blocks else flat.new_zeros(0)
+    scaled = centred * nested_absmax.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()[:, None]
+    code = nested_code(absmax.device)
+    midpoints = (code[:-1] + code[1:]) * 0.5
+    codes = torch.bucketize(scaled, midpoints, out_int32=True)  # a tie goes down...
+    tie = scaled == midpoints[codes.clamp_max(254)]
+    codes = codes + (tie & (codes % 2 == 1)).int()  # ...unless the index below is odd
+    codes = codes.to(torch.uint8).flatten()[: flat.numel()].view(absmax.shape)
+    return codes, nested_absmax, offset.reshape(1)
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    """Undo `quantize_absmax`: code * nested_absmax, rounded, + nested_offset, rounded; float32 of codes' shape."""
+    check_dequantize_absmax(codes, nested_absmax, nested_offset)
+    scale = as_floats(nested_absmax).repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()].view(codes.shape)
+    values = nested_code(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+    return values * scale + as_floats(nested_offset)
+
+
+def linear_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    """x [..., K] times the transposed 4-bit weight, plus bias [N], in x's dtype.
+
+    weight is uint8 [N, ceil(K/2)], absmax [N, B], uint8 when nested_absmax [ceil(N*B/256)] and nested_offset [1] are
+    given. K is held to in_features, which tells an odd K from the next. The weight is dequantized a few rows at a
+    time, into the cache: there is never a dense one.
+    """
+    check_linear_4bit(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
+    if nested_absmax is not None and nested_offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+    bias = None if bias is None else bias.to(x.dtype)
+    out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
+    product_dtype = x.dtype if _multiplies(x.dtype, x.device) else torch.float32
+    x_product = x.to(product_dtype)
+    for start, stop in _row_chunks(weight.shape[0], x.shape[-1]):
+        rows = slice(start, stop)
+        dense = dequantize_4bit(weight[rows], absmax[rows], quant_type, block_size, x.shape[-1], x.dtype)
+        part = F.linear(x_product, dense.to(product_dtype), None if bias is None else bias[rows].to(product_dtype))
+        out[..., rows] = part
+    return out
+
+
+@cache
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has instructions for products in dtype: in float32 others are 5 times as fast, same error."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if name is None or device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return True
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") != "x86_64" or any(has.get(f"{unit}_{name}", False) for unit in ("amx", "avx512"))
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a [N, K] float weight to int8 with one scale a row.
+
+    Returns:
+        codes int8 [N, K], round-half-even of weight * (127 / absmax); absmax float32 [N, 1], inf for a row that holds
+        NaN or Inf. A zero row is all zeros.
+    """
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(rows, 1, dtype=torch.float32, device=weight.device)
+    for start, stop in _row_chunks(rows, columns):
+        x = weight[start:stop].float()
+        scale = x.abs().amax(dim=1, keepdim=True) if columns else x.new_zeros(stop - start, 1)
+        scale = torch.nan_to_num(scale, nan=float("inf"), posinf=float("inf"))
+        codes[start:stop] = _to_int8(x, scale)
+        absmax[start:stop] = scale
+    return codes, absmax
+
+
+def _to_int8(x: Tensor, absmax: Tensor) -> Tensor:
+    # 127 / 2**-119 is finite in float32; below that a row is zero to every consumer of its scale.
+    inverse = absmax.clamp_min(2.0**-119).reciprocal() * 127.0  # two roundings, as bitsandbytes' CPU path has it
+    return torch.nan_to_num(x * inverse, nan=0.0).round().clamp(-127, 127).to(torch.int8)
+
+
+def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo `quantize_int8`: code * absmax, rounded, * (1/127), rounded, then rounded to `dtype`; [N, K]."""
+    check_dequantize_int8(weight, absmax)
+    absmax = as_floats(absmax)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for start, stop in _row_chunks(*weight.shape):
+        out[start:stop] = weight[start:stop].float() * absmax[start:stop] * (1.0 / 127.0)
+    return out
+
+
+def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """LLM.int8(): x [..., K] times the transposed int8 weight [N, K], plus bias [N], in x's dtype; absmax is [N, 1].
+
+    A column of x with any |value| >= threshold is an outlier: it is multiplied in x's dtype by the dequantized weight
+    column. The rest is quantized to int8 with one scale a row, taken over the elements below the threshold, and
+    multiplied in integers. threshold 0 means no outliers.
+    """
+    check_linear_int8(x, weight, absmax, bias)
+    absmax = as_floats(absmax)
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])  # not -1, which an empty x leaves undecided
+    outlier = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
+    column = outlier.any(dim=0)
+    regular = rows.float().masked_fill(outlier, 0.0)
+    scale = regular.abs().amax(dim=1, keepdim=True) if rows.numel() else regular.new_zeros(rows.shape[0], 1)
+    codes = _to_int8(regular, scale).masked_fill(column, 0)
+    total = torch.zeros(rows.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
+    for start in range(0, x.shape[-1], _EXACT_K):
+        part = slice(start, start + _EXACT_K)
+        total += (codes[:, part].float() @ weight[:, part].float().T).int()
+    out = total.float() * (scale * absmax.T) * (1.0 / (127.0 * 127.0))
+    columns = column.nonzero().flatten()  # the CPU may ask how many; the kernels keep static shapes
+    if columns.numel():
+        dense = dequantize_int8(weight[:, columns], absmax, x.dtype)
+        out = out + rows[:, columns] @ dense.T
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,223 @@
+"""make_plan: decide what becomes of every tensor of a model, before anything is read or changed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from bigq.checkpoint import StoredTensor
+from bigq.config import QuantizationConfig
+from bigq.errors import CheckpointError, ConfigError, UnsupportedError
+from bigq.formats import QUANT_STATE, Description, encode_quant_state, state_name
+from bigq.model.selection import match_patterns, select_weights
+from bigq.model.tree import ModelTree, TensorGroup, tensor_name
+from bigq.planning.match import Fit
+from bigq.planning.plan import Plan, PlannedWeight, WeightRef
+from bigq.weight.quantized_module import QuantizedModule
+
+__all__ = ["Described", "make_plan", "quant_states"]
+
+Described = Mapping[str, Mapping[str, Description]]  # by module name, then by leaf
+
+
+def quant_states(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """{module name: name of its quant_state} of the modules whose weights a checkpoint holds quantized."""
+    states = [name for name in tensors if name.rpartition(".")[2] == QUANT_STATE]
+    return {name.rpartition(".")[0]: name for name in states}
+
+
+def make_plan(
+    tree: ModelTree,
+    tensors: Mapping[str, StoredTensor],
+    config: QuantizationConfig | None,
+    *,
+    quantized: Described | None = None,
+    unquantized: Callable[[str], bool] = lambda name: False,
+    offload_dtype: Callable[[str], torch.dtype | None] = lambda name: None,
+    strict: bool = True,
+) -> Plan:
+    """Fit `tensors` to the model of `tree` under `config`; reads nothing and changes nothing.
+
+    Args:
+        tensors: what the checkpoint holds.
+        config: None only where the checkpoint is quantized.
+        quantized: descriptions of the weights that the checkpoint holds quantized, by module name and leaf.
+        unquantized: whether the placement of a weight asks for it not to be quantized.
+        offload_dtype: the dtype that a tensor's placement asks for, or None.
+        strict: also refuse tensors that the model has no place for, and tensors that only the model has.
+
+    Raises:
+        CheckpointError: one error with everything that is missing, unexpected or misshapen.
+        ConfigError: `config` does not fit the model or contradicts the checkpoint.
+    """
+    if any(isinstance(module, QuantizedModule) for module in tree.aliases):
+        raise UnsupportedError("the model already holds quantized modules: load into a model built anew")
+    if quantized:
+        described, sources = _held_quantized(tree, tensors, quantized, config)
+        kept: Mapping[str, str] = {}
+        rules: Mapping[str, str] = {}
+    elif config is None:
+        raise ConfigError("the checkpoint is not quantized: pass a quantization_config")
+    else:
+        described, sources, kept, rules = _chosen(tree, tensors, config, unquantized)
+    weights = _planned(tree, described, sources, "absmax" if config is None else config.method)
+    fit = Fit(tree=tree, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
+    for weight in weights:
+        fit.claim(weight)
+    planned_tensors = tuple(fit.tensors_outside(weights))
+    fit.refuse()
+    return Plan(tensors=planned_tensors, weights=tuple(weights), kept=kept, rules=rules)
+
+
+def _chosen(
+    tree: ModelTree,
+    tensors: Mapping[str, StoredTensor],
+    config: QuantizationConfig,
+    unquantized: Callable[[str], bool],
+) -> tuple[dict[str, Description], dict[str, str], dict[str, str], dict[str, str]]:
+    """Descriptions and sources of the weights to quantize, by first name; why others are kept; rules of the former."""
+    selection = select_weights(
+        tree,
+        config.weight_format(),
+        skip_modules=config.skip_modules,
+        also_quantize=config.also_quantize,
+        keep_in_fp32_modules=config.keep_in_fp32_modules,
+        defaults=config.skip_defaults,
+    )
+    groups = {group.names[0]: group for group in tree.tensors}
+    kept, described, sources, rules = dict(selection.kept), {}, {}, {}
+    alike: dict[tuple[object, ...], Description] = {}  # one for all weights that are described alike
+    for name, chosen in selection.weights.items():
+        if unquantized(name):
+            kept[name.rpartition(".")[0]] = "offloaded with its dtype"
+            continue
+        own = groups[name].tensor
+        source = next(filter(tensors.__contains__, chosen.names), name)
+        found = tensors[source].dtype if source in tensors else own.dtype
+        shape = tuple(own.mT.shape if chosen.transposed else own.shape)
+        key = id(chosen.format), shape, config.dtype or found, chosen.transposed
+        if key not in alike:
+            alike[key] = Description(
+                format=chosen.format,
+                shape=shape,
+                dtype=config.dtype or found,
+                compute_dtype=config.compute_dtype,
+                transposed=chosen.transposed,
+            )
+        described[name], sources[name] = alike[key], source
+        rules[name.rpartition(".")[0]] = chosen.rule
+    if not selection.weights:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in kept.items()) or "  it has no nn.Linear or Conv1D"
+        raise UnsupportedError(f"nothing to quantize in {type(tree.model).__name__}:\n{reasons}")
+    return described, sources, kept, rules
+
+
+def _held_quantized(
+    tree: ModelTree,
+    tensors: Mapping[str, StoredTensor],
+    quantized: Described,
+    config: QuantizationConfig | None,
+) -> tuple[dict[str, Description], dict[str, str]]:
+    """Descriptions of the weights that the checkpoint holds quantized, by first name; none has a source."""
+    if config is not None:
+        for field in ("skip_modules", "keep_in_fp32_modules"):
+            for name, pattern in match_patterns(field, getattr(config, field), tree.names()).items():
+                owner, _, leaf = name.rpartition(".")
+                if name in quantized or leaf in quantized.get(owner, ()):
+                    held = name if name in quantized else owner
+                    raise ConfigError(f"{field} {pattern!r} matches {held}, which the checkpoint holds quantized")
+    groups = {name: group for group in tree.tensors for name in group.names if not group.is_buffer}
+    described: dict[str, Description] = {}
+    problems: list[str] = []
+    for module, weights in quantized.items():
+        for leaf, description in weights.items():
+            name = tensor_name(module, leaf)
+            group = groups.get(name)
+            if group is None:
+                problems.append(f"  {name} is quantized in the checkpoint, and no parameter of the model")
+                continue
+            problems += _misfits(name, group, description, described.get(group.names[0]), tensors)
+            if config is not None and config.weight_format() != description.format:
+                raise ConfigError(
+                    f"{name}: the checkpoint holds {description.format.describe()}, the quantization_config asks for "
+                    f"{config.weight_format().describe()}; drop the config, or quantize from the original weights"
+                )
+            if config is not None and config.compute_dtype is not None:
+                description = replace(description, compute_dtype=config.compute_dtype)
+            described[group.names[0]] = description
+    if problems:
+        raise CheckpointError("the quantized checkpoint does not fit the model:\n" + "\n".join(problems))
+    return described, {}
+
+
+def _misfits(
+    name: str,
+    group: TensorGroup,
+    description: Description,
+    other: Description | None,
+    tensors: Mapping[str, StoredTensor],
+) -> list[str]:
+    """Why a weight that the checkpoint holds quantized as `description` cannot be the parameter of `group`."""
+    problems = []
+    if tuple(group.tensor.shape) != description.weight_shape:
+        found = list(description.weight_shape)
+        problems.append(f"  {name}: expected shape {list(group.tensor.shape)}, found {found}")
+    floats = [tied for tied in group.names if tied in tensors]
+    if floats:
+        problems.append(
+            f"  {name} is quantized in the checkpoint, which holds {floats[0]} as floats; the model ties them"
+        )
+    if other is not None and replace(other, compute_dtype=description.compute_dtype) != description:
+        problems.append(f"  {name} is tied to {group.names[0]}, which the checkpoint holds in another format")
+    return problems
+
+
+def _planned(
+    tree: ModelTree, described: Mapping[str, Description], sources: Mapping[str, str], method: str
+) -> list[PlannedWeight]:
+    """The weights of these descriptions, by first name, in all modules that hold them."""
+    names_of = {group.names[0]: group.names for group in tree.tensors}
+    in_module: dict[str, dict[str, Description]] = {}  # what the quant_state of each module says, by its first name
+    holders: dict[str, dict[tuple[tuple[str, ...], str], None]] = {}  # of each weight: all names of a module, and leaf
+    for name, description in described.items():
+        holders[name] = {}
+        for alias in names_of[name]:
+            owner, _, leaf = alias.rpartition(".")
+            owners = tree.aliases[tree.modules[owner]]
+            holders[name][owners, leaf] = None
+            in_module.setdefault(owners[0], {})[leaf] = description
+    shared: dict[tuple[object, ...], Mapping[str, Description]] = {}  # one for all modules that are described alike
+    quant_state_of: dict[str, Mapping[str, Description]] = {}
+    for owner, weights in in_module.items():
+        key = tuple((leaf, id(description)) for leaf, description in weights.items())
+        if key not in shared:
+            encode_quant_state(weights)  # refuses what has no room, before anything is changed
+            shared[key] = weights
+        quant_state_of[owner] = shared[key]
+        _refuse_names_in_use(tree.modules[owner], owner, weights)
+    planned = []
+    for name, description in described.items():
+        refs = tuple(
+            WeightRef(owners=owners, leaf=leaf, described=quant_state_of.pop(owners[0], {}))
+            for owners, leaf in holders[name]
+        )
+        source = sources.get(name)
+        planned.append(
+            PlannedWeight(names=names_of[name], refs=refs, description=description, source=source, method=method)
+        )
+    return planned
+
+
+def _refuse_names_in_use(module: nn.Module, name: str, weights: Mapping[str, Description]) -> None:
+    """Raise a ConfigError if `module` has something else by the name of a tensor that its `weights` become."""
+    own = vars(module)  # hasattr of a module takes 2 us a name
+    for leaf, description in weights.items():
+        for new in (QUANT_STATE, *(state_name(leaf, part) for part in description.state_spec)):
+            in_use = (own, own["_parameters"], own["_buffers"], own["_modules"])
+            if any(new in names for names in in_use) or hasattr(type(module), new):
+                raise ConfigError(
+                    f"{tensor_name(name, leaf)} cannot be quantized: its {type(module).__name__} already has "
+                    f"{new!r}, the name of a tensor of the quantized weight; rename it, or add the weight to "
+                    "skip_modules"
+                )

@@ -1,0 +1,91 @@
+"""convert: turn a module into a QuantizedModule where it stands, of a class made for its own."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, cast
+
+from torch import nn
+
+from bigq.formats import QUANT_STATE, Description, state_name
+from bigq.weight.linear import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear
+from bigq.weight.quantized_module import QuantizedModule, weight_property
+
+__all__ = ["convert", "is_transposed_linear"]
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether `module` is transformers' GPT-2 Conv1D, a linear that stores its weight as [K, N]."""
+    return _is_conv1d(type(module))
+
+
+def convert(module: nn.Module, leaf: str, description: Description, state: Mapping[str, nn.Parameter | None]) -> None:
+    """Make the Parameter `leaf` of `module` a quantized weight.
+
+    The object stays the same, so whatever else refers to it follows: a second parent, a closure, its own hooks. Its
+    class becomes a subclass of its own: `QuantizedLinear` for an nn.Linear.
+
+    Args:
+        module: changed.
+        leaf: a Parameter of it.
+        description: of the weight.
+        state: the Parameters of the quantized weight and the module's quant_state, by name, as far as they are known.
+    """
+    names = [state_name(leaf, part) for part in description.state_spec]
+    if QUANT_STATE not in module._parameters:
+        names.append(QUANT_STATE)
+    parameters: dict[str, nn.Parameter | None] = {}
+    for name, parameter in module._parameters.items():
+        if name == leaf:  # the new ones stand in its place
+            parameters.update((new, state.get(new)) for new in names)
+        else:
+            parameters[name] = parameter
+    if state.get(QUANT_STATE) is not None:  # it may come with any weight of the module
+        parameters[QUANT_STATE] = state[QUANT_STATE]
+    plain_kind, leaves = _made_for(type(module))
+    # nn.Module's own setattr takes 3 us, and a model may have 19,000 linears.
+    object.__setattr__(module, "__class__", quantized_class(plain_kind, (*leaves, leaf)))  # type: ignore[arg-type]
+    vars(module)["_parameters"] = parameters
+    module._describe(leaf, description)  # type: ignore[operator]
+
+
+def _made_for(kind: type[nn.Module]) -> tuple[type[nn.Module], tuple[str, ...]]:
+    """The class, and the quantized weights, that a class was made for by `quantized_class`; `kind` itself and none."""
+    made_for: tuple[type[nn.Module], tuple[str, ...]] = getattr(kind, "_made_for", (kind, ()))
+    return made_for
+
+
+@cache
+def quantized_class(kind: type[nn.Module], leaves: tuple[str, ...]) -> type[QuantizedModule]:
+    """The class of a `kind` whose Parameters `leaves` are quantized.
+
+    A linear, a Conv1D and an embedding whose forward is that of torch or transformers compute with the kernels; any
+    other forward reads the weights as they are.
+    """
+    base = _base(kind) if "weight" in leaves else QuantizedModule
+    if (base, kind, leaves) == (QuantizedLinear, nn.Linear, ("weight",)):
+        return QuantizedLinear
+    namespace: dict[str, Any] = {leaf: weight_property(leaf) for leaf in leaves}
+    namespace |= {"_made_for": (kind, leaves), "__reduce_ex__": _reduce, "__module__": kind.__module__}
+    return type(f"Quantized{kind.__name__}", (base, kind), namespace)
+
+
+def _base(kind: type[nn.Module]) -> type[QuantizedModule]:
+    if issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward:
+        return QuantizedLinear
+    if issubclass(kind, nn.Embedding) and kind.forward is nn.Embedding.forward:
+        return QuantizedEmbedding
+    return QuantizedConv1D if _is_conv1d(kind) else QuantizedModule
+
+
+def _is_conv1d(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+
+
+def _reduce(module: QuantizedModule, protocol: Any) -> tuple[Any, ...]:
+    """For pickle and deepcopy: a class that is made at run time cannot be found by its name."""
+    _, _, *rest = cast(tuple[Any, ...], object.__reduce_ex__(module, protocol))
+    return _make, _made_for(type(module)), *rest
+
+
+def _make(kind: type[nn.Module], leaves: tuple[str, ...]) -> QuantizedModule:
+    return QuantizedModule.__new__(quantized_class(kind, leaves))  # type: ignore[arg-type]

@@ -1,0 +1,124 @@
+"""The quantized modules that compute with the kernels themselves: linears, GPT-2's Conv1D, and embeddings."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from bigq.formats import QUANT_STATE, Description, Format, Product, encode_quant_state, state_name
+from bigq.weight.quantized_module import QuantizedModule, weight_property
+from bigq.weight.stored import multiply
+
+__all__ = ["QuantizedConv1D", "QuantizedEmbedding", "QuantizedLinear", "QuantizedMatrix"]
+
+
+class QuantizedMatrix(QuantizedModule):
+    """A module that multiplies by its `weight` [N, K] and adds its `bias` [N], or None."""
+
+    format: Format
+    compute_dtype: torch.dtype | None
+    _product: Product
+    _tensor_names: tuple[str, ...]  # of what `_product` takes
+    weight = weight_property("weight")
+
+    @property
+    def description(self) -> Description:
+        """What the saved weight says of itself."""
+        return self._quantized["weight"]
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors of `state_spec` for a float weight, on its device; changes nothing."""
+        state = self.quantize_weight("weight", weight)
+        return {**state, QUANT_STATE: encode_quant_state(self._quantized).to(weight.device)}
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that this module multiplies by, in `dtype` (by default that of the weight)."""
+        return self.stored_weight("weight").dequantize(dtype or self.description.dtype)
+
+    @property
+    def absmax(self) -> Tensor:
+        """The scales of the weight: float32 [N, B], or [N, 1]."""
+        stored = self.stored_weight("weight")
+        return stored.format.scales(stored.state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] times the transposed weight, plus bias: [..., N], in x's dtype or in autocast's.
+
+        Raises:
+            UnsupportedError: x is not floating point, or has another width than K.
+        """
+        parameters = self._parameters  # nn.Module's own lookup of a Parameter takes half a microsecond
+        tensors = tuple([parameters[name] for name in self._tensor_names])
+        return multiply(x, self._product, tensors, self.compute_dtype)
+
+    def reset_parameters(self) -> None:
+        """Do nothing: there is no such thing as a random quantized weight."""
+
+    def _describe(self, leaf: str, description: Description) -> None:
+        super()._describe(leaf, description)
+        if leaf == "weight":
+            product = description.format.product(description.shape[1])
+            names = tuple(part if part == "bias" else state_name("weight", part) for part in product.parts)
+            vars(self).update(
+                format=description.format,
+                compute_dtype=description.compute_dtype,
+                _product=product,
+                _tensor_names=names,
+            )
+
+    def extra_repr(self) -> str:
+        settings = [f"{name}={value}" for name, value in self.format.describe().items()]
+        return ", ".join(filter(None, [super(QuantizedModule, self).extra_repr(), *settings]))
+
+
+class QuantizedLinear(QuantizedMatrix, nn.Linear):
+    """A linear layer whose weight is stored in a `Format`.
+
+    Its parameters are `weight_packed`, `weight_absmax`, what else the format's `state_spec` names, `quant_state` (which
+    describes them in a checkpoint), and `bias`. All but the bias are frozen and hold no floating-point number, so
+    nothing that casts a model touches them. `weight` reads and writes the weight that they stand for.
+
+    Args:
+        description: format, shape (N, K) and dtypes of the weight.
+        bias: dtype of the bias, or None for no bias.
+        device: where to make the uninitialized tensors.
+    """
+
+    _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism hands plain local shards to such a module
+
+    def __init__(
+        self, description: Description, *, bias: torch.dtype | None, device: torch.device | str = "meta"
+    ) -> None:
+        nn.Module.__init__(self)
+        self._describe("weight", description)
+        for name, spec in self.state_spec().items():
+            empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.register_parameter("bias", nn.Parameter(torch.empty(self.out_features, dtype=bias, device=device)))
+
+    def _describe(self, leaf: str, description: Description) -> None:
+        super()._describe(leaf, description)
+        if leaf == "weight":
+            out_features, in_features = description.shape
+            vars(self).update(out_features=out_features, in_features=in_features)
+
+
+class QuantizedConv1D(QuantizedMatrix):
+    """GPT-2's Conv1D: a linear that holds its weight as [K, N]."""
+
+    __repr__ = nn.Module.__repr__  # its own says nothing of a format
+
+
+class QuantizedEmbedding(QuantizedModule):
+    """An embedding that decodes the rows it is asked for."""
+
+    weight = weight_property("weight")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows `input` [...] of the weight, as [..., K] in the weight's dtype."""
+        if self.max_norm is not None:  # which changes the rows it is asked for
+            return cast(Tensor, super().forward(input))
+        return self.stored_weight("weight").rows(input, self._quantized["weight"].dtype)

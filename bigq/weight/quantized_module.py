@@ -1,0 +1,290 @@
+"""QuantizedModule: a module some of whose weights are stored in a format, and read and written as what they stand for.
+
+The tensors of the weight `leaf` are the module's Parameters "leaf_packed", "leaf_absmax" and so on. They are frozen,
+and none of them is floating point. `quant_state` describes them in a checkpoint. They are Parameters, not buffers,
+because frameworks shard, offload and count those. Reading `module.leaf` gives a QuantizedWeight. Assigning a tensor to
+it, or writing to it, quantizes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from bigq.errors import BigqError, CheckpointError, ConfigError
+from bigq.formats import (
+    QUANT_STATE,
+    Description,
+    State,
+    TensorSpec,
+    decode_quant_state,
+    encode_quant_state,
+    quant_state_spec,
+    state_name,
+)
+from bigq.weight.lazy_weight import plain
+from bigq.weight.quantized_weight import QuantizedWeight
+from bigq.weight.stored import Stored
+
+__all__ = ["QuantizedModule", "weight_property"]
+
+
+def weight_property(leaf: str) -> Any:
+    """The attribute by which a class of QuantizedModule reads and writes its quantized weight `leaf`."""
+
+    def read(module: "QuantizedModule") -> Tensor:
+        return module.read_weight(leaf)
+
+    def write(module: "QuantizedModule", value: Tensor) -> None:
+        module.assign_weight(leaf, value)
+
+    return property(read, write, doc=f"The quantized weight {leaf!r}, as a tensor that decodes itself where it must.")
+
+
+class QuantizedModule(nn.Module):
+    """What all modules with quantized weights share; `bigq.convert` makes their classes."""
+
+    _quantized: dict[str, Description]
+
+    @property
+    def descriptions(self) -> dict[str, Description]:
+        """{leaf: description} of the quantized weights."""
+        return dict(self._quantized)
+
+    def state_spec(self) -> dict[str, TensorSpec]:
+        """Shapes and dtypes of the tensors of all quantized weights, by the name of their Parameter."""
+        spec = {
+            state_name(leaf, part): part_spec
+            for leaf, description in self._quantized.items()
+            for part, part_spec in description.state_spec.items()
+        }
+        return {**spec, QUANT_STATE: quant_state_spec(len(self._quantized))}
+
+    def weight_of(self, name: str) -> str:
+        """The weight that the Parameter `name` is a part of: the first for quant_state; `name` itself for others."""
+        for leaf, description in self._quantized.items():
+            if name == QUANT_STATE or name in [state_name(leaf, part) for part in description.state_spec]:
+                return leaf
+        return name
+
+    def stored_weight(self, leaf: str) -> Stored:
+        """How the weight `leaf` is stored now."""
+        description = self._quantized[leaf]
+        return Stored(
+            format=description.format,
+            state={part: self._parameters[state_name(leaf, part)] for part in description.state_spec},  # type: ignore[misc]
+            shape=description.shape,
+            transposed=description.transposed,
+            compute_dtype=description.compute_dtype,
+        )
+
+    def read_weight(self, leaf: str) -> Tensor:
+        """The weight `leaf`: a QuantizedWeight, or in a graph that is being compiled the dequantized weight."""
+        stored, dtype = self.stored_weight(leaf), self._quantized[leaf].dtype
+        if is_compiling():
+            return stored.dequantize(dtype)
+        return QuantizedWeight.of(stored, dtype, partial(self.write_weight, leaf))
+
+    def assign_weight(self, leaf: str, value: Tensor) -> None:
+        """`module.leaf = value`: quantize `value` into new Parameters in the place of the weight's own.
+
+        A QuantizedWeight of a module, of the same format and shape, lends its own Parameters: the weights are tied. A
+        copy of one (`.half()`, `.clone()`) does not.
+
+        Args:
+            leaf: a quantized weight.
+            value: float numbers of its shape, or a QuantizedWeight. The weight takes its dtype and its device.
+
+        Raises:
+            ConfigError: `value` has another shape, is not floating point, or holds NaN or Inf.
+        """
+        is_copy = isinstance(value, QuantizedWeight) and value.is_copy
+        for part, tensor in self._state_of(leaf, value).items():
+            own = tensor.detach().clone() if is_copy else tensor
+            is_parameter = isinstance(own, nn.Parameter)
+            parameter = own if is_parameter else nn.Parameter(own.detach(), requires_grad=False)
+            self._parameters[state_name(leaf, part)] = cast(nn.Parameter, parameter)
+        self._redescribe({leaf: replace(self._quantized[leaf], dtype=value.dtype)})
+
+    def write_weight(self, leaf: str, value: Tensor, *, follows: bool = False) -> None:
+        """Quantize `value`, as `assign_weight` has it, into the Parameters of the weight `leaf`.
+
+        If it `follows`, the weight moves to the device of `value` and takes its dtype.
+        """
+        stored = self.stored_weight(leaf)
+        with torch.no_grad():
+            for part, tensor in self._state_of(leaf, value).items():
+                own = stored.state[part]
+                if follows and tensor.device != own.device:
+                    own.data = tensor.detach()
+                elif tensor is not own:
+                    own.copy_(tensor)
+        if follows:
+            self._redescribe({leaf: replace(self._quantized[leaf], dtype=value.dtype)})
+
+    def _state_of(self, leaf: str, value: Tensor) -> State:
+        """What `value` is as the weight `leaf`: that of a QuantizedWeight bit for bit, where it is stored alike."""
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"the quantized weight {leaf!r} is given {value!r}; expected a tensor")
+        stored = self.stored_weight(leaf)
+        if tuple(value.shape) != stored.weight_shape:
+            raise ConfigError(
+                f"the quantized weight {leaf!r} of shape {list(stored.weight_shape)} is given a tensor of shape "
+                f"{list(value.shape)}"
+            )
+        operand = value.operand() if isinstance(value, QuantizedWeight) else None
+        if operand is not None and (operand.format, operand.shape, operand.transposed) == (
+            (stored.format, stored.shape, stored.transposed)
+        ):
+            return operand.state
+        return stored.quantize(plain(value))
+
+    def _redescribe(self, described: Mapping[str, Description]) -> None:
+        """Note what weights are now, {leaf: description}, and let quant_state say it if that is new.
+
+        A quant_state on meta, or in shards, keeps what it was loaded with.
+        """
+        changed = {leaf: description for leaf, description in described.items() if description != self._quantized[leaf]}
+        for leaf, description in changed.items():
+            self._describe(leaf, description)
+        own = self._parameters.get(QUANT_STATE)
+        if changed and own is not None and not own.is_meta and not hasattr(own, "to_local"):
+            own.data = encode_quant_state(self._quantized).to(own.device)
+
+    def quantize_weight(self, leaf: str, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors that the float `weight` becomes as the weight `leaf`, by their names; changes nothing."""
+        state = self.stored_weight(leaf).quantize(weight)
+        return {state_name(leaf, part): tensor for part, tensor in state.items()}
+
+    def _describe(self, leaf: str, description: Description) -> None:
+        """Note what the weight `leaf` is. Not by nn.Module's setattr, which takes 3 us an attribute."""
+        vars(self)["_quantized"] = {**vars(self).get("_quantized", {}), leaf: description}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self).get("_quantized", ()):  # nn.Module would register a Parameter of that name
+            self.assign_weight(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
+        """Move or cast the module. No tensor of a weight is cast; the dtype that the weight stands for follows."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        dtypes = {leaf: fn(torch.empty(0, dtype=own.dtype)).dtype for leaf, own in self._quantized.items()}
+        floating = {leaf: dtype for leaf, dtype in dtypes.items() if dtype.is_floating_point}
+        self._redescribe({leaf: replace(self._quantized[leaf], dtype=dtype) for leaf, dtype in floating.items()})
+        return self
+
+    def extra_repr(self) -> str:
+        settings = [
+            f"{leaf}: {', '.join(f'{name}={value}' for name, value in description.format.describe().items())}"
+            for leaf, description in self._quantized.items()
+        ]
+        return ", ".join(filter(None, [super().extra_repr(), *settings]))
+
+    # load_state_dict
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the state of a quantized module, or quantize float weights. What does not fit is not taken at all."""
+        own = dict(state_dict)  # torch hands each module the part that is its own
+        try:
+            described = self._check_state(own, prefix, follows=bool(local_metadata.get("assign_to_params_buffers")))
+        except BigqError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._redescribe(described)
+
+    def _check_state(self, state_dict: dict[str, Any], prefix: str, *, follows: bool) -> dict[str, Description]:
+        """What the weights become with `state_dict`, {leaf: description}; float weights in it become their state.
+
+        If it `follows`, a weight takes the dtype of float numbers.
+        """
+        quant_state = state_dict.get(prefix + QUANT_STATE)
+        described = {} if quant_state is None else self._described(quant_state, prefix)
+        unknown = described.keys() - self._quantized.keys()
+        if unknown:
+            raise CheckpointError(f"{prefix}{QUANT_STATE} describes {sorted(unknown)}, which are not quantized here")
+        for leaf, own in self._quantized.items():
+            spec = {prefix + state_name(leaf, part): part_spec for part, part_spec in own.state_spec.items()}
+            held = [name for name in spec if name in state_dict]
+            weight = state_dict.pop(prefix + leaf, None)
+            if weight is None:
+                self._check_parts(state_dict, prefix + leaf, spec, own, described.get(leaf))
+                continue
+            if held:
+                raise CheckpointError(f"the state dict holds both {prefix + leaf} and {held[0]}: drop one of them")
+            state_dict.update(self._quantized_floats(leaf, weight, prefix))
+            described[leaf] = replace(own, dtype=weight.dtype) if follows else own
+        return described
+
+    @staticmethod
+    def _check_parts(
+        state_dict: dict[str, Any],
+        weight: str,
+        spec: dict[str, TensorSpec],
+        own: Description,
+        described: Description | None,
+    ) -> None:
+        """Raise a CheckpointError unless a state dict holds all tensors of a weight as they are here, or none.
+
+        A file without the duplicates of tied tensors may describe a weight and hold none of its tensors.
+        """
+        held = [name for name in spec if name in state_dict]
+        missing = [name for name in spec if name not in state_dict]
+        if not held and described is None:
+            return  # torch says whether it may
+        if missing and (held or described is None or described.format != own.format):
+            raise CheckpointError(f"the state dict holds a part of the quantized {weight} and no {', '.join(missing)}")
+        if described is None:
+            raise CheckpointError(f"the state dict holds the quantized {weight} and no {QUANT_STATE} that describes it")
+        if (described.shape, described.transposed, described.state_spec) != (own.shape, own.transposed, own.state_spec):
+            raise CheckpointError(
+                f"{weight}: the state dict holds {_words(described)}, the model {_words(own)}; "
+                "load it with load_and_quantize_model into a model built anew"
+            )
+        for name in held:
+            expected, found = spec[name], state_dict[name]
+            if (tuple(found.shape), found.dtype) != (expected.shape, expected.dtype):
+                raise CheckpointError(
+                    f"{name}: expected {expected.dtype} {list(expected.shape)}, got {found.dtype} {list(found.shape)}"
+                )
+
+    def _quantized_floats(self, leaf: str, weight: Tensor, prefix: str) -> dict[str, Tensor]:
+        """The entries of a state dict that stand for the float `weight`."""
+        expected = self._quantized[leaf].weight_shape
+        if tuple(weight.shape) != expected:
+            raise CheckpointError(f"{prefix}{leaf}: expected shape {list(expected)}, got {list(weight.shape)}")
+        own = self._parameters[state_name(leaf, "packed")]
+        if own is not None and not own.is_meta:  # one on meta takes the place of the weight, or torch says it cannot
+            weight = weight.to(own.device)
+        state = {prefix + name: tensor for name, tensor in self.quantize_weight(leaf, plain(weight)).items()}
+        return {**state, prefix + QUANT_STATE: encode_quant_state(self._quantized).to(weight.device)}
+
+    def _described(self, quant_state: Tensor, prefix: str) -> dict[str, Description]:
+        """What the quant_state of a state dict says; what is known here where it cannot be read."""
+        own = self._parameters.get(QUANT_STATE)
+        if quant_state.is_meta:
+            return self.descriptions
+        if hasattr(quant_state, "to_local"):  # a shard of FSDP2 or tensor parallelism: the same shard, or not ours
+            if own is not None and hasattr(own, "to_local") and not torch.equal(quant_state.to_local(), own.to_local()):
+                raise CheckpointError(f"{prefix}{QUANT_STATE} describes other weights than the sharded model holds")
+            return self.descriptions
+        return decode_quant_state(quant_state, f"{prefix}{QUANT_STATE} of the state dict")
+
+
+def _words(description: Description) -> str:
+    held = " transposed" if description.transposed else ""
+    return f"{description.format.describe()} of shape {list(description.shape)}{held}"

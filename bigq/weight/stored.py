@@ -1,0 +1,138 @@
+"""Stored: a matrix, or a stack of them, as a format stores it, and the products that need no dequantized weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bigq.errors import ConfigError, UnsupportedError
+from bigq.formats import Format, Product, State
+from bigq.ops import eager
+
+__all__ = ["Stored", "multiply"]
+
+
+def multiply(
+    x: Tensor,
+    product: Product,
+    tensors: tuple[Tensor | None, ...],
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    """x [..., K] times the transposed [N, K] weight, plus bias [N]: what a quantized linear computes.
+
+    The product is made in `compute_dtype`, or in x's dtype, or in autocast's. The result has x's dtype, or autocast's.
+
+    Args:
+        product: how the weight's format multiplies.
+        tensors: those of its parts, the bias among them.
+
+    Raises:
+        UnsupportedError: x is not floating point, or has another width.
+    """
+    out_dtype = x.dtype
+    if not out_dtype.is_floating_point:
+        raise UnsupportedError(
+            f"a quantized weight is multiplied by activations of {out_dtype}; expected a floating dtype: cast them, or "
+            "name the layer in skip_modules"
+        )
+    if x.is_nested:
+        parts = [multiply(part, product, tensors, compute_dtype) for part in x.unbind()]
+        return torch.nested.as_nested_tensor(parts, layout=x.layout)
+    device_type = "cuda" if x.is_cuda else x.device.type  # the property costs as much as the rest of this function
+    if torch.is_autocast_enabled(device_type) and out_dtype is not torch.float64:  # which autocast leaves alone
+        out_dtype = torch.get_autocast_dtype(device_type)
+    dtype = compute_dtype or out_dtype
+    op, _, settings = product
+    # A cast that changes nothing takes a microsecond.
+    out = eager.linear(op, x if x.dtype is dtype else x.to(dtype), tensors, settings)
+    return out if out.dtype is out_dtype else out.to(out_dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """How a weight is stored.
+
+    Args:
+        format: its format.
+        state: its tensors, by part.
+        shape: [..., N, K], as it is stored.
+        transposed: the weight is [..., K, N].
+        compute_dtype: dtype of products with it; None for that of the activations.
+    """
+
+    format: Format
+    state: State
+    shape: tuple[int, ...]
+    transposed: bool
+    compute_dtype: torch.dtype | None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, rounded once to `dtype`."""
+        dense = self.format.dequantize(self.state, self.shape, dtype)
+        return dense.mT if self.transposed else dense
+
+    def quantize(self, dense: Tensor) -> dict[str, Tensor]:
+        """The state of other numbers of the weight's shape, on their device.
+
+        Raises:
+            ConfigError: they are no floating-point numbers, or hold NaN or Inf.
+        """
+        if not dense.is_floating_point():
+            raise ConfigError(f"a quantized weight is given {dense.dtype}; expected floating-point numbers")
+        if not dense.is_meta and not dense.isfinite().all():
+            raise ConfigError(f"a weight of shape {list(dense.shape)} that holds NaN or Inf cannot be quantized")
+        rows = dense.detach().mT.contiguous() if self.transposed else dense.detach()
+        return self.format.quantize(rows.float() if rows.dtype == torch.float64 else rows)  # no scales are that fine
+
+    def select(self, index: int | slice) -> "Stored | None":
+        """How an entry, or a range, of the first dimension is stored; None where that is no range of rows."""
+        if isinstance(index, int):
+            if len(self.shape) < 3:
+                return None
+            shape = self.shape[1:]
+        else:
+            if index.step not in (None, 1) or (len(self.shape) < 3 and self.transposed):
+                return None
+            shape = (len(range(*index.indices(self.shape[0]))), *self.shape[1:])
+        part_format, state = self.format.select(self.state, self.shape, index)
+        return replace(self, format=part_format, state=state, shape=shape)
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The entries `index` [...], none below zero, of the first dimension: [..., *shape[1:]]. Decodes no others."""
+        row_format, state = self.format.take_rows(self.state, index.reshape(-1))
+        dense = row_format.dequantize(state, (index.numel(), *self.shape[1:]), dtype)
+        return dense.view(*index.shape, *self.shape[1:])
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] times the transposed weight [N, K], plus bias."""
+        product = self.format.product(self.shape[-1])
+        tensors = tuple(bias if part == "bias" else self.state[part] for part in product.parts)
+        return multiply(x, product, tensors, self.compute_dtype)
+
+    def batched_linear(self, x: Tensor) -> Tensor:
+        """x [E, M, K] times the transposed weights [E, N, K], each by each: [E, M, N]."""
+        if not len(x):
+            return x.new_empty(*x.shape[:2], self.shape[-2])
+        return torch.stack([self._entry(e).linear(rows) for e, rows in enumerate(x.unbind())])
+
+    def grouped_linear(self, x: Tensor, stops: Sequence[int]) -> Tensor:
+        """x [S, K], whose rows up to `stops[e]` belong to weight e of [E, N, K], by the transposed weights: [S, N].
+
+        Rows beyond the last of `stops` belong to none and give zeros.
+        """
+        starts = (0, *stops[:-1])
+        groups = [(e, start, stop) for e, (start, stop) in enumerate(zip(starts, stops, strict=True)) if stop > start]
+        parts = [self._entry(e).linear(x[start:stop]) for e, start, stop in groups]
+        rest = len(x) - (stops[-1] if stops else 0)
+        return torch.cat([*parts, x.new_zeros(rest, self.shape[-2], dtype=parts[0].dtype if parts else x.dtype)])
+
+    def _entry(self, e: int) -> "Stored":
+        entry = self.select(e)
+        assert entry is not None
+        return entry

@@ -1,0 +1,195 @@
+"""The shipped configurations: complete, within what every GPU has, and a split that covers K and fills a GPU."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from bigq_kernels.block4 import configs
+from bigq_kernels.block4.configs import (
+    MAX_DP4A_K,
+    dp4a_config,
+    gluon_config,
+    mma_config,
+    row_blocks,
+    split_steps,
+    wgmma_config,
+)
+
+CPU = torch.device("cpu")
+MODEL_SHAPES = [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096), (28672, 8192), (128256, 4096), (5, 32)]
+
+
+def test_shape_classes():
+    shapes = [(2048, 8192), (8192, 4096), (4608, 4097), (8192, 4097), (16384, 4096), (16385, 4096), (8193, 4097)]
+    assert tuple(configs.shape_class(n, k) for n, k in shapes) == configs.SHAPES
+
+
+def test_every_gpu_has_every_row():
+    assert configs.HOPPER in configs.MMA
+    assert configs.HOPPER in configs.GLUON
+    for rows in configs.MMA.values():
+        assert tuple(rows) == configs.SHAPES
+        assert all(list(row) == [8, 16, 32, 64, 128] for row in rows.values())
+    assert all(list(rows) == [8, 16, 32] for rows in configs.GLUON.values())
+
+
+def test_gluon_tiles_fit_every_gpu():
+    """99 KiB of shared memory a program, which GPUs from 8.0 on give; 16 rows a warp; registers come in eights."""
+    for rows in configs.GLUON.values():
+        for block_m, (block_n, stages, warps, registers) in rows.items():
+            assert stages >= 2
+            assert stages * (block_n * 128 + block_m * 512) <= 99 * 1024
+            assert block_n % (16 * warps) == 0
+            assert registers is None or registers % 8 == 0
+
+
+@pytest.mark.parametrize("m", [3, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("n, k", MODEL_SHAPES)
+def test_gluon_config(n, k, m):
+    config = gluon_config(CPU, m, n, k)
+    assert config.block_m == {3: 8, 8: 8, 9: 16, 16: 16, 17: 32, 32: 32}[m]
+    steps = -(-k // 256)
+    assert (config.split - 1) * config.steps_per_split < steps <= config.split * config.steps_per_split
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("n, k", [*MODEL_SHAPES, (8192, 28672), (4100, 11008), (5000, 4128), (7, MAX_DP4A_K)])
+def test_dp4a_config(n, k, m):
+    config = dp4a_config(CPU, m, n, k)
+    covers = -(-k // (1024 * config.warps))
+    assert covers * m <= 4  # the tokens of more do not fit the registers
+    assert covers * config.block_n <= 8  # nor do the codes
+    threads = 32 * config.warps
+    assert threads * config.registers <= 65536
+    programs = -(-n // (config.block_n * config.blocks))
+    assert programs <= 132 * (65536 // (threads * config.registers))  # all at once
+
+
+def test_dp4a_has_rows_for_every_k():
+    assert configs.HOPPER in configs.DP4A
+    for rows in configs.DP4A.values():
+        assert list(rows) == [1, 2]
+        assert all({1, 2} <= set(by_covers) for by_covers in rows.values())
+
+
+@pytest.mark.parametrize(
+    "n, k, expected",
+    [
+        pytest.param(4096, 4096, 4, id="128-chunks"),
+        pytest.param(4096, 11008, 4, id="344-chunks-in-3-times-128"),
+        pytest.param(4096, 14336, 8, id="448-chunks-in-2-times-256"),
+        pytest.param(8192, 28672, 16, id="896-chunks-in-2-times-512"),
+        pytest.param(4096, 32, 1, id="one-chunk"),
+    ],
+)
+def test_dp4a_leaves_few_threads_idle(n, k, expected):
+    assert dp4a_config(CPU, 1, n, k).warps == expected
+
+
+@pytest.mark.parametrize(
+    "blocks, resident, expected",
+    [
+        pytest.param(3584, 5, 7, id="14336x4096"),  # 4 programs of 7 and a half; 5 of 6 and a half are more
+        pytest.param(1024, 5, 2, id="4096x4096"),
+        pytest.param(256, 5, 1, id="1024x4096"),
+        pytest.param(1, 8, 1, id="one"),
+        pytest.param(4096, 1, 32, id="one-resident"),
+    ],
+)
+def test_row_blocks(blocks, resident, expected):
+    assert row_blocks(blocks, 132, resident, 0.625) == expected
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 33, 64, 65, 128])
+@pytest.mark.parametrize("n, k", MODEL_SHAPES)
+def test_mma_config(n, k, m):
+    config = mma_config(CPU, m, n, k, groups=-(-k // 64))
+    assert config.block_m >= m
+    assert config.split == 1 or -(-k // 64) >= config.split * 8
+
+
+@pytest.mark.parametrize(
+    "tiles, steps, expected",
+    [
+        pytest.param(224, 16, (4, 4), id="14336x4096"),  # 7 programs of 4 steps; 2 of 16 and 4 of 8 are 32 steps
+        pytest.param(64, 16, (4, 4), id="4096x4096"),
+        pytest.param(64, 56, (4, 14), id="4096x14336"),
+        pytest.param(1, 1, (1, 1), id="one-step"),
+        pytest.param(1, 7, (4, 2), id="one-tile"),  # two steps at least
+        pytest.param(100000, 16, (1, 16), id="full-without"),
+    ],
+)
+def test_split(tiles, steps, expected):
+    assert split_steps(tiles, steps, 132, 0.25) == expected
+
+
+def test_no_split_is_better_by_the_rule():
+    for tiles, steps, multiprocessors in product((1, 7, 64, 131, 224, 448), (1, 2, 5, 16, 33), (20, 78, 132)):
+        split, per_split = split_steps(tiles, steps, multiprocessors, 0.25)
+        assert (split - 1) * per_split < steps <= split * per_split
+        programs = -(-tiles * split // multiprocessors)
+        for other in range(min(2, steps), steps + 1):
+            others = -(-tiles * -(-steps // other) // multiprocessors)
+            assert (programs < 2) <= (others < 2)
+            assert (programs < 2) < (others < 2) or programs * (per_split + 0.25) <= others * (other + 0.25)
+
+
+def test_wgmma_rows_are_tiles_that_hold_their_tokens():
+    for rows in configs.WGMMA.values():
+        assert tuple(rows) == configs.SHAPES
+        for row in rows.values():
+            for tokens, (block_m, block_n, split, warps, registers) in row.items():
+                assert tokens % block_m == 0
+                assert block_n == 16 * warps  # 64 rows a warp group
+                assert split == 1 or tokens <= 256
+                assert registers is None or registers % 8 == 0
+
+
+@pytest.mark.parametrize(
+    "m, block_m",
+    [
+        pytest.param(1, None, id="too-few"),
+        pytest.param(33, 64, id="one-tile"),
+        pytest.param(256, 256, id="whole-tile"),
+        pytest.param(257, 256, id="a-tile-and-a-token"),
+        pytest.param(513, None, id="too-many"),
+    ],
+)
+def test_wgmma_config(m, block_m):
+    config = wgmma_config(CPU, m, 14336, 4096)
+    assert (config and config.block_m) == block_m
+
+
+@pytest.mark.parametrize(
+    "m, n, block_m",
+    [
+        pytest.param(895, 8192, None, id="too-few-of-1024"),
+        pytest.param(896, 8192, 256, id="enough-of-1024"),
+        pytest.param(512, 4096, None, id="too-many-for-few-rows"),
+        pytest.param(512, 4100, 128, id="rows-of-8-bytes"),
+        pytest.param(513, 8190, 256, id="and-more-of-them"),
+        pytest.param(1025, 4100, None, id="cublas-even-so"),
+    ],
+)
+def test_wgmma_of_many_tokens(m, n, block_m):
+    config = wgmma_config(CPU, m, n, 8192)
+    assert (config and config.block_m) == block_m
+
+
+def test_wgmma_takes_whole_steps():
+    assert wgmma_config(CPU, 64, 14336, 4352) is not None
+    assert wgmma_config(CPU, 64, 14336, 4352 - 32) is None
+
+
+def test_wgmma_is_hoppers(monkeypatch):
+    monkeypatch.setattr(configs, "_gpu", lambda device: ((10, 0), 148))
+    assert wgmma_config(CPU, 64, 14336, 4096) is None
+
+
+def test_a_gpu_without_rows_takes_hoppers(monkeypatch):
+    shipped = gluon_config(CPU, 8, 4096, 4096)
+    monkeypatch.setattr(configs, "_gpu", lambda device: ((12, 0), 132))
+    gluon_config.cache_clear()
+    assert gluon_config(CPU, 8, 4096, 4096) == shipped
+    gluon_config.cache_clear()

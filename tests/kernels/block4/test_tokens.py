@@ -1,0 +1,41 @@
+"""tile_tokens: every pair of every token where linear_4bit_wgmma looks for it, and counts zeroed."""
+
+import pytest
+import torch
+
+from bigq_kernels.block4.tokens import tile_tokens
+
+
+def expected_tiles(x, block_m):
+    """[tiles, K / 64, block_m, 64] with rows past M zero, from the order of K that the kernel's docstring gives."""
+    m, k = x.shape
+    tiles = -(-m // block_m)
+    padded = x.new_zeros(tiles * block_m, k)
+    padded[:m] = x
+    order = torch.empty(32, dtype=torch.long)
+    for s in range(4):
+        for h in range(2):
+            for c in range(4):
+                order[8 * s + 4 * h + c] = 8 * c + 2 * s + h
+    pairs = padded.view(tiles, block_m, k // 64, 32, 2)[:, :, :, order]
+    return pairs.permute(0, 2, 1, 3, 4).reshape(tiles, k // 64, block_m, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "m, k, block_m, counts",
+    [
+        pytest.param(64, 256, 64, 0, id="whole-tile"),
+        pytest.param(67, 4352, 64, 5, id="partial-tile-and-program"),
+        pytest.param(1, 64, 16, 1, id="one-slice"),
+        pytest.param(3, 128, 32, 5000, id="more-counts-than-a-round-of-programs"),
+    ],
+)
+def test_tile_tokens(m, k, block_m, counts, dtype, device):
+    x = torch.randn(m, k, device=device).to(dtype)
+    count = torch.full((counts,), -1, dtype=torch.int32, device=device)
+    tiles = tile_tokens(x, block_m, count)
+    written = torch.arange(tiles.shape[0] * block_m, device=device).view(-1, 1, block_m, 1) < m
+    expected = expected_tiles(x.cpu(), block_m).to(device)
+    assert torch.equal(tiles.masked_fill(~written, 0.0), expected)
+    assert not count.any()

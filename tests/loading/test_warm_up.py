@@ -1,0 +1,66 @@
+"""WarmUp: nothing on a CPU, and on a GPU an error that surfaces."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from bigq import QuantizationConfig
+from bigq.formats import Block4
+from bigq.loading.warm_up import WarmUp
+from bigq.model.tree import ModelTensors
+
+
+@pytest.fixture
+def source():
+    return ModelTensors(torch.nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    "config, device", [(QuantizationConfig("nf4"), "cpu"), (None, "cuda")], ids=["on the CPU", "nothing to quantize"]
+)
+def test_nothing_to_warm_up(source, config, device):
+    before = threading.active_count()
+    warm_up = WarmUp(config, source, torch.device(device))
+    assert threading.active_count() == before
+    warm_up.wait()
+
+
+def test_an_error_is_raised_by_wait(source, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch, "zeros", broken)
+    warm_up = WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0"))
+    with pytest.raises(RuntimeError, match="no driver"):
+        warm_up.wait()
+
+
+def test_no_thread_is_left(source, monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: time.sleep(0.2))
+    before = threading.active_count()
+    with WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_what_it_runs_is_what_a_load_runs(source, monkeypatch):
+    launches, plain, zeros = [], Block4.quantize_rows, torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, dtype, device: zeros(*args, dtype=dtype))
+    monkeypatch.setattr(
+        Block4, "quantize_rows", lambda self, rows, **how: launches.append(rows) or plain(self, rows, **how)
+    )
+    WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")).wait()
+    assert [(rows.dtype, tuple(rows.shape)) for rows in launches] == [(torch.float32, (16, 4096))]
+
+
+@pytest.mark.gpu
+def test_it_quantizes_each_dtype_once(source, monkeypatch):
+    seen = []
+    plain = Block4.quantize_rows
+    monkeypatch.setattr(
+        Block4, "quantize_rows", lambda self, rows, **how: seen.append(rows) or plain(self, rows, **how)
+    )
+    WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")).wait()
+    assert [(weight.dtype, weight.device.type) for weight in seen] == [(torch.float32, "cuda")]

@@ -1,0 +1,494 @@
+"""Prefetcher and its hook: what is lent is right, whatever the order, the threads, the exceptions and the gradients."""
+
+import copy
+import gc
+import pickle
+import random
+import threading
+import time
+import weakref
+from concurrent.futures import wait
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from bigq import CheckpointError
+from bigq.formats import TensorSpec
+from bigq.offload import transfer
+from bigq.offload.attach import attach
+from bigq.offload.hooks import PlacementHook
+from bigq.offload.prefetch import Block, Prefetcher
+from bigq.offload.space import FileMap, OffloadSpace, is_file_backed
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+WIDTH = 16
+
+
+class Layer(nn.Module):
+    """A linear and a norm; keeps the addresses of what it was lent."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.seen = []
+
+    def forward(self, x, fail=False, then=None):
+        self.seen.append(self.up.weight.data_ptr())
+        if fail:
+            raise ValueError("on purpose")
+        x = x + torch.tanh(self.up(self.norm(x)))
+        return x if then is None else then(x)
+
+
+class Stack(nn.Module):
+    def __init__(self, count=5):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(count))
+
+    def forward(self, x, order=None, checkpointing=None):
+        for i in order if order is not None else range(len(self.layers)):
+            layer = self.layers[i]
+            x = layer(x) if checkpointing is None else checkpointed(layer, x, use_reentrant=checkpointing)
+        return x
+
+
+def offload(model, folder, device="cpu", place="disk", blocks=None, slots=2):
+    """Move the tensors of each of `blocks` to a file or to pinned memory and hook it; returns the Prefetcher."""
+    device = torch.device(device)
+    blocks = list(model.layers) if blocks is None else blocks
+    named = {f"{i}.{name}": p for i, block in enumerate(blocks) for name, p in block.named_parameters()}
+    specs = {name: TensorSpec(shape=tuple(p.shape), dtype=p.dtype) for name, p in named.items()}
+    space = OffloadSpace.in_file(folder, specs) if place == "disk" else OffloadSpace.pinned(specs)
+    prefetcher = Prefetcher(device, slots=slots)
+    for i, block in enumerate(blocks):
+        borrowed = [(owner, leaf) for owner in block.modules() for leaf in owner._parameters]
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(False)
+            parameter.data = space.empty(f"{i}.{name}").copy_(parameter.data)
+        lent = Block(borrowed, ahead=True)
+        prefetcher.add(lent)
+        attach(block, PlacementHook(device, block=lent, prefetcher=prefetcher))
+    return prefetcher
+
+
+@pytest.fixture(params=[*DEVICES, pytest.param("cuda-pinned", marks=pytest.mark.gpu)])
+def pair(request, tmp_path):
+    """(a model whose layers are offloaded, the same model resident, their device)."""
+    device, _, pinned = request.param.partition("-")
+    plain = Stack()
+    model = copy.deepcopy(plain)
+    offload(model, tmp_path, device, "cpu" if pinned else "disk")
+    plain.to(device).requires_grad_(False)
+    yield model, plain, device
+    assert all(t.device.type == "cpu" for t in model.state_dict().values()), "given back"
+    assert all(layer._hf_hook.block.calls == 0 for layer in model.layers)
+
+
+def prefetcher_of(model):
+    return model.layers[0]._hf_hook.prefetcher
+
+
+def input_on(device):
+    return torch.randn(3, WIDTH, device=device)
+
+
+def test_every_call_sees_its_own_weights(pair):
+    model, plain, device = pair
+    for _ in range(7):  # five blocks meet two slots in ten ways
+        x = input_on(device)
+        assert torch.equal(model(x), plain(x))
+
+
+def test_a_block_is_one_copy(pair):
+    model, _, device = pair
+    model(input_on(device))
+    assert [len(layer._hf_hook.block.layout.runs) for layer in model.layers] == [1] * 5
+
+
+def test_slots_are_two_blocks_large(pair):
+    model, _, device = pair
+    model(input_on(device))
+    slots = prefetcher_of(model)._slots
+    assert len(slots) == 2
+    assert {slot.buffer.nbytes for slot in slots} == {model.layers[0]._hf_hook.block.layout.nbytes}
+    for layer in model.layers:
+        assert len(layer.seen) == 1
+
+
+def test_a_block_is_lent_the_same_tensors_in_a_slot(pair):
+    model, _, device = pair
+    lent = []
+    for layer in model.layers:
+        layer.up.register_forward_pre_hook(lambda linear, args: lent.append(weakref.ref(linear.weight)))
+    passes = []
+    for _ in range(6):  # two slots and five blocks: the same again every second pass
+        model(input_on(device))
+        passes.append(lent.copy())
+        lent.clear()
+    assert len(passes[0]) == 5
+    assert passes[4] == passes[2], "dead references differ"
+    assert passes[5] == passes[3], "dead references differ"
+
+
+def test_each_block_is_copied_once_a_pass_and_ahead(pair, monkeypatch):
+    model, _, device = pair
+    copies = []
+    start = transfer.Transfer.start
+
+    def counted(self, layout, buffer, stream):
+        copies.append([layer._hf_hook.block.layout for layer in model.layers].index(layout))
+        return start(self, layout, buffer, stream)
+
+    model(input_on(device))
+    monkeypatch.setattr(transfer.Transfer, "start", counted)
+    model(input_on(device))
+    assert copies == [1, 2, 3, 4, 0], "block 0 was there from the last pass, and is there for the next"
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 9])
+def test_any_number_of_slots(tmp_path, slots):
+    plain = Stack()
+    model = copy.deepcopy(plain)
+    prefetcher = offload(model, tmp_path, slots=slots)
+    for _ in range(3):
+        x = input_on("cpu")
+        assert torch.equal(model(x), plain(x))
+    assert len(prefetcher._slots) == min(slots, 5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_order(pair, seed):
+    model, plain, device = pair
+    draw = random.Random(seed)
+    for _ in range(6):
+        order = [draw.randrange(5) for _ in range(draw.randint(1, 9))]
+        x = input_on(device)
+        assert torch.equal(model(x, order), plain(x, order)), order
+
+
+def test_the_order_that_runs_is_learnt(pair, monkeypatch):
+    model, _, device = pair
+    order = [4, 2, 0]
+    model(input_on(device), order)
+    model(input_on(device), order)
+    missed = []
+    idle = Prefetcher._lend
+
+    def lend(self, block):
+        missed.append(block.layout is None or self._held(block.layout) is None)
+        return idle(self, block)
+
+    monkeypatch.setattr(Prefetcher, "_lend", lend)
+    model(input_on(device), order)
+    assert missed == [False] * 3
+
+
+def test_blocks_that_call_blocks(pair):
+    model, plain, device = pair
+
+    def nested(stack, x):
+        first, second, third, *_ = stack.layers
+        return first(x, then=lambda y: second(y, then=lambda z: third(z, then=lambda u: first(second(u)))))
+
+    x = input_on(device)
+    for _ in range(3):
+        assert torch.equal(nested(model, x), nested(plain, x))
+        assert torch.equal(model(x), plain(x))
+
+
+def test_an_exception_gives_back_at_every_depth(pair):
+    model, plain, device = pair
+    first, second, *_ = model.layers
+    x = input_on(device)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="on purpose"):
+            first(x, then=lambda y: second(y, then=lambda z: first(z, fail=True)))
+        assert torch.equal(model(x), plain(x))
+
+
+def test_threads(pair):
+    model, plain, device = pair
+    inputs = [input_on(device) for _ in range(4)]
+    expected = [plain(x) for x in inputs]
+    wrong, barrier = [], threading.Barrier(4)
+
+    def work(i):
+        barrier.wait()
+        for _ in range(25):
+            if not torch.equal(model(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_slow_thread_keeps_what_it_was_lent(pair):
+    """Another thread enters and leaves the same block, and runs all the others, in the middle of a call."""
+    model, plain, device = pair
+    x = input_on(device)
+    in_the_middle, go_on = threading.Event(), threading.Event()
+
+    def wait(y):
+        in_the_middle.set()
+        go_on.wait()
+        return model.layers[0].up(y)
+
+    result = []
+    thread = threading.Thread(target=lambda: result.append(model.layers[0](x, then=wait)))
+    thread.start()
+    in_the_middle.wait()
+    for _ in range(2):
+        assert torch.equal(model(x), plain(x))
+    go_on.set()
+    thread.join()
+    assert torch.equal(result[0], plain.layers[0](x, then=plain.layers[0].up))
+
+
+def test_edits_are_seen(pair):
+    model, plain, device = pair
+    x = input_on(device)
+
+    def both(edit):
+        for stack in (model, plain):
+            with torch.no_grad():
+                edit(stack)
+        assert torch.equal(model(x), plain(x))
+
+    both(lambda stack: None)
+    for i in (0, 1, 4):  # block 0 lies in a slot already
+        both(lambda stack, i=i: stack.layers[i].up.weight.mul_(2))
+        both(lambda stack, i=i: setattr(stack.layers[i].up, "bias", nn.Parameter(torch.ones(WIDTH, device=device))))
+        both(lambda stack, i=i: setattr(stack.layers[i].up.weight, "data", stack.layers[i].up.weight.data.flip(0)))
+    state = {name: torch.full_like(tensor, 0.1, device="cpu") for name, tensor in plain.state_dict().items()}
+    both(lambda stack: stack.load_state_dict(state))
+    both(lambda stack: stack.load_state_dict({k: (v + 1).to(device) for k, v in state.items()}, assign=True))
+    for layer in model.layers:
+        layer.cpu()
+
+
+class TestGradients:
+    @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+    def test_backward_through_frozen_blocks(self, pair, checkpointing):
+        model, plain, device = pair
+        for _ in range(2):
+            x = input_on(device).requires_grad_()
+            y = x.detach().clone().requires_grad_()
+            model(x, checkpointing=checkpointing).square().sum().backward()
+            plain(y, checkpointing=checkpointing).square().sum().backward()
+            assert torch.equal(x.grad, y.grad)
+
+    def test_two_graphs_at_a_time_in_reverse(self, pair):
+        model, plain, device = pair
+        x, y = (input_on(device).requires_grad_() for _ in range(2))
+        outputs = [model(x).sum(), model(y).sum()]
+        got = [torch.autograd.grad(out, leaf)[0] for out, leaf in zip(outputs, (x, y), strict=True)]
+        assert torch.equal(got[0], torch.autograd.grad(plain(x).sum(), x)[0])
+        assert torch.equal(got[1], torch.autograd.grad(plain(y).sum(), y)[0])
+
+    def test_second_derivatives(self, pair):
+        model, plain, device = pair
+        x = input_on(device).requires_grad_()
+
+        def second(stack):
+            (first,) = torch.autograd.grad(stack(x).square().sum(), x, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), x)[0]
+
+        assert torch.equal(second(model), second(plain))
+
+    def test_an_adapter_inside_a_block_is_trained(self, pair):
+        model, plain, device = pair
+        for stack in (model, plain):
+            layer = stack.layers[2]
+            layer.adapter = nn.Linear(WIDTH, WIDTH).to(device)
+            nn.init.constant_(layer.adapter.weight, 0.1)
+            nn.init.zeros_(layer.adapter.bias)
+            layer.up.register_forward_hook(lambda m, args, out, layer=layer: out + layer.adapter(args[0]))
+        x = input_on(device)
+        for stack in (model, plain):
+            stack(x).square().sum().backward()
+        for name in ("weight", "bias"):
+            got, expected = (getattr(stack.layers[2].adapter, name).grad for stack in (model, plain))
+            assert torch.equal(got, expected)
+        model.layers[2].adapter.cpu()
+
+    def test_the_graph_keeps_no_weights(self, pair):
+        model, _, device = pair
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().data_ptr()) or t, id):
+            model(input_on(device).requires_grad_())
+        assert kept, "activations go to the hooks outside"
+        assert not {slot.buffer.data_ptr() for slot in prefetcher_of(model)._slots} & set(kept)
+
+    def test_graphs_are_freed(self, pair):
+        model, _, device = pair
+        x = input_on(device).requires_grad_()
+        outputs = []
+        model.layers[1].up.register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out)))
+        model(x)
+        gc.collect()
+        assert outputs[0]() is None
+
+    @pytest.mark.parametrize("edited", ["weight", "activation"])
+    def test_an_edit_between_forward_and_backward_is_an_error(self, pair, edited):
+        model, _, device = pair
+        between = []
+        model.layers[1].norm.register_forward_hook(lambda module, args, out: between.append(args[0]))
+        out = model(input_on(device).requires_grad_()).sum()
+        with torch.no_grad():
+            (model.layers[1].up.weight if edited == "weight" else between[0]).add_(1)
+        with pytest.raises(RuntimeError, match="modified in place"):
+            out.backward()
+
+
+class Returns(nn.Module):
+    """Blocks whose calls leave something of what they were lent behind."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, WIDTH), requires_grad=False)
+        self.how, self.kept = how, None
+
+    def forward(self, x):
+        if self.how == "views in the output":
+            return {"rows": (self.table[:2], self.table[:]), "x": x}
+        if self.how == "itself in the output":
+            return {"rows": (self.table[:2], self.table), "x": x}
+        self.kept = self.table[1:3] if self.how == "view in an attribute" else [self.table]
+        return {"rows": (self.table[:2].clone(), self.table.clone()), "x": x}
+
+
+@pytest.mark.parametrize(
+    "how", ["views in the output", "itself in the output", "view in an attribute", "itself in an attribute"]
+)
+def test_what_outlives_the_call_does_not_change(tmp_path, how):
+    model = nn.Module()
+    model.layers = nn.ModuleList(Returns(how) for _ in range(4))
+    tables = [layer.table.detach().clone() for layer in model.layers]
+    prefetcher = offload(model, tmp_path)
+    slots = []
+    for _ in range(3):
+        outputs = [layer(torch.ones(1)) for layer in model.layers]
+        for output, table, layer in zip(outputs, tables, model.layers, strict=True):
+            assert torch.equal(output["rows"][0], table[:2])
+            assert torch.equal(output["rows"][1], table)
+            if how == "view in an attribute":
+                assert torch.equal(layer.kept, table[1:3])
+            elif how == "itself in an attribute":
+                assert torch.equal(layer.kept[0], table)
+        slots.append(set(prefetcher._slots))
+    assert slots[1].isdisjoint(slots[2]), "what outlives a call takes the slot along"
+
+
+class TestCopies:
+    @pytest.mark.parametrize(
+        "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+    )
+    def test_they_run_on_their_own(self, pair, how):
+        model, plain, device = pair
+        x = input_on(device)
+        expected = plain(x)
+        model(x)
+        other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+        with torch.no_grad():
+            for p in other.parameters():
+                p.zero_()
+        assert torch.equal(other(x), x)
+        assert torch.equal(model(x), expected)
+        assert torch.equal(other(x), x)
+        if device == "cuda":
+            assert all(p.is_pinned() for p in other.parameters())
+
+    def test_a_saved_module_loads(self, pair, tmp_path):
+        model, plain, device = pair
+        torch.save(model, tmp_path / "model.pt")
+        x = input_on(device)
+        assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), plain(x))
+
+
+def test_a_file_cut_short_is_an_error_and_then_it_is_not(tmp_path, monkeypatch):
+    plain = Stack()
+    model = copy.deepcopy(plain)
+    offload(model, tmp_path)
+    x = input_on("cpu")
+    read = FileMap.read
+
+    def short(self, offset, into):
+        if offset >= 2 * model.layers[0]._hf_hook.block.layout.nbytes:
+            raise CheckpointError("cut short")
+        read(self, offset, into)
+
+    monkeypatch.setattr(FileMap, "read", short)
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match="cut short"):
+            model(x)
+        assert all(is_file_backed(p) for p in model.parameters())
+    monkeypatch.setattr(FileMap, "read", read)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_reads_are_made_while_the_block_before_runs(tmp_path, monkeypatch):
+    model = Stack(3)
+    prefetcher = offload(model, tmp_path)
+    model(input_on("cpu"))
+    for slot in prefetcher._slots:
+        wait(slot.reads)  # made ahead for the next pass; they are not the ones to watch
+    read, running, overlapped = FileMap.read, threading.Event(), []
+
+    def watched(self, offset, into):
+        overlapped.append(running.wait(5))
+        read(self, offset, into)
+
+    monkeypatch.setattr(FileMap, "read", watched)
+
+    def compute(module, args, out):
+        running.set()
+        while not overlapped:
+            time.sleep(0.001)
+
+    model.layers[0].up.register_forward_hook(compute)
+    model.layers[0](input_on("cpu"))
+    assert overlapped == [True]
+
+
+def test_inference_mode_leaves_nothing_behind(pair):
+    model, plain, device = pair
+    x = input_on(device)
+    with torch.inference_mode():
+        assert torch.equal(model(x), plain(x))
+    y = x.clone().requires_grad_()
+    model(y).sum().backward()
+    assert torch.equal(y.grad, torch.autograd.grad(plain(y).sum(), y)[0])
+
+
+def test_autocast(pair):
+    model, plain, device = pair
+    x = input_on(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        for _ in range(2):
+            assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.gpu
+def test_streams_are_in_order_whatever_the_host_does(tmp_path):
+    """Long kernels, short ones, and a host that dawdles at random: the copies must wait for what still reads a slot."""
+    plain = nn.Module()
+    plain.layers = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(6))
+    model = copy.deepcopy(plain)
+    offload(model, tmp_path, "cuda", "cpu")
+    plain.cuda()
+    draw = random.Random(0)
+    for _ in range(30):
+        x = y = torch.randn(draw.choice([1, 4096]), 2048, device="cuda")
+        for mine, theirs in zip(model.layers, plain.layers, strict=True):
+            if draw.random() < 0.3:
+                torch.cuda._sleep(draw.randrange(5_000_000))
+            if draw.random() < 0.3:
+                time.sleep(draw.random() * 0.003)
+            x, y = torch.tanh(mine(x)), torch.tanh(theirs(y))
+        assert torch.equal(x, y)

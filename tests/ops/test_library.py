@@ -1,0 +1,211 @@
+"""The ops: registered where we say, right under fake tensors and compilation, right gradients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from bigq import ops
+from bigq.ops import library, reference
+
+ROOT = Path(__file__).parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = sorted(library._SCHEMAS)
+
+
+def sample(name, dtype=torch.float32):
+    weight = torch.randn(6, 70, dtype=dtype, device=DEVICE)
+    packed, absmax = ops.quantize_4bit(weight, "nf4", 32)
+    codes, nested, offset = ops.quantize_absmax(absmax)
+    int8, scale = ops.quantize_int8(weight)
+    x = torch.randn(3, 70, dtype=dtype, device=DEVICE)
+    bias = torch.randn(6, device=DEVICE)
+    return {
+        "quantize_4bit": (weight, "nf4", 32),
+        "dequantize_4bit": (packed, absmax, "nf4", 32, 70, torch.float16),
+        "quantize_absmax": (absmax,),
+        "dequantize_absmax": (codes, nested, offset),
+        "linear_4bit": (x, packed, codes, bias, nested, offset, "nf4", 32),
+        "quantize_int8": (weight,),
+        "dequantize_int8": (int8, scale, torch.float16),
+        "linear_int8": (x, int8, scale, bias, 2.0),
+        "linear_4bit-whole": (x, packed, absmax, bias, None, None, "nf4", 32, 70),
+        "linear_4bit-fp4": (x, *ops.quantize_4bit(weight, "fp4", 64), None, None, None, "fp4", 64, None),
+    }[name]
+
+
+SCALES = {  # of each op that takes scales, where
+    "dequantize_4bit": (1,),
+    "quantize_absmax": (0,),
+    "dequantize_absmax": (1, 2),
+    "linear_4bit": (4, 5),
+    "linear_4bit-whole": (2,),
+    "linear_4bit-fp4": (2,),
+    "dequantize_int8": (1,),
+    "linear_int8": (2,),
+}
+
+
+def with_bits(name, arguments):
+    """The same arguments with the bits of the scales in their place."""
+    return tuple(v.view(torch.int32) if i in SCALES[name] else v for i, v in enumerate(arguments))
+
+
+def assert_same(actual, expected):
+    pairs = zip(actual, expected, strict=True) if isinstance(expected, (tuple, list)) else [(actual, expected)]
+    for a, e in pairs:
+        assert a.dtype == e.dtype
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_op_has_both_devices(name):
+    for key in ("CPU", "CUDA", "Meta"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bigq::{name}", key) or key == "Meta"
+    assert callable(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")  # opcheck's own
+def test_opcheck(name):
+    opcheck(getattr(torch.ops.bigq, name).default, sample(name))
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.filterwarnings("ignore")  # opcheck's own
+def test_opcheck_of_the_bits_of_scales(name):
+    arguments = with_bits(name, sample(name))
+    if name.startswith("linear"):
+        arguments[0].requires_grad_()
+    opcheck(getattr(torch.ops.bigq, name.split("-")[0]).default, arguments)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_the_bits_of_scales_give_the_same_as_their_floats(name):
+    op, arguments = getattr(ops, name.split("-")[0]), sample(name)
+    assert_same(op(*with_bits(name, arguments)), op(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in SCALES if name.startswith("linear")])
+def test_gradients_from_the_bits_of_scales_are_those_from_their_floats(name, dtype):
+    op, gradients = getattr(ops, name.split("-")[0]), []
+    original = sample(name, dtype)
+    for arguments in (original, with_bits(name, original)):
+        x = arguments[0].detach().clone().requires_grad_()
+        out = op(x, *arguments[1:])
+        (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0].abs().sum() > 0
+    assert_same(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", [name for name in SCALES if name.startswith("linear")])
+def test_compiled_code_takes_the_bits_of_scales(name, dynamic):
+    op, arguments = getattr(ops, name.split("-")[0]), sample(name)
+    bits = with_bits(name, arguments)[1:]
+    torch._dynamo.reset()  # else what earlier cases compiled counts
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    def compiled(x):
+        return op(x * 2, *bits)
+
+    for tokens in (2, 5, 7):
+        x = torch.randn(tokens, 70, device=DEVICE, requires_grad=True)
+        out = compiled(x)
+        expected = op(x * 2, *arguments[1:])
+        assert_same(out, expected)
+        assert_same(torch.autograd.grad(out.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_fakes_of_the_bits_of_scales_look_like_the_result(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    op, arguments = getattr(ops, name.split("-")[0]), with_bits(name, sample(name))
+    result = op(*arguments)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments))
+    pairs = zip(fake, result, strict=True) if isinstance(result, (tuple, list)) else [(fake, result)]
+    for a, e in pairs:
+        assert (a.shape, a.dtype, a.device) == (e.shape, e.dtype, e.device)
+
+
+def test_in_features_may_be_left_out_and_is_held_to():
+    arguments = sample("linear_4bit")
+    assert torch.equal(ops.linear_4bit(*arguments, 70), ops.linear_4bit(*arguments))
+    assert torch.equal(ops.linear_4bit(*arguments, in_features=70), ops.linear_4bit(*arguments))
+    with pytest.raises(RuntimeError, match=r"x is \[3, 70\]; expected \[\.\.\., 69\]"):
+        ops.linear_4bit(*arguments, 69)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_are_not_changed(name):
+    arguments = sample(name)
+    before = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+    getattr(ops, name)(*arguments)
+    for value, copy in zip(arguments, before, strict=True):
+        assert torch.equal(value, copy) if isinstance(value, torch.Tensor) else value == copy
+
+
+@pytest.mark.parametrize("name", ["linear_4bit", "linear_int8"])
+def test_gradients_are_those_of_the_dequantized_weight(name):
+    arguments = list(sample(name))
+    x, bias = arguments[0].requires_grad_(), arguments[3].requires_grad_()
+    getattr(ops, name)(*arguments).square().sum().backward()
+    with torch.no_grad():
+        out = getattr(ops, name)(*arguments)
+        if name == "linear_4bit":
+            absmax = ops.dequantize_absmax(arguments[2], arguments[4], arguments[5])
+            dense = ops.dequantize_4bit(arguments[1], absmax, "nf4", 32, 70, torch.float32)
+        else:
+            dense = ops.dequantize_int8(arguments[1], arguments[2], torch.float32)
+    torch.testing.assert_close(x.grad, 2 * out @ dense)
+    torch.testing.assert_close(bias.grad, 2 * out.sum(dim=0))
+
+
+def test_gradient_in_higher_rank_and_half_precision():
+    x, packed, codes, bias, nested, offset, *rest = sample("linear_4bit")
+    x = x[None].bfloat16().requires_grad_()
+    bias = bias.requires_grad_()
+    ops.linear_4bit(x, packed, codes, bias, nested, offset, *rest).sum().backward()
+    assert (x.grad.shape, x.grad.dtype) == (x.shape, torch.bfloat16)
+    assert bias.grad.tolist() == [3.0] * 6
+
+
+@pytest.mark.parametrize("name", ["linear_4bit", "linear_int8"])
+def test_a_wrong_depth_is_refused_under_compilation(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        arguments = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in sample(name)]
+        arguments[0] = arguments[0][:, :40]
+        with pytest.raises(RuntimeError, match="differ in in_features"):
+            getattr(ops, name)(*arguments)
+
+
+def test_tables_are_real_inside_a_meta_context():
+    reference._tables.cache_clear()
+    reference.nested_code.cache_clear()
+    with torch.device("meta"):
+        packed, _ = ops.quantize_4bit(torch.randn(1, 64, device="cpu"), "fp4", 64)
+        reference.nested_code(torch.device("cpu"))
+    assert packed.device.type == reference.nested_code(torch.device("cpu")).device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_the_one_switch_runs_the_reference_on_cuda():
+    code = (
+        "import sys, torch; from bigq import ops;"
+        "w = torch.randn(4, 64, device='cuda'); p, a = ops.quantize_4bit(w, 'nf4', 64);"
+        "assert p.is_cuda and 'bigq_kernels' not in sys.modules"
+    )
+    path = f"{ROOT}:{ROOT / 'triton_kernels'}:{os.environ.get('PYTHONPATH', '')}"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "BIGQ_REFERENCE": "1", "PYTHONPATH": path}
+    )

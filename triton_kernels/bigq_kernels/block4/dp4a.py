@@ -1,0 +1,191 @@
+"""One or two tokens times a 4-bit weight, by byte dot products: the kernel behind `linear_4bit` that is bound by bytes.
+
+A thread takes the same columns of all rows of its program, a chunk of 32 or up to three. So each program splits the
+tokens itself, once, and keeps them in registers: one launch, no workspace. `dot_bytes.py` has the arithmetic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bigq_kernels.block4.absmax import load_absmax
+from bigq_kernels.block4.configs import Dp4aConfig, dp4a_config
+from bigq_kernels.block4.dot_bytes import BYTE_TABLES, dot_codes, split_token
+from bigq_kernels.launch import launch
+from bigq_kernels.tiles import ceil_div, device_features
+
+__all__ = ["linear_4bit_dp4a"]
+
+MAX_EARLY_NBYTES = 64 << 20  # H100, early or not: 5.6 and 6.6 us at 4096 x 4096, but 69 and 61 at 8192 x 28672
+CHUNK = tl.constexpr(32)  # elements of K in one 16-byte load of codes; they share one scale of the token
+
+
+@triton.jit
+def _load_token(x_ptr, chunk, mask):
+    """[C, 4, 8] elements of some chunks, each chunk in one thread."""
+    x_ptrs = x_ptr + chunk[:, None] * CHUNK + tl.arange(0, 8)[None, :]
+    x0 = tl.load(x_ptrs, mask=mask[:, None], other=0.0)
+    x1 = tl.load(x_ptrs + 8, mask=mask[:, None], other=0.0)
+    x2 = tl.load(x_ptrs + 16, mask=mask[:, None], other=0.0)
+    x3 = tl.load(x_ptrs + 24, mask=mask[:, None], other=0.0)
+    x = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    return tl.permute(tl.reshape(x, (chunk.shape[0], 8, 4)), (0, 2, 1))
+
+
+@triton.jit
+def _load_rows(
+    pointers,
+    first,
+    N,
+    CHUNKS,
+    B,
+    BLOCK_SIZE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COVERS: tl.constexpr,
+):
+    """Of BLOCK_N rows, for each cover: words int32 [BLOCK_N, BLOCK_C, 4], then absmax [BLOCK_N, BLOCK_C]."""
+    weight_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr = pointers
+    words, absmax = tl.tuple([]), tl.tuple([])
+    row = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
+    weight_ptr += first.to(tl.int64) * (CHUNKS * 4)
+    for c in tl.static_range(COVERS):
+        # The shapes of these loads leave Triton one way to lay them out: lanes along a row, all rows in each thread.
+        column = c * (4 * BLOCK_C) + tl.arange(0, 4 * BLOCK_C)
+        in_k = None if EVEN_K else (column < CHUNKS * 4)[None, :]
+        offsets = row[:, None] * (CHUNKS * 4) + column[None, :]
+        word = tl.load(weight_ptr + offsets, mask=in_k, eviction_policy="evict_first")
+        words += (tl.reshape(word, (BLOCK_N, BLOCK_C, 4)),)
+        place = tl.arange(0, BLOCK_N * BLOCK_C)
+        chunk = tl.minimum(c * BLOCK_C + place % BLOCK_C, CHUNKS - 1)
+        index = tl.minimum(place // BLOCK_C, N - 1) * B + chunk * CHUNK // BLOCK_SIZE
+        scale = load_absmax(absmax_ptr, first.to(tl.int64) * B, index, nested_ptr, offset_ptr, code_ptr)
+        absmax += (tl.reshape(scale, (BLOCK_N, BLOCK_C)),)
+    return words, absmax
+
+
+@triton.jit(do_not_specialize=["BLOCKS"])
+def _linear_4bit_dp4a_kernel(
+    x_ptr,  # [M, K]
+    weight_ptr,  # [N, CHUNKS, 4] int32: 8 codes each
+    absmax_ptr,  # [N, B] float32, or uint8 if nested
+    bias_ptr,  # [N] or None
+    nested_ptr,  # see load_absmax
+    offset_ptr,
+    code_ptr,
+    out_ptr,  # [M, N]
+    N,
+    CHUNKS,
+    B,
+    BLOCKS,  # of rows that a program takes
+    table0,  # BYTE_TABLES: eight arguments, since the interpreter takes no tuple
+    table1,
+    table2,
+    table3,
+    table4,
+    table5,
+    table6,
+    table7,
+    QUANT_TYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_C times COVERS is all of K, and no more: no masks
+    USE_ASM: tl.constexpr,
+    PDL: tl.constexpr,
+    EARLY: tl.constexpr,  # the kernel after may start meanwhile
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # a chunk a thread
+    COVERS: tl.constexpr,  # chunks that a thread takes of each row
+):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    tables = (table0, table1, table2, table3, table4, table5, table6, table7)
+    # The last blocks start early enough to be whole. A row that is computed twice gets the same bits.
+    last = tl.maximum(N - BLOCK_N, 0)
+    row = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
+    first = tl.minimum(tl.program_id(0) * (BLOCKS * BLOCK_N), last)
+    pointers = (weight_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr)
+    words, absmax = _load_rows(pointers, first, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # the first codes are on their way while another kernel makes x
+    planes, scales, excesses = tl.tuple([]), tl.tuple([]), tl.tuple([])
+    for c in tl.static_range(COVERS):
+        chunk = c * BLOCK_C + tl.arange(0, BLOCK_C)
+        for m in tl.static_range(M):
+            x = _load_token(x_ptr + m * CHUNKS * CHUNK, chunk, chunk < CHUNKS)
+            plane, scale, excess = split_token(x, USE_ASM)
+            planes += plane
+            scales += (scale,)
+            excesses += (excess,)
+
+    for block in range(BLOCKS):
+        after = tl.minimum(first + BLOCK_N, last)
+        next_words, next_absmax = words, absmax
+        if block + 1 < BLOCKS:
+            next_words, next_absmax = _load_rows(
+                pointers, after, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS
+            )
+        total = tl.zeros((BLOCK_N, BLOCK_C, M), tl.float32)
+        for c in tl.static_range(COVERS):
+            dots = dot_codes(words[c], tables, planes[4 * M * c : 4 * M * (c + 1)], QUANT_TYPE, USE_ASM, M)
+            products = tl.tuple([])
+            for m in tl.static_range(M):
+                dot = tl.sum(dots[m], axis=2) - excesses[M * c + m]
+                products += (dot.to(tl.float32) * (absmax[c] * scales[M * c + m]),)
+            total += products[0][:, :, None] if M == 1 else tl.join(products[0], products[1])
+        out = tl.sum(total, axis=1)
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + first + row).to(tl.float32)[:, None]
+        out_ptrs = out_ptr + tl.arange(0, M)[None, :] * N + (first + row)[:, None]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty))
+        words, absmax = next_words, next_absmax
+        first = after
+
+
+def linear_4bit_dp4a(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
+    out: Tensor,
+    quant_type: str,
+    block_size: int,
+    config: Dp4aConfig | None = None,
+) -> None:
+    """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
+
+    M <= 2, K % 32 == 0 and K <= MAX_DP4A_K.
+    """
+    m, k = x.shape
+    n, chunks = weight.shape[0], k // CHUNK.value
+    config = config or dp4a_config(x.device, m, n, k)
+    asm, pdl = device_features(x.device)
+    launch(
+        _linear_4bit_dp4a_kernel,
+        (ceil_div(n, config.block_n * config.blocks),),
+        x,
+        weight.view(torch.int32),
+        absmax,
+        bias,
+        *nested,
+        out,
+        n,
+        chunks,
+        absmax.shape[1],
+        config.blocks,
+        *BYTE_TABLES[quant_type],
+        QUANT_TYPE=quant_type,
+        BLOCK_SIZE=block_size,
+        EVEN_K=chunks % (32 * config.warps) == 0,
+        USE_ASM=asm,
+        PDL=pdl,
+        EARLY=pdl and weight.nbytes <= MAX_EARLY_NBYTES,
+        M=m,
+        BLOCK_N=config.block_n,
+        BLOCK_C=32 * config.warps,
+        COVERS=ceil_div(chunks, 32 * config.warps),
+        options={"num_warps": config.warps, "num_stages": 1, "maxnreg": config.registers, "launch_pdl": pdl},
+    )

@@ -1,0 +1,1 @@
+"""Kernels in Gluon, which says where every byte lies and what runs beside what; each has a Triton twin."""

@@ -1,0 +1,258 @@
+"""Dozens to hundreds of tokens times a 4-bit weight by Hopper's wgmma, with weights decoded into registers, in Gluon.
+
+- The weight is the operand that comes from registers, 64 rows a warp group, and the tokens the one in shared memory, in
+  an order of K (`tile_tokens`) for which a lane reads 8 bytes of codes at once.
+- While the tensor cores multiply a slice of 64 elements of K, the warps decode the next one: two slices of weights are
+  in registers. Triton's own pipeline does not overlap the two.
+- absmax is multiplied in after decoding, in 16 bits and with what 16 bits miss of it: scaling sums instead would take a
+  second set of sums, for which 128 tokens and more leave no registers.
+- K is split over programs where tiles are too few; the last to finish a tile adds the partial sums in their order.
+
+For what Gluon promises, and where this kernel is taken, see `linear_4bit`; values are tested on a GPU only.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_wait
+
+from bigq_kernels.block4.configs import WgmmaConfig
+from bigq_kernels.block4.gluon.operands import code_layout, code_tables, decode_scaled
+from bigq_kernels.block4.gluon.scales import (
+    add_splits,
+    barrier,
+    load_scales,
+    quarters,
+    scale_index,
+    scale_layout,
+    scales_of,
+    split_workspace,
+)
+from bigq_kernels.block4.tokens import tile_tokens
+from bigq_kernels.launch import launch
+from bigq_kernels.tiles import ceil_div
+
+__all__ = ["linear_4bit_wgmma"]
+
+STEP_BYTES = gl.constexpr(128)  # of a row in one stage of weights: 256 elements of K, four slices of 64
+W_STAGES = gl.constexpr(3)
+
+
+@gluon.jit
+def _copy_weights(step, w_smem, absmax_smem, w_ptrs, absmax_ptr, row, part, B, nested_ptr, BLOCK_SIZE: gl.constexpr):
+    """Start the copies of one step: STEP_BYTES of every row, and its four scales if these are plain."""
+    stage = step % W_STAGES
+    async_copy.async_copy_global_to_shared(
+        w_smem.index(stage), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first"
+    )
+    if nested_ptr is None:
+        index = scale_index(row * B, step, part, B, BLOCK_SIZE, True)
+        async_copy.async_copy_global_to_shared(absmax_smem.index(stage), absmax_ptr + index)
+
+
+@gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
+def _linear_4bit_wgmma_kernel(
+    x_ptr,  # [cdiv(M, BLOCK_M), K / 64, BLOCK_M, 64] of `tile_tokens`, the kernel before
+    weight_ptr,  # [N, PAIRS] uint8: element 2i in the high nibble
+    absmax_ptr,  # [N, B] float32, or uint8 if nested
+    bias_ptr,  # [N] or None
+    nested_ptr,  # see load_scales
+    offset_ptr,
+    code_ptr,
+    partial_ptr,  # [tiles, SPLIT, BLOCK_N, BLOCK_M] float32
+    count_ptr,  # [tiles] int32, zero once the kernel before has ended: how many programs have finished the tile
+    out_ptr,  # [M, N]
+    M,
+    N,
+    PAIRS,
+    B,
+    steps_per_split,
+    t0,
+    t1,
+    t2,
+    t3,
+    t4,
+    t5,
+    t6,
+    t7,
+    QUANT_TYPE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    SPLIT: gl.constexpr,
+):
+    WARPS: gl.constexpr = gl.num_warps()
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    W_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    CODES: gl.constexpr = code_layout(BLOCK_N, WARPS)
+    SCALES: gl.constexpr = scale_layout(BLOCK_N, WARPS)
+    W_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    ABSMAX_COPY: gl.constexpr = (  # 16 bytes a copy; nested ones come through registers, each by one thread
+        gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+        if nested_ptr is None
+        else gl.BlockedLayout([1, 2], [16, 2], [WARPS, 1], [1, 0])
+    )
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
+    w_smem = gl.allocate_shared_memory(
+        gl.uint8, [W_STAGES, BLOCK_N, STEP_BYTES], gl.SwizzledSharedLayout(32, 1, 4, order=[1, 0])
+    )
+    absmax_smem = gl.allocate_shared_memory(
+        gl.float32, [W_STAGES, BLOCK_N, 4], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    )
+    # Four stages of tokens, each a buffer of its own: of one buffer, each copy would wait for the reads of all stages.
+    X_STAGE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    x_smem = (
+        gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
+        gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
+        gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
+        gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
+    )
+
+    m_tiles = gl.cdiv(M, BLOCK_M)  # programs of one tile of the weight follow each other, so it is read once
+    tile = gl.program_id(0)
+    m_tile = (tile % m_tiles).to(gl.int64)
+    first_m = m_tile * BLOCK_M
+    first_n = tile // m_tiles * BLOCK_N
+    first_row = first_n.to(gl.int64)
+    split = gl.program_id(1)
+    last_row = N - 1 - first_n  # rows past N read the last row; their result is not stored
+    row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
+    byte = gl.arange(0, STEP_BYTES, gl.SliceLayout(0, W_COPY))[None, :]
+    w_ptrs = weight_ptr + first_row * PAIRS + (row * PAIRS + byte)
+    token = gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_COPY))[:, None]
+    column = gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :]
+    x_ptrs = x_ptr + m_tile * (PAIRS * 2).to(gl.int64) * BLOCK_M + (token * 64 + column)
+    SLICE: gl.constexpr = BLOCK_M * 64
+    first_block = first_row * B
+    absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, ABSMAX_COPY)), last_row)[:, None]
+    part = gl.arange(0, 4, gl.SliceLayout(0, ABSMAX_COPY))[None, :]
+
+    start = split * steps_per_split
+    stop = gl.minimum(start + steps_per_split, PAIRS // STEP_BYTES)
+    gl.assume(start < stop)  # or a way past the loop sets the sums, for which ptxas serializes all products
+    for i in gl.static_range(2):
+        if start + i < stop:
+            _copy_weights(
+                start + i, w_smem, absmax_smem, w_ptrs, absmax_ptr + first_block, absmax_row, part, B, nested_ptr,
+                BLOCK_SIZE,
+            )  # fmt: skip
+        async_copy.commit_group()
+    if nested_ptr is not None:
+        value, nested = load_scales(absmax_ptr, first_block, absmax_row, start, part, B, nested_ptr, BLOCK_SIZE, True)
+        for i in gl.static_range(2):  # the next ones are on their way while these are looked up
+            value_before, nested_before = value, nested
+            value, nested = load_scales(
+                absmax_ptr, first_block, absmax_row, gl.minimum(start + i + 1, stop - 1), part, B, nested_ptr,
+                BLOCK_SIZE, True,
+            )  # fmt: skip
+            scales = scales_of(value_before, nested_before, nested_ptr, offset_ptr, code_ptr)
+            absmax_smem.index((start + i) % W_STAGES).store(scales)
+    gdc_wait()  # for the tokens, and the counts
+    for i in gl.static_range(2):
+        async_copy.async_copy_global_to_shared(x_smem[i], x_ptrs + (start * 4 + i) * SLICE)
+        async_copy.commit_group()
+        async_copy.commit_group()  # as in the loop
+    total = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, MMA)
+    w_before = gl.full([BLOCK_N, 64], 0.0, DTYPE, W_OPERAND)
+    for step in range(start, stop):
+        for i in gl.static_range(4):
+            # Triton's own pipelines do not fence copies for wgmma either. A fence waits for all copies in flight, which
+            # would be the longest part of a slice.
+            async_copy.wait_group(3)  # two groups a slice: its tokens, and weights
+            barrier()  # the slice has landed for all, and nobody reads the stages that are filled next
+            ahead = step * 4 + i + 2
+            if ahead < stop * 4:
+                async_copy.async_copy_global_to_shared(x_smem[(i + 2) % 4], x_ptrs + ahead * SLICE)
+            async_copy.commit_group()
+            if i == 0 and step + 2 < stop:
+                _copy_weights(
+                    step + 2, w_smem, absmax_smem, w_ptrs, absmax_ptr + first_block, absmax_row, part, B, nested_ptr,
+                    BLOCK_SIZE,
+                )  # fmt: skip
+            async_copy.commit_group()
+            if i == 0:
+                words = quarters(w_smem.index(step % W_STAGES).load(CODES))
+                absmax = quarters(absmax_smem.index(step % W_STAGES).load(SCALES))
+            if i == 3 and nested_ptr is not None:
+                scales = scales_of(value, nested, nested_ptr, offset_ptr, code_ptr)
+                absmax_smem.index((step + 2) % W_STAGES).store(scales)
+                value, nested = load_scales(
+                    absmax_ptr, first_block, absmax_row, gl.minimum(step + 3, stop - 1), part, B, nested_ptr,
+                    BLOCK_SIZE, True,
+                )  # fmt: skip
+            w = decode_scaled(words[i], absmax[i], t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
+            total = warpgroup_mma(w, x_smem[i].permute((1, 0)), total, is_async=True)
+            total, _ = warpgroup_mma_wait(1, deps=[total, w_before])  # the product before, which read w_before
+            w_before = w
+    total = warpgroup_mma_wait(0, deps=[total])
+
+    is_last = True
+    if SPLIT > 1:
+        tile_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))[None, :]
+        tile_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))[:, None]
+        in_tile = (first_m + tile_m < M) & (tile_n >= 0)
+        partial_ptrs = partial_ptr + tile.to(gl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + (tile_m + tile_n * BLOCK_M)
+        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_tile, SPLIT)
+    if is_last:
+        if bias_ptr is not None:
+            bias_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+            bias = gl.load(bias_ptr + first_row + bias_n, mask=bias_n <= last_row, other=0.0)
+            total += bias.to(gl.float32)[:, None]
+        out = gl.convert_layout(total.to(DTYPE), OUT)  # 16 bytes of an output row a store
+        m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
+        n = (first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT)))[:, None]
+        gl.store(out_ptr + first_m * N + (m.to(gl.int64) * N + n), out, mask=(first_m + m < M) & (n < N))
+
+
+def linear_4bit_wgmma(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
+    out: Tensor,
+    quant_type: str,
+    block_size: int,
+    config: WgmmaConfig,
+) -> None:
+    """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
+
+    K % 256 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M.
+    """
+    m, _ = x.shape
+    n, pairs = weight.shape
+    tiles = ceil_div(n, config.block_n) * ceil_div(m, config.block_m)
+    steps = pairs // STEP_BYTES.value
+    steps_per_split = ceil_div(steps, config.split)
+    split = ceil_div(steps, steps_per_split)
+    partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
+    launch(
+        _linear_4bit_wgmma_kernel,
+        (tiles, split),
+        tile_tokens(x, config.block_m, count),
+        weight,
+        absmax,
+        bias,
+        *nested,
+        partial,
+        count,
+        out,
+        m,
+        n,
+        pairs,
+        absmax.shape[1],
+        steps_per_split,
+        *code_tables(quant_type, x.dtype),
+        QUANT_TYPE=quant_type,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        SPLIT=split,
+        options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": True},
+    )

@@ -1,0 +1,193 @@
+"""A few dozen tokens times a 4-bit weight on the tensor cores, decoded in registers: a kernel behind `linear_4bit`.
+
+- Swapped operands: the weight is the 64-row side of the MMA, the tokens its narrow side, so few tokens waste little.
+- Codes are looked up with PRMT straight into the operand's registers, and absmax scales the float32 sum of a block.
+- High nibbles are the even elements of K, low nibbles the odd ones: two products, so the tokens are split once before.
+- K is split over programs to fill the GPU. The program that finishes a tile last adds the partial sums in their order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bigq_kernels.block4.absmax import load_absmax
+from bigq_kernels.block4.configs import MmaConfig, mma_config
+from bigq_kernels.launch import launch
+from bigq_kernels.tiles import ceil_div, decode_pair, device_features
+
+__all__ = ["linear_4bit_mma"]
+
+
+@triton.jit
+def _split_pairs_kernel(
+    x_ptr,  # [M, PAIRS] int32: two elements each
+    even_odd_ptr,  # [M, 2, PAIRS] int16
+    count_ptr,  # [tiles] int32: zeroed, for the kernel that follows
+    numel,
+    PAIRS,
+    tiles,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < numel
+    x = tl.load(x_ptr + index, mask=mask, other=0)
+    out = even_odd_ptr + index + index // PAIRS * PAIRS
+    tl.store(out, x.to(tl.int16), mask=mask)
+    tl.store(out + PAIRS, (x >> 16).to(tl.int16), mask=mask)
+    tl.store(count_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < tiles)
+
+
+@triton.jit(do_not_specialize=["M"])  # a new number of tokens compiles nothing
+def _linear_4bit_mma_kernel(
+    x_ptr,  # [M, 2, PAIRS]: the even, then the odd elements of a row
+    weight_ptr,  # [N, PAIRS] uint8: element 2i in the high nibble
+    absmax_ptr,  # [N, B] float32, or uint8 if nested
+    bias_ptr,  # [N] or None
+    nested_ptr,  # see load_absmax
+    offset_ptr,
+    code_ptr,
+    partial_ptr,  # [tiles, SPLIT, BLOCK_M, BLOCK_N] float32
+    count_ptr,  # [tiles] int32, zero: how many programs have finished the tile
+    out_ptr,  # [M, N]
+    M,
+    N,
+    PAIRS,
+    B,
+    groups_per_split,
+    QUANT_TYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K divides into whole steps: no masks in the loop
+    USE_PRMT: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    GROUP: tl.constexpr = min(BLOCK_SIZE, 64)  # elements of K in one dot; they share one absmax
+    HALF: tl.constexpr = GROUP // 2
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    tile = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    first_row = tile * BLOCK_N
+    # Rows past N read the last row instead of taking a mask; their result is not stored.
+    row = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_row).to(tl.int32))
+    token = tl.arange(0, BLOCK_M)
+    pair = tl.arange(0, HALF)[None, :]
+    weight_ptrs = weight_ptr + first_row * PAIRS + (row[:, None] * PAIRS + pair)
+    x_ptrs = x_ptr + token[:, None] * (2 * PAIRS) + pair
+    in_m = (token < M)[:, None]
+
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    first_group = split * groups_per_split
+    for start in range(first_group, min(first_group + groups_per_split, tl.cdiv(PAIRS, HALF)), UNROLL):
+        for step in tl.static_range(UNROLL):
+            group = start + step
+            in_x = in_m
+            if EVEN_K:
+                packed = tl.load(weight_ptrs + group * HALF, eviction_policy="evict_first")
+            else:
+                in_k = group * HALF + pair < PAIRS
+                in_x = in_m & in_k
+                packed = tl.load(weight_ptrs + group * HALF, mask=in_k, other=0, eviction_policy="evict_first")
+            x_even = tl.load(x_ptrs + group * HALF, mask=in_x, other=0)
+            x_odd = tl.load(x_ptrs + PAIRS + group * HALF, mask=in_x, other=0)
+            block = row * B + min(group * GROUP // BLOCK_SIZE, B - 1)
+            absmax = load_absmax(absmax_ptr, first_row * B, block, nested_ptr, offset_ptr, code_ptr)
+            high, low = decode_pair(packed, QUANT_TYPE, DTYPE, USE_PRMT)
+            product = tl.dot(high, x_even.T)
+            product = tl.dot(low, x_odd.T, product)
+            total += product * absmax[:, None]  # after the dot: once a block, and the decoded codes stay exact
+
+    in_m = (token < M)[None, :]  # transposed: the tokens are columns of the tile
+    partial_ptrs = partial_ptr + tile * (SPLIT * BLOCK_M * BLOCK_N)
+    partial_ptrs += token[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    last = 0
+    if SPLIT > 1:
+        tl.store(partial_ptrs + split * (BLOCK_M * BLOCK_N), total, mask=in_m)
+        tl.debug_barrier()  # the whole program has stored, then one thread publishes it
+        last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu")
+    if last == SPLIT - 1:
+        if SPLIT > 1:
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for i in tl.static_range(SPLIT):
+                # .cg reads L2: another program wrote this after our L1 may have cached it.
+                total += tl.load(partial_ptrs + i * (BLOCK_M * BLOCK_N), mask=in_m, other=0.0, cache_modifier=".cg")
+        n = first_row + tl.arange(0, BLOCK_N)
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + token.to(tl.int64)[None, :] * N + n[:, None], total.to(DTYPE), mask=in_m & (n < N)[:, None])
+
+
+def linear_4bit_mma(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
+    out: Tensor,
+    quant_type: str,
+    block_size: int,
+    config: MmaConfig | None = None,
+) -> None:
+    """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; M <= 128 and K % 32 == 0."""
+    m, k = x.shape
+    n, pairs = weight.shape
+    group = min(block_size, 64)
+    groups = ceil_div(k, group)
+    config = config or mma_config(x.device, m, n, k, groups)
+    split = config.split
+    groups_per_split = ceil_div(ceil_div(groups, split), config.unroll) * config.unroll
+    tiles = ceil_div(n, config.block_n)
+    prmt, pdl = device_features(x.device)
+    even_odd = torch.empty(m, 2, pairs, dtype=x.dtype, device=x.device)
+    count = torch.empty(tiles, dtype=torch.int32, device=x.device)
+    numel = tiles * split * config.block_m * config.block_n if split > 1 else 0
+    partial = torch.empty(numel, dtype=torch.float32, device=x.device)
+    launch(
+        _split_pairs_kernel,
+        (ceil_div(max(m * pairs, tiles), 512),),
+        x.view(torch.int32),
+        even_odd.view(torch.int16),
+        count,
+        m * pairs,
+        pairs,
+        tiles,
+        BLOCK=512,
+        PDL=pdl,
+        options={"launch_pdl": pdl},
+    )
+    launch(
+        _linear_4bit_mma_kernel,
+        (tiles, split),
+        even_odd,
+        weight,
+        absmax,
+        bias,
+        *nested,
+        partial,
+        count,
+        out,
+        m,
+        n,
+        pairs,
+        absmax.shape[1],
+        groups_per_split,
+        QUANT_TYPE=quant_type,
+        BLOCK_SIZE=block_size,
+        EVEN_K=k % (group * groups_per_split) == 0 and groups % split == 0,
+        USE_PRMT=prmt,
+        PDL=pdl,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        SPLIT=split,
+        UNROLL=config.unroll,
+        options={"num_warps": config.warps, "num_stages": config.stages, "launch_pdl": pdl},
+    )
