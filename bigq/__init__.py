@@ -4,10 +4,10 @@ from bigq.config import QuantizationConfig
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
 from bigq.formats import FP4, NF4, Int8
+from bigq.infer_device_map import infer_device_map
 from bigq.load import load_and_quantize_model
 from bigq.loading.report import QuantizationReport
 from bigq.offload.materialize import materialize
-from bigq.planning.places import infer_device_map
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
 from bigq.weight.linear import QuantizedLinear
 from bigq.weight.quantized_module import QuantizedModule

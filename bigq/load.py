@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from bigq.checkpoint import Checkpoint
-from bigq.config import QuantizationConfig, as_config, is_config
+from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
+from bigq.integrations.bitsandbytes_configs import as_config, is_config
 from bigq.integrations.parameter_count import count_weights
 from bigq.loading.destinations import Store
 from bigq.loading.fill import fill
@@ -20,8 +21,9 @@ from bigq.loading.report import make_report
 from bigq.loading.stream import Budget
 from bigq.loading.timings import Stages
 from bigq.loading.warm_up import WarmUp
+from bigq.model.in_place import ModelTensors
 from bigq.model.transaction import Snapshot, restored_on_error
-from bigq.model.tree import ModelTensors, ModelTree
+from bigq.model.tree import ModelTree
 from bigq.offload.dispatch import dispatch, keep_float32_callable
 from bigq.planning.device_map import DeviceMap, execution_device, is_offloaded
 from bigq.planning.places import expected_device, plan_and_place

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigq.config import as_config
 from bigq.errors import ConfigError
 from bigq.formats import Description
+from bigq.integrations.bitsandbytes_configs import as_config
 
 __all__ = ["QuantizedTensor", "dequantize_tensor", "quantize_tensor"]
 

@@ -7,8 +7,8 @@ import torch
 from accelerate.utils import BnbQuantizationConfig
 
 from bigq import ConfigError, QuantizationConfig
-from bigq.config import as_config, is_config
 from bigq.formats import FP4, NF4, Int8
+from bigq.integrations.bitsandbytes_configs import as_config, is_config
 
 
 def test_defaults():

@@ -9,7 +9,7 @@ from torch import nn
 
 from bigq import CheckpointError
 from bigq.checkpoint import Checkpoint, LocalFile, ReadError
-from bigq.model.tree import ModelTensors
+from bigq.model.in_place import ModelTensors
 from bigq.testing import FaultyBytes, with_bytes
 
 CONTENT = bytes(range(200))

@@ -7,9 +7,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from bigq.checkpoint.shortlist import shortlist
 from bigq.checkpoint.source import Source, Span, StoredTensor, refuse_unknown
 from bigq.errors import CheckpointError
+from bigq.system.text import shortlist
 
 __all__ = ["Adapter", "Renamed", "Stacked"]
 

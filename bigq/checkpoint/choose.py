@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from bigq.checkpoint.index import read_index
-from bigq.checkpoint.shortlist import shortlist
 from bigq.errors import CheckpointError
+from bigq.system.text import shortlist
 
 __all__ = [
     "INDEX_SUFFIX",

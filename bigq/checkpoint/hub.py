@@ -10,8 +10,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from bigq.checkpoint.choose import Choice, Listing, choose, list_folder
 from bigq.checkpoint.index import read_index
-from bigq.checkpoint.shortlist import shortlist
 from bigq.errors import CheckpointError
+from bigq.system.text import shortlist
 
 __all__ = ["download", "is_repo_id"]
 

@@ -16,8 +16,8 @@ from bigq.checkpoint.choose import (
 )
 from bigq.checkpoint.hub import download, is_repo_id
 from bigq.checkpoint.index import read_index
-from bigq.checkpoint.shortlist import shortlist
 from bigq.errors import CheckpointError
+from bigq.system.text import shortlist
 
 __all__ = ["Location", "locate"]
 

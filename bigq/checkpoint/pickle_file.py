@@ -10,9 +10,9 @@ from zipfile import ZIP_STORED, ZipFile
 import torch
 from torch import Tensor, nn
 
-from bigq.checkpoint.shortlist import shortlist
 from bigq.checkpoint.source import ByteSource, Span, StoredTensor
 from bigq.errors import CheckpointError
+from bigq.system.text import shortlist
 
 __all__ = ["PickleFile"]
 

@@ -15,9 +15,9 @@ from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.locate import Location, locate
 from bigq.checkpoint.pickle_file import PickleFile
 from bigq.checkpoint.safetensors_file import SafetensorsFile
-from bigq.checkpoint.shortlist import shortlist
 from bigq.checkpoint.source import StoredTensor, refuse_unknown
 from bigq.errors import CheckpointError
+from bigq.system.text import shortlist
 
 __all__ = ["Checkpoint"]
 

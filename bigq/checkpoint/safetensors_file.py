@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bigq.checkpoint.shortlist import shortlist
 from bigq.checkpoint.source import ByteSource, Span, StoredTensor
 from bigq.errors import CheckpointError
+from bigq.system.text import shortlist
 
 __all__ = ["SafetensorsFile"]
 

@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bigq.checkpoint.shortlist import shortlist
 from bigq.errors import CheckpointError
-from bigq.system.files import memory_of
+from bigq.system.memory import memory_of
+from bigq.system.text import shortlist
 
 __all__ = ["ByteSource", "ReadError", "Source", "Span", "StoredTensor", "read_tensor", "refuse_unknown"]
 

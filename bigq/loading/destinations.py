@@ -14,8 +14,8 @@ from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
 from bigq.offload.space import CheckpointMap, OffloadSpace
 from bigq.planning.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
-from bigq.planning.places import resting_places
 from bigq.planning.plan import Plan, PlannedTensor, PlannedWeight
+from bigq.planning.resting import resting_places
 
 __all__ = ["Store"]
 

@@ -22,8 +22,9 @@ from bigq.checkpoint import ByteSource, ReadError, Source
 from bigq.errors import ConfigError
 from bigq.loading.runs import Chunk, Piece, Run, Target, make_runs, take_turns
 from bigq.loading.timings import Stages
-from bigq.system.files import memory_of, open_unchanged
+from bigq.system.files import open_unchanged
 from bigq.system.machine import usable_cores, usable_memory_nbytes
+from bigq.system.memory import memory_of
 
 __all__ = ["Budget", "stream"]
 

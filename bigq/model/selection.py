@@ -1,9 +1,7 @@
 """Which weights of a model are quantized, and why the others are not."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from itertools import islice
 from typing import NamedTuple
 
@@ -13,10 +11,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bigq.errors import ConfigError
 from bigq.formats import Format
+from bigq.model.patterns import match_patterns, matches
 from bigq.model.tree import ModelTree, TensorGroup, tensor_name
 from bigq.weight.convert import is_transposed_linear
 
-__all__ = ["Chosen", "Selection", "match_patterns", "output_head", "select_weights"]
+__all__ = ["Chosen", "Selection", "output_head", "select_weights"]
 
 
 class Chosen(NamedTuple):  # a model may have 19,000 of them, and a dataclass takes a microsecond more to make
@@ -79,7 +78,7 @@ def select_weights(
         if "forward" in vars(module):
             return "its forward is patched"
         for pattern in own:
-            if any(_matches(pattern, name) for name in aliases):
+            if any(matches(pattern, name) for name in aliases):
                 return f"the model's own _keep_in_fp32_modules {pattern!r}"
         names = groups[tensor_name(aliases[0], leaf)].names
         if len(names) == len(aliases):
@@ -176,34 +175,6 @@ def _named_matrices(tree: ModelTree, named: Mapping[str, str]) -> Iterator[Tenso
             yield group
     for pattern in sorted(set(named.values()) - found):
         raise ConfigError(f"also_quantize {pattern!r} matches no floating-point parameter of two or more dimensions")
-
-
-def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
-    """{name: pattern} for each of `names` that a pattern matches: itself, or an ancestor of it, on component borders.
-
-    Raises:
-        ConfigError: a pattern that matches none of `names`; it lists near ones.
-    """
-    matched: dict[str, str] = {}
-    names = list(names) if patterns else []
-    for pattern in patterns:
-        hits = [name for name in names if _matches(pattern, name)]
-        if not hits:
-            parts = {part for name in names for part in name.split(".")}
-            near = get_close_matches(pattern, [*names, *sorted(parts)], n=5, cutoff=0.5)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise ConfigError(f"{field} {pattern!r} matches no module or parameter of the model{hint}")
-        for name in hits:
-            matched.setdefault(name, pattern)
-    return matched
-
-
-def _matches(pattern: str, name: str) -> bool:
-    wanted, parts = pattern.split("."), name.split(".")
-    return any(
-        all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
-        for start in range(len(parts) - len(wanted) + 1)
-    )
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

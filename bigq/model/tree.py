@@ -1,20 +1,19 @@
-"""A model's own modules and tensors: each under all of its names, and read as a checkpoint's are."""
+"""ModelTree: the modules and tensors of a model, each under all of its names."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
-from bigq.checkpoint import StoredTensor, refuse_unknown
-from bigq.errors import CheckpointError
-
 __all__ = [
-    "ModelTensors",
     "ModelTree",
     "TensorGroup",
     "assign_tensor",
     "find_owner",
+    "is_called",
+    "is_stack",
     "tensor_key",
     "tensor_name",
     "tensor_table",
@@ -149,41 +148,16 @@ class _ScriptedTensors:
         return tensor_table(module, leaf), leaf
 
 
-class ModelTensors:
-    """The persistent parameters and buffers of a model, each once under its first name, in module order; a Source."""
+def is_called(module: nn.Module) -> bool:
+    """Whether the module has a forward of its own that a hook can stand in front of.
 
-    in_place = True
+    A ModuleList, a ModuleDict or a ParameterList has none, and that of a ScriptModule cannot be replaced.
+    """
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
 
-    def __init__(self, model: nn.Module) -> None:
-        tree = ModelTree(model)
-        self._modules = tree.modules
-        self._kind = type(model).__name__
-        self.tensors = {
-            group.names[0]: StoredTensor(
-                name=group.names[0],
-                shape=group.tensor.shape,
-                dtype=group.tensor.dtype,
-                where=f"<{self._kind}>",
-            )
-            for group in tree.tensors
-            if group.persistent
-        }
 
-    def check(self) -> None:
-        """Raise a CheckpointError if a tensor holds no numbers."""
-        empty = [name for name in self.tensors if self._tensor(name).is_meta]
-        if empty:
-            raise CheckpointError(
-                f"{len(empty)} tensors of {self._kind} are on meta, {empty[0]} among them: "
-                "pass weights_location, the checkpoint to fill them from"
-            )
-
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) in module order; the tensor is the model's own, not a copy."""
-        refuse_unknown(names, self.tensors, self._kind)
-        wanted = set(names)
-        return ((name, self._tensor(name).detach()) for name in self.tensors if name in wanted)
-
-    def _tensor(self, name: str) -> Tensor:
-        tensor: Tensor = getattr(*find_owner(self._modules, name))
-        return tensor
+def is_stack(module: nn.Module) -> bool:
+    """Whether the module holds a list of modules, or is a Sequential of composite ones: its members are the blocks."""
+    if isinstance(module, nn.Sequential):
+        return any(any(True for _ in child.children()) for child in module.children())
+    return any(isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) for child in module.children())

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from bigq.errors import PlacementError
 from bigq.model.selection import output_head
+from bigq.model.tree import is_called, is_stack
 from bigq.offload.attach import attach
 from bigq.offload.hooks import Float32Hook, PlacementHook
 from bigq.offload.moves import refuse_moves
 from bigq.offload.prefetch import Block, Prefetcher
 from bigq.offload.space import is_file_backed
 from bigq.planning.device_map import DeviceMap, ancestors, as_user_map, execution_device, is_gpu, place_of
-from bigq.planning.places import is_called, is_stack
 from bigq.planning.plan import Plan
 from bigq.weight.quantized_module import QuantizedModule
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, PlacementError
 from bigq.formats import TensorSpec
-from bigq.system.files import memory_of, open_unchanged, read_into
+from bigq.system.files import open_unchanged, read_into
+from bigq.system.memory import ALIGNMENT, align, memory_of
 
-__all__ = ["ALIGNMENT", "CheckpointMap", "FileMap", "OffloadSpace", "align", "is_file_backed", "locate"]
+__all__ = ["CheckpointMap", "FileMap", "OffloadSpace", "is_file_backed", "locate"]
 
-ALIGNMENT = 256  # bytes; what CUDA gives an allocation, so that a kernel finds each tensor as aligned as its own
 _MAP_NORESERVE = 0x4000  # Linux: a private map may be larger than RAM and swap; nothing writes to most of it
 _MAPS: WeakKeyDictionary[mmap.mmap, range] = WeakKeyDictionary()  # the addresses of each mapping
 
@@ -169,11 +169,6 @@ def is_file_backed(tensor: Tensor) -> bool:
     """Whether `tensor` lies in a file: that of an OffloadSpace, or a checkpoint's."""
     place = locate(tensor)
     return place is not None and isinstance(place[0], FileMap)
-
-
-def align(nbytes: int) -> int:
-    """`nbytes`, rounded up to where the next tensor may start."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _size(specs: Mapping[str, TensorSpec]) -> int:

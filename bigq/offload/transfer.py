@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from bigq.formats import TensorSpec
-from bigq.offload.space import ALIGNMENT, FileMap, OffloadSpace, align, locate
+from bigq.offload.space import FileMap, OffloadSpace, locate
 from bigq.system.machine import usable_cores
+from bigq.system.memory import ALIGNMENT, align
 
 __all__ = ["Layout", "Transfer", "version_of"]
 

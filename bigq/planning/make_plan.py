@@ -10,7 +10,8 @@ from bigq.checkpoint import StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, Description, encode_quant_state, state_name
-from bigq.model.selection import match_patterns, select_weights
+from bigq.model.patterns import match_patterns
+from bigq.model.selection import select_weights
 from bigq.model.tree import ModelTree, TensorGroup, tensor_name
 from bigq.planning.match import Fit
 from bigq.planning.plan import Plan, PlannedWeight, WeightRef

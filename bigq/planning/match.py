@@ -9,7 +9,7 @@ from bigq.checkpoint import StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
-from bigq.model.selection import match_patterns
+from bigq.model.patterns import match_patterns
 from bigq.model.tree import ModelTree, TensorGroup
 from bigq.planning.plan import PlannedTensor, PlannedWeight
 

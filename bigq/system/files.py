@@ -1,14 +1,11 @@
-"""Files: open one that is still what it was, and read bytes of it straight into memory."""
+"""Files: open one that is still what it was, and read its bytes into memory."""
 
-import ctypes
 import os
 from pathlib import Path
 
-from torch import Tensor
-
 from bigq.errors import CheckpointError
 
-__all__ = ["memory_of", "open_unchanged", "read_into"]
+__all__ = ["open_unchanged", "read_into"]
 
 
 def open_unchanged(path: Path, expected_nbytes: int) -> int:
@@ -24,11 +21,6 @@ def open_unchanged(path: Path, expected_nbytes: int) -> int:
             f"{path} changed after it was opened: it had {expected_nbytes} bytes and now has {found}; load again"
         )
     return descriptor
-
-
-def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, which has to outlive the view."""
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def read_into(buffer: memoryview, descriptor: int, offset: int) -> int:

@@ -1,8 +1,8 @@
-"""format_table: rows of text in aligned columns."""
+"""Text for people: a table in aligned columns, and a list of names short enough for an error."""
 
 from collections.abc import Sequence
 
-__all__ = ["format_table"]
+__all__ = ["format_table", "shortlist"]
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
@@ -13,3 +13,9 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def shortlist(names: Sequence[object], limit: int = 10) -> str:
+    """Join the first names with commas and count the rest."""
+    shown = ", ".join(str(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -10,7 +10,7 @@ from bigq.errors import CheckpointError
 from bigq.loading.runs import Target
 from bigq.loading.stream import Budget, stream
 from bigq.loading.timings import Stages
-from bigq.model.tree import ModelTensors
+from bigq.model.in_place import ModelTensors
 
 AMPLE = Budget(threads=2, nbytes=8 << 20)
 SMALL = Budget(threads=3, nbytes=1 << 15)  # runs of 8 KiB in chunks of 2.7 kB

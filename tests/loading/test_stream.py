@@ -20,7 +20,7 @@ from bigq.checkpoint import Checkpoint, Stacked
 from bigq.loading.runs import Target
 from bigq.loading.stream import Budget, stream
 from bigq.loading.timings import Stages
-from bigq.model.tree import ModelTensors
+from bigq.model.in_place import ModelTensors
 from bigq.testing import FaultyBytes, with_bytes
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from bigq import QuantizationConfig
 from bigq.formats import Block4
 from bigq.loading.warm_up import WarmUp
-from bigq.model.tree import ModelTensors
+from bigq.model.in_place import ModelTensors
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from bigq import NF4, ConfigError, Int8
-from bigq.model.selection import Chosen, match_patterns, output_head, select_weights
+from bigq.model.patterns import match_patterns
+from bigq.model.selection import Chosen, output_head, select_weights
 from bigq.model.tree import ModelTree
 
 

@@ -5,18 +5,14 @@ import torch
 
 from bigq import PlacementError
 from bigq.planning.device_map import (
-    Node,
-    Sized,
     as_user_map,
-    balanced_budgets,
     check_device_map,
     execution_device,
-    infer_places,
     is_offloaded,
-    lent_nbytes,
     normalize_device_map,
     place_of,
 )
+from bigq.planning.infer_places import Node, Sized, balanced_budgets, infer_places, lent_nbytes
 
 
 def leaf(name, nbytes, key=None):

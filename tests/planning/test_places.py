@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from bigq import PlacementError, QuantizationConfig
-from bigq.model.tree import ModelTensors, ModelTree
+from bigq.infer_device_map import infer_device_map
+from bigq.model.in_place import ModelTensors
+from bigq.model.tree import ModelTree
 from bigq.offload.dispatch import _units
 from bigq.planning.device_map import execution_device, is_gpu, is_offloaded
-from bigq.planning.places import infer_device_map, plan_and_place, resting_places
+from bigq.planning.places import plan_and_place
+from bigq.planning.resting import resting_places
 
 POLICIES = [None, "quantized", "preserve", torch.float32]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bigq import CheckpointError
-from bigq.system.files import memory_of, open_unchanged, read_into
+from bigq.system.files import open_unchanged, read_into
+from bigq.system.memory import memory_of
 
 
 @pytest.fixture
