@@ -15,11 +15,11 @@ from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
 from bigq.integrations.bitsandbytes_configs import as_config, is_config
 from bigq.integrations.parameter_count import count_weights
-from bigq.loading.destinations import Store
+from bigq.loading.destinations import Destinations
 from bigq.loading.fill import fill
 from bigq.loading.report import make_report
 from bigq.loading.stream import Budget
-from bigq.loading.timings import Stages
+from bigq.loading.timings import Timings
 from bigq.loading.warm_up import WarmUp
 from bigq.model.in_place import ModelTensors
 from bigq.model.transaction import Snapshot, restored_on_error
@@ -100,11 +100,11 @@ def load_and_quantize_model(
         CheckpointError, ConfigError, PlacementError, UnsupportedError: see bigq.errors.
     """
     weights_location, config = _arguments(weights_location, quantization_config, bnb_quantization_config)
-    budget, stages, tree = Budget.of_machine(read_threads, read_budget), Stages(), ModelTree(model)
-    with stages.timed("plan"):
+    budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
+    with timings.timed("plan"):
         source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
     with WarmUp(config, source, expected_device(device_map)) as warm_up:
-        with stages.timed("plan"):
+        with timings.timed("plan"):
             plan, places = plan_and_place(
                 tree,
                 source,
@@ -116,15 +116,17 @@ def load_and_quantize_model(
                 offload=offload,
                 strict=strict,
             )
-            store = Store.open(plan, places, offload_folder, source)
+            destinations = Destinations.open(plan, places, offload_folder, source)
         modules = tree.modules
         del tree  # it keeps tensors alive, and a model that holds its weights frees them one by one
-        finish = partial(_finish, model, plan, places, store, stages, skip_keys)
+        finish = partial(_finish, model, plan, places, destinations, timings, skip_keys)
         if source.in_place:
             _rehearse(modules, finish)
-        jobs = fill(modules, plan, source, store, budget=budget, stages=stages, warm_up=warm_up, progress=progress)
+        jobs = fill(
+            modules, plan, source, destinations, budget=budget, timings=timings, warm_up=warm_up, progress=progress
+        )
     with restored_on_error(modules):
-        with stages.timed("commit"):
+        with timings.timed("commit"):
             for job in jobs:
                 job.commit(modules)
         finish()
@@ -135,8 +137,8 @@ def _finish(
     model: nn.Module,
     plan: Plan,
     places: DeviceMap,
-    store: Store,
-    stages: Stages,
+    destinations: Destinations,
+    timings: Timings,
     skip_keys: str | list[str] | None,
     *,
     is_placed: bool = True,
@@ -145,7 +147,7 @@ def _finish(
     keep_float32_callable(model, plan)
     dispatch(model, places, skip_keys=skip_keys, is_placed=is_placed)
     model.quantization_method = "bigq"  # type: ignore[assignment]
-    model.quantization_report = make_report(plan, store.resting, stages)  # type: ignore[assignment]
+    model.quantization_report = make_report(plan, destinations.places, timings)  # type: ignore[assignment]
     count_weights(model)
     # The flag by which PEFT and TRL know a k-bit model; accelerate refuses to prepare one of those that is offloaded.
     runs_on = execution_device(places)

@@ -20,7 +20,7 @@ from bigq import (
     QuantizedLinear,
     load_and_quantize_model,
 )
-from bigq.loading.batch_quantizer import Quantizer
+from bigq.loading.batch_quantizer import BatchQuantizer
 
 
 def dequantized(model, source):
@@ -83,13 +83,13 @@ class TestArrival:
     def test_in_place_frees_each_weight_before_the_next_is_quantized(self, tiny, monkeypatch):
         model, alive = tiny(), []
         weights = [weakref.ref(module.weight) for module in model.modules() if type(module) is nn.Linear]
-        quantize = Quantizer.quantize
+        quantize = BatchQuantizer.quantize
 
         def counting(self, items):
             alive.append(sum(weight() is not None for weight in weights))
             return quantize(self, items)
 
-        monkeypatch.setattr(Quantizer, "quantize", counting)
+        monkeypatch.setattr(BatchQuantizer, "quantize", counting)
         load_and_quantize_model(model, None, QuantizationConfig("nf4"), "cpu")
         assert alive == [7, 6, 5, 4, 3, 2]
 

@@ -1,4 +1,4 @@
-"""Quantizer: quantize weights as they arrive, those that are described alike in one launch, a huge one in several."""
+"""BatchQuantizer: quantize weights as they arrive, those of one description in one launch, a huge one in several."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
@@ -10,14 +10,14 @@ from bigq.formats import Description, State, encode_quant_state
 from bigq.loading.runs import Piece
 from bigq.planning.plan import PlannedWeight
 
-__all__ = ["Quantizer"]
+__all__ = ["BatchQuantizer"]
 
 _Item = tuple[PlannedWeight, Piece]
 # Copies of a quant_state at a time: each call of torch's queues for Python's lock behind the reading threads.
 _COPIES = 256
 
 
-class Quantizer:
+class BatchQuantizer:
     """Turns pieces of float weights into the state of quantized ones, without waiting for the GPU."""
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ def commit_weight(modules: Mapping[str, nn.Module], weight: PlannedWeight, tenso
 def commit_tensor(modules: Mapping[str, nn.Module], planned: PlannedTensor, tensor: Tensor, *, frozen: bool) -> None:
     """Make the finished `tensor` the parameter or buffer of every name of `planned`.
 
-    `frozen` takes requires_grad from a parameter: an offloaded one is lent as a copy, which no gradient would reach.
+    `frozen` takes requires_grad from a parameter: an offloaded one computes as a copy, so no gradient would reach it.
     """
     requires_grad = planned.requires_grad and not frozen
     value = getattr(*find_owner(modules, planned.names[0]), None)

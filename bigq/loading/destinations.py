@@ -1,4 +1,4 @@
-"""Store: the memory that each tensor of a plan rests in, and the way there."""
+"""Destinations: where each tensor of a plan is to be stored, and the memory for it."""
 
 import os
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from bigq.formats import TensorSpec
 from bigq.offload.space import CheckpointMap, OffloadSpace
 from bigq.planning.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
 from bigq.planning.plan import Plan, PlannedTensor, PlannedWeight
-from bigq.planning.resting import resting_places
+from bigq.planning.storage_places import storage_places
 
-__all__ = ["Store"]
+__all__ = ["Destinations"]
 
 
 @dataclass(kw_only=True)
-class Store:
-    """Where each tensor and each quantized weight rests, by its first name: see `resting_places`.
+class Destinations:
+    """The place of each tensor and each quantized weight, by its first name: see `storage_places`.
 
-    `spaces` holds the room that is reserved on "cpu" and "disk", `in_checkpoint` the tensors on "disk" that the
-    checkpoint holds just as the model needs them: they rest there, and no second copy is made.
+    `spaces` holds the memory that is reserved on "cpu" and "disk". `in_checkpoint` holds the tensors on "disk" that the
+    checkpoint has just as the model needs them: they stay in its file, and no second copy is made.
     """
 
-    resting: Mapping[str, str]
+    places: Mapping[str, str]
     runs_on: torch.device
     spaces: Mapping[str, OffloadSpace]
     in_checkpoint: Mapping[str, Tensor]
@@ -37,19 +37,19 @@ class Store:
     @classmethod
     def open(
         cls, plan: Plan, device_map: DeviceMap, offload_folder: str | os.PathLike[str] | None, source: Source
-    ) -> "Store":
-        """Raises PlacementError where the disk is asked for and there is no folder, or more room than there is."""
-        resting, runs_on = resting_places(plan, device_map), execution_device(device_map)
-        in_checkpoint = _rest_in_checkpoint(plan, resting, source)
+    ) -> "Destinations":
+        """Reserve the memory. Raises PlacementError if "disk" is asked for without a folder, or there is too little."""
+        places, runs_on = storage_places(plan, device_map), execution_device(device_map)
+        in_checkpoint = _stored_in_checkpoint(plan, places, source)
         offloaded: dict[str, dict[str, TensorSpec]] = {
             place: {} for place in ("disk", "cpu") if is_offloaded(place, runs_on)
         }
         for tensor in plan.tensors:
             name = tensor.names[0]
-            if resting[name] in offloaded and name not in in_checkpoint:
-                offloaded[resting[name]][name] = tensor.spec
+            if places[name] in offloaded and name not in in_checkpoint:
+                offloaded[places[name]][name] = tensor.spec
         for weight in plan.weights:
-            place = resting.get(weight.names[0])
+            place = places.get(weight.names[0])
             if place in offloaded:
                 offloaded[place] |= {names[0]: spec for names, spec in weight.specs().items()}
         spaces = {}
@@ -59,15 +59,15 @@ class Store:
             spaces["disk"] = OffloadSpace.in_file(offload_folder, offloaded["disk"])
         if offloaded.get("cpu"):
             spaces["cpu"] = OffloadSpace.pinned(offloaded["cpu"])
-        return cls(resting=resting, runs_on=runs_on, spaces=spaces, in_checkpoint=in_checkpoint)
+        return cls(places=places, runs_on=runs_on, spaces=spaces, in_checkpoint=in_checkpoint)
 
     def is_offloaded(self, name: str) -> bool:
-        """Whether the tensor called `name` rests elsewhere than where it runs."""
-        return is_offloaded(self.resting.get(name), self.runs_on)
+        """Whether the tensor called `name` is stored elsewhere than where it runs."""
+        return is_offloaded(self.places.get(name), self.runs_on)
 
     def work_device(self, name: str, *, runs: bool = False) -> torch.device:
-        """Where the tensor called `name` is worked on: where it rests, or where it will run."""
-        place = self.resting[name]
+        """Where the tensor called `name` is worked on: where it is stored, or where it will run."""
+        place = self.places[name]
         if is_gpu(place):
             return _device(place)
         return self.runs_on if runs else torch.device("cpu")
@@ -75,16 +75,16 @@ class Store:
     def receive(self, job: PlannedTensor, dtype: torch.dtype) -> Tensor:
         """Memory to read a tensor of `dtype` into: its own, if that is the dtype it stays in; `put` then keeps it."""
         name, spec = job.names[0], job.spec
-        place = self.resting[name]
+        place = self.places[name]
         if dtype == spec.dtype and place in self.spaces:
             self._received[name] = self.spaces[place].empty(name)
             return self._received[name]
         return torch.empty(spec.shape, dtype=dtype, device=self.work_device(name))
 
     def put(self, job: PlannedTensor, tensor: Tensor) -> Tensor:
-        """`tensor` where it rests, in its final dtype; it may be kept, so it owns its storage."""
+        """`tensor` where it is stored, in its final dtype; it may be the same object, so it has to own its storage."""
         name, dtype = job.names[0], job.spec.dtype
-        place = self.resting[name]
+        place = self.places[name]
         if self._received.pop(name, None) is tensor:
             return tensor
         if place in self.spaces:
@@ -94,10 +94,10 @@ class Store:
         return tensor.to(place).to(dtype)  # cast at the end of the link: it is shorter there
 
     def put_state(self, weight: PlannedWeight, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a quantized weight, by name, where they rest; they may be kept, as `put` has it."""
-        place = self.resting[weight.names[0]]
+        """The tensors of a quantized weight, by name, where they are stored; they may be the same objects."""
+        place = self.places[weight.names[0]]
         if place not in self.spaces:
-            return tensors  # quantized where it rests
+            return tensors  # it was quantized where it is stored
         space = self.spaces[place]
         return {name: space.empty(name).copy_(tensor) for name, tensor in tensors.items()}
 
@@ -107,13 +107,13 @@ def _device(place: str) -> torch.device:
     return torch.device(place)
 
 
-def _rest_in_checkpoint(plan: Plan, resting: Mapping[str, str], source: Source) -> dict[str, Tensor]:
+def _stored_in_checkpoint(plan: Plan, places: Mapping[str, str], source: Source) -> dict[str, Tensor]:
     """{first name: tensor} of what goes to "disk" unchanged, and lies in one piece in a local file."""
     tensors: dict[str, Tensor] = {}
     files: dict[Path, CheckpointMap] = {}
     for planned in plan.tensors:
         name, spec = planned.names[0], planned.spec
-        if resting[name] != "disk" or planned.source is None:
+        if places[name] != "disk" or planned.source is None:
             continue
         info = source.tensors[planned.source]
         if len(info.spans) != 1 or spec != TensorSpec(shape=tuple(info.shape), dtype=info.dtype):

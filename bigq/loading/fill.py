@@ -9,10 +9,10 @@ from torch import nn
 
 from bigq.checkpoint import Source
 from bigq.errors import CheckpointError
-from bigq.loading.destinations import Store
+from bigq.loading.destinations import Destinations
 from bigq.loading.jobs import Batch, Job, TensorJob, WeightJob
 from bigq.loading.stream import Budget, stream
-from bigq.loading.timings import Stages
+from bigq.loading.timings import Timings
 from bigq.loading.warm_up import WarmUp
 from bigq.planning.plan import Plan
 
@@ -23,14 +23,14 @@ def fill(
     modules: Mapping[str, nn.Module],
     plan: Plan,
     source: Source,
-    store: Store,
+    destinations: Destinations,
     *,
     budget: Budget,
-    stages: Stages,
+    timings: Timings,
     warm_up: WarmUp,
     progress: bool | None = None,
 ) -> list[Job]:
-    """Read everything that `plan` takes from `source`, quantize it, and put it where `store` says.
+    """Read everything that `plan` takes from `source`, quantize it, and put it where `destinations` says.
 
     A source that is the model itself changes it, tensor by tensor, after all weights were checked: each old weight is
     freed before the next is quantized. No other source does.
@@ -45,8 +45,10 @@ def fill(
         CheckpointError: a tensor cannot be read, or a weight to quantize holds NaN or Inf.
     """
     batch = Batch()
-    tensors = {tensor.source: TensorJob(tensor, store) for tensor in plan.tensors if tensor.source is not None}
-    weights = {weight.source: WeightJob(weight, store, batch) for weight in plan.weights if weight.source is not None}
+    tensors = {tensor.source: TensorJob(tensor, destinations) for tensor in plan.tensors if tensor.source is not None}
+    weights = {
+        weight.source: WeightJob(weight, destinations, batch) for weight in plan.weights if weight.source is not None
+    }
     jobs: dict[str, Job] = {**{name: job for name, job in tensors.items() if not job.is_done}, **weights}
     if source.in_place:
         warm_up.wait()
@@ -59,17 +61,17 @@ def fill(
     hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
     total = sum(source.tensors[name].nbytes for name in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
-        for pieces in stream(source, targets, budget, stages, to_come.__getitem__):
+        for pieces in stream(source, targets, budget, timings, to_come.__getitem__):
             nbytes = sum(piece.tensor.nbytes for piece in pieces)
             names = [piece.info.name for piece in pieces]
-            with stages.timed("quantize", nbytes):
+            with timings.timed("quantize", nbytes):
                 for piece in pieces:
                     jobs[piece.info.name].take(piece)
                 del piece, pieces  # or they would outlive their replacements by one turn
             if not batch.is_empty and not source.in_place:
-                with stages.timed("wait"):
+                with timings.timed("wait"):
                     warm_up.wait()
-            with stages.timed("quantize"):
+            with timings.timed("quantize"):
                 for weight_job in batch.quantize():
                     to_come[weight_job.device] -= weight_job.nbytes_on_gpu
             if source.in_place:
@@ -77,13 +79,13 @@ def fill(
                     jobs.pop(name).commit(modules)
             bar.update(nbytes)
     if not source.in_place:
-        with stages.timed("quantize"):
+        with timings.timed("quantize"):
             bad = batch.quantizer.non_finite(lambda name: (weights[name].planned.description, weights[name].state()))
             _refuse_non_finite(source, bad)
-    rest = [TensorJob(tensor, store) for tensor in plan.tensors if tensor.source is None]
+    rest = [TensorJob(tensor, destinations) for tensor in plan.tensors if tensor.source is None]
     for tensor_job in rest:  # what the checkpoint does not hold, such as non-persistent buffers
         tensor_job.take_own(modules)
-    held = [WeightJob(weight, store, batch) for weight in plan.weights if weight.source is None]
+    held = [WeightJob(weight, destinations, batch) for weight in plan.weights if weight.source is None]
     done = [job for name, job in tensors.items() if name in jobs or job.is_done]
     left = [job for name, job in weights.items() if name in jobs]
     return [*held, *left, *done, *rest]  # modules before the tensors that go into them

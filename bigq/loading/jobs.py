@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from bigq.checkpoint import StoredTensor
 from bigq.formats import State, TensorSpec
-from bigq.loading.batch_quantizer import Quantizer
+from bigq.loading.batch_quantizer import BatchQuantizer
 from bigq.loading.commit import commit_tensor, commit_weight
-from bigq.loading.destinations import Store
+from bigq.loading.destinations import Destinations
 from bigq.loading.runs import Piece, Target
 from bigq.model.tree import find_owner
 from bigq.planning.device_map import is_gpu
@@ -20,7 +20,7 @@ from bigq.planning.plan import PlannedTensor, PlannedWeight
 __all__ = ["Batch", "Job", "TensorJob", "WeightJob"]
 
 _OWN_NBYTES = 1 << 20  # a smaller tensor is read with its neighbours and copied, which takes less than a run of its own
-_SMALL_NBYTES = 1 << 20  # torch keeps smaller tensors in segments of their own: they take no memory that was lent
+_SMALL_NBYTES = 1 << 20  # torch keeps smaller tensors in segments of their own, which larger ones cannot use
 
 
 class Job(Protocol):
@@ -39,29 +39,31 @@ class Job(Protocol):
 class TensorJob:
     """A tensor that is kept as it is, or cast."""
 
-    def __init__(self, planned: PlannedTensor, store: Store) -> None:
-        self.planned, self.store = planned, store
-        self._placed: Tensor | None = store.in_checkpoint.get(planned.names[0])
+    def __init__(self, planned: PlannedTensor, destinations: Destinations) -> None:
+        self.planned, self.destinations = planned, destinations
+        self._placed: Tensor | None = destinations.in_checkpoint.get(planned.names[0])
 
     @property
     def is_done(self) -> bool:
-        """Whether it has its numbers without being read: it rests in the checkpoint."""
+        """Whether it needs no reading: it stays in the checkpoint's file."""
         return self._placed is not None
 
     def target(self, stored: StoredTensor) -> Target:
         stays = self.planned.spec == TensorSpec(shape=tuple(stored.shape), dtype=stored.dtype)
-        own = None
+        allocate = None
         if stays and stored.nbytes >= _OWN_NBYTES:
-            own = partial(self.store.receive, self.planned, stored.dtype)
-        return Target(device=self.store.work_device(self.planned.names[0]), own=own)
+            allocate = partial(self.destinations.receive, self.planned, stored.dtype)
+        return Target(device=self.destinations.work_device(self.planned.names[0]), allocate=allocate)
 
     def take(self, piece: Piece) -> None:
         """Copy rows to where they stay, unless they were read there."""
-        if not piece.is_lent:
-            self._placed = self.store.put(self.planned, piece.tensor)
+        if not piece.is_temporary:
+            self._placed = self.destinations.put(self.planned, piece.tensor)
             return
         if self._placed is None:
-            self._placed = self.store.put(self.planned, self.store.receive(self.planned, self.planned.spec.dtype))
+            self._placed = self.destinations.put(
+                self.planned, self.destinations.receive(self.planned, self.planned.spec.dtype)
+            )
         memory = self._placed
         if piece.tensor.shape != memory.shape:
             memory = memory[piece.start : piece.start + len(piece.tensor)]
@@ -70,11 +72,11 @@ class TensorJob:
     def take_own(self, modules: Mapping[str, nn.Module]) -> None:
         """Take the tensor that the model holds already."""
         own: Tensor = getattr(*find_owner(modules, self.planned.names[0]))
-        self._placed = self.store.put(self.planned, own.detach())
+        self._placed = self.destinations.put(self.planned, own.detach())
 
     def commit(self, modules: Mapping[str, nn.Module]) -> None:
         assert self._placed is not None
-        frozen = any(self.store.is_offloaded(name) for name in self.planned.names)
+        frozen = any(self.destinations.is_offloaded(name) for name in self.planned.names)
         commit_tensor(modules, self.planned, self._placed, frozen=frozen)
         self._placed = None
 
@@ -82,11 +84,13 @@ class TensorJob:
 class WeightJob:
     """A float weight that is quantized; with others, in the `batch` that it is given to."""
 
-    def __init__(self, planned: PlannedWeight, store: Store, batch: "Batch") -> None:
-        self.planned, self.store, self.batch = planned, store, batch
-        name, place = planned.names[0], store.resting.get(planned.names[0], "")
-        self.device = store.work_device(name, runs=True) if place else store.runs_on  # where it is quantized
-        # Lent memory that the quantized weight will take over on a GPU; until then, other weights may have it.
+    def __init__(self, planned: PlannedWeight, destinations: Destinations, batch: "Batch") -> None:
+        self.planned, self.destinations, self.batch = planned, destinations, batch
+        name, place = planned.names[0], destinations.places.get(planned.names[0], "")
+        self.device = destinations.runs_on  # where it is quantized
+        if place:
+            self.device = destinations.work_device(name, runs=True)
+        # GPU memory that the quantized weight will take. Until it does, weights on their way may use it.
         is_large = planned.description.state_spec["packed"].nbytes > _SMALL_NBYTES
         self.nbytes_on_gpu = planned.nbytes if is_large and place and is_gpu(place) else 0
         self._placed: dict[str, Tensor] = {}  # by first name in the model
@@ -97,13 +101,13 @@ class WeightJob:
     def take(self, piece: Piece) -> None:
         self.batch.add(self, piece)
 
-    def finish(self, state: dict[str, Tensor], quantizer: Quantizer) -> None:
-        """Put the quantized weight where it rests."""
+    def finish(self, state: dict[str, Tensor], quantizer: BatchQuantizer) -> None:
+        """Put the quantized weight where it is stored."""
         tensors = {self.planned.tensor_name(part): tensor for part, tensor in state.items()}
         for ref in self.planned.refs:
             if ref.described:
                 tensors[ref.quant_states[0]] = quantizer.quant_state(ref.described, self.device)
-        self._placed = self.store.put_state(self.planned, tensors)
+        self._placed = self.destinations.put_state(self.planned, tensors)
 
     def state(self) -> State:
         """The quantized weight, by part."""
@@ -118,7 +122,7 @@ class Batch:
     """Weights that have arrived together, quantized together."""
 
     def __init__(self) -> None:
-        self.quantizer = Quantizer()
+        self.quantizer = BatchQuantizer()
         self._items: list[tuple[WeightJob, Piece]] = []
         self._targets: dict[tuple[torch.device, bool, int], Target] = {}
 
@@ -130,7 +134,7 @@ class Batch:
         splits = in_groups and not weight_format.measures and (is_stack or not description.transposed)
         key = device, splits, 1 if is_stack else weight_format.row_group
         if key not in self._targets:
-            self._targets[key] = Target(device=device, splits=splits, row_group=key[2])
+            self._targets[key] = Target(device=device, may_split=splits, row_group=key[2])
         return self._targets[key]
 
     def add(self, job: WeightJob, piece: Piece) -> None:

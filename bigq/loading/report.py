@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bigq.formats import dtype_name
-from bigq.loading.timings import Stages
+from bigq.loading.timings import Timings
 from bigq.planning.plan import Plan
 from bigq.system.text import format_table
 
@@ -59,34 +59,34 @@ class QuantizationReport:
         return f"{format_table(rows)}\n\n{format_table(modules)}"
 
 
-def make_report(plan: Plan, resting: Mapping[str, str], stages: Stages) -> QuantizationReport:
-    """The report on a load that carried out `plan`; `resting` is what `resting_places` says of it."""
+def make_report(plan: Plan, places: Mapping[str, str], timings: Timings) -> QuantizationReport:
+    """The report on a load that carried out `plan`; `places` is what `storage_places` says of it."""
     formats: dict[str, list[str]] = {}  # of the quantized weights of each module
     parts: dict[str, list[tuple[str, str, int]]] = {}  # by module: dtype or format, place and bytes of what it holds
     for tensor in plan.tensors:
         name, spec = tensor.names[0], tensor.spec
-        part = (dtype_name(spec.dtype), resting[name], spec.nbytes)
+        part = (dtype_name(spec.dtype), places[name], spec.nbytes)
         parts.setdefault(name.rpartition(".")[0], []).append(part)
     for weight in plan.weights:
         name = weight.names[0]
         owner = name.rpartition(".")[0]
         formats.setdefault(owner, []).append(weight.description.format.name)
         if weight.source is not None:
-            parts.setdefault(owner, []).append((weight.description.format.name, resting[name], weight.nbytes))
+            parts.setdefault(owner, []).append((weight.description.format.name, places[name], weight.nbytes))
     modules = [
         ModuleReport(
             name=name,
             rule=plan.rules.get(name, "quantized") if name in formats else plan.kept.get(name, "no weight to quantize"),
             format=_joined(formats[name]) if name in formats else _joined(dtypes),
-            device=_joined(places),
+            device=_joined(devices),
             nbytes=sum(sizes),
         )
         for name, held in parts.items()
-        for dtypes, places, sizes in [zip(*held, strict=True)]
+        for dtypes, devices, sizes in [zip(*held, strict=True)]
     ]
     return QuantizationReport(
         stages=tuple(
-            StageReport(name=name, seconds=seconds, nbytes=nbytes) for name, (seconds, nbytes) in stages.totals.items()
+            StageReport(name=name, seconds=seconds, nbytes=nbytes) for name, (seconds, nbytes) in timings.totals.items()
         ),
         modules=tuple(modules),
     )

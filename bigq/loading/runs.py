@@ -22,25 +22,27 @@ _ALIGNMENT = 16  # bytes; Triton compiles another kernel for pointers that are n
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """How a tensor is to arrive on `device`: in memory of its own, which `own` makes, or as a view that is lent.
+    """How a tensor is to arrive on `device`.
 
-    A lent tensor is good until the next step. Where it `splits`, one beyond the budget comes in pieces of whole rows,
-    each but the last a multiple of `row_group` of them.
+    Args:
+        allocate: returns the memory that the tensor stays in; None for a temporary view, valid until the next step.
+        may_split: one beyond the budget may arrive in pieces of whole rows.
+        row_group: each piece but the last has a multiple of so many rows.
     """
 
     device: torch.device
-    own: Callable[[], Tensor] | None = None
-    splits: bool = True
+    allocate: Callable[[], Tensor] | None = None
+    may_split: bool = True
     row_group: int = 1
 
 
 class Piece(NamedTuple):
-    """Rows of a tensor, from row `start` on; most pieces are whole tensors. One that `is_lent` is to be copied."""
+    """Rows of a tensor, from row `start` on; most pieces are whole tensors. A temporary one has to be copied."""
 
     info: StoredTensor
     start: int
     tensor: Tensor
-    is_lent: bool = True
+    is_temporary: bool = True
 
 
 class Part(NamedTuple):
@@ -89,17 +91,17 @@ class Run:
             offset + self.nbytes == next_offset
             and self.nbytes % _ALIGNMENT == 0
             and self.nbytes + part.nbytes <= limit
-            and target.own is None
-            and self.target.own is None
+            and target.allocate is None
+            and self.target.allocate is None
             and self.target.device == target.device
             and source is next_source
             and len(self._spans) == len(spans) == 1
         )
 
     @property
-    def lent_nbytes(self) -> int:
-        """Bytes of lent memory; powers of two, which the allocator can use again for the next run."""
-        return 0 if self.target.own is not None else 1 << max(0, self.nbytes - 1).bit_length()
+    def temporary_nbytes(self) -> int:
+        """Bytes of temporary memory: a power of two, which the allocator can use again for the next run."""
+        return 0 if self.target.allocate is not None else 1 << max(0, self.nbytes - 1).bit_length()
 
     def name_at(self, at: int) -> str:
         """The name of the tensor that byte `at` of the run belongs to."""
@@ -112,11 +114,11 @@ class Run:
 
     def start(self, chunk_nbytes: int) -> list[Chunk]:
         """Make the memory; returns what is to be read."""
-        if self.target.own is not None:
-            self._memory = self.target.own()
+        if self.target.allocate is not None:
+            self._memory = self.target.allocate()
             self._bytes = self._memory.reshape(-1).view(torch.uint8)
         else:
-            self._memory = torch.empty(self.lent_nbytes, dtype=torch.uint8, device=self.target.device)
+            self._memory = torch.empty(self.temporary_nbytes, dtype=torch.uint8, device=self.target.device)
             self._bytes = self._memory[: self.nbytes]
         if not self.nbytes:
             self.handed_over.set()
@@ -143,8 +145,8 @@ class Run:
 
     def pieces(self) -> list[Piece]:
         """The tensors, once all chunks have arrived."""
-        if self.target.own is not None:
-            return [Piece(self.parts[0].info, 0, self._memory, is_lent=False)]
+        if self.target.allocate is not None:
+            return [Piece(self.parts[0].info, 0, self._memory, is_temporary=False)]
         pieces, at = [], 0
         for dtype, parts in groupby(self.parts, key=lambda part: part.info.dtype):
             alike = list(parts)
@@ -190,7 +192,7 @@ def make_runs(tensors: Iterable[StoredTensor], targets: Mapping[str, Target], li
 def _parts(stored: StoredTensor, target: Target, limit: int) -> list[tuple[Part, tuple[Span, ...]]]:
     """The tensor, or pieces of whole rows of one that is too large, each with the spans that its bytes lie in."""
     shape, nbytes = tuple(stored.shape), stored.nbytes
-    if target.own is not None or not target.splits or nbytes <= limit or not shape:
+    if target.allocate is not None or not target.may_split or nbytes <= limit or not shape:
         return [(Part(stored, 0, shape, nbytes), stored.spans)]
     row_nbytes = nbytes // shape[0]
     step = max(1, limit // (row_nbytes * target.row_group)) * target.row_group

@@ -21,7 +21,7 @@ from torch import Tensor
 from bigq.checkpoint import ByteSource, ReadError, Source
 from bigq.errors import ConfigError
 from bigq.loading.runs import Chunk, Piece, Run, Target, make_runs, take_turns
-from bigq.loading.timings import Stages
+from bigq.loading.timings import Timings
 from bigq.system.files import open_unchanged
 from bigq.system.machine import usable_cores, usable_memory_nbytes
 from bigq.system.memory import memory_of
@@ -45,8 +45,8 @@ class Budget:
     def of_machine(cls, threads: int | None, nbytes: int | None) -> "Budget":
         """`threads` and `nbytes`, or what suits the machine where they are None.
 
-        Twelve threads come near to a PCIe 5 link from the page cache (8: 17 GB/s, 10: 21, 12: 24; one H100, whose link
-        did 47). 768 MiB are 16 MiB twice for each of them, and as much again for the GPU.
+        Twelve threads read 24 GB/s from the page cache (8: 17, 10: 21; one H100, whose link does 47 GB/s).
+        768 MiB are 16 MiB twice for each of them, and as much again for the GPU.
         """
         for name, value, least in (("read_threads", threads, 1), ("read_budget", nbytes, 1 << 20)):
             if value is not None and (not isinstance(value, int) or value < least):
@@ -71,8 +71,8 @@ def stream(
     source: Source,
     targets: Mapping[str, Target],
     budget: Budget,
-    stages: Stages,
-    room: Callable[[torch.device], int] = lambda device: 0,
+    timings: Timings,
+    extra_nbytes: Callable[[torch.device], int] = lambda device: 0,
 ) -> Iterator[list[Piece]]:
     """Yield the tensors named in `targets` in stored order, neighbours together; devices take turns.
 
@@ -81,10 +81,10 @@ def stream(
     at the end, also at an early one.
 
     Args:
-        budget: threads, and bytes of lent memory at once.
-        stages: gets "read" (seconds of all threads in reads), "copy" (of all threads waiting for copies to a GPU) and
+        budget: threads, and bytes of temporary memory at once.
+        timings: gets "read" (seconds of all threads in reads), "copy" (of all threads waiting for copies to a GPU) and
             "wait" (of the consumer, for both).
-        room: bytes beyond the budget that may be lent on a GPU now.
+        extra_nbytes: bytes beyond the budget that may be used on a GPU now, such as those that results will take later.
 
     Raises:
         CheckpointError: a file cannot be read, or is not what it was when the checkpoint was opened.
@@ -92,16 +92,16 @@ def stream(
     wanted = [stored for name, stored in source.tensors.items() if name in targets]
     runs = make_runs((stored for stored in wanted if stored.spans), targets, budget.run_nbytes)
     with _short_turns():
-        yield from _Reader(take_turns(runs), budget, stages, room).pieces()
+        yield from _Reader(take_turns(runs), budget, timings, extra_nbytes).pieces()
     for name, tensor in source.read([stored.name for stored in wanted if not stored.spans]):
-        yield [Piece(source.tensors[name], 0, tensor, is_lent=not source.in_place)]
+        yield [Piece(source.tensors[name], 0, tensor, is_temporary=not source.in_place)]
 
 
 @contextmanager
 def _short_turns() -> Iterator[None]:
-    """Let a thread that comes back from a read have Python's lock sooner: 12 threads, 0.69 s instead of 0.82 for 16 GB.
+    """Shorten the interval after which a thread gives up Python's lock: 16 GB take 12 threads 0.69 s instead of 0.82.
 
-    The interval belongs to the process. Who finds it short, such as a load in another thread, leaves it alone.
+    The interval belongs to the process. If it is short already, as during a load in another thread, nothing changes.
     """
     before = sys.getswitchinterval()
     if before <= _TURN_S:
@@ -121,10 +121,10 @@ class _Reader:
         self,
         runs: Iterable[Run],
         budget: Budget,
-        stages: Stages,
-        room: Callable[[torch.device], int],
+        timings: Timings,
+        extra_nbytes: Callable[[torch.device], int],
     ) -> None:
-        self.runs, self.budget, self.room, self.stages = deque(runs), budget, room, stages
+        self.runs, self.budget, self.extra_nbytes, self.timings = deque(runs), budget, extra_nbytes, timings
         self.sources: dict[int, ByteSource] = {}  # by identity
         self.links: dict[torch.device, _Link] = {}
         self.work: SimpleQueue[Chunk | None] = SimpleQueue()
@@ -133,23 +133,23 @@ class _Reader:
 
     def pieces(self) -> Iterator[list[Piece]]:
         in_flight: deque[Run] = deque()
-        lent = 0
+        in_use = 0
         try:
             for thread in self.threads if self.runs else ():
                 thread.start()
             while self.runs or in_flight:
-                while self.runs and (not in_flight or self._may_start(self.runs[0], lent)):
+                while self.runs and (not in_flight or self._may_start(self.runs[0], in_use)):
                     in_flight.append(self._start(self.runs.popleft()))
-                    lent += in_flight[-1].lent_nbytes
+                    in_use += in_flight[-1].temporary_nbytes
                 run = in_flight.popleft()
-                with self.stages.timed("wait"):
+                with self.timings.timed("wait"):
                     run.handed_over.wait()
                 if self.error is not None:
                     raise self.error
                 if run.target.device in self.links:
                     self.links[run.target.device].arrive()
                 pieces = run.pieces()
-                lent -= run.lent_nbytes
+                in_use -= run.temporary_nbytes
                 del run  # or it would keep the memory while the consumer makes what replaces it
                 yield pieces
                 del pieces
@@ -163,8 +163,8 @@ class _Reader:
             for source in self.sources.values():
                 source.close()
 
-    def _may_start(self, run: Run, lent: int) -> bool:
-        return lent + run.lent_nbytes <= self.budget.nbytes + self.room(run.target.device)
+    def _may_start(self, run: Run, in_use: int) -> bool:
+        return in_use + run.temporary_nbytes <= self.budget.nbytes + self.extra_nbytes(run.target.device)
 
     def _start(self, run: Run) -> Run:
         for source, _, _ in run.spans:
@@ -192,7 +192,7 @@ class _Reader:
                 self.error = self.error or error
             run.chunk_done()
             del chunk, run  # or an idle thread would keep the memory alive
-        mover.finish(self.stages)
+        mover.finish(self.timings)
 
 
 class _Link:
@@ -263,13 +263,13 @@ class _Mover:
         slot.copy_to(memory, link)
         self.copy_nbytes += nbytes
 
-    def finish(self, stages: Stages) -> None:
+    def finish(self, timings: Timings) -> None:
         """Wait for the copies, and add up what all chunks took."""
         for slot in self.slots:
             slot.wait()
-        stages.add("read", self.read_s, self.read_nbytes)
+        timings.add("read", self.read_s, self.read_nbytes)
         if self.copy_nbytes:
-            stages.add("copy", self.copy_s, self.copy_nbytes)
+            timings.add("copy", self.copy_s, self.copy_nbytes)
 
     def _free_slot(self) -> _Slot:
         if len(self.slots) < _SLOTS:

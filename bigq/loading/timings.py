@@ -1,14 +1,14 @@
-"""Stages: seconds and bytes of each stage of a load, added up by all of its threads."""
+"""Timings: seconds and bytes of each stage of a load, added up by all of its threads."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
-__all__ = ["Stages"]
+__all__ = ["Timings"]
 
 
-class Stages:
+class Timings:
     """`totals` maps a stage to its (seconds, bytes), in the order in which they were first seen."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from bigq.checkpoint import Source, StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.formats import Description
-from bigq.loading.batch_quantizer import Quantizer
+from bigq.loading.batch_quantizer import BatchQuantizer
 from bigq.loading.runs import Piece
 from bigq.planning.plan import PlannedWeight
 
@@ -68,7 +68,7 @@ class WarmUp:
         description = Description(format=self._format, shape=tuple(rows[0].shape), dtype=dtype)
         weight = PlannedWeight(names=("",), refs=(), description=description, source="", method=self._method)
         info = StoredTensor(name="", shape=rows[0].shape, dtype=dtype, where="")
-        quantizer = Quantizer()
+        quantizer = BatchQuantizer()
         states = [state for _, state in quantizer.quantize((weight, Piece(info, 0, matrix)) for matrix in rows)]
         quantizer.quant_state({"weight": description}, rows[0].device)
         quantizer.non_finite(lambda _: (description, states[0]))

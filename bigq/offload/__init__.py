@@ -1,1 +1,1 @@
-"""Tensors that rest on the CPU or the disk, and how they come to a module in time."""
+"""Tensors that are stored on the CPU or the disk, and how a module gets them in time."""

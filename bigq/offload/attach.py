@@ -1,15 +1,19 @@
-"""attach: put a hook on a module as accelerate does, so that the module pickles and compiles, and calls stay apart."""
+"""attach: put a hook on a module as accelerate does, so that it pickles and compiles. Such a model is not moved."""
 
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-__all__ = ["SurroundingHook", "attach", "outside_of_graphs"]
+from bigq.errors import PlacementError
+
+__all__ = ["SurroundingHook", "allow_moves", "attach", "outside_of_graphs", "refuse_moves"]
+
+_METHODS = ("to", "cuda", "cpu", "half", "float", "double", "bfloat16")
 
 
 class SurroundingHook(ModelHook):  # type: ignore[misc]
@@ -87,3 +91,29 @@ def outside_of_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
         return disabled[0](*args, **kwargs)
 
     return call
+
+
+class _Refusal:
+    """Stands in for a method of a model; a class and no closure, so that the model pickles."""
+
+    def __init__(self, method: str, model: str) -> None:
+        self.method, self.model = method, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise PlacementError(
+            f"{self.model}.{self.method}() would undo its device map: parts of it are offloaded, or on several GPUs. "
+            "bigq.materialize(model) brings all of it to where it runs; then it can be moved"
+        )
+
+
+def refuse_moves(model: nn.Module) -> None:
+    """Make `.to()`, `.cuda()`, `.half()` and their kin of `model` raise a PlacementError."""
+    for method in _METHODS:
+        model.__dict__[method] = _Refusal(method, type(model).__name__)
+
+
+def allow_moves(module: nn.Module) -> None:
+    """Undo `refuse_moves`; accelerate's removal of hooks does that for `.to()` and `.cuda()` only."""
+    for method in _METHODS:
+        if isinstance(module.__dict__.get(method), _Refusal):
+            del module.__dict__[method]

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from bigq.errors import PlacementError
 from bigq.model.selection import output_head
 from bigq.model.tree import is_called, is_stack
-from bigq.offload.attach import attach
+from bigq.offload.attach import attach, refuse_moves
 from bigq.offload.hooks import Float32Hook, PlacementHook
-from bigq.offload.moves import refuse_moves
-from bigq.offload.prefetch import Block, Prefetcher
+from bigq.offload.prefetch import OffloadedBlock, Prefetcher
 from bigq.offload.space import is_file_backed
 from bigq.planning.device_map import DeviceMap, ancestors, as_user_map, execution_device, is_gpu, place_of
 from bigq.planning.plan import Plan
@@ -35,12 +34,12 @@ def dispatch(
 ) -> None:
     """Hook a model whose tensors are where `device_map` says, so that it runs.
 
-    A model on one device gets no hooks. Otherwise the root moves inputs in and outputs back, each offloaded block is
-    lent its tensors while it runs, and with several GPUs each block receives its inputs on its own.
+    A model on one device gets no hooks. Otherwise the root moves inputs in and outputs back, each offloaded block
+    has copies of its tensors while it runs, and with several GPUs each block moves its own inputs.
 
     Args:
         skip_keys: keyword arguments that are not moved (default: what the model's `_skip_keys_device_placement` says).
-        is_placed: False where the tensors have yet to go there, and so only the map can tell which will be lent.
+        is_placed: False if the tensors are not there yet, so that only the map tells which are offloaded.
 
     Raises:
         PlacementError: the model is a ScriptModule and needs hooks.
@@ -59,16 +58,16 @@ def dispatch(
     for unit in _units(model, device_map):
         own_gpus = [place for _, _, _, place in unit.tensors if place in gpus]
         device = torch.device(own_gpus[0]) if own_gpus else runs_on
-        borrowed = [
+        offloaded = [
             (owner, leaf)
             for owner, leaf, tensor, place in unit.tensors
             if (tensor.device != device or is_file_backed(tensor) if is_placed else place != str(device))
         ]
-        if unit.path and (borrowed or len(gpus) > 1):
+        if unit.path and (offloaded or len(gpus) > 1):
             hooks[unit.path] = PlacementHook(device, skip_keys=skip_keys)
             modules[unit.path] = unit.module
-        if borrowed:
-            hooks[unit.path].block = Block(borrowed, ahead=True)
+        if offloaded:
+            hooks[unit.path].block = OffloadedBlock(offloaded, ahead=True)
     _share_prefetchers(hooks)
     for path, hook in hooks.items():
         attach(modules[path], hook)
@@ -76,7 +75,7 @@ def dispatch(
 
 
 def _share_prefetchers(hooks: Mapping[str, PlacementHook]) -> None:
-    """One Prefetcher a device; a module around other blocks keeps what it borrows out of the slots."""
+    """One Prefetcher a device. A module around other blocks does not use the slots."""
     prefetchers: dict[torch.device, Prefetcher] = {}
     around = {ancestor for path, hook in hooks.items() if path and hook.block for ancestor in ancestors(path)}
     for path, hook in hooks.items():
@@ -123,7 +122,7 @@ def _units(model: nn.Module, device_map: DeviceMap) -> list[_Unit]:
 
 
 class _Walk:
-    """Collects the tensors of a model by the module that is lent them."""
+    """Collects the tensors of a model by the module whose calls need them."""
 
     def __init__(self, model: nn.Module, device_map: DeviceMap) -> None:
         self.model, self.device_map = model, device_map

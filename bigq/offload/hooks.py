@@ -8,22 +8,21 @@ import torch
 from accelerate.utils import find_device, recursively_apply, send_to_device
 from torch import Tensor, nn
 
-from bigq.offload.attach import SurroundingHook, outside_of_graphs
-from bigq.offload.moves import allow_moves
-from bigq.offload.prefetch import Block, Prefetcher
+from bigq.offload.attach import SurroundingHook, allow_moves, outside_of_graphs
+from bigq.offload.prefetch import OffloadedBlock, Prefetcher
 
 __all__ = ["Float32Hook", "PlacementHook"]
 
 
 class PlacementHook(SurroundingHook):
-    """Runs a module on `device`: moves its inputs there, and lends it its offloaded tensors for the length of the call.
+    """Runs a module on `device`: moves its inputs there, and gives it copies of its offloaded tensors during the call.
 
-    At rest the module keeps its own tensors, on the CPU or file-backed. What it is lent are frozen copies, given back
-    when the last call of it ends, also by an exception.
+    Between calls the module holds its own tensors, on the CPU or file-backed. The copies are frozen. They are taken
+    back when the last call of the module ends, also by an exception.
 
     Args:
         device: where the module runs.
-        block: what to lend it, and `prefetcher`: who lends it.
+        block: its offloaded tensors, and `prefetcher`: what copies them.
         io_same_device: move the outputs back to the device of the first input tensor.
         skip_keys: keyword arguments that are left where they are, such as a KV cache.
     """
@@ -32,7 +31,7 @@ class PlacementHook(SurroundingHook):
         self,
         device: torch.device,
         *,
-        block: Block | None = None,
+        block: OffloadedBlock | None = None,
         prefetcher: Prefetcher | None = None,
         io_same_device: bool = False,
         skip_keys: str | list[str] | None = None,
@@ -53,11 +52,11 @@ class PlacementHook(SurroundingHook):
         if self.block is None:
             output = forward(*args, **kwargs)
         else:
-            saving = self._borrow()
+            saving = self._onload()
             try:
                 output = forward(*args, **kwargs)
             finally:
-                self._give_back(saving)
+                self._release(saving)
         return output if input_device is None else self._send_back(output, input_device)
 
     @outside_of_graphs
@@ -74,7 +73,7 @@ class PlacementHook(SurroundingHook):
         return send_to_device(output, device, skip_keys=self.skip_keys)
 
     @outside_of_graphs
-    def _borrow(self) -> AbstractContextManager[object] | None:
+    def _onload(self) -> AbstractContextManager[object] | None:
         """Begin a call: the context that is in force while the block computes, if it needs one."""
         assert self.block is not None
         assert self.prefetcher is not None
@@ -84,7 +83,7 @@ class PlacementHook(SurroundingHook):
         return saving
 
     @outside_of_graphs
-    def _give_back(self, saving: AbstractContextManager[object] | None) -> None:
+    def _release(self, saving: AbstractContextManager[object] | None) -> None:
         assert self.block is not None
         assert self.prefetcher is not None
         if saving is not None:

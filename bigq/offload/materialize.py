@@ -1,4 +1,4 @@
-"""materialize: bring the offloaded tensors of a model home to the device that runs them, and take its hooks off."""
+"""materialize: move the offloaded tensors of a model to the device that runs them, and remove its hooks."""
 
 from typing import Any
 
@@ -43,14 +43,14 @@ def materialize(model: nn.Module) -> nn.Module:
         id(tensor): (tensor, hook.device) for hook in placements if hook.block for tensor in hook.block.tensors()
     }
     _refuse_what_does_not_fit(list(wanted.values()))
-    home = {
-        key: nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+    moved = {
+        key: nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
         for key, (tensor, device) in wanted.items()
-        for moved in [tensor.detach().to(device, copy=True)]
+        for copy in [tensor.detach().to(device, copy=True)]
     }
     for hook in placements:
         if hook.block is not None:
-            hook.block.assign([home[id(tensor)] for tensor in hook.block.tensors()])
+            hook.block.assign([moved[id(tensor)] for tensor in hook.block.tensors()])
     skip_keys = placements[0].skip_keys if placements else None
     for module, hooks in hooked.items():
         remove_hook_from_module(module)

@@ -1,4 +1,4 @@
-"""Prefetcher: lends blocks device copies of their offloaded tensors, made ahead of use on a stream of their own.
+"""Prefetcher: gives blocks device copies of their offloaded tensors, made ahead of use on a stream of their own.
 
 Copies live in a few preallocated slots. Streams wait for each other by events; the host waits only for files.
 Which block comes next is what came next the last time, at first the order of the model: a wrong guess costs time, and
@@ -19,59 +19,59 @@ import torch
 from torch import Tensor, nn
 
 from bigq.model.tree import assign_tensor, tensor_table
-from bigq.offload.saved_tensors import saved_at_rest
+from bigq.offload.saved_tensors import saved_offloaded
 from bigq.offload.transfer import Layout, Transfer
 
-__all__ = ["Block", "Prefetcher"]
+__all__ = ["OffloadedBlock", "Prefetcher"]
 
 _USE_COUNT = methodcaller("_use_count")
 
 
-class Block:
-    """Tensors that are lent together: `borrowed` is (owner, name) of each.
+class OffloadedBlock:
+    """Offloaded tensors that are copied together: `members` is (owner, name) of each.
 
     `ahead` says that they are copied before they are needed; those of a module around other blocks are not, because
     they would occupy a slot for the length of all of their calls.
     """
 
-    def __init__(self, borrowed: Iterable[tuple[nn.Module, str]], *, ahead: bool) -> None:
-        self.borrowed = list(borrowed)
+    def __init__(self, members: Iterable[tuple[nn.Module, str]], *, ahead: bool) -> None:
+        self.members = list(members)
         self.ahead = ahead
         self._start()
 
     def _start(self) -> None:
         self.layout: Layout | None = None
-        self.slot: _Slot | None = None  # what it is lent, while `calls` is positive
+        self.slot: _DeviceSlot | None = None  # holds its copies while `calls` is positive
         self.calls = 0
 
     @cached_property
     def _tables(self) -> list[tuple[dict[str, Any], str]]:
-        """The dicts of the owners themselves: nn.Module's own lookup takes longer than all the rest of a call."""
-        return [(tensor_table(owner, name), name) for owner, name in self.borrowed]
+        """The dicts of the owners themselves: nn.Module's own lookup takes longer than everything else in a call."""
+        return [(tensor_table(owner, name), name) for owner, name in self.members]
 
     @cached_property
     def _in_lists(self) -> list[int]:
-        return [i for i, (owner, _) in enumerate(self.borrowed) if isinstance(owner, nn.RNNBase)]
+        return [i for i, (owner, _) in enumerate(self.members) if isinstance(owner, nn.RNNBase)]
 
     def tensors(self) -> list[Tensor]:
-        """What the modules hold now: outside of a call, the tensors at rest."""
+        """What the modules hold now: between calls, the offloaded tensors."""
         return [table[name] for table, name in self._tables]
 
     def assign(self, tensors: Sequence[Tensor]) -> None:
         for (table, name), tensor in zip(self._tables, tensors, strict=True):
             table[name] = tensor
         for i in self._in_lists:  # an RNN keeps a second list of its weights
-            assign_tensor(*self.borrowed[i], tensors[i])
+            assign_tensor(*self.members[i], tensors[i])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"borrowed": self.borrowed, "ahead": self.ahead}
+        return {"members": self.members, "ahead": self.ahead}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
 
 
-class _Slot:
+class _DeviceSlot:
     """A buffer on the device, and the block whose copies it holds."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -82,18 +82,18 @@ class _Slot:
         self.reads: list[Future[None]] = []  # from files, which have to end before the copies are all queued
         self.copied: torch.cuda.Event | None = None
         self.used: dict[torch.cuda.Stream, torch.cuda.Event] = {}  # what has to happen before it is written again
-        self.lent = False
+        self.in_use = False
         self.turn = 0  # of the last copy or use
         self._uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-        self._lendable: WeakKeyDictionary[Layout, list[Tensor]] = WeakKeyDictionary()
-        self._tensors: list[Tensor] = []  # what is lent
+        self._made: WeakKeyDictionary[Layout, list[Tensor]] = WeakKeyDictionary()
+        self._tensors: list[Tensor] = []  # over the buffer, of the layout in use
         self._holders = self._count_holders()
 
-    def lend(self, layout: Layout) -> list[Tensor]:
+    def tensors_of(self, layout: Layout) -> list[Tensor]:
         """Frozen tensors over the buffer; the same ones each time, since compiled code and replays know them again."""
-        if layout not in self._lendable:
-            self._lendable[layout] = self._make_tensors(layout)
-        self.lent, self._tensors = True, self._lendable[layout]
+        if layout not in self._made:
+            self._made[layout] = self._make_tensors(layout)
+        self.in_use, self._tensors = True, self._made[layout]
         self._holders = self._count_holders()
         return self._tensors
 
@@ -133,12 +133,12 @@ class _Slot:
         return [made[id(own)] for own in layout.tensors]
 
     def _count_holders(self) -> tuple[int, list[int], list[int]]:
-        """How many hold the memory, such as views, and each of the tensors that are lent: in Python, and in C++."""
+        """How many owners the memory has, such as views, and each tensor over it: in Python, and in C++."""
         owners: int = torch._C._storage_Use_Count(self.buffer.untyped_storage()._cdata)
         return owners, list(map(getrefcount, self._tensors)), list(map(_USE_COUNT, self._tensors))
 
     def has_escaped(self) -> bool:
-        """Whether anything that was lent, or a view of it, outlives the call."""
+        """Whether a tensor over the buffer, or a view of one, outlives the call."""
         return self._count_holders() != self._holders
 
 
@@ -152,15 +152,15 @@ class Prefetcher:
 
     def __init__(self, device: torch.device, *, slots: int = 2) -> None:
         self.device = device
-        self.blocks: list[Block] = []
+        self.blocks: list[OffloadedBlock] = []
         self._max_slots = slots
-        self._next: dict[Block, Block] = {}
+        self._next: dict[OffloadedBlock, OffloadedBlock] = {}
         self._start()
 
     def _start(self) -> None:
         self._lock = threading.RLock()
         self._last = threading.local()  # the block that a thread entered last
-        self._slots: list[_Slot] | None = None
+        self._slots: list[_DeviceSlot] | None = None
         self._turn = 0
         self._transfer = Transfer(self.device)
         self._stream: torch.cuda.Stream | None = None
@@ -177,24 +177,24 @@ class Prefetcher:
         if getattr(self, "_stream", None) is not None:
             self._stream.synchronize()  # type: ignore[union-attr]  # the memory of a copy made ahead is freed next
 
-    def add(self, block: Block) -> None:
+    def add(self, block: OffloadedBlock) -> None:
         """Make `block` known; blocks are expected to run in the order in which they are added, over and over."""
         self.blocks.append(block)
         ahead = [block for block in self.blocks if block.ahead]
         self._next = dict(zip(ahead, ahead[1:] + ahead[:1], strict=True))
 
-    def enter(self, block: Block) -> AbstractContextManager[object] | None:
-        """Lend `block` its tensors, or share what is lent already, and start on the copies for what comes next.
+    def enter(self, block: OffloadedBlock) -> AbstractContextManager[object] | None:
+        """Give `block` the copies of its tensors, and start to copy those of the blocks that come next.
 
         Returns a context for the block's computation, or None where it needs none. Every `enter` needs a `leave`.
 
         Raises:
-            CheckpointError: a file that tensors rest in was cut short.
+            CheckpointError: a file that holds offloaded tensors was cut short.
             PlacementError: there is no pinned memory for tensors that came without, as those of a deepcopy.
         """
         with self._lock:
             if not block.calls:
-                self._lend(block)
+                self._onload(block)
             block.calls += 1
             slot, layout = block.slot, block.layout
             assert slot is not None
@@ -208,11 +208,11 @@ class Prefetcher:
                 self.leave(block)
                 raise
         if torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-            return saved_at_rest(slot.buffer, layout, self._transfer)
+            return saved_offloaded(slot.buffer, layout, self._transfer)
         return None
 
-    def leave(self, block: Block) -> None:
-        """End a call; the last one to end gives the tensors back."""
+    def leave(self, block: OffloadedBlock) -> None:
+        """End a call. The last one to end puts the offloaded tensors back."""
         with self._lock:
             slot, layout = block.slot, block.layout
             assert slot is not None
@@ -223,56 +223,56 @@ class Prefetcher:
             if block.calls:
                 return
             block.assign(layout.tensors)
-            block.slot, slot.lent = None, False
+            block.slot, slot.in_use = None, False
             slot.turn = self._tick()
             if self._slots is not None and slot in self._slots and slot.has_escaped():
                 # It would change with the next copy: the buffer is theirs now.
                 self._slots[self._slots.index(slot)] = self._new_slot(slot.buffer.nbytes)
 
-    def _lend(self, block: Block) -> None:
+    def _onload(self, block: OffloadedBlock) -> None:
         layout = self._layout_of(block)
         slot = self._held(layout)
         if slot is None:
             slot = self._idle_slot(layout) if block.ahead and layout.on_host else None
             stream = self._stream
             if slot is None:
-                slot = _Slot(layout.nbytes, self.device)
+                slot = _DeviceSlot(layout.nbytes, self.device)
                 stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             self._copy(layout, slot, stream)
         slot.finish()
-        block.assign(slot.lend(layout))
+        block.assign(slot.tensors_of(layout))
         block.slot = slot
         slot.turn = self._tick()
 
-    def _layout_of(self, block: Block) -> Layout:
+    def _layout_of(self, block: OffloadedBlock) -> Layout:
         tensors = block.tensors()
         if block.layout is None or not block.layout.is_current(tensors):
             self._transfer.pin(tensors)
             block.layout = Layout(tensors)
         return block.layout
 
-    def _held(self, layout: Layout) -> _Slot | None:
+    def _held(self, layout: Layout) -> _DeviceSlot | None:
         return next((slot for slot in self._slots or () if slot.layout is layout), None)
 
-    def _idle_slot(self, layout: Layout) -> _Slot | None:
+    def _idle_slot(self, layout: Layout) -> _DeviceSlot | None:
         """The slot that was not used for longest, if one is free and large enough."""
         if self._slots is None:
             sizes = [self._layout_of(block).nbytes for block in self.blocks if block.ahead and not block.calls]
             if self.device.type == "cuda":
                 self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._slots = [self._new_slot(max(sizes)) for _ in range(min(self._max_slots, len(sizes)))]
-        idle = [slot for slot in self._slots if not slot.lent and slot.buffer.nbytes >= layout.nbytes]
+        idle = [slot for slot in self._slots if not slot.in_use and slot.buffer.nbytes >= layout.nbytes]
         return min(idle, key=lambda slot: slot.turn, default=None)
 
-    def _new_slot(self, nbytes: int) -> _Slot:
-        slot = _Slot(nbytes, self.device)
+    def _new_slot(self, nbytes: int) -> _DeviceSlot:
+        slot = _DeviceSlot(nbytes, self.device)
         if self._stream is not None:
             slot.buffer.record_stream(self._stream)
             slot.mark_used(torch.cuda.current_stream(self.device))  # by the memory's former owner
         return slot
 
-    def _copy(self, layout: Layout, slot: _Slot, stream: torch.cuda.Stream | None) -> None:
-        wait(slot.reads)  # of a copy that nobody came for
+    def _copy(self, layout: Layout, slot: _DeviceSlot, stream: torch.cuda.Stream | None) -> None:
+        wait(slot.reads)  # of a copy that was never used
         if stream is not None:
             for event in slot.used.values():
                 stream.wait_event(event)
@@ -281,9 +281,9 @@ class Prefetcher:
         slot.mark_copied()
         slot.turn = self._tick()
 
-    def _follow(self, block: Block) -> None:
+    def _follow(self, block: OffloadedBlock) -> None:
         """Learn what follows what, and copy ahead of `block` as far as there are idle slots."""
-        last: Block | None = getattr(self._last, "block", None)
+        last: OffloadedBlock | None = getattr(self._last, "block", None)
         if last is not None:
             self._next[last] = block
         self._last.block = block

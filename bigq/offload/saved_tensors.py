@@ -1,4 +1,4 @@
-"""saved_at_rest: what autograd saves of a lent tensor is where it rests, not a copy that the next block overwrites.
+"""saved_offloaded: autograd saves the offloaded tensor, not its copy on the device, which the next block overwrites.
 
 The backward pass fetches it again. So memory stays flat however many blocks a graph goes through.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bigq.offload.transfer import Layout, Transfer, version_of
 
-__all__ = ["saved_at_rest"]
+__all__ = ["saved_offloaded"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _AtRest:
-    """A view of a lent tensor: `own` is that tensor at rest, `offset` the first byte of the view in it."""
+class _Offloaded:
+    """A view of a copy: `own` is the offloaded tensor that was copied, `offset` the first byte of the view in it."""
 
     own: Tensor
     version: int
@@ -31,7 +31,7 @@ class _AtRest:
 
 @dataclass(frozen=True, eq=False)
 class _Packed:
-    """A tensor that was not lent, as the hooks around ours packed it."""
+    """Any other tensor, as the hooks around ours packed it."""
 
     value: Any
     unpack: Callable[[Any], Tensor]
@@ -39,14 +39,14 @@ class _Packed:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A tensor that was not lent, detached: a saved output that knew its graph would keep it alive for good."""
+    """Any other tensor, detached: a saved output that knew its graph would keep it alive for good."""
 
     tensor: Tensor
     version: int
 
 
-def saved_at_rest(buffer: Tensor, layout: Layout, transfer: Transfer) -> AbstractContextManager[object]:
-    """A context in which autograd saves views of `buffer`, which holds the copies of `layout`, as where they rest.
+def saved_offloaded(buffer: Tensor, layout: Layout, transfer: Transfer) -> AbstractContextManager[object]:
+    """A context in which autograd saves the offloaded tensors of `layout` in place of their copies in `buffer`.
 
     Other tensors go to the hooks that are in force already, such as those of activation checkpointing.
     """
@@ -62,7 +62,7 @@ def saved_at_rest(buffer: Tensor, layout: Layout, transfer: Transfer) -> Abstrac
         position = int(tensor.storage_offset()) * tensor.element_size()
         start, index = starts[bisect_right(starts, (position, len(layout.tensors))) - 1]
         own = layout.tensors[index]
-        return _AtRest(
+        return _Offloaded(
             own=own,
             version=version_of(own),
             offset=position - start,
@@ -71,10 +71,10 @@ def saved_at_rest(buffer: Tensor, layout: Layout, transfer: Transfer) -> Abstrac
             stride=tensor.stride(),
         )
 
-    def unpack(saved: _AtRest | _Packed | _Kept) -> Tensor:
+    def unpack(saved: _Offloaded | _Packed | _Kept) -> Tensor:
         if isinstance(saved, _Packed):
             return saved.unpack(saved.value)
-        if isinstance(saved, _AtRest):
+        if isinstance(saved, _Offloaded):
             _refuse_edit(saved.own, saved.version)
             return _fetch(saved, transfer)
         _refuse_edit(saved.tensor, saved.version)
@@ -83,7 +83,7 @@ def saved_at_rest(buffer: Tensor, layout: Layout, transfer: Transfer) -> Abstrac
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _fetch(saved: _AtRest, transfer: Transfer) -> Tensor:
+def _fetch(saved: _Offloaded, transfer: Transfer) -> Tensor:
     own, layout = saved.own, Layout([saved.own])
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=transfer.device)
     stream = torch.cuda.current_stream(transfer.device) if transfer.device.type == "cuda" else None

@@ -1,9 +1,9 @@
-"""OffloadSpace: the memory that offloaded tensors rest in, pinned or in a file, reserved before the first one arrives.
+"""OffloadSpace: the memory of offloaded tensors, pinned or in a file, reserved before the first one arrives.
 
 An unnamed file: no other model or process can read it half-written, and the system frees it with the last tensor,
 however the process ends. Its space is reserved, so a full disk is an error before any work. Pinned memory is one
 mapping of the exact size, registered with CUDA: torch's own pinned allocator rounds up to powers of two. What a
-checkpoint holds just so stays there: its tensors are copy-on-write maps, which nobody can write to the file through.
+checkpoint already holds as needed stays there: its tensors are copy-on-write maps, so no edit reaches the file.
 """
 
 import mmap
@@ -22,7 +22,7 @@ from bigq.formats import TensorSpec
 from bigq.system.files import open_unchanged, read_into
 from bigq.system.memory import ALIGNMENT, align, memory_of
 
-__all__ = ["CheckpointMap", "FileMap", "OffloadSpace", "is_file_backed", "locate"]
+__all__ = ["CheckpointMap", "FileMap", "OffloadSpace", "is_file_backed", "mapping_of"]
 
 _MAP_NORESERVE = 0x4000  # Linux: a private map may be larger than RAM and swap; nothing writes to most of it
 _MAPS: WeakKeyDictionary[mmap.mmap, range] = WeakKeyDictionary()  # the addresses of each mapping
@@ -85,7 +85,7 @@ class FileMap(mmap.mmap):
 
 
 class OffloadSpace:
-    """Room for one tensor of each of `specs`, by name, in `mapping`; make it with `pinned` or `in_file`.
+    """Memory for one tensor of each of `specs`, by name, in `mapping`; make it with `pinned` or `in_file`.
 
     Tensors lie in the order of their names, so that those of one module are neighbours and travel in one copy.
     """
@@ -100,7 +100,7 @@ class OffloadSpace:
 
     @classmethod
     def pinned(cls, specs: Mapping[str, TensorSpec]) -> "OffloadSpace":
-        """Room in pinned host memory; raises PlacementError where there is too little of it."""
+        """In pinned host memory; raises PlacementError where there is too little of it."""
         try:
             mapping = _PinnedMap(-1, _size(specs), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -110,7 +110,7 @@ class OffloadSpace:
 
     @classmethod
     def in_file(cls, folder: str | os.PathLike[str], specs: Mapping[str, TensorSpec]) -> "OffloadSpace":
-        """Room in an unnamed file in `folder`; raises PlacementError where it cannot be written or the disk is full."""
+        """In an unnamed file in `folder`; raises PlacementError where it cannot be written or the disk is full."""
         size = _size(specs)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ class OffloadSpace:
 
 @dataclass(frozen=True)
 class CheckpointMap:
-    """A file of a checkpoint whose tensors may rest where they are."""
+    """A file of a checkpoint whose tensors may stay in it."""
 
     _mapping: FileMap
 
@@ -157,7 +157,7 @@ class CheckpointMap:
         return _tensor(self._mapping, offset, spec)
 
 
-def locate(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
+def mapping_of(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
     """The mapping that a contiguous CPU tensor lies in and its offset there; None if it lies elsewhere."""
     if tensor.device.type != "cpu" or not tensor.numel():
         return None
@@ -167,7 +167,7 @@ def locate(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
 
 def is_file_backed(tensor: Tensor) -> bool:
     """Whether `tensor` lies in a file: that of an OffloadSpace, or a checkpoint's."""
-    place = locate(tensor)
+    place = mapping_of(tensor)
     return place is not None and isinstance(place[0], FileMap)
 
 

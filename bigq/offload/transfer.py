@@ -1,4 +1,4 @@
-"""Transfer: copy the tensors of a block from where they rest into one buffer on a device, in as few copies as they lie.
+"""Transfer: copy the tensors of a block from where they are stored into one buffer on a device, in few copies.
 
 Memory is copied by the device, from pinned memory without the host waiting. A file is read by a few threads: into the
 buffer itself on the CPU, through a little pinned memory to a GPU. Reading by descriptor rather than through the map
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from bigq.formats import TensorSpec
-from bigq.offload.space import FileMap, OffloadSpace, locate
+from bigq.offload.space import FileMap, OffloadSpace, mapping_of
 from bigq.system.machine import usable_cores
 from bigq.system.memory import ALIGNMENT, align
 
 __all__ = ["Layout", "Transfer", "version_of"]
 
 _CHUNK_NBYTES = 4 << 20  # of a file at a time: all threads end a block at nearly the same time
-_STAGES = 2  # pinned chunks a thread: one is filled while the other is copied
+_CHUNKS = 2  # pinned ones a thread: one is filled while the other is copied
 
 
 @dataclass(kw_only=True)
-class _Run:
-    """Bytes that lie together at rest, at `offset` of `mapping` or as `memory`, and from `start` on in the buffer."""
+class _Extent:
+    """Bytes that are stored together, at `offset` of `mapping` or as `memory`; in the buffer they begin at `start`."""
 
     mapping: mmap.mmap | None
     offset: int
@@ -40,7 +40,7 @@ class _Run:
 
 
 class Layout:
-    """Where each of `tensors` comes to lie in one buffer of `nbytes`, and the runs that fill it.
+    """Where each of `tensors` comes to lie in one buffer of `nbytes`, and the extents that fill it.
 
     Holds for as long as the tensors are what they are now: see `is_current`. `on_host` says that all of them are there,
     where no stream has to be waited for.
@@ -52,14 +52,16 @@ class Layout:
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._versioned]
-        self.runs: list[_Run] = []
+        self.extents: list[_Extent] = []
         self.nbytes = 0
         starts: dict[int, int] = {}
-        for tensor, place in _in_order_of_rest(tensors):
+        for tensor, place in _in_stored_order(tensors):
             starts[id(tensor)] = self._add(tensor.detach(), place)
-        for run in self.runs:
-            if run.mapping is not None and not isinstance(run.mapping, FileMap):
-                run.memory = torch.frombuffer(run.mapping, dtype=torch.uint8, count=run.nbytes, offset=run.offset)
+        for extent in self.extents:
+            if extent.mapping is not None and not isinstance(extent.mapping, FileMap):
+                extent.memory = torch.frombuffer(
+                    extent.mapping, dtype=torch.uint8, count=extent.nbytes, offset=extent.offset
+                )
         self.starts = tuple(starts.get(id(tensor), 0) for tensor in tensors)
 
     def is_current(self, tensors: Sequence[Tensor]) -> bool:
@@ -72,19 +74,19 @@ class Layout:
 
     def _add(self, tensor: Tensor, place: tuple[mmap.mmap, int] | None) -> int:
         mapping, offset = place or (None, 0)
-        last = self.runs[-1] if self.runs else None
+        last = self.extents[-1] if self.extents else None
         if last is not None and mapping is not None and mapping is last.mapping:
             distance = offset - last.offset
             if distance % ALIGNMENT == 0 and distance <= align(last.nbytes):  # next to it, or within it
                 last.nbytes = max(last.nbytes, distance + tensor.nbytes)
                 self.nbytes = last.start + last.nbytes
                 return last.start + distance
-        run = _Run(mapping=mapping, offset=offset, start=align(self.nbytes), nbytes=tensor.nbytes)
+        extent = _Extent(mapping=mapping, offset=offset, start=align(self.nbytes), nbytes=tensor.nbytes)
         if mapping is None:
-            run.memory = tensor.contiguous().reshape(-1).view(torch.uint8)
-        self.runs.append(run)
-        self.nbytes = run.start + run.nbytes
-        return run.start
+            extent.memory = tensor.contiguous().reshape(-1).view(torch.uint8)
+        self.extents.append(extent)
+        self.nbytes = extent.start + extent.nbytes
+        return extent.start
 
 
 class Transfer:
@@ -114,25 +116,27 @@ class Transfer:
         """Queue the copies of `layout` into `buffer` on `stream`; those from files are, once the futures are done."""
         reads: list[Future[None]] = []
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            for run in layout.runs:
-                if run.memory is not None:
-                    buffer[run.start : run.start + run.nbytes].copy_(run.memory, non_blocking=True)
+            for extent in layout.extents:
+                if extent.memory is not None:
+                    buffer[extent.start : extent.start + extent.nbytes].copy_(extent.memory, non_blocking=True)
                 else:
-                    reads += self._read(run, buffer, stream)
+                    reads += self._read(extent, buffer, stream)
         return reads
 
-    def _read(self, run: _Run, buffer: Tensor, stream: torch.cuda.Stream | None) -> list[Future[None]]:
-        assert isinstance(run.mapping, FileMap)
+    def _read(self, extent: _Extent, buffer: Tensor, stream: torch.cuda.Stream | None) -> list[Future[None]]:
+        assert isinstance(extent.mapping, FileMap)
         if self._readers is None:
             self._readers = ThreadPoolExecutor(min(8, usable_cores()), thread_name_prefix="bigq-read")
-        chunks = [(at, min(_CHUNK_NBYTES, run.nbytes - at)) for at in range(0, run.nbytes, _CHUNK_NBYTES)]
+        chunks = [(at, min(_CHUNK_NBYTES, extent.nbytes - at)) for at in range(0, extent.nbytes, _CHUNK_NBYTES)]
         return [
-            self._readers.submit(_read_chunk, run.mapping, run.offset + at, buffer, run.start + at, nbytes, stream)
+            self._readers.submit(
+                _read_chunk, extent.mapping, extent.offset + at, buffer, extent.start + at, nbytes, stream
+            )
             for at, nbytes in chunks
         ]
 
 
-_stages = threading.local()  # pinned chunks of a reading thread
+_pinned = threading.local()  # chunks of a reading thread
 
 
 def _read_chunk(
@@ -141,18 +145,18 @@ def _read_chunk(
     if stream is None:
         file.read(offset, buffer[start : start + nbytes])
         return
-    if not hasattr(_stages, "ring"):
-        _stages.ring = deque(_new_stage() for _ in range(_STAGES))
-    stage, copied = _stages.ring[0]
-    _stages.ring.rotate(-1)
-    copied.synchronize()  # the copy that last used this stage
-    file.read(offset, stage[:nbytes])
+    if not hasattr(_pinned, "ring"):
+        _pinned.ring = deque(_new_chunk() for _ in range(_CHUNKS))
+    chunk, copied = _pinned.ring[0]
+    _pinned.ring.rotate(-1)
+    copied.synchronize()  # the copy that last used this chunk
+    file.read(offset, chunk[:nbytes])
     with torch.cuda.stream(stream):
-        buffer[start : start + nbytes].copy_(stage[:nbytes], non_blocking=True)
+        buffer[start : start + nbytes].copy_(chunk[:nbytes], non_blocking=True)
         copied.record(stream)
 
 
-def _new_stage() -> tuple[Tensor, torch.cuda.Event]:
+def _new_chunk() -> tuple[Tensor, torch.cuda.Event]:
     pinned = torch.empty(_CHUNK_NBYTES, dtype=torch.uint8, pin_memory=True)
     return pinned, torch.cuda.Event()  # type: ignore[no-untyped-call]
 
@@ -165,15 +169,15 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _in_order_of_rest(tensors: Sequence[Tensor]) -> list[tuple[Tensor, tuple[mmap.mmap, int] | None]]:
-    """Each of `tensors` once, neighbours at rest next to each other."""
+def _in_stored_order(tensors: Sequence[Tensor]) -> list[tuple[Tensor, tuple[mmap.mmap, int] | None]]:
+    """Each of `tensors` once, those that are stored side by side next to each other."""
     unique = {id(tensor): tensor for tensor in tensors if tensor.numel()}
     placed = [(tensor, _fetched_from(tensor)) for tensor in unique.values()]
     return sorted(placed, key=lambda entry: (id(entry[1][0]), entry[1][1]) if entry[1] else (0, 0))
 
 
 def _fetched_from(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
-    place = locate(tensor)
+    place = mapping_of(tensor)
     if place is None or not tensor.is_contiguous():
         return None
     edited = isinstance(place[0], FileMap) and place[0].is_private and version_of(tensor) > 0

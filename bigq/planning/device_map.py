@@ -99,14 +99,14 @@ def check_device_map(device_map: DeviceMap, modules: Iterable[str], tensors: Ite
             near = ", ".join(get_close_matches(name, known, n=3))
             problems.append(f"  key {name!r} names no module or parameter" + (f"; near: {near}" if near else ""))
     everywhere = "" in device_map
-    homeless = [n for n in tensors if not everywhere and all(place_of(device_map, name) is None for name in n)]
-    problems += [f"  {names[0]} has no place" for names in homeless]
+    unplaced = [n for n in tensors if not everywhere and all(place_of(device_map, name) is None for name in n)]
+    problems += [f"  {names[0]} has no place" for names in unplaced]
     if problems:
         raise PlacementError("device_map does not fit the model:\n" + "\n".join(problems))
 
 
 def execution_device(device_map: DeviceMap) -> torch.device:
-    """Where offloaded modules run: the first GPU of the map, or the CPU when it has none."""
+    """Where offloaded modules run: the first GPU of the map, or the CPU if the map has none."""
     for place in device_map.values():
         if is_gpu(place):
             return torch.device(place)
@@ -114,12 +114,12 @@ def execution_device(device_map: DeviceMap) -> torch.device:
 
 
 def is_gpu(place: str) -> bool:
-    """Whether `place` computes by itself, rather than keep what a GPU runs."""
+    """Whether `place` is a GPU."""
     return place not in ("cpu", "disk")
 
 
 def is_offloaded(place: str | None, runs_on: torch.device) -> bool:
-    """Whether what rests at `place` runs elsewhere; "cpu" is no offload where the CPU is what runs."""
+    """Whether what is stored at `place` runs elsewhere. "cpu" is no offload if the model runs on the CPU."""
     return place == "disk" or (place == "cpu" and runs_on.type != "cpu")
 
 

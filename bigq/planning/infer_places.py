@@ -13,7 +13,7 @@ import torch
 from bigq.errors import PlacementError
 from bigq.planning.device_map import DeviceMap, ancestors, is_gpu, is_offloaded
 
-__all__ = ["Node", "Sized", "balanced_budgets", "infer_places", "lent_nbytes"]
+__all__ = ["Node", "Sized", "balanced_budgets", "infer_places", "onload_nbytes"]
 
 
 class Sized(NamedTuple):
@@ -35,8 +35,8 @@ class Sized(NamedTuple):
 class Node:
     """A module for `infer_places`: its own tensors, and its children.
 
-    `is_atomic` says that it has one place. `is_called` and `is_stack` tell which offloaded modules are lent their
-    tensors in one piece: see `dispatch`.
+    `is_atomic` says that it has one place. `is_called` and `is_stack` tell which offloaded modules are blocks,
+    whose tensors are copied to the device together: see `dispatch`.
     """
 
     name: str
@@ -95,10 +95,10 @@ def infer_places(root: Node, budgets: dict[str, int], *, buffer_nbytes: int = 0,
     """Fill the places of `budgets` {place: bytes}, in their order, with the modules in theirs.
 
     A module that does not fit is split into its children unless it is atomic; a tied tensor counts once and goes where
-    it went first. If anything is offloaded, room is kept where it runs for `buffer_nbytes` and what it is lent: `slots`
-    of the largest block's size, and whatever modules around blocks borrow. A GPU without that much room is left out.
-    With one GPU, what lies outside of stacks of blocks stays on it first, and so do blocks in even strides, whose work
-    then hides the copies of those between.
+    it went first. If anything is offloaded, memory is kept free where it runs: `buffer_nbytes`, `slots` of the largest
+    block's size, and what the modules around blocks need. A GPU without that much memory is left out. With one GPU,
+    modules outside of stacks of blocks go to it first, and the blocks that fit are spread evenly over their stack: the
+    GPU works on them while the ones between are copied.
 
     Raises:
         PlacementError: the model does not fit.
@@ -112,22 +112,22 @@ def infer_places(root: Node, budgets: dict[str, int], *, buffer_nbytes: int = 0,
         if len(gpus) == 1:
             device_map = _strided(root, device_map)
         device_map = {name: device_map[name] for name, _ in root.walk() if name in device_map}
-        lent = lent_nbytes(root, device_map, runs_on, slots=slots)
-        if lent:
-            lent[str(runs_on)] += buffer_nbytes
-        if gpus and lent and (gpus[0] not in device_map.values() or lent[gpus[0]] > budgets[gpus[0]]):
+        onloaded = onload_nbytes(root, device_map, runs_on, slots=slots)
+        if onloaded:
+            onloaded[str(runs_on)] += buffer_nbytes
+        if gpus and onloaded and (gpus[0] not in device_map.values() or onloaded[gpus[0]] > budgets[gpus[0]]):
             others = {place: nbytes for place, nbytes in budgets.items() if place != gpus[0]}
             return infer_places(root, others, buffer_nbytes=buffer_nbytes, slots=slots)
-        if lent <= needed:
+        if onloaded <= needed:
             return device_map
-        needed |= lent
+        needed |= onloaded
 
 
-def lent_nbytes(root: Node, device_map: DeviceMap, runs_on: torch.device, *, slots: int = 2) -> Counter[str]:
-    """Bytes that offloaded modules are lent at most at a time, by the place that they run on."""
+def onload_nbytes(root: Node, device_map: DeviceMap, runs_on: torch.device, *, slots: int = 2) -> Counter[str]:
+    """The most bytes that copies of offloaded tensors take at a time, by the place that they run on."""
     split = {ancestor for name in device_map if name for ancestor in ancestors(name)}
-    units: dict[str, list[tuple[Sized, str]]] = {}  # tensors and their places by the module that is lent them
-    rests: dict[object, str] = {}
+    units: dict[str, list[tuple[Sized, str]]] = {}  # tensors and their places, by the module that they are copied for
+    stored: dict[object, str] = {}
 
     def walk(node: Node, place: str, caller: str, block: str | None) -> None:
         place = device_map.get(node.name, place)
@@ -137,29 +137,29 @@ def lent_nbytes(root: Node, device_map: DeviceMap, runs_on: torch.device, *, slo
                 block = node.name
         for tensor in node.tensors:
             at = device_map.get(tensor.name, place)
-            rests[tensor.key] = min(at, rests.get(tensor.key, at), key=lambda at: (not is_gpu(at), at))
+            stored[tensor.key] = min(at, stored.get(tensor.key, at), key=lambda at: (not is_gpu(at), at))
             units.setdefault(caller if block is None else block, []).append((tensor, at))
         for child in node.children:
             walk(child, place, caller, block)
 
     walk(root, "cpu", "", None)
-    borrowed: dict[str, tuple[str, int]] = {}
+    copied: dict[str, tuple[str, int]] = {}
     for host, tensors in units.items():
-        own_gpus = [rests[tensor.key] for tensor, _ in tensors if is_gpu(rests[tensor.key])]
+        own_gpus = [stored[tensor.key] for tensor, _ in tensors if is_gpu(stored[tensor.key])]
         device = own_gpus[0] if own_gpus else str(runs_on)
-        away = {tensor.key: tensor for tensor, _ in tensors if is_offloaded(rests[tensor.key], runs_on)}
+        away = {tensor.key: tensor for tensor, _ in tensors if is_offloaded(stored[tensor.key], runs_on)}
         if away:
-            borrowed[host] = device, sum(tensor.offloaded_nbytes for tensor in away.values())
-    around = {ancestor for host in borrowed if host for ancestor in ancestors(host)}
-    lent, ahead = Counter[str](), dict[str, list[int]]()
-    for host, (device, nbytes) in borrowed.items():
+            copied[host] = device, sum(tensor.offloaded_nbytes for tensor in away.values())
+    around = {ancestor for host in copied if host for ancestor in ancestors(host)}
+    onloaded, ahead = Counter[str](), dict[str, list[int]]()
+    for host, (device, nbytes) in copied.items():
         if host in around:
-            lent[device] += nbytes
+            onloaded[device] += nbytes
         else:
             ahead.setdefault(device, []).append(nbytes)
     for device, sizes in ahead.items():
-        lent[device] += min(slots, len(sizes)) * max(sizes)
-    return lent
+        onloaded[device] += min(slots, len(sizes)) * max(sizes)
+    return onloaded
 
 
 def _stacks_last(node: Node) -> Node:

@@ -13,7 +13,7 @@ from bigq.formats import QUANT_STATE, Description, encode_quant_state, state_nam
 from bigq.model.patterns import match_patterns
 from bigq.model.selection import select_weights
 from bigq.model.tree import ModelTree, TensorGroup, tensor_name
-from bigq.planning.match import Fit
+from bigq.planning.match import Match
 from bigq.planning.plan import Plan, PlannedWeight, WeightRef
 from bigq.weight.quantized_module import QuantizedModule
 
@@ -63,7 +63,7 @@ def make_plan(
     else:
         described, sources, kept, rules = _chosen(tree, tensors, config, unquantized)
     weights = _planned(tree, described, sources, "absmax" if config is None else config.method)
-    fit = Fit(tree=tree, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
+    fit = Match(tree=tree, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
     for weight in weights:
         fit.claim(weight)
     planned_tensors = tuple(fit.tensors_outside(weights))

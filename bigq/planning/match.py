@@ -1,4 +1,4 @@
-"""Fit: match a model's tensors with a checkpoint's, and list everything that does not match."""
+"""Match: match a model's tensors with a checkpoint's, and list everything that does not match."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +13,10 @@ from bigq.model.patterns import match_patterns
 from bigq.model.tree import ModelTree, TensorGroup
 from bigq.planning.plan import PlannedTensor, PlannedWeight
 
-__all__ = ["Fit"]
+__all__ = ["Match"]
 
 
-class Fit:
+class Match:
     """Match the model's tensors with the checkpoint's and collect what does not fit."""
 
     def __init__(

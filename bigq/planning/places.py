@@ -87,7 +87,7 @@ def plan_at(
     any_away = any(is_offloaded(place, runs_on) for place in places.values())
 
     def is_away(names: Iterable[str]) -> bool:
-        """Whether something rests elsewhere than where it runs: it does not if any of its names keeps it there."""
+        """Whether a tensor is offloaded under all of its names."""
         found = [place for name in names if (place := place_of(places, name)) is not None]
         return bool(found) and all(is_offloaded(place, runs_on) for place in found)
 

@@ -1,4 +1,4 @@
-"""resting_places: where each tensor of a plan rests under a device map."""
+"""storage_places: where each tensor of a plan is stored under a device map."""
 
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -7,14 +7,14 @@ from bigq.errors import PlacementError
 from bigq.planning.device_map import DeviceMap, execution_device, is_gpu, is_offloaded, place_of
 from bigq.planning.plan import Plan
 
-__all__ = ["resting_places"]
+__all__ = ["storage_places"]
 
 
-def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:
-    """{first name: place} of each tensor and each quantized weight, all of whose tensors rest in one place.
+def storage_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:
+    """{first name: place} of each tensor, and of each quantized weight, whose tensors are all stored in one place.
 
-    What has several names rests on the GPU if any of them does. Buffers rest where they run, as accelerate has it by
-    default: a module may write to them, as BatchNorm does.
+    A tensor with several names is stored on the GPU if the map puts any of them there. A buffer is stored where its
+    module runs, as accelerate does by default, because a module may write to it, as BatchNorm does.
     """
     runs_on = execution_device(device_map)
     anywhere = str(runs_on)  # for non-persistent buffers that the map may leave out
@@ -36,23 +36,23 @@ def resting_places(plan: Plan, device_map: DeviceMap) -> dict[str, str]:
     def of_tensor(names: Iterable[str]) -> str:
         return of_names((name.rpartition(".")[0], name) for name in names)
 
-    resting = {}
+    stored = {}
     go_with = plan.weights_of_state()
     for tensor in plan.tensors:
         place = of_tensor(go_with.get(tensor.names[0], tensor.names))
         if tensor.is_buffer and is_offloaded(place, runs_on):
             place = anywhere
-        resting[tensor.names[0]] = place
+        stored[tensor.names[0]] = place
     for weight in plan.weights:
         if weight.source is not None:
-            resting[weight.names[0]] = of_tensor(weight.names)
-    return resting
+            stored[weight.names[0]] = of_tensor(weight.names)
+    return stored
 
 
 def _one_place(places: Mapping[str, str]) -> str:
-    """Where a tensor rests whose names are given these places."""
+    """The place of a tensor whose names have these `places`."""
     gpus = {name: place for name, place in places.items() if is_gpu(place)}
     if len(set(gpus.values())) > 1:
         listed = ", ".join(f"{name} on {place}" for name, place in gpus.items())
-        raise PlacementError(f"one tensor cannot rest on several devices: {listed}; give its names one place")
+        raise PlacementError(f"one tensor cannot be stored on several devices: {listed}; give its names one place")
     return next(iter(gpus.values()), "cpu" if "cpu" in places.values() else "disk")

@@ -92,7 +92,7 @@ class QuantizedModule(nn.Module):
     def assign_weight(self, leaf: str, value: Tensor) -> None:
         """`module.leaf = value`: quantize `value` into new Parameters in the place of the weight's own.
 
-        A QuantizedWeight of a module, of the same format and shape, lends its own Parameters: the weights are tied. A
+        A QuantizedWeight of a module, of the same format and shape, gives its own Parameters: the weights are tied. A
         copy of one (`.half()`, `.clone()`) does not.
 
         Args:

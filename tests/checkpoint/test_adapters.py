@@ -9,7 +9,7 @@ from bigq.checkpoint import Checkpoint, Renamed, Stacked
 from bigq.errors import CheckpointError
 from bigq.loading.runs import Target
 from bigq.loading.stream import Budget, stream
-from bigq.loading.timings import Stages
+from bigq.loading.timings import Timings
 from bigq.model.in_place import ModelTensors
 
 AMPLE = Budget(threads=2, nbytes=8 << 20)
@@ -50,8 +50,8 @@ def streamed(source, budget, *, own=False):
         return lambda: torch.empty(stored.shape, dtype=stored.dtype)
 
     cpu = torch.device("cpu")
-    wanted = {name: Target(device=cpu, own=memory(t) if own else None) for name, t in source.tensors.items()}
-    for pieces in stream(source, wanted, budget, Stages()):
+    wanted = {name: Target(device=cpu, allocate=memory(t) if own else None) for name, t in source.tensors.items()}
+    for pieces in stream(source, wanted, budget, Timings()):
         for piece in pieces:
             before = arrived.get(piece.info.name, piece.tensor[:0] if piece.tensor.dim() else None)
             assert piece.start == (0 if before is None else len(before))

@@ -1,4 +1,4 @@
-"""Quantizer: however weights arrive, each becomes what its format makes of it alone."""
+"""BatchQuantizer: however weights arrive, each becomes what its format makes of it alone."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bigq.checkpoint import StoredTensor
 from bigq.formats import FP4, NF4, Description, Format, Int8, Rows, TensorSpec, decode_quant_state
-from bigq.loading.batch_quantizer import Quantizer
+from bigq.loading.batch_quantizer import BatchQuantizer
 from bigq.loading.jobs import Batch
 from bigq.loading.runs import Piece
 from bigq.planning.plan import PlannedWeight, WeightRef
@@ -61,7 +61,7 @@ def test_neighbours_in_one_launch(weight_format, monkeypatch):
         "quantize_rows",
         lambda self, rows, **how: launches.append(rows.shape) or plain(self, rows, **how),
     )
-    quantizer = Quantizer()
+    quantizer = BatchQuantizer()
     states = {owner(job): (job, state) for job, state in quantizer.quantize(items)}
     assert launches == [(60, 96)]
     for name, (job, state) in states.items():
@@ -74,7 +74,7 @@ def test_neighbours_in_one_launch(weight_format, monkeypatch):
 @pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.name)
 def test_a_huge_weight_in_pieces(weight_format):
     weight = torch.randn(50, 70).bfloat16()
-    job, quantizer = linear("a", weight, weight_format), Quantizer()
+    job, quantizer = linear("a", weight, weight_format), BatchQuantizer()
     for start, stop in ((0, 20), (20, 40)):
         assert list(quantizer.quantize([(job, piece("a", weight, start, stop))])) == []
     ((_, state),) = quantizer.quantize([(job, piece("a", weight, 40, 50))])
@@ -99,7 +99,7 @@ def test_what_looks_alike_with_others_between_in_one_launch(weight_format, trans
         "quantize_rows",
         lambda self, rows, **how: launches.append(rows.shape) or plain(self, rows, **how),
     )
-    states = {owner(job): (job, state) for job, state in Quantizer().quantize(items)}
+    states = {owner(job): (job, state) for job, state in BatchQuantizer().quantize(items)}
     assert launches == ([(64, 96), (288, 40)] if transposed else [(192, 32), (120, 96)])
     assert states.keys() == weights.keys()
     for name, (job, state) in states.items():
@@ -116,7 +116,7 @@ def test_what_does_not_look_alike_is_quantized_apart():
         "conv": torch.randn(8, 32),
     }
     items = [(linear(n, w, nf4, transposed=n == "conv"), piece(n, w)) for n, w in weights.items()]
-    for job, state in Quantizer().quantize(items):
+    for job, state in BatchQuantizer().quantize(items):
         weight = weights[owner(job)]
         if owner(job) == "conv":
             weight = weight.T
@@ -131,14 +131,14 @@ def test_non_finite_weights_are_found_among_their_neighbours(bad, double_quant):
     run[25, 3] = bad
     weights = {"a": run[:20], "b": run[20:40], "c": run[40:60]}
     items = [(linear(name, weight, weight_format), piece(name, weight)) for name, weight in weights.items()]
-    quantizer = Quantizer()
+    quantizer = BatchQuantizer()
     states = {job.source: (job.description, state) for job, state in quantizer.quantize(items)}
     assert quantizer.non_finite(states.__getitem__) == ["b.weight"]
 
 
 def test_every_module_gets_a_quant_state_of_its_own():
     described = {"weight": describe(format=FORMATS[0], shape=(8, 64), dtype=torch.float32)}
-    quantizer = Quantizer()
+    quantizer = BatchQuantizer()
     states = [quantizer.quant_state(described, torch.device("cpu")) for _ in range(70)]
     assert all(decode_quant_state(state, "here") == described for state in states)
     assert len({state.untyped_storage().data_ptr() for state in states}) == 70, "each owns its storage"
@@ -180,7 +180,7 @@ def test_a_format_with_a_scale_for_several_rows_and_one_for_the_whole_is_quantiz
     run = torch.randn(30, 16)
     weights = {"a": run[:10], "b": run[10:30]}  # neighbours; neither is a whole number of groups
     items = [(linear(name, weight, _Grouped()), piece(name, weight)) for name, weight in weights.items()]
-    states = {owner(job): state for job, state in Quantizer().quantize(items)}
+    states = {owner(job): state for job, state in BatchQuantizer().quantize(items)}
     for name, weight in weights.items():
         for part, tensor in _Grouped().quantize(weight).items():
             assert torch.equal(states[name][part], tensor)
@@ -202,4 +202,4 @@ def test_how_a_weight_arrives_suits_its_format(weight_format, shape, transposed,
     description = describe(format=weight_format, shape=shape, dtype=torch.float32, transposed=transposed)
     planned = PlannedWeight(names=("a.weight",), refs=(), description=description, source="a.weight")
     target = Batch().target(torch.device("cpu"), planned)
-    assert (target.splits, target.row_group) == (splits, row_group)
+    assert (target.may_split, target.row_group) == (splits, row_group)

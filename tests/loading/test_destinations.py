@@ -1,4 +1,4 @@
-"""Store: what goes to the disk unchanged rests in the checkpoint, and only the rest is written."""
+"""Destinations: what goes to the disk unchanged rests in the checkpoint, and only the rest is written."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bigq import CheckpointError, PlacementError, QuantizationConfig, load_and_quantize_model
-from bigq.offload.space import OffloadSpace, locate
+from bigq.offload.space import OffloadSpace, mapping_of
 
 ON_DISK = {"": 0 if torch.cuda.is_available() else "cpu", "blocks": "disk"}
 
@@ -28,7 +28,7 @@ def load(tiny, checkpoint, empty):
 
 
 def files_of(model):
-    return {locate(p)[0].path for p in model.blocks.parameters()}
+    return {mapping_of(p)[0].path for p in model.blocks.parameters()}
 
 
 def test_preserved_tensors_stay_in_the_checkpoint(load, checkpoint, tmp_path):
@@ -154,8 +154,8 @@ def test_buffers_rest_where_they_run_and_keep_what_is_written_to_them(empty, tmp
         model(x)
     assert norm.num_batches_tracked.item() == (3 if training else 0)
     assert (norm.running_mean.abs().sum() > 1) == training
-    assert locate(norm.running_mean) is None
-    assert locate(norm.weight) is not None
+    assert mapping_of(norm.running_mean) is None
+    assert mapping_of(norm.weight) is not None
 
 
 def test_models_share_an_offload_folder_and_leave_nothing_behind(load, ids, tmp_path):
@@ -176,9 +176,9 @@ def test_all_that_a_weight_becomes_rests_in_its_place(tiny, checkpoint, empty, i
     options = {"offload": "quantized", "offload_folder": tmp_path / "off"}
     model = load_and_quantize_model(empty(tiny), checkpoint, config, places, **options)
     up = model.blocks[0].up
-    on_disk = {name for name, tensor in up.named_parameters() if locate(tensor) is not None}
+    on_disk = {name for name, tensor in up.named_parameters() if mapping_of(tensor) is not None}
     assert on_disk == set(up.state_spec())
-    assert all(locate(tensor) is None for tensor in model.blocks[1].parameters())
+    assert all(mapping_of(tensor) is None for tensor in model.blocks[1].parameters())
     everywhere = load_and_quantize_model(empty(tiny), checkpoint, config, ON_DISK[""])
     assert torch.equal(model(ids), everywhere(ids))
 
@@ -191,7 +191,7 @@ from bigq.loading import destinations
 from accelerate import init_empty_weights
 
 folder = pathlib.Path(sys.argv[1])
-put_state, placed = destinations.Store.put_state, []
+put_state, placed = destinations.Destinations.put_state, []
 
 def kill(self, linear, state):
     placed.append(put_state(self, linear, state))
@@ -199,7 +199,7 @@ def kill(self, linear, state):
         os.kill(os.getpid(), signal.SIGKILL)
     return placed[-1]
 
-destinations.Store.put_state = kill
+destinations.Destinations.put_state = kill
 with init_empty_weights():
     model = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
 config = QuantizationConfig("nf4", skip_defaults=False)
@@ -235,5 +235,5 @@ def test_names_that_sort_oddly_lie_apart(tmp_path):
 
     names = ["a.b", "a-c.w", "a.d", "a.b.c"]
     space = OffloadSpace.in_file(tmp_path, {name: TensorSpec(shape=(4,), dtype=torch.uint8) for name in names})
-    order = sorted(names, key=lambda name: locate(space.empty(name))[1])
+    order = sorted(names, key=lambda name: mapping_of(space.empty(name))[1])
     assert order == ["a.b", "a.b.c", "a.d", "a-c.w"]

@@ -45,7 +45,7 @@ def test_a_run_of_several_dtypes():
     for piece in pieces:
         expected = TENSORS[piece.info.name]
         assert torch.equal(piece.tensor, expected), piece.info.name
-        assert (piece.tensor.dtype, piece.tensor.shape, piece.is_lent) == (expected.dtype, expected.shape, True)
+        assert (piece.tensor.dtype, piece.tensor.shape, piece.is_temporary) == (expected.dtype, expected.shape, True)
     assert [first.name_at(at) for at in (0, 95, 96, 111, 112, 143)] == [
         "a",
         "a",

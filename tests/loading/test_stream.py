@@ -19,7 +19,7 @@ from bigq import CheckpointError, ConfigError
 from bigq.checkpoint import Checkpoint, Stacked
 from bigq.loading.runs import Target
 from bigq.loading.stream import Budget, stream
-from bigq.loading.timings import Stages
+from bigq.loading.timings import Timings
 from bigq.model.in_place import ModelTensors
 from bigq.testing import FaultyBytes, with_bytes
 
@@ -36,17 +36,17 @@ def targets(checkpoint, device=CPU, names=None, *, own=False):
         return lambda: torch.empty(info.shape, dtype=info.dtype, device=device)
 
     infos = checkpoint.tensors
-    return {name: Target(device=device, own=memory(infos[name]) if own else None) for name in names or infos}
+    return {name: Target(device=device, allocate=memory(infos[name]) if own else None) for name in names or infos}
 
 
 def arrivals(checkpoint, wanted, budget=BUDGET, **kwargs):
     """{name: tensor}, put together from its pieces, copied while they are lent."""
     arrived = {}
-    for pieces in stream(checkpoint, wanted, budget, Stages(), **kwargs):
+    for pieces in stream(checkpoint, wanted, budget, Timings(), **kwargs):
         for piece in pieces:
             name = piece.info.name
             assert piece.tensor.device == wanted[name].device
-            assert piece.is_lent == (wanted[name].own is None)
+            assert piece.is_temporary == (wanted[name].allocate is None)
             assert piece.start == (len(arrived[name]) if name in arrived else 0)
             before = [arrived[name]] if name in arrived else []
             arrived[name] = torch.cat([*before, piece.tensor.cpu()]) if before else piece.tensor.cpu().clone()
@@ -92,7 +92,7 @@ def test_arrives_as_written_in_file_order(checkpoint, tensors, device, budget, o
 
 def test_a_selection(checkpoint, tensors):
     assert_equal(arrivals(checkpoint, targets(checkpoint, names=["wide", "bytes"])), tensors, ["bytes", "wide"])
-    assert not list(stream(checkpoint, {}, BUDGET, Stages()))
+    assert not list(stream(checkpoint, {}, BUDGET, Timings()))
 
 
 def test_neighbours_come_together_and_side_by_side(tmp_path):
@@ -103,7 +103,7 @@ def test_neighbours_come_together_and_side_by_side(tmp_path):
     wanted = targets(checkpoint, names=[name for name in stored if name != "20"])
     runs = [
         [(piece.info.name, piece.tensor.data_ptr()) for piece in pieces]
-        for pieces in stream(checkpoint, wanted, SMALL, Stages())
+        for pieces in stream(checkpoint, wanted, SMALL, Timings())
     ]
     sizes = [len(run) for run in runs]
     assert sum(sizes) == 39
@@ -122,8 +122,8 @@ def test_what_does_not_split_comes_whole(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     for splits, least in ((True, 20), (False, 1)):
-        wanted = {name: Target(device=CPU, splits=splits) for name in tensors}
-        pieces = [p for run in stream(checkpoint, wanted, SMALL, Stages()) for p in run if p.info.name == "large"]
+        wanted = {name: Target(device=CPU, may_split=splits) for name in tensors}
+        pieces = [p for run in stream(checkpoint, wanted, SMALL, Timings()) for p in run if p.info.name == "large"]
         assert len(pieces) == least if least == 1 else len(pieces) >= least
     assert_equal(arrivals(checkpoint, wanted, SMALL), tensors)
 
@@ -161,7 +161,7 @@ def test_no_more_is_lent_than_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "empty", counting)
     most = 0
     checkpoint = Checkpoint.open(tmp_path)
-    for pieces in stream(checkpoint, targets(checkpoint), SMALL, Stages()):  # 8,000 bytes in 8 KiB: each a run
+    for pieces in stream(checkpoint, targets(checkpoint), SMALL, Timings()):  # 8,000 bytes in 8 KiB: each a run
         for piece in pieces:
             assert torch.equal(piece.tensor, torch.full((2000,), float(int(piece.info.name))))
         most = max(most, len(alive))
@@ -173,7 +173,9 @@ def test_room_lends_more(tmp_path):
     save_file({f"{i:03}": torch.full((2000,), float(i)) for i in range(40)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     asked = []
-    arrived = arrivals(checkpoint, targets(checkpoint), SMALL, room=lambda device: asked.append(device) or 1 << 20)
+    arrived = arrivals(
+        checkpoint, targets(checkpoint), SMALL, extra_nbytes=lambda device: asked.append(device) or 1 << 20
+    )
     assert len(arrived) == 40
     assert set(asked) == {CPU}
 
@@ -184,12 +186,12 @@ def test_devices_take_turns(tmp_path):
     checkpoint = Checkpoint.open(tmp_path)
     other = torch.device("cpu", 0)  # as good as a second device to all but the memory
     wanted = {name: Target(device=CPU if int(name) < 6 else other) for name in checkpoint.tensors}
-    order = [int(piece.info.name) for pieces in stream(checkpoint, wanted, SMALL, Stages()) for piece in pieces]
+    order = [int(piece.info.name) for pieces in stream(checkpoint, wanted, SMALL, Timings()) for piece in pieces]
     assert order == [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]
 
 
 def test_stages_count_every_byte(checkpoint):
-    stages = Stages()
+    stages = Timings()
     for _ in stream(checkpoint, targets(checkpoint), BUDGET, stages):
         pass
     assert stages.totals["read"][1] == checkpoint.nbytes
@@ -216,11 +218,11 @@ def grow(checkpoint, tmp_path):
 def test_damage_before_reading(checkpoint, tmp_path, damage, words):
     damage(checkpoint, tmp_path)
     with pytest.raises(CheckpointError, match=words):
-        list(stream(checkpoint, targets(checkpoint), BUDGET, Stages()))
+        list(stream(checkpoint, targets(checkpoint), BUDGET, Timings()))
 
 
 def test_a_file_cut_short_while_it_is_read(checkpoint):
-    reading = stream(checkpoint, targets(checkpoint), SMALL, Stages())
+    reading = stream(checkpoint, targets(checkpoint), SMALL, Timings())
     next(reading)
     for file in checkpoint.files:
         os.truncate(file, 400)
@@ -232,7 +234,7 @@ def test_a_file_cut_short_while_it_is_read(checkpoint):
 def test_threads_and_files_end_with_it(checkpoint, monkeypatch, end):
     before = set(threading.enumerate())
     files = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
-    reading = stream(checkpoint, targets(checkpoint), SMALL, Stages())
+    reading = stream(checkpoint, targets(checkpoint), SMALL, Timings())
     next(reading)
     if end in ("error", "one thread"):
         preadv, broken = os.preadv, []
@@ -273,7 +275,7 @@ def test_stacked_tensors_arrive_as_one_split_or_whole(tmp_path, device, own):
 def test_a_model_in_memory_comes_as_its_own_tensors():
     model = torch.nn.Linear(3, 4)
     source = ModelTensors(model)
-    pieces = [piece for pieces in stream(source, targets(source), BUDGET, Stages()) for piece in pieces]
+    pieces = [piece for pieces in stream(source, targets(source), BUDGET, Timings()) for piece in pieces]
     assert [(piece.info.name, piece.start) for piece in pieces] == [("weight", 0), ("bias", 0)]
     assert [piece.tensor.data_ptr() for piece in pieces] == [model.weight.data_ptr(), model.bias.data_ptr()]
 
@@ -308,7 +310,7 @@ def test_what_a_read_raises_in_a_thread_is_raised_in_the_caller(checkpoint, erro
         wrapped.append(FaultyBytes(source, fail_at=offset, error=error) if fails else FaultyBytes(source))
         return wrapped[-1]
 
-    reading = stream(with_bytes(checkpoint, wrap), targets(checkpoint), SMALL, Stages())
+    reading = stream(with_bytes(checkpoint, wrap), targets(checkpoint), SMALL, Timings())
     arrived = [next(reading) for _ in range(20)]
     with pytest.raises(type(error)) as caught:
         deque(reading, maxlen=0)
@@ -333,7 +335,7 @@ def test_an_error_names_the_tensor_that_the_byte_belongs_to(checkpoint):
             for nbytes in (BUDGET.nbytes, SMALL.nbytes):  # of several threads, one that reads on may be the first
                 budget = Budget(threads=1, nbytes=nbytes)
                 with pytest.raises(CheckpointError, match=words):
-                    list(stream(source, targets(checkpoint), budget, Stages()))
+                    list(stream(source, targets(checkpoint), budget, Timings()))
     assert not open_files(checkpoint)
 
 
@@ -343,9 +345,9 @@ def test_an_error_in_a_later_span_names_the_stack(tmp_path):
     offset = checkpoint.tensors["c"].spans[0].offset
     source = with_bytes(checkpoint, lambda source: FaultyBytes(source, fail_at=offset))
     stacked = Stacked(source, {"stack": ["d", "a", "c"]})
-    assert len(list(stream(stacked, targets(stacked, names=["b"]), BUDGET, Stages()))) == 1
+    assert len(list(stream(stacked, targets(stacked, names=["b"]), BUDGET, Timings()))) == 1
     with pytest.raises(CheckpointError, match=r"cannot read tensor 'stack' of .*model\.safetensors"):
-        list(stream(stacked, targets(stacked), BUDGET, Stages()))
+        list(stream(stacked, targets(stacked), BUDGET, Timings()))
 
 
 def test_slow_reads_that_end_out_of_order_come_in_order(checkpoint, tensors):
@@ -362,7 +364,7 @@ def test_every_byte_is_read_once(checkpoint):
         wrapped.append(FaultyBytes(source))
         return wrapped[-1]
 
-    for _ in stream(with_bytes(checkpoint, wrap), targets(checkpoint), SMALL, Stages()):
+    for _ in stream(with_bytes(checkpoint, wrap), targets(checkpoint), SMALL, Timings()):
         pass
     read = [(id(source), byte) for source in wrapped for asked in source.reads for byte in asked]
     assert len(read) == len(set(read)) == checkpoint.nbytes
@@ -383,9 +385,9 @@ def test_a_file_is_checked_before_memory_is_made_for_what_it_holds(checkpoint, m
         return torch.empty(checkpoint.tensors[name].shape, dtype=checkpoint.tensors[name].dtype)
 
     monkeypatch.setattr(bigq.loading.stream, "open_unchanged", swapped)
-    wanted = {name: Target(device=CPU, own=partial(memory, name)) for name in checkpoint.tensors}
+    wanted = {name: Target(device=CPU, allocate=partial(memory, name)) for name in checkpoint.tensors}
     with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors changed after it was opened"):
-        list(stream(checkpoint, wanted, BUDGET, Stages()))
+        list(stream(checkpoint, wanted, BUDGET, Timings()))
     assert checked == [(path, threading.current_thread()) for path in checkpoint.files]
     assert made
     assert {checkpoint.tensors[name].where for name in made} == {str(checkpoint.files[0])}
@@ -412,7 +414,7 @@ def test_the_budget_of_the_machine(monkeypatch):
 @pytest.mark.parametrize("ends", ["whole", "early", "error"])
 def test_the_interpreter_gets_its_switch_interval_back(ends, checkpoint):
     before = sys.getswitchinterval()
-    pieces = stream(checkpoint, targets(checkpoint), BUDGET, Stages())
+    pieces = stream(checkpoint, targets(checkpoint), BUDGET, Timings())
     next(pieces)
     assert sys.getswitchinterval() < before
     if ends == "whole":
@@ -429,7 +431,7 @@ def test_a_shorter_switch_interval_is_left_alone(checkpoint):
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     try:
-        pieces = stream(checkpoint, targets(checkpoint), BUDGET, Stages())
+        pieces = stream(checkpoint, targets(checkpoint), BUDGET, Timings())
         next(pieces)
         assert sys.getswitchinterval() == pytest.approx(1e-4)
         pieces.close()

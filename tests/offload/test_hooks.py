@@ -13,7 +13,7 @@ from torch import nn
 from bigq.formats import TensorSpec
 from bigq.offload.attach import attach
 from bigq.offload.hooks import Float32Hook, PlacementHook
-from bigq.offload.prefetch import Block, Prefetcher
+from bigq.offload.prefetch import OffloadedBlock, Prefetcher
 from bigq.offload.space import OffloadSpace, is_file_backed
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def offloaded(tmp_path):
         rest = file.empty(name).copy_(value.detach())
         table = owner._parameters if name in owner._parameters else owner._buffers
         table[name] = nn.Parameter(rest, requires_grad=False) if table is owner._parameters else rest
-    block, prefetcher = Block(tensors, ahead=True), Prefetcher(CPU)
+    block, prefetcher = OffloadedBlock(tensors, ahead=True), Prefetcher(CPU)
     prefetcher.add(block)
     attach(module, PlacementHook(CPU, block=block, prefetcher=prefetcher))
     return module, plain
@@ -149,7 +149,7 @@ def test_an_inner_call_that_never_began_ends_nothing():
 
     outer = Catching()
     rest = outer.weight
-    block, prefetcher = Block([(outer, "weight")], ahead=True), Prefetcher(CPU)
+    block, prefetcher = OffloadedBlock([(outer, "weight")], ahead=True), Prefetcher(CPU)
     prefetcher.add(block)
     attach(outer, PlacementHook(CPU, block=block, prefetcher=prefetcher))
     outer.register_forward_pre_hook(refuse, with_kwargs=True)

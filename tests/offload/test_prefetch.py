@@ -19,7 +19,7 @@ from bigq.formats import TensorSpec
 from bigq.offload import transfer
 from bigq.offload.attach import attach
 from bigq.offload.hooks import PlacementHook
-from bigq.offload.prefetch import Block, Prefetcher
+from bigq.offload.prefetch import OffloadedBlock, Prefetcher
 from bigq.offload.space import FileMap, OffloadSpace, is_file_backed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -67,7 +67,7 @@ def offload(model, folder, device="cpu", place="disk", blocks=None, slots=2):
         for name, parameter in block.named_parameters():
             parameter.requires_grad_(False)
             parameter.data = space.empty(f"{i}.{name}").copy_(parameter.data)
-        lent = Block(borrowed, ahead=True)
+        lent = OffloadedBlock(borrowed, ahead=True)
         prefetcher.add(lent)
         attach(block, PlacementHook(device, block=lent, prefetcher=prefetcher))
     return prefetcher
@@ -104,7 +104,7 @@ def test_every_call_sees_its_own_weights(pair):
 def test_a_block_is_one_copy(pair):
     model, _, device = pair
     model(input_on(device))
-    assert [len(layer._hf_hook.block.layout.runs) for layer in model.layers] == [1] * 5
+    assert [len(layer._hf_hook.block.layout.extents) for layer in model.layers] == [1] * 5
 
 
 def test_slots_are_two_blocks_large(pair):
@@ -174,13 +174,13 @@ def test_the_order_that_runs_is_learnt(pair, monkeypatch):
     model(input_on(device), order)
     model(input_on(device), order)
     missed = []
-    idle = Prefetcher._lend
+    idle = Prefetcher._onload
 
     def lend(self, block):
         missed.append(block.layout is None or self._held(block.layout) is None)
         return idle(self, block)
 
-    monkeypatch.setattr(Prefetcher, "_lend", lend)
+    monkeypatch.setattr(Prefetcher, "_onload", lend)
     model(input_on(device), order)
     assert missed == [False] * 3
 

@@ -9,7 +9,7 @@ import torch
 
 from bigq import CheckpointError, PlacementError
 from bigq.formats import TensorSpec
-from bigq.offload.space import CheckpointMap, OffloadSpace, is_file_backed, locate
+from bigq.offload.space import CheckpointMap, OffloadSpace, is_file_backed, mapping_of
 
 SPECS = {
     "b.weight": TensorSpec(shape=(3, 5), dtype=torch.float32),
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_the_tensors_of_a_module_are_neighbours(tmp_path):
     file = OffloadSpace.in_file(tmp_path, SPECS)
-    places = sorted((locate(file.empty(name))[1], name) for name in SPECS if name != "a.nothing")
+    places = sorted((mapping_of(file.empty(name))[1], name) for name in SPECS if name != "a.nothing")
     assert places == [(0, "a.flags"), (256, "a.weight"), (512, "b.scale"), (768, "b.weight")]
 
 
@@ -122,7 +122,7 @@ class TestCheckpointMap:
 
     def test_a_file_cut_short_is_an_error_that_names_it(self, file):
         tensor = CheckpointMap.open(file, 100).tensor(90, TensorSpec(shape=(10,), dtype=torch.uint8))
-        mapping, offset = locate(tensor)
+        mapping, offset = mapping_of(tensor)
         os.truncate(file, 95)
         with pytest.raises(CheckpointError, match=rf"{file} ended at byte 95.*cut short"):
             mapping.read(offset, torch.zeros(10, dtype=torch.uint8))

@@ -12,7 +12,7 @@ from bigq.planning.device_map import (
     normalize_device_map,
     place_of,
 )
-from bigq.planning.infer_places import Node, Sized, balanced_budgets, infer_places, lent_nbytes
+from bigq.planning.infer_places import Node, Sized, balanced_budgets, infer_places, onload_nbytes
 
 
 def leaf(name, nbytes, key=None):
@@ -191,15 +191,15 @@ class TestInfer:
         body = Node(name="layers", tensors=(), children=layers, is_atomic=False, is_called=False)
         root = Node(name="", tensors=(Sized("gain", "gain", 30, 30),), children=(body,), is_atomic=False)
         places = {"gain": "cpu", **{f"layers.{i}": "cpu" if i else "cuda:0" for i in range(4)}}
-        assert lent_nbytes(root, places, torch.device("cuda:0")) == {"cuda:0": 230}
+        assert onload_nbytes(root, places, torch.device("cuda:0")) == {"cuda:0": 230}
 
     def test_an_offloaded_module_outside_of_stacks_is_lent_in_one_piece(self):
         mlp = Node(name="mlp", tensors=(), children=(leaf("mlp.a", 100), leaf("mlp.b", 60)), is_atomic=False)
         root = Node(name="", tensors=(), children=(leaf("embed", 50), mlp), is_atomic=False)
         places = {"embed": "cuda:0", "mlp": "cpu"}
-        assert lent_nbytes(root, places, torch.device("cuda:0")) == {"cuda:0": 160}
+        assert onload_nbytes(root, places, torch.device("cuda:0")) == {"cuda:0": 160}
         places = {"embed": "cuda:0", "mlp.a": "cpu", "mlp.b": "cpu"}
-        assert lent_nbytes(root, places, torch.device("cuda:0")) == {"cuda:0": 200}
+        assert onload_nbytes(root, places, torch.device("cuda:0")) == {"cuda:0": 200}
 
     def test_every_tensor_has_a_place(self):
         places = infer_places(model(), {"cuda:0": 200, "cpu": 200, "disk": 1000})

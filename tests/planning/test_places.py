@@ -14,7 +14,7 @@ from bigq.model.tree import ModelTree
 from bigq.offload.dispatch import _units
 from bigq.planning.device_map import execution_device, is_gpu, is_offloaded
 from bigq.planning.places import plan_and_place
-from bigq.planning.resting import resting_places
+from bigq.planning.storage_places import storage_places
 
 POLICIES = [None, "quantized", "preserve", torch.float32]
 
@@ -69,7 +69,7 @@ class Stacks(nn.Module):
 
 def used_nbytes(model, plan, places):
     """What `plan` keeps in each place, and what the units of `dispatch` are lent of it on the device they run on."""
-    resting, runs_on = resting_places(plan, places), execution_device(places)
+    resting, runs_on = storage_places(plan, places), execution_device(places)
     used, sizes = Counter(), {}
     for tensor in plan.tensors:
         sizes |= dict.fromkeys(tensor.names, (resting[tensor.names[0]], tensor.spec.nbytes))
@@ -171,6 +171,6 @@ def test_what_one_of_its_names_keeps_on_the_gpu_is_not_offloaded(policy):
     plan, places = plan_and_place(
         ModelTree(model), ModelTensors(model), QuantizationConfig("nf4"), device_map, offload=policy
     )
-    assert resting_places(plan, places)["first.weight"] == "cuda:0"
+    assert storage_places(plan, places)["first.weight"] == "cuda:0"
     assert [weight.names for weight in plan.weights] == [("first.weight", "again.weight")]
     assert {tensor.spec.dtype for tensor in plan.tensors} == {torch.bfloat16}
