@@ -1,7 +1,6 @@
 """Hooks that bring a module's inputs and its offloaded tensors to the device it runs on; accelerate `ModelHook`s."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from accelerate.utils import find_device, recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from bigq.offload.attach import SurroundingHook, allow_moves, outside_of_graphs
-from bigq.offload.prefetch import OffloadedBlock, Prefetcher
+from bigq.offload.prefetch import Call, OffloadedBlock, Prefetcher
 
 __all__ = ["Float32Hook", "PlacementHook"]
 
@@ -52,11 +51,11 @@ class PlacementHook(SurroundingHook):
         if self.block is None:
             output = forward(*args, **kwargs)
         else:
-            saving = self._onload()
+            block_call = self._onload()
             try:
                 output = forward(*args, **kwargs)
             finally:
-                self._release(saving)
+                self._release(block_call)
         return output if input_device is None else self._send_back(output, input_device)
 
     @outside_of_graphs
@@ -73,22 +72,16 @@ class PlacementHook(SurroundingHook):
         return send_to_device(output, device, skip_keys=self.skip_keys)
 
     @outside_of_graphs
-    def _onload(self) -> AbstractContextManager[object] | None:
-        """Begin a call: the context that is in force while the block computes, if it needs one."""
+    def _onload(self) -> Call:
         assert self.block is not None
         assert self.prefetcher is not None
-        saving = self.prefetcher.enter(self.block)
-        if saving is not None:
-            saving.__enter__()
-        return saving
+        call = self.prefetcher.enter(self.block)
+        call.begin()
+        return call
 
     @outside_of_graphs
-    def _release(self, saving: AbstractContextManager[object] | None) -> None:
-        assert self.block is not None
-        assert self.prefetcher is not None
-        if saving is not None:
-            saving.__exit__(None, None, None)
-        self.prefetcher.leave(self.block)
+    def _release(self, call: Call) -> None:
+        call.prefetcher.leave(call)
 
 
 class Float32Hook(SurroundingHook):

@@ -3,28 +3,29 @@
 Copies live in a few preallocated slots. Streams wait for each other by events; the host waits only for files.
 Which block comes next is what came next the last time, at first the order of the model: a wrong guess costs time, and
 never a result. When every slot is in use (recursion, nested blocks, threads) a call gets memory of its own.
+
+An interrupt may come anywhere. A block keeps its own tensors beside it while copies stand in their place, and a call
+ends with its object at the latest, so whatever was interrupted, the next call finds what it needs.
 """
 
+import os
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager
-from functools import cached_property
-from operator import methodcaller
-from sys import getrefcount
+from contextlib import suppress
+from functools import cached_property, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from bigq.model.tree import assign_tensor, tensor_table
 from bigq.offload.saved_tensors import saved_offloaded
+from bigq.offload.slot import DeviceSlot
 from bigq.offload.transfer import Layout, Transfer
+from bigq.system.interrupts import to_the_end
 
-__all__ = ["OffloadedBlock", "Prefetcher"]
-
-_USE_COUNT = methodcaller("_use_count")
+__all__ = ["Call", "OffloadedBlock", "Prefetcher"]
 
 
 class OffloadedBlock:
@@ -41,8 +42,9 @@ class OffloadedBlock:
 
     def _start(self) -> None:
         self.layout: Layout | None = None
-        self.slot: _DeviceSlot | None = None  # holds its copies while `calls` is positive
-        self.calls = 0
+        self.slot: DeviceSlot | None = None  # holds the copies that its calls use
+        self.calls: set[int] = set()  # those that have not ended, by id: they end with their objects
+        self._own: Sequence[Tensor] | None = None  # its tensors, while copies stand in their place
 
     @cached_property
     def _tables(self) -> list[tuple[dict[str, Any], str]]:
@@ -58,10 +60,27 @@ class OffloadedBlock:
         return [table[name] for table, name in self._tables]
 
     def assign(self, tensors: Sequence[Tensor]) -> None:
+        """Make `tensors` what the modules hold."""
         for (table, name), tensor in zip(self._tables, tensors, strict=True):
             table[name] = tensor
         for i in self._in_lists:  # an RNN keeps a second list of its weights
             assign_tensor(*self.members[i], tensors[i])
+
+    def use_copies(self, copies: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        """Let the modules hold `copies`; `put_back` undoes it, wherever this is interrupted."""
+        self._own = own
+        self.assign(copies)
+
+    def put_back(self) -> None:
+        """Let the modules hold their own tensors."""
+        if self._own is not None:
+            self.assign(self._own)
+            self._own = None
+
+    def forget_calls(self) -> None:
+        """Put back what calls use that have ended unnoticed, such as those of other threads before a fork."""
+        self.put_back()
+        self._start()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members, "ahead": self.ahead}
@@ -71,75 +90,34 @@ class OffloadedBlock:
         self._start()
 
 
-class _DeviceSlot:
-    """A buffer on the device, and the block whose copies it holds."""
+class Call:
+    """A call of a block, from `Prefetcher.enter` on; it ends with `Prefetcher.leave`, or when nothing refers to it."""
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        with torch.inference_mode(False):
-            self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.layout: Layout | None = None
-        self.stream: torch.cuda.Stream | None = None  # on which it was filled last
-        self.reads: list[Future[None]] = []  # from files, which have to end before the copies are all queued
-        self.copied: torch.cuda.Event | None = None
-        self.used: dict[torch.cuda.Stream, torch.cuda.Event] = {}  # what has to happen before it is written again
-        self.in_use = False
-        self.turn = 0  # of the last copy or use
-        self._uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-        self._made: WeakKeyDictionary[Layout, list[Tensor]] = WeakKeyDictionary()
-        self._tensors: list[Tensor] = []  # over the buffer, of the layout in use
-        self._holders = self._count_holders()
+    def __init__(self, prefetcher: "Prefetcher", block: OffloadedBlock) -> None:
+        self.prefetcher, self.block = prefetcher, block
+        self.saving: saved_tensors_hooks | None = None  # what autograd saves in it goes through this
 
-    def tensors_of(self, layout: Layout) -> list[Tensor]:
-        """Frozen tensors over the buffer; the same ones each time, since compiled code and replays know them again."""
-        if layout not in self._made:
-            self._made[layout] = self._make_tensors(layout)
-        self.in_use, self._tensors = True, self._made[layout]
-        self._holders = self._count_holders()
-        return self._tensors
+    @property
+    def is_open(self) -> bool:
+        return id(self) in self.block.calls
 
-    def mark_used(self, stream: torch.cuda.Stream) -> None:
-        """Note that the buffer is free once the work that `stream` has now is done."""
-        if stream not in self._uses:
-            self._uses[stream] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.buffer.record_stream(stream)
-        self._uses[stream].record(stream)
-        self.used[stream] = self._uses[stream]
+    def begin(self) -> None:
+        """Let autograd save offloaded tensors in place of their copies, until the call ends."""
+        if self.saving is not None:
+            self.saving.__enter__()
 
-    def mark_copied(self) -> None:
-        """Note that the buffer is filled once the copies queued so far are done."""
-        if self.stream is not None:
-            self.copied = self.copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.copied.record(self.stream)
+    def end_saving(self) -> None:
+        """Undo `begin`; does nothing the second time, or where an interrupt came before `begin`."""
+        if self.saving is not None:
+            top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            if top is not None and top[0] is self.saving.pack_hook:
+                self.saving.__exit__()
+            self.saving = None
 
-    def finish(self) -> None:
-        """Wait for the reads from files, if there are any; raises what went wrong there, and then holds nothing."""
-        if not self.reads:
-            return
-        layout, self.layout = self.layout, None
-        reads, self.reads = self.reads, []
-        wait(reads)
-        for read in reads:
-            read.result()
-        self.layout = layout
-        self.mark_copied()
-
-    def _make_tensors(self, layout: Layout) -> list[Tensor]:
-        made: dict[int, Tensor] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            for own, start in zip(layout.tensors, layout.starts, strict=True):
-                if id(own) not in made:
-                    view = self.buffer[start : start + own.nbytes].view(own.dtype).view(own.shape)
-                    made[id(own)] = nn.Parameter(view, requires_grad=False) if isinstance(own, nn.Parameter) else view
-        return [made[id(own)] for own in layout.tensors]
-
-    def _count_holders(self) -> tuple[int, list[int], list[int]]:
-        """How many owners the memory has, such as views, and each tensor over it: in Python, and in C++."""
-        owners: int = torch._C._storage_Use_Count(self.buffer.untyped_storage()._cdata)
-        return owners, list(map(getrefcount, self._tensors)), list(map(_USE_COUNT, self._tensors))
-
-    def has_escaped(self) -> bool:
-        """Whether a tensor over the buffer, or a view of one, outlives the call."""
-        return self._count_holders() != self._holders
+    def __del__(self) -> None:
+        if self.is_open:  # an interrupt came before it could be ended
+            with suppress(BaseException):
+                self.prefetcher.leave(self)
 
 
 class Prefetcher:
@@ -158,9 +136,11 @@ class Prefetcher:
         self._start()
 
     def _start(self) -> None:
+        self._process = os.getpid()
         self._lock = threading.RLock()
         self._last = threading.local()  # the block that a thread entered last
-        self._slots: list[_DeviceSlot] | None = None
+        self._slots: list[DeviceSlot] | None = None
+        self._users: dict[DeviceSlot, OffloadedBlock] = {}  # the blocks whose calls use them
         self._turn = 0
         self._transfer = Transfer(self.device)
         self._stream: torch.cuda.Stream | None = None
@@ -183,65 +163,73 @@ class Prefetcher:
         ahead = [block for block in self.blocks if block.ahead]
         self._next = dict(zip(ahead, ahead[1:] + ahead[:1], strict=True))
 
-    def enter(self, block: OffloadedBlock) -> AbstractContextManager[object] | None:
+    def enter(self, block: OffloadedBlock) -> Call:
         """Give `block` the copies of its tensors, and start to copy those of the blocks that come next.
 
-        Returns a context for the block's computation, or None where it needs none. Every `enter` needs a `leave`.
+        Every `enter` needs a `leave` of the call that it returns.
 
         Raises:
             CheckpointError: a file that holds offloaded tensors was cut short.
             PlacementError: there is no pinned memory for tensors that came without, as those of a deepcopy.
         """
+        if self._process != os.getpid():  # locks, threads and calls of the parent do not survive a fork
+            self._start()
+            for known in self.blocks:
+                known.forget_calls()
+        call = Call(self, block)
         with self._lock:
-            if not block.calls:
-                self._onload(block)
-            block.calls += 1
-            slot, layout = block.slot, block.layout
-            assert slot is not None
-            assert layout is not None
-            if slot.copied is not None:
-                torch.cuda.current_stream(self.device).wait_event(slot.copied)
             try:
+                if not block.calls:
+                    self._onload(block)
+                block.calls.add(id(call))
+                slot, layout = block.slot, block.layout
+                assert slot is not None
+                assert layout is not None
+                slot.wait_for_copies()
                 if block.ahead:
                     self._follow(block)
+                if torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+                    call.saving = saved_offloaded(slot.buffer, layout, self._transfer)
             except BaseException:
-                self.leave(block)
+                to_the_end(partial(self._end, call))
                 raise
-        if torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-            return saved_offloaded(slot.buffer, layout, self._transfer)
-        return None
+        return call
 
-    def leave(self, block: OffloadedBlock) -> None:
+    def leave(self, call: Call) -> None:
         """End a call. The last one to end puts the offloaded tensors back."""
         with self._lock:
-            slot, layout = block.slot, block.layout
-            assert slot is not None
-            assert layout is not None
-            if self.device.type == "cuda":
-                slot.mark_used(torch.cuda.current_stream(self.device))
-            block.calls -= 1
-            if block.calls:
-                return
-            block.assign(layout.tensors)
-            block.slot, slot.in_use = None, False
+            to_the_end(partial(self._end, call))
+
+    def _end(self, call: Call) -> None:
+        call.end_saving()
+        block, slot = call.block, call.block.slot
+        if slot is not None and self.device.type == "cuda":
+            slot.mark_used(torch.cuda.current_stream(self.device))
+        block.calls.discard(id(call))
+        if block.calls:
+            return
+        block.put_back()
+        if slot is not None:
             slot.turn = self._tick()
             if self._slots is not None and slot in self._slots and slot.has_escaped():
-                # It would change with the next copy: the buffer is theirs now.
-                self._slots[self._slots.index(slot)] = self._new_slot(slot.buffer.nbytes)
+                self._replace(slot)  # it would change with the next copy: the buffer is theirs now
+            self._users.pop(slot, None)
+            block.slot = None
 
     def _onload(self, block: OffloadedBlock) -> None:
+        block.put_back()
         layout = self._layout_of(block)
         slot = self._held(layout)
         if slot is None:
             slot = self._idle_slot(layout) if block.ahead and layout.on_host else None
             stream = self._stream
             if slot is None:
-                slot = _DeviceSlot(layout.nbytes, self.device)
+                slot = DeviceSlot(layout.nbytes, self.device)
                 stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-            self._copy(layout, slot, stream)
+            self._fill(slot, layout, stream)
+        self._users[slot], block.slot = block, slot
         slot.finish()
-        block.assign(slot.tensors_of(layout))
-        block.slot = slot
+        block.use_copies(slot.tensors_of(layout), layout.tensors)
         slot.turn = self._tick()
 
     def _layout_of(self, block: OffloadedBlock) -> Layout:
@@ -251,34 +239,42 @@ class Prefetcher:
             block.layout = Layout(tensors)
         return block.layout
 
-    def _held(self, layout: Layout) -> _DeviceSlot | None:
-        return next((slot for slot in self._slots or () if slot.layout is layout), None)
+    def _held(self, layout: Layout) -> DeviceSlot | None:
+        return next((slot for slot in self._slots or () if slot.holds(layout)), None)
 
-    def _idle_slot(self, layout: Layout) -> _DeviceSlot | None:
+    def _idle_slot(self, layout: Layout) -> DeviceSlot | None:
         """The slot that was not used for longest, if one is free and large enough."""
         if self._slots is None:
             sizes = [self._layout_of(block).nbytes for block in self.blocks if block.ahead and not block.calls]
             if self.device.type == "cuda":
                 self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._slots = [self._new_slot(max(sizes)) for _ in range(min(self._max_slots, len(sizes)))]
-        idle = [slot for slot in self._slots if not slot.in_use and slot.buffer.nbytes >= layout.nbytes]
+        for slot in [slot for slot in self._slots if slot.is_spoiled]:
+            self._replace(slot)
+        idle = [slot for slot in self._slots if slot.buffer.nbytes >= layout.nbytes and not self._is_used(slot)]
         return min(idle, key=lambda slot: slot.turn, default=None)
 
-    def _new_slot(self, nbytes: int) -> _DeviceSlot:
-        slot = _DeviceSlot(nbytes, self.device)
+    def _is_used(self, slot: DeviceSlot) -> bool:
+        user = self._users.get(slot)
+        if user is None or (user.calls and user.slot is slot):
+            return user is not None
+        user.put_back()  # an interrupt came before its last call could do it
+        del self._users[slot]
+        return False
+
+    def _replace(self, slot: DeviceSlot) -> None:
+        assert self._slots is not None
+        self._slots[self._slots.index(slot)] = self._new_slot(slot.buffer.nbytes)
+
+    def _new_slot(self, nbytes: int) -> DeviceSlot:
+        slot = DeviceSlot(nbytes, self.device)
         if self._stream is not None:
             slot.buffer.record_stream(self._stream)
             slot.mark_used(torch.cuda.current_stream(self.device))  # by the memory's former owner
         return slot
 
-    def _copy(self, layout: Layout, slot: _DeviceSlot, stream: torch.cuda.Stream | None) -> None:
-        wait(slot.reads)  # of a copy that was never used
-        if stream is not None:
-            for event in slot.used.values():
-                stream.wait_event(event)
-        slot.used, slot.layout, slot.stream = {}, layout, stream
-        slot.reads = self._transfer.start(layout, slot.buffer, stream)
-        slot.mark_copied()
+    def _fill(self, slot: DeviceSlot, layout: Layout, stream: torch.cuda.Stream | None) -> None:
+        slot.fill(layout, self._transfer, stream)
         slot.turn = self._tick()
 
     def _follow(self, block: OffloadedBlock) -> None:
@@ -295,7 +291,7 @@ class Prefetcher:
             slot = self._idle_slot(layout)
             if slot is None or not layout.on_host:
                 return
-            self._copy(layout, slot, self._stream)
+            self._fill(slot, layout, self._stream)
 
     def _tick(self) -> int:
         self._turn += 1

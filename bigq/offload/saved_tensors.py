@@ -5,12 +5,12 @@ The backward pass fetches it again. So memory stays flat however many blocks a g
 
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from bigq.offload.transfer import Layout, Transfer, version_of
 
@@ -45,7 +45,7 @@ class _Kept:
     version: int
 
 
-def saved_offloaded(buffer: Tensor, layout: Layout, transfer: Transfer) -> AbstractContextManager[object]:
+def saved_offloaded(buffer: Tensor, layout: Layout, transfer: Transfer) -> saved_tensors_hooks:
     """A context in which autograd saves the offloaded tensors of `layout` in place of their copies in `buffer`.
 
     Other tensors go to the hooks that are in force already, such as those of activation checkpointing.
@@ -80,15 +80,19 @@ def saved_offloaded(buffer: Tensor, layout: Layout, transfer: Transfer) -> Abstr
         _refuse_edit(saved.tensor, saved.version)
         return saved.tensor
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return saved_tensors_hooks(pack, unpack)
 
 
 def _fetch(saved: _Offloaded, transfer: Transfer) -> Tensor:
     own, layout = saved.own, Layout([saved.own])
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=transfer.device)
     stream = torch.cuda.current_stream(transfer.device) if transfer.device.type == "cuda" else None
-    for read in transfer.start(layout, buffer, stream):
-        read.result()
+    reads = transfer.start(layout, buffer, stream)
+    for read in reads:
+        read.wait()
+    for read in reads:
+        if read.error is not None:
+            raise read.error
     whole = buffer[layout.starts[0] : layout.starts[0] + own.nbytes].view(saved.dtype)
     return whole.as_strided(saved.size, saved.stride, saved.offset // saved.dtype.itemsize)
 

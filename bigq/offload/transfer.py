@@ -9,17 +9,17 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
 
 from bigq.formats import TensorSpec
+from bigq.offload.readers import Read, Readers
 from bigq.offload.space import FileMap, OffloadSpace, mapping_of
-from bigq.system.machine import usable_cores
 from bigq.system.memory import ALIGNMENT, align
 
 __all__ = ["Layout", "Transfer", "version_of"]
@@ -94,7 +94,7 @@ class Transfer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._readers: ThreadPoolExecutor | None = None
+        self._readers = Readers()
 
     def pin(self, tensors: Sequence[Tensor]) -> None:
         """Move into pinned memory what a GPU would have to fetch from pageable memory, such as a deepcopy's tensors.
@@ -112,28 +112,39 @@ class Transfer:
             for name, tensor in loose.items():
                 tensor.data = space.empty(name).copy_(tensor)
 
-    def start(self, layout: Layout, buffer: Tensor, stream: torch.cuda.Stream | None) -> list[Future[None]]:
-        """Queue the copies of `layout` into `buffer` on `stream`; those from files are, once the futures are done."""
-        reads: list[Future[None]] = []
+    def start(self, layout: Layout, buffer: Tensor, stream: torch.cuda.Stream | None) -> list[Read]:
+        """Queue the copies of `layout` into `buffer` on `stream`; those from files are queued once the reads are done.
+
+        If it raises, some of the copies and reads may be under way: nothing else may be written to `buffer` then.
+        """
+        reads: list[Read] = []
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             for extent in layout.extents:
                 if extent.memory is not None:
                     buffer[extent.start : extent.start + extent.nbytes].copy_(extent.memory, non_blocking=True)
                 else:
-                    reads += self._read(extent, buffer, stream)
+                    reads += _reads(extent, buffer, stream)
+        self._readers.start(reads)
         return reads
 
-    def _read(self, extent: _Extent, buffer: Tensor, stream: torch.cuda.Stream | None) -> list[Future[None]]:
-        assert isinstance(extent.mapping, FileMap)
-        if self._readers is None:
-            self._readers = ThreadPoolExecutor(min(8, usable_cores()), thread_name_prefix="bigq-read")
-        chunks = [(at, min(_CHUNK_NBYTES, extent.nbytes - at)) for at in range(0, extent.nbytes, _CHUNK_NBYTES)]
-        return [
-            self._readers.submit(
-                _read_chunk, extent.mapping, extent.offset + at, buffer, extent.start + at, nbytes, stream
+
+def _reads(extent: _Extent, buffer: Tensor, stream: torch.cuda.Stream | None) -> list[Read]:
+    assert isinstance(extent.mapping, FileMap)
+    starts = range(0, extent.nbytes, _CHUNK_NBYTES)
+    return [
+        Read(
+            partial(
+                _read_chunk,
+                extent.mapping,
+                extent.offset + at,
+                buffer,
+                extent.start + at,
+                min(_CHUNK_NBYTES, extent.nbytes - at),
+                stream,
             )
-            for at, nbytes in chunks
-        ]
+        )
+        for at in starts
+    ]
 
 
 _pinned = threading.local()  # chunks of a reading thread

@@ -3,7 +3,6 @@
 import copy
 import gc
 import warnings
-from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -391,7 +390,7 @@ def test_nothing_grows_from_pass_to_pass(tiny, checkpoint, empty, ids, tmp_path)
 
     def tensors_alive():
         for slot in prefetcher._slots:
-            wait(slot.reads)  # made ahead for the next pass: a thread holds a part of the slot until then
+            slot.wait_for_reads()  # made ahead for the next pass: a thread holds a part of the slot until then
         gc.collect()
         return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
 

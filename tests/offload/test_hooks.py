@@ -100,7 +100,7 @@ def test_an_exception_inside_a_recursive_call(offloaded):
     with pytest.raises(ValueError, match="deep"):
         module(torch.randn(3, 4), depth=4)
     assert at_rest(module)
-    assert module._hf_hook.block.calls == 0
+    assert not module._hf_hook.block.calls
 
 
 def test_a_forward_that_is_called_directly_gives_back(offloaded):
@@ -182,7 +182,7 @@ def test_a_hook_on_top_that_raises_keeps_nothing_lent(offloaded):
             with pytest.raises(ValueError, match=r"before|after"):
                 call(x)
             assert at_rest(module)
-            assert module._hf_hook.hooks[0].block.calls == 0
+            assert not module._hf_hook.hooks[0].block.calls
     failing.step = "none"
     assert torch.equal(module(x), plain(x))
     assert at_rest(module)

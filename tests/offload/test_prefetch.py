@@ -7,7 +7,6 @@ import random
 import threading
 import time
 import weakref
-from concurrent.futures import wait
 
 import pytest
 import torch
@@ -83,7 +82,7 @@ def pair(request, tmp_path):
     plain.to(device).requires_grad_(False)
     yield model, plain, device
     assert all(t.device.type == "cpu" for t in model.state_dict().values()), "given back"
-    assert all(layer._hf_hook.block.calls == 0 for layer in model.layers)
+    assert not any(layer._hf_hook.block.calls for layer in model.layers)
 
 
 def prefetcher_of(model):
@@ -176,11 +175,11 @@ def test_the_order_that_runs_is_learnt(pair, monkeypatch):
     missed = []
     idle = Prefetcher._onload
 
-    def lend(self, block):
+    def onload(self, block):
         missed.append(block.layout is None or self._held(block.layout) is None)
         return idle(self, block)
 
-    monkeypatch.setattr(Prefetcher, "_onload", lend)
+    monkeypatch.setattr(Prefetcher, "_onload", onload)
     model(input_on(device), order)
     assert missed == [False] * 3
 
@@ -437,7 +436,7 @@ def test_reads_are_made_while_the_block_before_runs(tmp_path, monkeypatch):
     prefetcher = offload(model, tmp_path)
     model(input_on("cpu"))
     for slot in prefetcher._slots:
-        wait(slot.reads)  # made ahead for the next pass; they are not the ones to watch
+        slot.wait_for_reads()  # made ahead for the next pass; they are not the ones to watch
     read, running, overlapped = FileMap.read, threading.Event(), []
 
     def watched(self, offset, into):

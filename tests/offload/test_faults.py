@@ -1,0 +1,154 @@
+"""Faults of offloaded models: interrupts anywhere, threads that cannot start, forks. What comes next is right."""
+
+import copy
+import os
+import random
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from bigq.formats import TensorSpec
+from bigq.offload.attach import attach
+from bigq.offload.hooks import PlacementHook
+from bigq.offload.prefetch import OffloadedBlock, Prefetcher
+from bigq.offload.space import OffloadSpace
+
+CPU, WIDTH = torch.device("cpu"), 16
+SIGNALS = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals of POSIX")
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + torch.tanh(self.up(self.norm(x)))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """(a model of five layers that are offloaded to a file, the same model resident)."""
+    plain = nn.Sequential(*(Layer() for _ in range(5))).requires_grad_(False)
+    model = copy.deepcopy(plain)
+    named = dict(model.named_parameters())
+    space = OffloadSpace.in_file(
+        tmp_path, {name: TensorSpec(shape=tuple(p.shape), dtype=p.dtype) for name, p in named.items()}
+    )
+    for name, parameter in named.items():
+        parameter.data = space.empty(name).copy_(parameter.data)
+    prefetcher = Prefetcher(CPU)
+    for layer in model:
+        block = OffloadedBlock([(owner, leaf) for owner in layer.modules() for leaf in owner._parameters], ahead=True)
+        prefetcher.add(block)
+        attach(layer, PlacementHook(CPU, block=block, prefetcher=prefetcher))
+    return model, plain
+
+
+@contextmanager
+def interrupted_after(seconds):
+    """Raise KeyboardInterrupt somewhere in the block, `seconds` from now, unless it ends before."""
+    before = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def held():
+    """Threads and descriptors of this process."""
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+def is_as_between_calls(model, own):
+    """Whether every block holds its own tensors, and autograd has no hook."""
+    return (
+        all(p.data_ptr() == own[name] for name, p in model.named_parameters())
+        and not any(layer._hf_hook.block.calls for layer in model)
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
+
+
+@SIGNALS
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads and descriptors in /proc")
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "backward"])
+def test_an_interrupted_call_leaves_nothing_and_the_next_is_right(pair, grad):
+    model, plain = pair
+    own = {name: p.data_ptr() for name, p in model.named_parameters()}
+    draw = random.Random(0)
+    x = torch.randn(3, WIDTH, requires_grad=grad)
+    expected = plain(x)
+    if grad:
+        (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+
+    def run():
+        with torch.set_grad_enabled(grad):
+            y = model(x)
+        return (y, torch.autograd.grad(y.sum(), x)[0]) if grad else (y, None)
+
+    run()
+    began = time.perf_counter()
+    run()
+    usual_s, before = time.perf_counter() - began, held()
+    for i in range(150):
+        with interrupted_after(draw.uniform(1e-6, 1.2 * usual_s)):
+            run()
+        assert is_as_between_calls(model, own), i
+        y, got = run()
+        assert torch.equal(y, expected), i
+        assert got is None or torch.equal(got, expected_grad), i
+    assert held() == before
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_a_read_that_could_not_be_started_is_never_taken_for_done(pair, monkeypatch, failing):
+    model, plain = pair
+    real, calls = ThreadPoolExecutor.submit, []
+
+    def submit(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == failing:
+            raise RuntimeError("can't start new thread")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    x = torch.randn(3, WIDTH)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            model(x)
+        for _ in range(4):
+            assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_process_runs_a_model_that_its_parent_ran(pair):
+    model, plain = pair
+    x = torch.randn(3, WIDTH)
+    expected = plain(x)
+    assert torch.equal(model(x), expected)
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)
+        os._exit(0 if torch.equal(model(x), expected) and torch.equal(model(x), expected) else 3)
+    for _ in range(300):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert torch.equal(model(x), expected)
