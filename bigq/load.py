@@ -28,6 +28,7 @@ from bigq.offload.dispatch import dispatch, keep_float32_callable
 from bigq.planning.device_map import DeviceMap, execution_device, is_offloaded
 from bigq.planning.places import expected_device, plan_and_place
 from bigq.planning.plan import Plan
+from bigq.system.interrupts import to_the_end
 
 __all__ = ["load_and_quantize_model"]
 
@@ -39,15 +40,14 @@ def _collector_paused() -> Iterator[None]:
     It took a third of the time of 9,000 small tensors; what a load drops is freed by its reference count.
     """
     was_enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_enabled:
-            gc.enable()
+            to_the_end(gc.enable)
 
 
-@_collector_paused()
 def load_and_quantize_model(
     model: nn.Module,
     weights_location: str | os.PathLike[str] | None = None,
@@ -103,7 +103,7 @@ def load_and_quantize_model(
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
     with timings.timed("plan"):
         source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
-    with WarmUp(config, source, expected_device(device_map)) as warm_up:
+    with _collector_paused(), WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
             plan, places = plan_and_place(
                 tree,
@@ -125,7 +125,7 @@ def load_and_quantize_model(
         jobs = fill(
             modules, plan, source, destinations, budget=budget, timings=timings, warm_up=warm_up, progress=progress
         )
-    with restored_on_error(modules):
+    with restored_on_error(modules), _collector_paused():
         with timings.timed("commit"):
             for job in jobs:
                 job.commit(modules)
@@ -160,7 +160,7 @@ def _rehearse(modules: Mapping[str, nn.Module], finish: Callable[..., None]) -> 
     try:
         finish(is_placed=False)
     finally:
-        before.restore()
+        to_the_end(before.restore)
 
 
 def _arguments(

@@ -1,6 +1,7 @@
 """Testing: sources of bytes that fail, lie or take long, to test what a load does then.
 
     from bigq.checkpoint import Checkpoint
+from bigq.system.files import FileIdentity
     from bigq.testing import FaultyBytes, with_bytes
 
     source = with_bytes(Checkpoint.open(path), lambda file: FaultyBytes(file, fail_at=4096))
@@ -18,6 +19,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from bigq.checkpoint import Adapter, ByteSource, ReadError, Source, StoredTensor, read_tensor, refuse_unknown
+from bigq.system.files import FileIdentity
 
 __all__ = ["FaultyBytes", "with_bytes"]
 
@@ -64,6 +66,7 @@ class FaultyBytes:
             raise ValueError("delay_at is given without delay_s, for how long")
         self.source, self.name, self.nbytes = source, source.name, source.nbytes
         self.path: Path | None = None
+        self.identity: FileIdentity | None = None
         self.fail_at, self.error, self.short_after, self.flip_at = fail_at, error, short_after, flip_at
         self.delay_s, self.delay_at = delay_s, delay_at
         self.reads: list[range] = []

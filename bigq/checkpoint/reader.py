@@ -17,6 +17,7 @@ from bigq.checkpoint.pickle_file import PickleFile
 from bigq.checkpoint.safetensors_file import SafetensorsFile
 from bigq.checkpoint.source import StoredTensor, refuse_unknown
 from bigq.errors import CheckpointError
+from bigq.system.files import FileIdentity
 from bigq.system.text import shortlist
 
 __all__ = ["Checkpoint"]
@@ -48,7 +49,8 @@ class Checkpoint:
         errors: list[CheckpointError] = []
         for path in location.files:
             try:
-                source = LocalFile(path, _nbytes(path))
+                found = _stat(path)
+                source = LocalFile(path, found.st_size, FileIdentity.of(found))
                 with _open(path) as file:
                     described[path] = file.describe(source)
                 sources[source.name] = source
@@ -91,10 +93,10 @@ class Checkpoint:
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for where, group in groupby(names, key=lambda name: self.tensors[name].where):
             source = self.sources[where]
-            _check_size(source)
+            _check_unchanged(source)
             with _open(source.path) as file:
                 for name in group:
-                    _check_size(source)  # to touch a map beyond the end of its file kills the process
+                    _check_unchanged(source)  # to touch a map beyond the end of its file kills the process
                     yield name, self._checked(file.read(name), self.tensors[name])
 
     @staticmethod
@@ -111,18 +113,18 @@ def _open(path: Path) -> SafetensorsFile | PickleFile:
     return SafetensorsFile(path) if path.name.endswith(SAFETENSORS_SUFFIX) else PickleFile(path)
 
 
-def _check_size(source: LocalFile) -> None:
-    found = _nbytes(source.path)
-    if found != source.nbytes:
+def _check_unchanged(source: LocalFile) -> None:
+    found = _stat(source.path)
+    if (found.st_size, FileIdentity.of(found)) != (source.nbytes, source.identity):
         raise CheckpointError(
-            f"{source.path} changed after it was opened: it had {source.nbytes} bytes and now has {found}; "
-            "open the checkpoint again"
+            f"{source.path} changed after it was opened: it had {source.nbytes} bytes and now has {found.st_size}, "
+            "or is another file; open the checkpoint again"
         )
 
 
-def _nbytes(path: Path) -> int:
+def _stat(path: Path) -> os.stat_result:
     try:
-        return path.stat().st_size
+        return path.stat()
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error
 

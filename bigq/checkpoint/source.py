@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError
+from bigq.system.files import FileIdentity
 from bigq.system.memory import memory_of
 from bigq.system.text import shortlist
 
@@ -57,6 +58,10 @@ class ByteSource(Protocol):
     @property
     def path(self) -> Path | None:
         """The local file that holds exactly these bytes and may be memory-mapped instead; None if there is none."""
+
+    @property
+    def identity(self) -> FileIdentity | None:
+        """What tells the file at `path` from one that has replaced it; None if that is not known."""
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill all of `buffer` with the bytes from `offset` on; opens what it needs.

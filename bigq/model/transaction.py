@@ -1,22 +1,26 @@
 """transaction: a model is as it was if what changes it raises."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 from torch import nn
+
+from bigq.system.interrupts import to_the_end
 
 __all__ = ["Snapshot", "restored_on_error"]
 
 
-@contextmanager
-def restored_on_error(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+class restored_on_error:  # noqa: N801 - a context manager, and no generator: it ends in few steps
     """Give `modules` back what a `Snapshot` of them holds if the block raises, Ctrl-C included."""
-    before = Snapshot(modules.values())
-    try:
-        yield
-    except BaseException:
-        before.restore()
-        raise
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._before = Snapshot(modules.values())
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        if kind is not None:
+            to_the_end(self._before.restore)
 
 
 class Snapshot:

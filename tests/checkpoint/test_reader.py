@@ -404,6 +404,19 @@ def test_a_file_of_the_same_size_with_other_tensors(tmp_path):
     save_file({"a": torch.ones(2, 3), "b": torch.ones(6)}, path)
     checkpoint = Checkpoint.open(path)
     save_file({"a": torch.ones(3, 2), "c": torch.ones(6)}, path)
+    for name in ("a", "b"):
+        with pytest.raises(CheckpointError, match=r"model.safetensors changed after it was opened: .* another file"):
+            checkpoint.get(name)
+
+
+def test_a_file_of_the_same_size_and_time_with_other_tensors(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(6)}, path)
+    checkpoint, other = Checkpoint.open(path), tmp_path / "other"
+    save_file({"a": torch.ones(3, 2), "c": torch.ones(6)}, other)
+    was = path.stat()
+    path.write_bytes(other.read_bytes())  # the same inode
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
     with pytest.raises(
         CheckpointError, match=r"model.safetensors changed .*'a' was torch.float32 \(2, 3\) .* \(3, 2\)"
     ):
