@@ -7,7 +7,6 @@ weight: slow and right. What is written to it in place is quantized into the mod
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bigq.errors import UnsupportedError
 from bigq.weight.lazy_weight import LazyWeight, plain
 from bigq.weight.products import PRODUCTS
+from bigq.weight.views import VIEWS, get_item, reversed_dimensions, set_item, views, without_numbers
 
 __all__ = ["QuantizedWeight"]
 
@@ -51,14 +51,14 @@ class QuantizedWeight(LazyWeight):
         if isinstance(first, QuantizedWeight):
             if func in _ANSWERS:
                 return _ANSWERS[func](first, *args[1:], **kwargs)
-            if name in _VIEWS:
-                return _views(func, first, args[1:], kwargs)
+            if name in VIEWS:
+                return views(func, first, args[1:], kwargs)
         if name == "result_type":
-            return func(*(_description(value) if isinstance(value, QuantizedWeight) else value for value in args))
+            return func(*(without_numbers(value) if isinstance(value, QuantizedWeight) else value for value in args))
         if name in _CASTS:
             return _cast(func, args, kwargs)
         if name in _LIKE and isinstance(first, QuantizedWeight):
-            return func(_description(first), *args[1:], **{"device": first.device, **kwargs})
+            return func(without_numbers(first), *args[1:], **{"device": first.device, **kwargs})
         return _dense(func, _written(name, args, kwargs), args, kwargs)
 
     @classmethod
@@ -113,11 +113,6 @@ _LIKE = {
 }  # fmt: skip
 
 
-def _description(weight: QuantizedWeight) -> Tensor:
-    """A tensor of the same shape, strides and dtype, and without memory."""
-    return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
-
-
 # Copies in another dtype or on another device, decoded when they are read.
 
 _CASTS = {"bfloat16", "cpu", "cuda", "double", "float", "half", "to", "type", "type_as"}
@@ -139,88 +134,6 @@ def _cast(func: Function, args: Arguments, kwargs: Keywords) -> Any:
     if not isinstance(out, Tensor) or not out.is_floating_point():
         return func(first.dequantize(), *others, **kwargs)
     return first.copy_as(out.dtype, out.device)
-
-
-# Views: what is written to them is written to the weight. `_dense` finds those that are not listed.
-
-_SEVERAL_VIEWS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
-_VIEWS = _SEVERAL_VIEWS | {
-    "expand", "flatten", "narrow", "permute", "reshape", "reshape_as", "select", "squeeze", "swapaxes", "swapdims",
-    "transpose", "unflatten", "unsqueeze", "view", "view_as",
-}  # fmt: skip
-
-
-def _views(func: Function, weight: QuantizedWeight, others: Arguments, kwargs: Keywords) -> Any:
-    """What `func` gives, one view or several, each of them a QuantizedWeight."""
-
-    def outputs(dense: Tensor) -> list[Tensor]:
-        out = func(dense, *others, **kwargs)
-        return [out] if isinstance(out, Tensor) else list(out)
-
-    name = func.__name__
-    if name == "view" and any(isinstance(value, torch.dtype) for value in (*others, *kwargs.values())):
-        return func(weight.dequantize(), *others, **kwargs)
-    if name in ("transpose", "swapaxes", "swapdims") and _swaps_the_last(weight, *others, *kwargs.values()):
-        return weight.swapped()
-    if name == "unbind" and (*others, *kwargs.values()) in ((), (0,)):
-        return tuple(weight.part(i) for i in range(len(weight)))
-    shapes = [out.shape for out in outputs(_description(weight))]
-    if name in ("flatten", "reshape", "reshape_as") and not _can_be_viewed(weight, shapes[0]):
-        return func(weight.dequantize(), *others, **kwargs)  # a copy, as in torch
-    if name in ("chunk", "split", "split_with_sizes") and shapes[0][1:] == weight.shape[1:]:
-        stops = list(accumulate(shape[0] for shape in shapes))  # cut along the first dimension
-        return tuple(weight.part(slice(*ends)) for ends in zip([0, *stops], stops, strict=False))
-    made = [weight.viewed(lambda dense, i=i: outputs(dense)[i]) for i in range(len(shapes))]  # type: ignore[misc]
-    return tuple(made) if name in _SEVERAL_VIEWS else made[0]
-
-
-def _can_be_viewed(weight: QuantizedWeight, shape: torch.Size) -> bool:
-    try:
-        _description(weight).view(shape)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _swaps_the_last(weight: QuantizedWeight, *dims: int) -> bool:
-    return {dim % weight.dim() for dim in dims} == {weight.dim() - 1, weight.dim() - 2}
-
-
-def _reversed(weight: QuantizedWeight) -> Tensor:
-    """`weight.T`."""
-    if weight.dim() == 2:
-        return weight.swapped()
-    return weight.viewed(lambda dense: dense.permute(*range(dense.dim() - 1, -1, -1)))
-
-
-def _getitem(weight: QuantizedWeight, index: Any) -> Any:
-    """`weight[index]`: entries and ranges of the first dimension are views that stay quantized."""
-    first, *rest = index if isinstance(index, tuple) and index else (index,)
-    if isinstance(first, Tensor) and not rest and first.dtype in (torch.int32, torch.int64):
-        if not first.dim():
-            return weight.part(int(first))
-        operand = weight.operand()
-        if operand is not None and not (operand.transposed and weight.dim() < 3):
-            rows = operand.rows(torch.where(first < 0, first + len(weight), first), weight.dtype)
-            return rows.mT if operand.transposed else rows
-    is_basic = all(item is None or item is Ellipsis or type(item) in (int, slice) for item in (first, *rest))
-    if not is_basic:
-        return weight.dequantize()[plain(index)]  # a copy, as in torch
-    if type(first) is int or (type(first) is slice and first.step in (None, 1)):
-        part = weight.part(first)
-        rest = rest if type(first) is int else [slice(None), *rest] if rest else []
-        return part.viewed(lambda dense: dense[tuple(rest)]) if rest else part
-    return weight.viewed(lambda dense: dense[index])
-
-
-def _setitem(weight: QuantizedWeight, index: Any, value: Any) -> None:
-    part = _getitem(weight, index) if type(index) in (int, slice) else None
-    if isinstance(part, QuantizedWeight):
-        part.write(torch.as_tensor(plain(value), dtype=weight.dtype, device=weight.device).expand(part.shape))
-    else:
-        dense = weight.dequantize()
-        dense[plain(index)] = plain(value)
-        weight.write(dense)
 
 
 def _require_grad(weight: QuantizedWeight, requires_grad: bool = True) -> QuantizedWeight:
@@ -250,12 +163,12 @@ _ANSWERS: dict[Function, Function] = {
     Tensor.clone: lambda weight, **_: weight.dequantize(),
     torch.clone: lambda weight, **_: weight.dequantize(),
     Tensor.__deepcopy__: _deepcopy,
-    Tensor.t: _reversed,
-    torch.t: _reversed,
-    _getter("T"): _reversed,
+    Tensor.t: reversed_dimensions,
+    torch.t: reversed_dimensions,
+    _getter("T"): reversed_dimensions,
     _getter("mT"): lambda weight: weight.swapped(),
-    Tensor.__getitem__: _getitem,
-    Tensor.__setitem__: _setitem,
+    Tensor.__getitem__: get_item,
+    Tensor.__setitem__: set_item,
     Tensor.__iter__: lambda weight: iter(weight.unbind()),
     Tensor.data_ptr: _refuse_address,
     _getter("__cuda_array_interface__"): _refuse_address,
