@@ -39,8 +39,8 @@ class QuantizationConfig:
         method: how codes and scales are chosen. "absmax" is the only one.
         compute_dtype: dtype of products with quantized weights: float16, bfloat16 or float32, as a torch.dtype or its
             name. None: the dtype of the activations.
-        dtype: dtype of the parameters that are not quantized, and of `module.weight` of those that are; same values.
-            None: each tensor's dtype in the checkpoint.
+        dtype: dtype of the parameters that are not quantized, and the dtype that a quantized `module.weight` reports;
+            same values. None: each tensor's dtype in the checkpoint.
         skip_modules: patterns of modules and parameters that are not quantized.
         skip_defaults: also skip the output head, and weights that are tied to another module.
         also_quantize: patterns of parameters that are quantized in addition to the default ones, such as

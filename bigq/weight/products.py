@@ -1,6 +1,6 @@
-"""PRODUCTS: the functions of torch that multiply by a quantized weight, computed by the kernels of its format.
+"""PRODUCTS: for each torch function that multiplies by a weight, how the kernels of a format compute it.
 
-None as a result: this case has no kernel.
+A function of this table returns None for arguments that no kernel supports.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def _bmm(input: Tensor, mat2: Tensor, **rest: Any) -> Tensor | None:
     operand = _operand(input, mat2, dim=3, transposed=True)
     if operand is not None:
         return operand.batched_linear(input)
-    operand = _operand(mat2, input, dim=3, transposed=False)  # w @ x is (x.T @ w.T).T
+    operand = _operand(mat2, input, dim=3, transposed=False)  # w @ x = (x.T @ w.T).T
     return None if operand is None else operand.batched_linear(mat2.mT).mT
 
 
@@ -55,7 +55,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 
 
 def _grouped_mm(input: Tensor, mat2: Tensor, *, offs: Tensor | None = None, **rest: Any) -> Tensor | None:
-    """x [S, K] by [E, K, N]; `offs` says where the rows of each weight end. The host reads it: the GPU is awaited."""
+    """x [S, K] times [E, K, N]. `offs` holds the end of each weight's rows; reading it waits for the GPU."""
     operand = _operand(input, mat2, dim=3, transposed=True)
     options = [value for value in rest.values() if value is not None]
     if operand is None or offs is None or options or input.dim() != 2:
@@ -73,7 +73,7 @@ def _embedding(
 
 
 def _operand(x: Any, weight: Any, *, dim: int, transposed: bool) -> Stored | None:
-    """How `weight` is stored, if it is a quantized one of that kind and `x` is not."""
+    """How `weight` is stored, if it is quantized, with these dimensions, and `x` is not quantized; otherwise None."""
     if not isinstance(weight, LazyWeight) or isinstance(x, LazyWeight) or weight.dim() != dim:
         return None
     operand = weight.operand()

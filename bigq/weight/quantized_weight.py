@@ -1,9 +1,10 @@
-"""QuantizedWeight: what code that reads `module.weight` gets, a tensor that decodes itself only where it must.
+"""QuantizedWeight: the tensor that `module.weight` is, dequantized only if a function needs its numbers.
 
-A quantized module has two faces. What enumerates its parameters (optimizers, FSDP2, safetensors, accelerate) sees plain
-frozen tensors. What reads `module.weight` sees the weight: an object of the logical shape, dtype and device, made on
-access. Products with it go to the format's kernels, rows are decoded alone, and anything else gets the dequantized
-weight: slow and right. What is written to it in place is quantized into the module's tensors.
+Code that enumerates the parameters of a quantized module (optimizers, FSDP2, safetensors, accelerate) finds plain
+frozen tensors. Code that reads `module.weight` gets this object, made at each access, with the shape, dtype and device
+of the weight. Products with it use the format's kernels, and rows are decoded alone. Every other function gets the
+dequantized weight, which is slow but correct. Numbers that are written to it in place are quantized into the module's
+tensors.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,18 +27,32 @@ Keywords = Mapping[str, Any]
 
 
 class QuantizedWeight(LazyWeight):
-    """The weight of a quantized module, or a view or a copy of it, for every function of torch.
+    """The weight of a quantized module, or a view or a copy of it, as a tensor that works with every torch function.
 
-    It needs no gradient and cannot get one; gradients flow to what it is multiplied by.
+    It has no gradient and cannot get one; gradients reach the tensors that it is multiplied by. It has no memory
+    address. User code never creates it: read `module.weight`. `dequantize()` returns a plain tensor.
+
+    Example:
+        >>> import bigq, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = bigq.load_and_quantize_model(model, None, bigq.QuantizationConfig("nf4"), device_map="cpu")
+        >>> weight = model[0].weight
+        >>> weight.shape, weight.dtype
+        (torch.Size([32, 64]), torch.float32)
+        >>> (torch.ones(2, 64) @ weight.T).shape  # computed by the kernels of NF4
+        torch.Size([2, 32])
+        >>> type(weight.dequantize())
+        <class 'torch.Tensor'>
     """
 
     @classmethod
     def __torch_function__(
         cls, func: Function, types: Iterable[type], args: Arguments = (), kwargs: Keywords | None = None
     ) -> Any:
-        """Ask, in this order: is only a description read; is there a way that decodes less than all; is it written to.
+        """Find the first way that serves `func`, from the cheapest on.
 
-        Whatever is left gets the dequantized weight.
+        It reads only shape, dtype or device; it is a product with a kernel; it is answered or viewed without decoding
+        all numbers; or it gets the dequantized weight, which is quantized again if `func` writes to it.
         """
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if func in _DESCRIBING or name in _DESCRIBING_NAMES:
@@ -62,10 +77,10 @@ class QuantizedWeight(LazyWeight):
         return _dense(func, _written(name, args, kwargs), args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares the function that switches it off
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as the function that disables it
         cls, func: Any, types: Iterable[type], args: Arguments = (), kwargs: Keywords | None = None
     ) -> Any:
-        """Where torch's C++ gets at the weight on a way of its own."""
+        """Serve calls that come from torch's C++ code and do not pass `__torch_function__`."""
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
         written = [args[0]] if func._schema.is_mutable and isinstance(args[0], QuantizedWeight) else []
@@ -88,7 +103,7 @@ def _setter(attribute: str) -> Function:
     return getattr(Tensor, attribute).__set__  # type: ignore[no-any-return]
 
 
-# Only described: shape, dtype, device and their kin, which the object itself has.
+# Functions that read only shape, dtype, device and the like, which the object itself has.
 
 _DESCRIBING = {
     _getter(name)
@@ -105,7 +120,7 @@ _DESCRIBING_NAMES = {
     "storage_offset", "stride",
 }  # fmt: skip
 
-# Made in the likeness of the weight, without its numbers.
+# Functions that make a tensor like the weight, and do not read its numbers.
 
 _LIKE = {
     "empty_like", "full_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros",
@@ -119,7 +134,7 @@ _CASTS = {"bfloat16", "cpu", "cuda", "double", "float", "half", "to", "type", "t
 
 
 def _cast(func: Function, args: Arguments, kwargs: Keywords) -> Any:
-    def empty(value: Any) -> Any:  # a cast to "that of another tensor" reads its dtype and device only
+    def empty(value: Any) -> Any:  # `x.to(weight)` reads only the dtype and device of weight
         is_weight = isinstance(value, QuantizedWeight)
         return torch.empty(0, dtype=value.dtype, device=value.device) if is_weight else value
 
@@ -174,7 +189,7 @@ _ANSWERS: dict[Function, Function] = {
     _getter("__cuda_array_interface__"): _refuse_address,
 }
 
-# The rest: dequantized, and quantized again where it was written to.
+# All other functions get the dequantized weight. It is quantized again if they write to it.
 
 _IN_PLACE_OPERATORS = {
     f"__i{name}__"
@@ -191,7 +206,10 @@ def _written(name: str, args: Arguments, kwargs: Keywords) -> list[QuantizedWeig
 
 
 def _dense(func: Function, written: list[QuantizedWeight], args: Arguments, kwargs: Keywords) -> Any:
-    """`func` of dequantized weights; those of `written` then get what it made of them. Views stay views of a weight."""
+    """Call `func` with dequantized weights, and write the results back to those in `written`.
+
+    A result that is a view of a dequantized weight becomes a view of the quantized one.
+    """
     first = args[0] if args else None
     dense = {id(weight): weight.dequantize() for weight in written}
     if isinstance(first, QuantizedWeight):
@@ -218,7 +236,7 @@ def _dense(func: Function, written: list[QuantizedWeight], args: Arguments, kwar
 
 
 def _shares_memory(out: Any, dense: Tensor) -> bool:
-    """Whether `out` is a view of `dense`, or holds one: a write to it would be lost."""
+    """Whether `out` is a view of `dense`, or a sequence of views: a write to it would be lost."""
     first = out[0] if isinstance(out, (tuple, list)) and out else out
     if not isinstance(first, Tensor) or first.layout != torch.strided or first.device != dense.device:
         return False

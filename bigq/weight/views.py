@@ -23,12 +23,12 @@ VIEWS = _SEVERAL | {
 
 
 def without_numbers(weight: LazyWeight) -> Tensor:
-    """A tensor of the same shape, strides and dtype, and without memory."""
+    """A tensor on meta of the same shape, strides and dtype."""
     return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
 
 
 def views(func: Function, weight: LazyWeight, others: Arguments, kwargs: Keywords) -> Any:
-    """What `func` gives, one view or several, each of them a LazyWeight."""
+    """The result of `func`, one of VIEWS: a LazyWeight or a tuple of them; a plain tensor where torch copies."""
 
     def outputs(dense: Tensor) -> list[Tensor]:
         out = func(dense, *others, **kwargs)
@@ -71,7 +71,7 @@ def reversed_dimensions(weight: LazyWeight) -> Tensor:
 
 
 def get_item(weight: LazyWeight, index: Any) -> Any:
-    """`weight[index]`: entries and ranges of the first dimension are views that stay quantized."""
+    """`weight[index]`. Entries and ranges of the first dimension are views that stay quantized."""
     first, *rest = index if isinstance(index, tuple) and index else (index,)
     if isinstance(first, Tensor) and not rest and first.dtype in (torch.int32, torch.int64):
         if not first.dim():
