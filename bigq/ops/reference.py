@@ -1,11 +1,13 @@
-"""The numerical specification of every op, in plain torch; it is also the CPU implementation.
+"""The numerical specification of every op in plain torch, which is also the CPU implementation.
 
 Shapes: N = out_features (rows), K = in_features, M = tokens, B = ceil(K / block_size). The Triton launchers in
-`bigq_kernels` have the same names and arguments and are tested against these functions bit for bit, matmuls against an
-error budget. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantization, LLM.int8() (arXiv 2208.07339) for int8.
+`bigq_kernels` have the same names and arguments. Tests compare them with these functions: products within an error
+budget, and everything else bit for bit. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantization, LLM.int8()
+(arXiv 2208.07339) for int8.
 
-Scales come as float32 or as int32 of the same bits, which no cast of a model's floating tensors changes; they are
-returned as float32. Tensors that do not fit together raise UnsupportedError (`bigq.checks`).
+Arguments that are scales are float32, or int32 of the same bits, which no cast of a model's floating-point tensors
+changes. Results that are scales are float32. Tensors that do not fit together raise UnsupportedError
+(`bigq.ops.checks`).
 """
 
 from functools import cache
@@ -69,7 +71,7 @@ _EXACT_K = 1024  # 1024 * 127 * 127 < 2**24: an int8 product of this depth is ex
 @cache
 def _tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(boundaries [15] float32, code of each bucket [16] uint8, the two float32 values of each byte [256] as int64)."""
-    cpu = torch.device("cpu")  # said aloud: a caller may be inside `with torch.device("meta")`
+    cpu = torch.device("cpu")  # explicit, because a caller may be inside `with torch.device("meta")`
     values = torch.tensor(CODES[quant_type], dtype=torch.float32, device=cpu)
     if quant_type == "nf4":
         boundaries = torch.tensor(NF4_BOUNDARIES, dtype=torch.float32, device=cpu)

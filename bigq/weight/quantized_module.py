@@ -54,8 +54,6 @@ class QuantizedModule(nn.Module):
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 64), torch.nn.Linear(64, 64))
         >>> config = bigq.QuantizationConfig("int8", also_quantize=["0"])
         >>> embedding = bigq.load_and_quantize_model(model, None, config, device_map="cpu")[0]
-        >>> isinstance(embedding, torch.nn.Embedding)
-        True
         >>> [name for name, _ in embedding.named_parameters()]
         ['weight_packed', 'weight_absmax', 'quant_state']
     """
@@ -196,8 +194,6 @@ class QuantizedModule(nn.Module):
             for leaf, description in self._quantized.items()
         ]
         return ", ".join(filter(None, [super().extra_repr(), *settings]))
-
-    # load_state_dict
 
     def _load_from_state_dict(
         self,
