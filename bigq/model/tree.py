@@ -102,7 +102,7 @@ def find_owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, 
 
 
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
-    """A key that is equal for all names of a tensor, also on meta, where `init_empty_weights` wraps tied ones anew."""
+    """A key that all names of a tensor share, also on meta, where `init_empty_weights` makes new Parameters."""
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 

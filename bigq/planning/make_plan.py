@@ -54,7 +54,7 @@ def make_plan(
         UnsupportedError: the model is quantized already, or has no weight to quantize.
     """
     if any(isinstance(module, QuantizedModule) for module in tree.aliases):
-        raise UnsupportedError("the model already holds quantized modules: load into a model built anew")
+        raise UnsupportedError("the model already holds quantized modules: load into a newly built model")
     if quantized:
         described, sources = _held_quantized(tree, tensors, quantized, config)
         kept: Mapping[str, str] = {}
@@ -137,7 +137,7 @@ def _held_quantized(
             name = tensor_name(module, leaf)
             group = groups.get(name)
             if group is None:
-                problems.append(f"  {name} is quantized in the checkpoint, and no parameter of the model")
+                problems.append(f"  {name} is quantized in the checkpoint, but the model has no such parameter")
                 continue
             problems += _misfits(name, group, description, described.get(group.names[0]), tensors)
             if config is not None and config.weight_format() != description.format:

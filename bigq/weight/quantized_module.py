@@ -262,7 +262,7 @@ class QuantizedModule(nn.Module):
         if (described.shape, described.transposed, described.state_spec) != (own.shape, own.transposed, own.state_spec):
             raise CheckpointError(
                 f"{weight}: the state dict holds {_words(described)}, the model {_words(own)}; "
-                "load it with load_and_quantize_model into a model built anew"
+                "load it with load_and_quantize_model into a newly built model"
             )
         for name in held:
             expected, found = spec[name], state_dict[name]
