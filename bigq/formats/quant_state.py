@@ -1,8 +1,8 @@
-"""quant_state: how a saved module says what its quantized weights are, so that loading them needs no config.
+"""quant_state: the tensor that describes a module's quantized weights, so that loading them needs no config.
 
-It is one uint8 tensor a module: a record of 256 bytes for each quantized weight, a JSON object in UTF-8 padded with
-spaces to one length for all, so that skeletons agree on its shape. A tensor, because accelerate's save_model and
-safetensors carry nothing else with a weight.
+It is one uint8 tensor for each module, with a record of 256 bytes for each quantized weight: a JSON object in UTF-8,
+padded with spaces. All records have one length, so that the shape is known before the weights are. It is a tensor
+because accelerate's save_model and safetensors save nothing else. docs/formats.md lists the fields.
 """
 
 import json
@@ -41,20 +41,24 @@ _COMPUTE_DTYPES = {name: dtype for name, dtype in _WEIGHT_DTYPES.items() if name
 
 
 def state_name(leaf: str, part: str) -> str:
-    """The name of a tensor of the quantized weight `leaf`, in its module or in the model: "weight_packed"."""
+    """The name of a part of the weight `leaf`, in its module or in the model: "weight_packed"."""
     return f"{leaf}_{part}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """Everything needed to use a quantized weight: its format, its shape, and the dtypes of its two ends.
+    """What is needed to use a quantized weight: its format, its shape and its dtypes.
 
     Args:
-        format: how it is stored.
-        shape: [..., N, K], as it is stored.
-        dtype: that of the weight it stands for.
-        compute_dtype: dtype of products with it; None for that of the activations.
-        transposed: the module's weight is [..., K, N], as that of GPT-2's Conv1D.
+        format: of the weight.
+        shape: [..., N, K], as stored.
+        dtype: that `module.weight` reports.
+        compute_dtype: of products with the weight. None: the dtype of the activations.
+        transposed: whether the module's weight is [..., K, N], as that of GPT-2's Conv1D.
+
+    Attributes:
+        state_spec: shapes and dtypes of the parts, by part.
+        nbytes: bytes of all parts.
     """
 
     format: Format
@@ -63,8 +67,8 @@ class Description:
     compute_dtype: torch.dtype | None = None
     transposed: bool = False
 
-    state_spec: dict[str, TensorSpec] = field(init=False, compare=False, repr=False)  # of the quantized weight, by part
-    nbytes: int = field(init=False, compare=False, repr=False)  # of the quantized weight
+    state_spec: dict[str, TensorSpec] = field(init=False, compare=False, repr=False)
+    nbytes: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         spec = self.format.state_spec(self.shape)
@@ -83,10 +87,10 @@ def quant_state_spec(count: int) -> TensorSpec:
 
 
 def encode_quant_state(weights: Mapping[str, Description]) -> Tensor:
-    """The quant_state of a module with these weights, {leaf: description}, on the CPU.
+    """Encode {leaf: description} of a module's quantized weights as its quant_state, on the CPU.
 
     Raises:
-        UnsupportedError: a record does not fit into its 256 bytes.
+        UnsupportedError: a record does not fit into 256 bytes.
     """
     data = bytearray().join(_record(leaf, description) for leaf, description in weights.items())
     return torch.frombuffer(data, dtype=torch.uint8).clone()
@@ -103,10 +107,10 @@ def check_quant_state(shape: Sequence[int], dtype: torch.dtype, where: str) -> N
 
 
 def decode_quant_state(quant_state: Tensor, where: str) -> dict[str, Description]:
-    """{leaf: description} of a module's quant_state; `where` names the tensor in errors.
+    """Decode the quant_state of a module to {leaf: description}. `where` names the tensor in errors.
 
     Raises:
-        CheckpointError: it is anything that `encode_quant_state` does not write.
+        CheckpointError: `encode_quant_state` did not write it, or another version of bigq did.
     """
     check_quant_state(quant_state.shape, quant_state.dtype, where)
     try:

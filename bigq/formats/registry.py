@@ -1,4 +1,4 @@
-"""Formats by name: the one place that lists them."""
+"""The formats by name. This is the only list of them."""
 
 from bigq.errors import ConfigError
 from bigq.formats.base import Format
@@ -11,7 +11,7 @@ FORMATS: dict[str, type[NF4] | type[FP4] | type[Int8]] = {"nf4": NF4, "fp4": FP4
 
 
 def make_format(name: str, **settings: object) -> Format:
-    """The format called `name`; `settings` are its own fields. Any other name or setting is a ConfigError."""
+    """Make the format `name` with these settings. Raises ConfigError for an unknown name or setting."""
     if name not in FORMATS:
         *names, last = map(repr, FORMATS)
         raise ConfigError(f"format is {name!r}; expected {', '.join(names)} or {last}")

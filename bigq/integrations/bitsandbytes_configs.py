@@ -1,4 +1,4 @@
-"""The configurations of bitsandbytes in accelerate and transformers, as a QuantizationConfig."""
+"""as_config: accelerate's and transformers' bitsandbytes configs as a QuantizationConfig."""
 
 from typing import Any
 
@@ -12,14 +12,15 @@ __all__ = ["as_config", "is_config"]
 
 
 def is_config(value: object) -> bool:
-    """Whether `value` is a configuration of ours, accelerate's or transformers'."""
+    """Whether `value` is a config of bigq, accelerate or transformers."""
     return isinstance(value, QuantizationConfig) or _foreign(value) is not None
 
 
 def as_config(value: object) -> QuantizationConfig:
-    """`value` as a QuantizationConfig.
+    """Return `value` as a QuantizationConfig. Configs of accelerate and transformers keep their own defaults.
 
-    accelerate's BnbQuantizationConfig and transformers' BitsAndBytesConfig keep their own defaults.
+    Raises:
+        ConfigError: `value` is no config, or asks for something that bigq does not do.
     """
     if isinstance(value, QuantizationConfig):
         return value
@@ -33,7 +34,7 @@ def as_config(value: object) -> QuantizationConfig:
 
 
 def _foreign(value: object) -> str | None:
-    # By name, so that neither library has to be imported to recognise its objects.
+    # Compared by name, so that neither library has to be imported.
     for kind in type(value).__mro__:
         owner = kind.__module__.partition(".")[0]
         if (owner, kind.__name__) in {("accelerate", "BnbQuantizationConfig"), ("transformers", "BitsAndBytesConfig")}:
@@ -63,7 +64,7 @@ def _from_transformers(config: Any) -> QuantizationConfig:
 
 
 def _from_bitsandbytes(config: Any, common: dict[str, Any]) -> QuantizationConfig:
-    """The fields that accelerate's and transformers' configs share."""
+    """Make a config from the fields that both libraries have, and those in `common`."""
     if config.load_in_4bit == config.load_in_8bit:
         raise ConfigError(f"{type(config).__name__}: set exactly one of load_in_4bit and load_in_8bit")
     if config.load_in_8bit:

@@ -1,4 +1,4 @@
-"""Match: match a model's tensors with a checkpoint's, and list everything that does not match."""
+"""Match: match a model's tensors with those of a checkpoint, and list everything that does not match."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ __all__ = ["Match"]
 
 
 class Match:
-    """Match the model's tensors with the checkpoint's and collect what does not fit."""
+    """Matches tensors one after the other and collects errors; `refuse` raises them all at once."""
 
     def __init__(
         self,
@@ -37,13 +37,13 @@ class Match:
         self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, tree.names()))
 
     def claim(self, weight: PlannedWeight) -> None:
-        """Claim and check the weight to quantize, if the checkpoint holds it as floats."""
+        """Check a weight to quantize, if the checkpoint holds it as floats, and mark its names as expected."""
         if weight.source is not None:
             self.claimed.update(weight.names)
             self._check(weight.source, weight.description.weight_shape, floating=True)
 
     def tensors_outside(self, weights: Sequence[PlannedWeight]) -> Iterator[PlannedTensor]:
-        """Everything but the weights to quantize: kept parameters, buffers, biases, and state quantized already."""
+        """Plan all tensors but float weights to quantize: kept parameters, buffers, and weights stored quantized."""
         quantized = {name for weight in weights for name in weight.names}
         for group in self.tree.tensors:
             if quantized.isdisjoint(group.names):
@@ -89,7 +89,7 @@ class Match:
         )
 
     def _dtype(self, group: TensorGroup, found: torch.dtype) -> tuple[torch.dtype, bool]:
-        """The dtype that a tensor of dtype `found` is kept in, and whether a rule of its own makes it float32."""
+        """The dtype that a kept tensor of dtype `found` gets, and whether a rule for this tensor makes it float32."""
         if not found.is_floating_point:
             return found, False
         if not self.in_fp32.isdisjoint(group.names):
@@ -123,7 +123,7 @@ class Match:
         return info
 
     def refuse(self) -> None:
-        """Raise one error with everything that does not fit, if anything does not."""
+        """Raise one CheckpointError with everything that does not fit, if there is anything."""
         patterns = getattr(self.tree.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         ignored = [re.compile(str(pattern)) for pattern in patterns]
         unexpected = {
@@ -143,7 +143,7 @@ class Match:
 
 
 def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
-    """A last line where one prefix, added or dropped, would make the names agree."""
+    """A hint for the last line of the error, if adding or dropping one prefix would make the names agree."""
     for longer, shorter, what in ((unexpected, missing, "the checkpoint's"), (missing, unexpected, "the model's")):
         for name in longer[:1] if shorter else []:
             for other in shorter:
