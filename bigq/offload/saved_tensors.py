@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from bigq.offload.transfer import Layout, Transfer, version_of
+from bigq.offload.space import version_of
+from bigq.offload.transfer import Layout, Transfer
 
 __all__ = ["saved_offloaded"]
 

@@ -25,7 +25,16 @@ from bigq.formats import TensorSpec
 from bigq.system.files import FileIdentity, open_unchanged, read_into
 from bigq.system.memory import ALIGNMENT, align, memory_of
 
-__all__ = ["CheckpointMap", "FileMap", "OffloadSpace", "is_file_backed", "mapping_of"]
+__all__ = [
+    "CheckpointMap",
+    "FileMap",
+    "OffloadSpace",
+    "is_edited",
+    "is_file_backed",
+    "mapping_of",
+    "read_stored",
+    "version_of",
+]
 
 _MAP_NORESERVE = 0x4000  # Linux: a private map may be larger than RAM and swap; nothing writes to most of it
 _NO_SECOND_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # of a map's own
@@ -179,6 +188,33 @@ def is_file_backed(tensor: Tensor) -> bool:
     """Whether `tensor` lies in a file: that of an OffloadSpace, or a checkpoint's."""
     place = mapping_of(tensor)
     return place is not None and isinstance(place[0], FileMap)
+
+
+def read_stored(tensor: Tensor) -> Tensor:
+    """The numbers of an offloaded tensor, read from its file if it lies in one; otherwise the tensor, detached.
+
+    By descriptor and not through the map: a file that was cut short meanwhile is an error, and no SIGBUS. What was
+    edited in memory is in the map alone, so that is read there.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does.
+    """
+    own, place = tensor.detach(), mapping_of(tensor)
+    if place is None or not isinstance(place[0], FileMap) or not own.is_contiguous() or is_edited(tensor, place[0]):
+        return own
+    numbers = torch.empty_like(own)
+    place[0].read(place[1], numbers)
+    return numbers
+
+
+def is_edited(tensor: Tensor, mapping: mmap.mmap) -> bool:
+    """Whether edits of `tensor`, which lies in `mapping`, are in memory only."""
+    return isinstance(mapping, FileMap) and mapping.is_private and version_of(tensor) > 0
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often torch has seen `tensor` edited; 0 for one made in inference mode, of which it keeps no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _size(specs: Mapping[str, TensorSpec]) -> int:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from bigq.offload.containers import first_tensor, map_tensors
 
-Pair = namedtuple("Pair", "first second")  # noqa: PYI024
+Pair = namedtuple("Pair", "first second")
 
 
 class Tagged(list):

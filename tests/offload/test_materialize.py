@@ -1,13 +1,21 @@
 """materialize: everything comes home, exactly, or nothing is touched."""
 
 import gc
+import os
 
 import psutil
 import pytest
 import torch
 from torch import nn
 
-from bigq import PlacementError, QuantizationConfig, load_and_quantize_model, materialize, memory_footprint
+from bigq import (
+    CheckpointError,
+    PlacementError,
+    QuantizationConfig,
+    load_and_quantize_model,
+    materialize,
+    memory_footprint,
+)
 from bigq.offload.hooks import Float32Hook, PlacementHook
 from bigq.offload.space import is_file_backed
 
@@ -120,3 +128,28 @@ class TestMoves:
                 other.half()
             assert torch.equal(other(ids), model(ids))
             assert torch.equal(materialize(other)(ids.to(other.gain.device)).cpu(), model(ids))
+
+
+def test_a_checkpoint_that_was_cut_short_is_an_error_and_the_model_stays(tiny, checkpoint, empty, config):
+    path = next(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else checkpoint
+    model = load_and_quantize_model(empty(tiny), checkpoint, config, {"": RUNS_ON, "embed": "disk"}, offload="preserve")
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    os.truncate(path, 4096)
+    with pytest.raises(CheckpointError, match="cut short after the model was loaded"):
+        materialize(model)
+    assert [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")] == hooks
+    assert is_file_backed(model.embed.weight)
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(model, ids, monkeypatch):
+    expected = model(ids)
+
+    def failing(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bigq.offload.materialize.dispatch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        materialize(model)
+    assert torch.equal(model(ids), expected)
+    monkeypatch.undo()
+    assert torch.equal(materialize(model)(ids.to(model.gain.device)).cpu(), expected)
