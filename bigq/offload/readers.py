@@ -28,6 +28,15 @@ class Read:
             self._read = _nothing  # what was read into is no longer held
             self._ended.open()
 
+    def raise_error(self) -> None:
+        """Raise what went wrong, if anything did; once, so that the exception does not keep what it passed through."""
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
+
     def wait(self) -> None:
         """Return when the read has ended, well or not."""
         self._ended.wait()

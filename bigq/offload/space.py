@@ -8,11 +8,12 @@ checkpoint already holds as needed stays there: its tensors are copy-on-write ma
 
 import mmap
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 from weakref import ref
@@ -130,7 +131,7 @@ class OffloadSpace:
         size, file = _size(specs), None
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(dir=folder, prefix="bigq-", buffering=0)  # noqa: SIM115 - the map closes it
+            file = _unnamed_file(Path(folder))
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
@@ -215,6 +216,18 @@ def is_edited(tensor: Tensor, mapping: mmap.mmap) -> bool:
 def version_of(tensor: Tensor) -> int:
     """How often torch has seen `tensor` edited; 0 for one made in inference mode, of which it keeps no count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _unnamed_file(folder: Path) -> FileIO:
+    """A new file in `folder`, without a name from here on.
+
+    `tempfile` holds the descriptor as a number before there is an object that closes it: Ctrl-C meanwhile would lose it.
+    """
+    path = folder / f".bigq-{secrets.token_hex(16)}"
+    try:
+        return FileIO(path, "x+")
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _size(specs: Mapping[str, TensorSpec]) -> int:

@@ -28,8 +28,11 @@ def to_the_end(step: Callable[[], None]) -> None:
             first = first or error
         else:
             break
-    if first is not None:
-        raise first
+    try:
+        if first is not None:
+            raise first
+    finally:
+        del first  # an exception that its own frame refers to would keep all frames until they are collected
 
 
 class Latch:
