@@ -26,14 +26,6 @@ REPORT = re.compile(
 PACKED_BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two wait for each other where another process is at work
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def gpt():
     """The stand-in's GPT; its modules are forgotten again afterwards."""
