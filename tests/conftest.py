@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined: kernel tests then run on CPU tensors in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Tensors are small here, and torch's threads wait for each other where another process is at work: with ten processes on
+# Tensors are small here, and torch's threads wait for each other where another process is at work: beside ten others on
 # two cores, tests/offload/test_materialize.py took 89 s of CPU time with two threads and 29 s with one.
 torch.set_num_threads(1)
 
@@ -32,7 +32,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     """What will be skipped, and why."""
     lines, assets, gpus = [], config.getoption("--assets"), torch.cuda.device_count()
     if not torch.cuda.is_available():
-        lines.append("no CUDA device: tests marked gpu are skipped, and Triton's interpreter runs the kernels of the rest")
+        lines.append(
+            "no CUDA device: tests marked gpu are skipped, and Triton's interpreter runs the kernels of the rest"
+        )
     elif gpus == 1:
         lines.append(f"one CUDA device, {torch.cuda.get_device_name()}: tests of two are skipped")
     if not assets.is_dir():
