@@ -1,5 +1,6 @@
 """Fixtures and gates shared by every test."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of later collections, which tests ask for and which look at every object."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

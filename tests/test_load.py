@@ -18,6 +18,7 @@ from bigq import (
     load_and_quantize_model,
 )
 from bigq.loading.batch_quantizer import Quantizer
+from bigq.offload.space import is_file_backed
 from dequantized import dequantized
 
 
@@ -45,18 +46,28 @@ class TestArrival:
         error = (model(ids.to(device)).cpu() - expected).norm() / expected.norm()
         assert error < (5e-3 if config.weight_format().name == "int8" else 1e-5)
 
-    @pytest.mark.parametrize("max_shard_size", ["20KB", "10GB"])
-    def test_save_and_load_bit_for_bit(self, tiny, checkpoint, empty, ids, config, tmp_path, max_shard_size):
+    def test_save_and_load_bit_for_bit(self, tiny, checkpoint, empty, ids, config, tmp_path, caplog):
         model = load_and_quantize_model(empty(tiny), checkpoint, config)
-        Accelerator().save_model(model, tmp_path / "saved", max_shard_size=max_shard_size)
-        for again_config in (None, config):
-            again = load_and_quantize_model(empty(tiny), tmp_path / "saved", again_config)
+        Accelerator().save_model(model, tmp_path / "one")
+        Accelerator().save_model(model, tmp_path / "shards", max_shard_size="20KB")
+        assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+        caplog.clear()
+        x = ids.to(next(model.parameters()).device)
+        for folder, again_config in (("one", None), ("one", config), ("shards", None)):
+            again = load_and_quantize_model(empty(tiny), tmp_path / folder, again_config)
             assert again.state_dict().keys() == model.state_dict().keys()
             for name, tensor in model.state_dict().items():
                 assert torch.equal(again.state_dict()[name], tensor), name
                 assert again.state_dict()[name].dtype == tensor.dtype
-            x = ids.to(next(model.parameters()).device)
             assert torch.equal(again(x), model(x))
+        assert not caplog.records
+
+    def test_a_model_that_was_loaded_is_saved_as_the_same_bytes(self, tiny, checkpoint, empty, tmp_path):
+        model = load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"))
+        Accelerator().save_model(model, tmp_path / "one")
+        Accelerator().save_model(load_and_quantize_model(empty(tiny), tmp_path / "one"), tmp_path / "two")
+        one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+        assert one == two
 
     def test_in_place_equals_from_a_checkpoint(self, tiny, checkpoint, empty, ids, config):
         loaded = tiny()
@@ -69,6 +80,16 @@ class TestArrival:
         assert torch.equal(in_place(ids), streamed(ids))
         for name, tensor in streamed.state_dict().items():
             assert torch.equal(in_place.state_dict()[name], tensor)
+
+    def test_in_place_takes_a_device_map(self, tiny, checkpoint, ids, tmp_path):
+        models = []
+        for device_map in ("cpu", {"": "cpu", "blocks.1": "disk"}):
+            model = tiny()
+            model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+            options = {"offload_folder": tmp_path}
+            models.append(load_and_quantize_model(model, None, QuantizationConfig("int8"), device_map, **options))
+        assert is_file_backed(models[1].blocks[1].up.weight_packed)
+        assert torch.equal(models[1](ids), models[0](ids))
 
     def test_in_place_frees_each_weight_before_the_next_is_quantized(self, tiny, monkeypatch):
         model, alive = tiny(), []
@@ -108,6 +129,26 @@ class TestArguments:
         assert config.keep_in_fp32_modules is None
         in_place = load_and_quantize_model(tiny(), config)
         assert isinstance(in_place.blocks[0].up, QuantizedLinear)
+
+    def test_a_config_stays_as_it_is_and_serves_other_models(self, tiny):
+        config = BnbQuantizationConfig(load_in_4bit=True, keep_in_fp32_modules=["norm"])
+        before = dict(vars(config))
+        load_and_quantize_model(tiny(), config)
+        other = nn.ModuleDict({"body": nn.Linear(8, 8), "norm": nn.LayerNorm(8), "other_head": nn.Linear(8, 2)})
+        load_and_quantize_model(other, config)
+        assert [name for name, module in other.named_modules() if isinstance(module, QuantizedLinear)] == ["body"]
+        assert vars(config) == before
+        assert before["keep_in_fp32_modules"] == ["norm"]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+    def test_device_maps_of_a_machine_without_a_gpu(self, tiny, checkpoint, empty, ids):
+        config = QuantizationConfig("nf4")
+        expected = load_and_quantize_model(empty(tiny), checkpoint, config, "cpu")(ids)
+        every = dict.fromkeys(("embed", "blocks", "head", "gain", "offset", "steps"), "cpu")
+        for device_map in (None, "auto", {"": "cpu"}, {"": torch.device("cpu")}, every):
+            model = load_and_quantize_model(empty(tiny), checkpoint, config, device_map)
+            assert torch.equal(model(ids), expected), device_map
+            assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 6, device_map
 
     def test_two_configs_are_refused(self, tiny, checkpoint, empty):
         config = QuantizationConfig("nf4")
@@ -149,6 +190,35 @@ class TestDtypes:
         assert model.blocks[0].up.absmax.dtype == torch.float32
         cast = QuantizationConfig("nf4", dtype=dtype, cast_buffers=True)
         assert load_and_quantize_model(empty(tiny), checkpoint, cast, "cpu").offset.dtype == dtype
+
+    def test_what_is_kept_in_float32_is_the_checkpoints_under_every_dtype(self, tiny, checkpoint, empty):
+        original = load_file(checkpoint / "model.safetensors")
+        for dtype in ("fp16", "bf16", "fp32"):
+            config = QuantizationConfig("nf4", dtype=dtype, keep_in_fp32_modules=["blocks.1"])
+            model = load_and_quantize_model(empty(tiny), checkpoint, config, "cpu")
+            for name, parameter in model.blocks[1].named_parameters():
+                assert parameter.dtype == torch.float32, (dtype, name)
+                assert torch.equal(parameter, original[f"blocks.1.{name}"]), (dtype, name)
+            assert isinstance(model.blocks[2].up, QuantizedLinear)
+
+    def test_buffers_are_those_of_the_checkpoint_in_their_own_dtype(self, empty, tmp_path):
+        def build():
+            body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+            return nn.ModuleDict({"body": body, "mid": nn.Linear(8, 8), "head": nn.Linear(8, 4)})
+
+        plain = build()
+        norm = plain["body"][1]
+        norm.running_mean.uniform_(), norm.running_var.uniform_(1, 2), norm.num_batches_tracked.fill_(5)
+        save_file(plain.state_dict(), tmp_path / "model.safetensors")
+        config = QuantizationConfig("nf4", dtype="fp16")
+        for place in ("cpu", "disk"):
+            device_map = {"": "cpu", "body": place}
+            model = load_and_quantize_model(empty(build), tmp_path, config, device_map, offload_folder=tmp_path)
+            for name, buffer in norm.named_buffers():
+                loaded = getattr(model["body"][1], name)
+                assert torch.equal(loaded, buffer), (place, name)
+                assert loaded.dtype == buffer.dtype, (place, name)
+                assert not is_file_backed(loaded), (place, name)  # buffers rest where they run
 
     def test_the_weight_is_quantized_before_it_is_cast(self, tiny, checkpoint, empty):
         plain = load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"), "cpu")

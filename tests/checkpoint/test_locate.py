@@ -138,6 +138,12 @@ def test_preference_without_an_index(tmp_path, present, expected):
             id="only the bin shards are complete",
         ),
         pytest.param(
+            {"model.safetensors.index.json": SHARDS, "pytorch_model.bin.index.json": BIN_SHARDS},
+            [*SHARDS, BIN_SHARDS[0]],
+            SHARDS,
+            id="only the safetensors shards are complete",
+        ),
+        pytest.param(
             {"model.safetensors.index.json": SHARDS, "b.safetensors.index.json": ["b.safetensors"]},
             [*SHARDS, "b.safetensors"],
             SHARDS,

@@ -59,6 +59,21 @@ class TestTorchModels:
         with torch.no_grad():
             torch.testing.assert_close(model["body"](x), expected["body"](x), rtol=1e-4, atol=1e-4)
 
+    def test_an_attention_stays_itself_and_runs_in_the_dtype_of_the_load(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+                self.up, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+            def forward(self, x):
+                return self.head(self.up(self.attention(x, x, x)[0]))
+
+        model = load_and_quantize_model(Model().eval(), None, QuantizationConfig("nf4", dtype="bf16"), "cpu")
+        quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+        assert quantized == ["up"]
+        assert model(torch.randn(2, 3, 16).bfloat16()).isfinite().all()
+
     @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu", "rnn": "disk", "up": "disk"}], ids=["cpu", "disk"])
     def test_recurrent_layers_follow_their_weights(self, tmp_path, empty, device_map):
         class Recurrent(nn.Module):

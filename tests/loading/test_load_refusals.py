@@ -59,7 +59,10 @@ class TestRefusals:
         save_file(state, folder / "model.safetensors")
         return folder
 
-    def test_everything_that_does_not_fit_in_one_error(self, tiny, empty, tmp_path):
+    def test_everything_that_does_not_fit_in_one_error(self, tiny, empty, tmp_path, monkeypatch):
+        """And no tensor is read before that."""
+        reads, preadv = [], os.preadv
+        monkeypatch.setattr(os, "preadv", lambda *args: reads.append(args) or preadv(*args))
         state = tiny().state_dict()
         del state["blocks.1.up.weight"], state["gain"]
         state["blocks.0.up.weight"] = torch.zeros(216, 71)
@@ -83,6 +86,7 @@ class TestRefusals:
             "extra.weight in",
         ):
             assert words in message
+        assert not reads
 
     def test_a_prefix_is_pointed_out(self, tiny, empty, tmp_path):
         state = {f"model.{name}": tensor for name, tensor in tiny().state_dict().items()}

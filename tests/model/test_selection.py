@@ -83,6 +83,17 @@ def test_subclasses_that_compute_as_a_linear_does_are_quantized():
     assert chosen(nn.Sequential(Marked(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))) == weights_of("0", "1")
 
 
+def test_a_module_whose_name_holds_weight_is_no_weight():
+    model = nn.ModuleDict({"weight_net": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    assert chosen(model) == weights_of("weight_net")
+
+
+def test_skip_modules_adds_to_what_is_kept_by_default():
+    second = ("layers.1.gate", "layers.1.proj", "layers.1.qkv")
+    assert chosen(Model(), skip_modules=["layers.0"]) == weights_of(*second)
+    assert chosen(Model(), skip_modules=["layers.0"], defaults=False) == weights_of("head", *second)
+
+
 class TestAlsoQuantize:
     def test_the_output_head(self):
         selection = select(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), also_quantize=["1"])

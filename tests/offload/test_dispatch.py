@@ -152,6 +152,16 @@ class TestPolicy:
         assert all(type(m) is nn.Linear for m in on_disk)
         assert model(ids).isfinite().all()
 
+    def test_what_is_preserved_is_cast_once_at_load(self, tiny, checkpoint, empty, ids, tmp_path):
+        config = QuantizationConfig("nf4", dtype="bf16")
+        device_map = {"": RUNS_ON, "blocks.1": "disk"}
+        model = load_and_quantize_model(empty(tiny), checkpoint, config, device_map, offload_folder=tmp_path)
+        at_rest = {name: (t.dtype, t.data_ptr()) for name, t in model.blocks[1].state_dict().items()}
+        assert {dtype for dtype, _ in at_rest.values()} == {torch.bfloat16}
+        model.mask, model.offset = model.mask.bfloat16(), model.offset.bfloat16()
+        model(ids)
+        assert {name: (t.dtype, t.data_ptr()) for name, t in model.blocks[1].state_dict().items()} == at_rest
+
 
 class TestHooks:
     def test_a_model_in_one_place_has_none(self, tiny, checkpoint, empty):
@@ -159,10 +169,22 @@ class TestHooks:
 
     def test_they_sit_on_offloaded_blocks_and_the_root(self, tiny, checkpoint, empty, tmp_path):
         model = load_and_quantize_model(
-            empty(tiny), checkpoint, CONFIGS["int8"], {"": RUNS_ON, "blocks.1": "disk"}, offload_folder=tmp_path
+            empty(tiny),
+            checkpoint,
+            CONFIGS["int8"],
+            {"": RUNS_ON, "blocks.1": "disk"},
+            offload_folder=tmp_path,
+            skip_keys="cache",
         )
         assert list(hooks_of(model)) == ["", "blocks.1"]
-        assert all(isinstance(hook, PlacementHook) for hook in hooks_of(model).values())
+        assert all(isinstance(hook, PlacementHook) and hook.skip_keys == "cache" for hook in hooks_of(model).values())
+
+    def test_gradients_go_to_what_is_resident(self, tiny, checkpoint, empty, ids, tmp_path):
+        device_map = {"": RUNS_ON, "blocks.1": "disk"}
+        model = load_and_quantize_model(empty(tiny), checkpoint, CONFIGS["nf4"], device_map, offload_folder=tmp_path)
+        model(ids).sum().backward()
+        assert not any(p.requires_grad for p in model.blocks[1].parameters())
+        assert model.blocks[0].norm.weight.grad is not None
 
     def test_units_are_blocks_and_callers(self, tiny):
         units = _units(tiny(), {"": "cpu"})
@@ -275,6 +297,22 @@ def test_nothing_grows_from_pass_to_pass(tiny, checkpoint, empty, ids, tmp_path)
             with torch.set_grad_enabled(grad):
                 model(ids)
         assert tensors_alive() <= alive
+
+
+@pytest.mark.skipif(GPU, reason="counts the tensors of the CPU")
+def test_packed_weights_are_in_memory_in_two_slots_and_no_more(tiny, checkpoint, empty, ids, tmp_path):
+    model = load_and_quantize_model(
+        empty(tiny), checkpoint, CONFIGS["int8"], {"": "cpu", "blocks": "disk"}, offload_folder=tmp_path
+    )
+    for _ in range(3):
+        model(ids)
+    memories = {
+        value.untyped_storage().data_ptr()
+        for value in gc.get_objects()
+        if issubclass(type(value), torch.Tensor) and value.dtype == torch.int8 and value.shape == (216, 72)
+    }
+    at_rest = {block.up.weight_packed.untyped_storage().data_ptr() for block in model.blocks}
+    assert len(memories - at_rest) == 2, "two slots for three blocks"
 
 
 def _peak_above_rest(model, ids):
