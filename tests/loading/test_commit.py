@@ -192,25 +192,3 @@ class TestTorchModels:
             other.load_state_dict(plain.state_dict())
             expected = dequantized(model, other)(x)
             assert (model(x) - expected).norm() <= 0.02 * expected.norm()
-
-
-def test_an_interrupted_commit_leaves_the_model_as_it_was(tiny, checkpoint, monkeypatch):
-    import bigq.loading.jobs
-
-    model, commit, calls = tiny(), bigq.loading.jobs.commit_weight, []
-    before = [(module, type(module), dict(module._parameters)) for module in model.modules()]
-
-    def interrupted(*args, **kwargs):
-        commit(*args, **kwargs)
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(bigq.loading.jobs, "commit_weight", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"), "cpu")
-    assert len(calls) == 3
-    for module, kind, parameters in before:
-        assert type(module) is kind
-        assert module._parameters.keys() == parameters.keys()
-        assert all(module._parameters[name] is tensor for name, tensor in parameters.items())

@@ -101,7 +101,7 @@ class TestReading:
         assert max(most) == 0
 
     def test_work_per_tensor_does_not_grow_with_their_number(self, empty, tmp_path, monkeypatch):
-        """accelerate takes 47 s for 16,000 tensors and as many entries of a map. All but the arithmetic is timed here."""
+        """accelerate takes 47 s for 16,000 tensors in a map of as many. All but the arithmetic is timed here."""
 
         class Experts(nn.Module):
             def __init__(self, count):
