@@ -145,7 +145,7 @@ class TestArguments:
         config = QuantizationConfig("nf4")
         expected = load_and_quantize_model(empty(tiny), checkpoint, config, "cpu")(ids)
         every = dict.fromkeys(("embed", "blocks", "head", "gain", "offset", "steps"), "cpu")
-        for device_map in (None, "auto", {"": "cpu"}, {"": torch.device("cpu")}, every):
+        for device_map in (None, "auto", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")}, every):
             model = load_and_quantize_model(empty(tiny), checkpoint, config, device_map)
             assert torch.equal(model(ids), expected), device_map
             assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 6, device_map

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bigq import ConfigError, QuantizationConfig, dequantize_tensor, quantize_tensor
+from bigq import ConfigError, QuantizationConfig, UnsupportedError, dequantize_tensor, quantize_tensor
 from bigq.formats import BLOCK_SIZES, FP4, NF4, Int8, make_format
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,6 +85,13 @@ def test_a_transposed_weight_is_no_different(fmt):
     assert not weight.is_contiguous()
     for key, tensor in fmt.quantize(weight).items():
         assert torch.equal(tensor, fmt.quantize(weight.contiguous())[key])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
+def test_a_format_that_quantizes_row_by_row_measures_nothing(fmt):
+    assert not fmt.measures
+    with pytest.raises(UnsupportedError, match=f"'{fmt.name}' quantizes row by row"):
+        fmt.measure(torch.ones(2, 64))
 
 
 class TestQuantizeTensor:

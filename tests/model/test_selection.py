@@ -134,6 +134,12 @@ class TestAlsoQuantize:
             with pytest.raises(ConfigError, match=f"also_quantize '{name}' matches no floating-point parameter"):
                 select(model, also_quantize=[name])
 
+    def test_a_weight_that_one_module_reads_transposed_and_another_does_not(self):
+        model = nn.ModuleDict({"a": Experts(True), "b": Experts(False)})
+        model["b"].gate_up_proj = model["a"].gate_up_proj
+        with pytest.raises(ConfigError, match=r"a\.gate_up_proj, tied to b\.gate_up_proj: one module reads it"):
+            select(model, also_quantize=["a.gate_up_proj"])
+
     def test_what_is_skipped_stays_skipped(self):
         assert "embed.weight" not in chosen(Model(), also_quantize=["embed"], skip_modules=["embed"])
         assert "embed.weight" not in chosen(Model(), also_quantize=["embed"], keep_in_fp32_modules=["embed"])
@@ -225,6 +231,12 @@ class TestOutputHead:
         model.get_output_embeddings = lambda: model.layers[0].qkv
         assert output_head(model) is model.layers[0].qkv
         model.get_output_embeddings = lambda: None
+        assert output_head(model) is model.head
+
+        def missing():
+            raise NotImplementedError
+
+        model.get_output_embeddings = missing
         assert output_head(model) is model.head
 
     def test_a_transformers_base_model_has_none(self):

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bigq import QuantizationConfig, load_and_quantize_model, materialize
+from bigq import PlacementError, QuantizationConfig, load_and_quantize_model, materialize
+from bigq.offload.dispatch import dispatch
 from bigq.offload.space import is_file_backed
 
 NF4 = QuantizationConfig("nf4")
@@ -89,6 +90,11 @@ class TestScriptModules:
         materialize(model)
         assert not any(map(is_file_backed, model.state_dict().values()))
         assert torch.equal(model(x.to(model.up.weight.device)).cpu(), expected)
+
+    def test_as_a_model_it_cannot_be_dispatched(self):
+        model = scripted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+        with pytest.raises(PlacementError, match="a ScriptModule cannot carry the hooks of a device_map"):
+            dispatch(model, {"0": "cpu", "1": "disk"})
 
     @torch.no_grad()
     def test_what_was_lent_is_given_back_after_an_exception(self, load):

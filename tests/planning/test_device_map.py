@@ -240,6 +240,10 @@ class TestInferDeviceMap:
         short = infer_device_map(empty(tiny), config, max_memory={"cpu": total - 1}, offload_folder="anywhere")
         assert set(short.values()) == {"cpu", "disk"}
 
+    def test_a_strategy_that_is_none(self, tiny, empty):
+        with pytest.raises(PlacementError, match="device_map is 'fast'; expected one of"):
+            infer_device_map(empty(tiny), QuantizationConfig("nf4"), "fast")
+
     def test_buffers_of_a_split_module_stay_in_the_map(self, tiny, empty):
         memory = {"cpu": 40_000}
         places = infer_device_map(empty(tiny), QuantizationConfig("nf4"), max_memory=memory, offload_folder="anywhere")

@@ -169,9 +169,15 @@ def test_what_one_of_its_names_keeps_on_the_gpu_is_not_offloaded(policy):
 
     model = Tied().bfloat16()
     device_map = {"first": "cpu", "again": 0, "other": "cpu", "embed": 0, "head": 0}
-    plan, places = plan_and_place(
-        ModelTree(model), ModelTensors(model), QuantizationConfig("nf4"), device_map, offload=policy
-    )
+    config = QuantizationConfig("nf4")
+
+    def planned():
+        return plan_and_place(ModelTree(model), ModelTensors(model), config, device_map, offload=policy)
+
+    plan, places = planned()
     assert resting_places(plan, places)["first.weight"] == "cuda:0"
     assert [weight.names for weight in plan.weights] == [("first.weight", "again.weight")]
     assert {tensor.spec.dtype for tensor in plan.tensors} == {torch.bfloat16}
+    device_map["other"] = 1
+    with pytest.raises(PlacementError, match=r"on several devices: other\.weight on cuda:1, embed\.weight on cuda:0"):
+        resting_places(*planned())

@@ -2,12 +2,13 @@
 
 import torch
 
-from bigq import QuantizedLinear
+from bigq import QuantizedModule
 
 
-def dequantized(model, source):
-    """`source` with the weights that `model`'s quantized layers stand for, and nothing else of bigq."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            source.get_submodule(name).weight.data = module.dequantize(torch.float32).cpu()
-    return source
+def dequantized(model, plain):
+    """`plain` with the weights that those of the quantized `model` stand for, and nothing else of bigq."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            for leaf in module.descriptions:
+                getattr(plain.get_submodule(path), leaf).data = getattr(module, leaf).dequantize(torch.float32).cpu()
+    return plain

@@ -165,6 +165,12 @@ def test_an_embedding_with_a_padding_index_and_a_dtype(weight_format):
     assert out[0].count_nonzero() == 0  # as nn.Embedding initializes the padding row
 
 
+def test_an_embedding_with_a_largest_norm_gives_rows_of_at_most_that_norm(weight_format):
+    module = quantized(nn.Embedding(50, 71, max_norm=1.0), weight_format)
+    ids, dense = torch.tensor([3, 4]), module.weight.dequantize()
+    torch.testing.assert_close(module(ids), F.embedding(ids, dense, max_norm=1.0))
+
+
 def test_products_that_no_kernel_has_use_the_dequantized_weight(weight_format):
     layer = quantized(nn.Linear(71, 9), weight_format)
     x, dense, v = torch.randn(9, 71), layer.dequantize(), torch.randn(71)
@@ -178,6 +184,7 @@ def test_products_that_no_kernel_has_use_the_dequantized_weight(weight_format):
         "torch.tensordot(x, w, dims=([1], [1]))",
         "w @ w.T",
         "F.linear(w, w)",
+        "torch.matmul(x, w.T, out=torch.empty(9, 9))",
     ):
         names = {"x": x, "v": v, "b": torch.ones(9)}
         expected = evaluate(expression, w=dense, **names)
@@ -191,6 +198,7 @@ def test_a_product_of_no_rows_has_none(weight_format):
     assert (torch.empty(2, 0, 71) @ layer.weight.T).shape == (2, 0, 9)
     assert torch.bmm(torch.empty(3, 0, 70), experts.weight.mT).shape == (3, 0, 6)
     assert F.linear(torch.ones(2, 71), layer.weight[3:3]).shape == (2, 0)
+    assert torch.bmm(torch.empty(0, 5, 70), experts.weight[1:1].mT).shape == (0, 5, 6)
 
 
 @pytest.mark.parametrize("expression", ["F.linear(x, w)", "x @ w.T", "torch.mm(x, w.T)", "w(x)"])

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigq import FP4, NF4, Int8, QuantizationConfig, QuantizedModule, load_and_quantize_model, num_parameters
+from dequantized import dequantized
 
 transformers = pytest.importorskip("transformers")
 FORMATS = {"nf4": NF4(), "nf4-double": NF4(double_quant=True), "fp4": FP4(block_size=32), "int8": Int8()}
@@ -60,15 +61,6 @@ class Model(nn.Module):
 
 
 IDS = torch.arange(14).view(2, 7) * 3
-
-
-def dequantized(model, plain):
-    """`plain` with the weights that those of the quantized `model` stand for."""
-    for path, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
-            for leaf in module.descriptions:
-                getattr(plain.get_submodule(path), leaf).data = getattr(module, leaf).dequantize()
-    return plain
 
 
 def quantized_weights(model):
