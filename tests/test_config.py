@@ -70,6 +70,7 @@ def test_dtype_names(name):
         ({"format": "nf4", "method": "best"}, r"method is 'best'; expected one of \['absmax'\]"),
         ({"format": "nf4", "also_quantize": "embed"}, r"expected a list of them: \['embed'\]"),
         ({"format": "nf4", "also_quantize": ["a..b"]}, "also_quantize holds 'a..b'"),
+        ({"format": "nf4", "skip_defaults": 1}, "skip_defaults is 1; expected True or False"),
         ({"format": "nf4", "compute_dtype": "fp8"}, "compute_dtype is 'fp8'"),
         ({"format": "nf4", "dtype": torch.int8}, "dtype is torch.int8"),
         ({"format": "nf4", "skip_modules": "head"}, r"expected a list of them: \['head'\]"),

@@ -221,7 +221,7 @@ def version_of(tensor: Tensor) -> int:
 def _unnamed_file(folder: Path) -> FileIO:
     """A new file in `folder`, without a name from here on.
 
-    `tempfile` holds the descriptor as a number before there is an object that closes it: Ctrl-C meanwhile would lose it.
+    `tempfile` has its descriptor as a number before an object closes it: an interrupt in between would lose it.
     """
     path = folder / f".bigq-{secrets.token_hex(16)}"
     try:

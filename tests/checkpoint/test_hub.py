@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import save_file
 
+from bigq import QuantizationConfig, load_and_quantize_model
 from bigq.checkpoint import Checkpoint
 from bigq.checkpoint.locate import locate
 from bigq.errors import CheckpointError
@@ -39,6 +40,14 @@ def test_a_single_file_and_nothing_else_is_downloaded(hub):
     assert hub.revisions == [None]
     assert hub.downloads == [(REPO, None, ["model.safetensors"])]
     assert hub.downloaded == ["model.safetensors"]
+
+
+def test_a_model_loads_from_a_repository(hub, tiny, empty, ids):
+    config, plain = QuantizationConfig("nf4"), tiny()
+    save_file(plain.state_dict(), hub.publish() / "model.safetensors")
+    model = load_and_quantize_model(empty(tiny), f"{REPO}@v1", config, "cpu")
+    assert hub.downloads == [(REPO, "v1", ["model.safetensors"])]
+    assert torch.equal(model(ids), load_and_quantize_model(plain, None, config, "cpu")(ids))
 
 
 @pytest.mark.parametrize("revision", ["v1.0", "refs/pr/3", "0123abc"])

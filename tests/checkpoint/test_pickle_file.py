@@ -1,6 +1,7 @@
 """Which pickles are state dicts, and how the others are refused."""
 
 import pickle
+import sys
 import zipfile
 from collections import OrderedDict
 
@@ -144,3 +145,18 @@ def test_a_zip_is_mapped_and_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(pickle_file.torch, "load", lambda *a, **k: mapped.append(k["mmap"]) or load(*a, **k))
     assert Checkpoint.open(tmp_path).get("a").tolist() == [1, 1]
     assert mapped == [True, True]
+
+
+def test_an_archive_that_a_map_would_read_wrongly(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "saved.bin")
+    other = b"big" if sys.byteorder == "little" else b"little"
+    for how, compression, words in (
+        ("compressed", zipfile.ZIP_DEFLATED, "is compressed"),
+        ("swapped", zipfile.ZIP_STORED, "saved on a machine of another byte order"),
+    ):
+        path = tmp_path / f"{how}.bin"
+        with zipfile.ZipFile(tmp_path / "saved.bin") as saved, zipfile.ZipFile(path, "w", compression) as archive:
+            for entry in saved.namelist():
+                is_order = how == "swapped" and entry.endswith("/byteorder")
+                archive.writestr(entry, other if is_order else saved.read(entry))
+        refused(path, words)

@@ -90,24 +90,24 @@ def test_descriptions_and_values(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (4, 6)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_every_dtype_and_shape(tmp_path, dtype, shape, suffix):
-    nbytes = torch.Size(shape).numel() * dtype.itemsize
-    stored = torch.arange(nbytes, dtype=torch.uint8)
-    stored = (stored % 2 if dtype == torch.bool else stored).view(dtype).reshape(shape)
-    if dtype is torch.float4_e2m1fn_x2 and shape == () and suffix == ".safetensors":
-        pytest.skip("the format counts 4-bit values, and has no scalar of two")
-    path = tmp_path / f"model{suffix}"
-    (save_file if suffix == ".safetensors" else torch.save)({"x": stored}, path)
-    checkpoint = Checkpoint.open(path)
-    assert checkpoint.tensors["x"] == StoredTensor(name="x", shape=torch.Size(shape), dtype=dtype, where=str(path))
-    assert checkpoint.tensors["x"].nbytes == checkpoint.nbytes == nbytes
-    (name, tensor), *rest = checkpoint.read(["x"])
-    assert (name, rest) == ("x", [])
-    assert tensor.dtype == dtype
-    assert tensor.shape == shape
-    assert as_bytes(tensor) == as_bytes(stored)
+def test_every_dtype_and_shape(tmp_path, dtype, suffix):
+    for shape in ((), (0,), (2, 0, 3), (4, 6)):
+        if dtype is torch.float4_e2m1fn_x2 and shape == () and suffix == ".safetensors":
+            continue  # the format counts 4-bit values, and has no scalar of two
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        stored = torch.arange(nbytes, dtype=torch.uint8)
+        stored = (stored % 2 if dtype == torch.bool else stored).view(dtype).reshape(shape)
+        path = tmp_path / f"model{suffix}"
+        (save_file if suffix == ".safetensors" else torch.save)({"x": stored}, path)
+        checkpoint = Checkpoint.open(path)
+        found = checkpoint.tensors["x"]
+        assert found == StoredTensor(name="x", shape=torch.Size(shape), dtype=dtype, where=str(path))
+        assert found.nbytes == checkpoint.nbytes == nbytes, shape
+        (name, tensor), *rest = checkpoint.read(["x"])
+        assert (name, rest) == ("x", [])
+        assert (tensor.dtype, tensor.shape) == (dtype, shape)
+        assert as_bytes(tensor) == as_bytes(stored), shape
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
