@@ -52,7 +52,7 @@ _SCHEMAS = {
 _LAUNCHERS = {  # the module of each launcher, imported on first use
     "quantize_4bit": "bigq_kernels.block4.quantize",
     "dequantize_4bit": "bigq_kernels.block4.dequantize",
-    "quantize_absmax": "bigq_kernels.block4.quantize_absmax",
+    "quantize_absmax": "bigq_kernels.block4.absmax",
     "dequantize_absmax": "bigq_kernels.block4.absmax",
     "linear_4bit": "bigq_kernels.block4.linear",
     "quantize_int8": "bigq_kernels.int8.quantize",
