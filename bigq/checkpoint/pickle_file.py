@@ -1,33 +1,30 @@
 """A state dict that torch.save pickled, read without running any code it may carry."""
 
-import os
 import re
-import sys
 from pathlib import Path
 from types import TracebackType
-from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor, nn
 
+from bigq.checkpoint.archive import ZIP_MAGIC, MappedFile, read_records
 from bigq.checkpoint.source import ByteSource, Span, StoredTensor
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
 
 __all__ = ["PickleFile"]
 
-_ZIP_MAGIC = b"PK\x03\x04"
-
 
 class PickleFile:
     """A loaded state dict: memory-mapped, or, if torch.save wrote the format from before 1.6, in memory.
 
-    Use it as a context manager; leaving it drops the tensors.
+    It is in memory, too, where the system does not say what is mapped. Use it as a context manager; leaving it drops
+    the tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._tensors = _load(path)
+        self._tensors, self._offsets = _open(path)
 
     def __enter__(self) -> "PickleFile":
         return self
@@ -39,24 +36,24 @@ class PickleFile:
 
     def describe(self, source: ByteSource) -> list[StoredTensor]:
         """Describe the tensors, in the order of their bytes in the file, which `source` reads."""
-        maps = _maps(self._path)
         return [
             StoredTensor(
                 name=name,
                 shape=tensor.shape,
                 dtype=tensor.dtype,
                 where=source.name,
-                spans=() if (offset := _file_offset(tensor, maps)) is None else (Span(source, offset, tensor.nbytes),),
+                spans=(Span(source, self._offsets[name], tensor.nbytes),) if name in self._offsets else (),
             )
             for name, tensor in self._tensors.items()
         ]
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, a view of the memory map if there is one."""
-        return self._tensors[name]
+        return self._tensors[name].resolve_conj().resolve_neg()
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors of a pickle, and where in the file those of them begin that lie in it as they are."""
     if torch.__version__ < "2.10":
         raise CheckpointError(
             f"{path} is a pickle, which torch {torch.__version__} does not load safely (CVE-2026-24747): "
@@ -64,53 +61,63 @@ def _load(path: Path) -> dict[str, Tensor]:
         )
     try:
         with path.open("rb") as file:
-            mapped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-        if mapped:
-            _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            is_archive = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+        records = read_records(path) if is_archive else {}
+        tensors = _flat(path, _load(path, mmap=is_archive))
+        if is_archive:
+            offsets = _storage_offsets(path, tensors)
+            if offsets is not None:
+                return _in_order(path, tensors, offsets, records)
+            tensors = _flat(path, _load(path, mmap=False))
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error
     except Exception as error:  # a damaged pickle fails in whatever way its opcodes happen to
         raise CheckpointError(_explain(path, error)) from error
-    tensors = _flat(path, content)
-    # Tensors of a map lie in memory as they do in the file; the dict's order is the writer's.
-    return dict(sorted(tensors.items(), key=lambda item: item[1].data_ptr())) if mapped else tensors
+    return tensors, {}
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse an archive whose bytes are not those of the tensors, which a memory map would not notice."""
-    with ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != ZIP_STORED:
-                raise CheckpointError(f"{path} is compressed ({entry.filename}): load and save it again with torch")
-            if entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder:
-                raise CheckpointError(f"{path} was saved on a machine of another byte order: save it as safetensors")
+def _load(path: Path, *, mmap: bool) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def _maps(path: Path) -> list[tuple[range, int]]:
-    """(addresses, offset in the file) of each memory map of a file; empty where the system has no list of them."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    maps = []
-    for line in lines:
-        addresses, _, offset, _, _, *name = line.split(maxsplit=5)
-        if name == [os.path.realpath(path)]:
-            start, stop = (int(address, 16) for address in addresses.split("-"))
-            maps.append((range(start, stop), int(offset, 16)))
-    return maps
+def _storage_offsets(path: Path, tensors: dict[str, Tensor]) -> dict[str, int] | None:
+    """Where in the file the storage of each tensor that is not empty begins; None if that is not known of all."""
+    file = MappedFile(path)
+    addresses = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items() if tensor.nbytes}
+    offsets = {name: file.offset_of(address) for name, address in addresses.items()}
+    found = {name: offset for name, offset in offsets.items() if offset is not None}
+    return found if len(found) == len(offsets) else None
 
 
-def _file_offset(tensor: Tensor, maps: list[tuple[range, int]]) -> int | None:
-    """Where the bytes of a mapped tensor lie in the file; None for one in memory or with gaps."""
-    if tensor.is_contiguous():
-        for addresses, offset in maps:
-            if tensor.data_ptr() in addresses:
-                return tensor.data_ptr() - addresses.start + offset
-    return None
+def _in_order(
+    path: Path, tensors: dict[str, Tensor], storage_offsets: dict[str, int], records: dict[int, int]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors in the order of their bytes in the file, and the offsets of those that lie in it as they are.
+
+    Raises:
+        CheckpointError: a storage is no whole record, which torch looks at only where it does not map a file.
+    """
+    wrong: list[str] = []
+    offsets: dict[str, int] = {}
+    for name, start in storage_offsets.items():
+        nbytes = tensors[name].untyped_storage().nbytes()
+        if records.get(start) != nbytes:
+            wrong.append(f"{name!r} takes {nbytes} bytes, and its record has {records.get(start, 0)}")
+        offsets[name] = start + tensors[name].storage_offset() * tensors[name].itemsize
+    if wrong:
+        raise CheckpointError(
+            f"{path} is damaged: {len(wrong)} of its tensors do not fit their records: {shortlist(wrong)}; "
+            "download or save it again"
+        )
+    ordered = dict(sorted(tensors.items(), key=lambda item: offsets.get(item[0], 0)))
+    return ordered, {name: offset for name, offset in offsets.items() if _is_plain(tensors[name])}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the numbers of `tensor` are its bytes one after the other: no gaps, and no bit that negates them."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _explain(path: Path, error: Exception) -> str:

@@ -1,5 +1,7 @@
 """Which pickles are state dicts, and how the others are refused."""
 
+import mmap
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigq.checkpoint import Checkpoint, pickle_file
+from bigq.checkpoint import Checkpoint, archive, pickle_file, read_tensor
 from bigq.errors import CheckpointError
 
 
@@ -144,3 +146,99 @@ def test_a_zip_is_mapped_and_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(pickle_file.torch, "load", lambda *a, **k: mapped.append(k["mmap"]) or load(*a, **k))
     assert Checkpoint.open(tmp_path).get("a").tolist() == [1, 1]
     assert mapped == [True, True]
+
+
+COMPLEX = torch.complex(torch.arange(4.0), torch.arange(4.0) + 1)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(torch._neg_view(torch.arange(4.0)), id="neg"),
+        pytest.param(COMPLEX.conj(), id="conj"),
+        pytest.param(torch._neg_view(COMPLEX).conj(), id="neg and conj"),
+        pytest.param(COMPLEX.clone().conj().imag, id="imag of conj"),
+    ],
+)
+def test_a_bit_that_changes_the_numbers_is_no_bytes_of_the_file(tmp_path, save, tensor):
+    save({"x": tensor, "plain": COMPLEX}, tmp_path / "m.bin")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert not checkpoint.tensors["x"].spans
+    ((_, read),) = checkpoint.read(["x"])
+    assert not (read.is_neg() or read.is_conj())  # whoever takes its bytes gets its numbers
+    assert read.tolist() == tensor.resolve_neg().tolist()
+
+
+def test_the_spans_of_a_mapped_tensor_are_its_bytes(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {"row": base[1], "base": base, "flags": torch.tensor([True, False]), "empty": torch.empty(0)}
+    torch.save(tensors, tmp_path / "m.bin")
+    checkpoint = Checkpoint.open(tmp_path)
+    for name in ("row", "base", "flags"):
+        assert torch.equal(read_tensor(checkpoint.tensors[name]), tensors[name])
+
+
+def rewrite(path, change):
+    """Write the archive at `path` again, each record as `change(name, data)` has it."""
+    with zipfile.ZipFile(path) as archive:
+        records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, change(name, data))
+
+
+@pytest.mark.parametrize(
+    "data, nbytes", [(b"", 0), (b"1234", 4), (bytes(15), 15), (bytes(17), 17)], ids=["empty", "short", "cut", "long"]
+)
+def test_a_record_of_another_size_than_its_tensor_is_refused(tmp_path, data, nbytes):
+    torch.save({"a": torch.ones(4), "b": torch.ones(9)}, tmp_path / "m.bin")
+    rewrite(tmp_path / "m.bin", lambda name, held: data if name.endswith("/data/0") else held)
+    refused(tmp_path / "m.bin", f"'a' takes 16 bytes, and its record has {nbytes}", "download or save it again")
+
+
+def test_records_in_another_order_are_read_where_they_are(tmp_path):
+    torch.save({"a": torch.ones(4), "b": torch.zeros(4)}, tmp_path / "m.bin")
+    with zipfile.ZipFile(tmp_path / "m.bin") as old:
+        records = {entry.filename: old.read(entry) for entry in old.infolist() if "format_version" not in entry.filename}
+    with zipfile.ZipFile(tmp_path / "m.bin", "w") as new:
+        for name in reversed(records):
+            new.writestr(name, records[name])
+    checkpoint = Checkpoint.open(tmp_path)
+    assert list(checkpoint.tensors) == ["b", "a"]
+    assert read_tensor(checkpoint.tensors["a"]).tolist() == checkpoint.get("a").tolist() == [1, 1, 1, 1]
+
+
+def test_records_are_looked_for_in_their_own_headers(tmp_path):
+    """The directory of a zip does not say how long the padding before a record is."""
+    torch.save({"a": torch.ones(4)}, tmp_path / "m.bin")
+    content = (tmp_path / "m.bin").read_bytes()
+    at = content.index(torch.ones(4).numpy().tobytes())
+    assert archive.read_records(tmp_path / "m.bin")[at] == 16
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="lists the memory maps of Linux")
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb c\t", "größe 权重".encode()], ids=repr)
+def test_files_of_any_name_may_be_mapped_in_the_process(tmp_path, name):
+    path = os.path.join(os.fsencode(tmp_path), name)
+    with open(path, "wb+") as file:
+        file.write(b"0" * 4096)
+        file.flush()
+        with mmap.mmap(file.fileno(), 4096):
+            torch.save({"a": torch.ones(2)}, tmp_path / "m.bin")
+            assert read_tensor(Checkpoint.open(tmp_path / "m.bin").tensors["a"]).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["größe 权重.bin", "a\nb.bin", " x .bin"])
+def test_a_mapped_pickle_of_any_name_has_spans(tmp_path, name):
+    torch.save({"a": torch.ones(2)}, tmp_path / name)
+    assert read_tensor(Checkpoint.open(tmp_path / name).tensors["a"]).tolist() == [1, 1]
+
+
+def test_where_no_maps_are_listed_the_file_is_read_and_its_records_compared_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "_list_maps", list)
+    torch.save({"a": torch.ones(4)}, tmp_path / "m.bin")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert not checkpoint.tensors["a"].spans
+    assert checkpoint.get("a").tolist() == [1, 1, 1, 1]
+    rewrite(tmp_path / "m.bin", lambda name, data: b"1234" if name.endswith("/data/0") else data)
+    refused(tmp_path / "m.bin", "record size")
