@@ -101,7 +101,7 @@ def _format(value: object, settings: dict[str, Any]) -> Format:
             raise ConfigError(f"{name}={setting!r} beside {value!r}: a format carries its own settings, pass it there")
         return cast(Format, value)
     if not isinstance(value, str) or value not in FORMATS:
-        return make_format(str(value))  # refuses it
+        return make_format(value)  # refuses it
     own = {field.name for field in fields(FORMATS[value])}
     for name, setting in given.items():
         if name not in own:
@@ -112,6 +112,8 @@ def _format(value: object, settings: dict[str, Any]) -> Format:
 def _patterns(name: str, value: Iterable[str] | None) -> tuple[str, ...]:
     if isinstance(value, str):
         raise ConfigError(f"{name} is the string {value!r}; expected a list of them: [{value!r}]")
+    if not isinstance(value, Iterable | None):
+        raise ConfigError(f"{name} is {value!r}; expected a list of module paths, names or globs")
     patterns = tuple(value or ())
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern or "" in pattern.split("."):

@@ -133,14 +133,14 @@ def choose_indexed(listing: Listing, index: str) -> Choice | None:
     missing = [file for file in files if not listing.contains(file)]
     if missing:
         raise CheckpointError(
-            f"the index {index} names {len(missing)} missing file(s): {', '.join(missing)}; put them beside it"
+            f"the index {index} names {len(missing)} missing file(s): {shortlist(missing)}; put them beside it"
         )
     return Choice(files=tuple(files), index=index, weight_map=weight_map)
 
 
 def _only(listing: Listing, choices: list[Choice]) -> Choice | None:
     if len(choices) > 1:
-        indexes = ", ".join(choice.index for choice in choices if choice.index)
+        indexes = shortlist([choice.index for choice in choices if choice.index])
         raise CheckpointError(
             f"{listing.place} holds several complete checkpoints: {indexes}; pass the path of the index to load"
         )
@@ -156,7 +156,7 @@ def _choose_unindexed(listing: Listing, kind: _Kind, files: list[str]) -> Choice
     sets = {match["stem"] if (match := _SHARD.fullmatch(file)) else file for file in files}
     if len(sets) > 1 and kind.suffixes == PICKLE_SUFFIXES:  # to compare their tensors would be to unpickle them all
         raise CheckpointError(
-            f"{listing.place} holds several state dicts and no index: {', '.join(files)}; "
+            f"{listing.place} holds several state dicts and no index: {shortlist(files)}; "
             "pass the path of the file to load"
         )
     return Choice(files=tuple(files), proven=len(sets) == 1)

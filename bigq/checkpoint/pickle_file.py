@@ -105,7 +105,7 @@ def _in_order(
         nbytes = tensors[name].untyped_storage().nbytes()
         if records.get(start) != nbytes:
             wrong.append(f"{name!r} takes {nbytes} bytes, and its record has {records.get(start, 0)}")
-        offsets[name] = start + tensors[name].storage_offset() * tensors[name].itemsize
+        offsets[name] = start + int(tensors[name].storage_offset()) * tensors[name].itemsize
     if wrong:
         raise CheckpointError(
             f"{path} is damaged: {len(wrong)} of its tensors do not fit their records: {shortlist(wrong)}; "
@@ -157,7 +157,7 @@ def _any_tensor(values: dict[object, object]) -> bool:
 
 def _refusal(key: object, value: object) -> str | None:
     if not isinstance(key, str):
-        return f"the key {key!r} is a {type(key).__name__}, not a name"
+        return f"a key is a {type(key).__name__}, not a name"  # a tuple of 200 bytes may have a repr of 42 MB
     if type(value) not in (Tensor, nn.Parameter):
         return f"{key!r} is a {type(value).__name__}, not a tensor"
     assert isinstance(value, Tensor)

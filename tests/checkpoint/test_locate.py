@@ -244,6 +244,9 @@ def test_the_files_of_a_broken_index_are_not_guessed_at(tmp_path):
         (b'{"weight_map": ["a"]}', "no weight map"),
         (b'{"architectures": ["Llama"]}', "'architectures' maps to ['Llama']"),
         (b'{"weight_map": {"a": 3}}', "'a' maps to 3"),
+        (b'{"weight_map": {"a": "1.bin", "a": "2.bin"}}', "gives 'a' twice"),
+        (b'{"weight_map": {"a": "1.bin"}, "weight_map": {"b": "1.bin"}}', "gives 'weight_map' twice"),
+        (b'{"weight_map": {"a": ' + b"[" * 200 + b"1" * 2000 + b"]" * 200 + b"}}", "'a' maps to [[[[["),
         (b'{"a": "tf_model-1.h5"}', "files of another kind: tf_model-1.h5"),
     ],
 )
@@ -251,6 +254,13 @@ def test_a_bad_index_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "bad.index.json"
     path.write_bytes(content)
     refused(path, str(path), message)
+
+
+def test_a_long_list_of_missing_or_foreign_files_is_cut(tmp_path):
+    write_index(tmp_path / "model.safetensors.index.json", *[f"{i:04}.safetensors" for i in range(300)])
+    refused(tmp_path, "300 missing file(s): 0000.safetensors", "and 290 more")
+    write_index(tmp_path / "model.safetensors.index.json", *[f"../{i:04}.safetensors" for i in range(300)])
+    refused(tmp_path, "outside its own folder: '../0000.safetensors'", "and 290 more")
 
 
 @pytest.mark.parametrize(
