@@ -102,7 +102,7 @@ def load_and_quantize_model(
     weights_location, config = _arguments(weights_location, quantization_config, bnb_quantization_config)
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
     with timings.timed("plan"):
-        source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
+        source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location, strict=strict)
     with WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
             plan, places = plan_and_place(

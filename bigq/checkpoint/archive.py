@@ -20,10 +20,16 @@ def read_records(path: Path) -> dict[int, int]:
     """{offset in the file: bytes} of the records of an archive.
 
     Raises:
-        CheckpointError: the bytes of its records are not those of the tensors, which a memory map would not notice.
+        CheckpointError: it holds a program, or the bytes of its records are not those of the tensors, which a memory
+            map would not notice.
     """
     records: dict[int, int] = {}
     with path.open("rb") as file, ZipFile(file) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise CheckpointError(
+                f"{path} is a TorchScript archive, code with its weights: load it with torch.jit.load "
+                "and save its state_dict() with safetensors or torch.save"
+            )
         for entry in archive.infolist():
             if entry.compress_type != ZIP_STORED:
                 raise CheckpointError(f"{path} is compressed ({entry.filename}): load and save it again with torch")

@@ -9,9 +9,11 @@ from bigq.checkpoint.choose import (
     INDEX_SUFFIX,
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIX,
+    TRAINING_SUFFIXES,
     Choice,
     choose,
     choose_indexed,
+    has_suffix,
     list_folder,
 )
 from bigq.checkpoint.hub import download, is_repo_id
@@ -21,7 +23,7 @@ from bigq.system.text import shortlist
 
 __all__ = ["Location", "locate"]
 
-_FILE_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
+_FILE_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, *TRAINING_SUFFIXES)
 _FORMS = (
     f"a {SAFETENSORS_SUFFIX} file, a state dict ({', '.join(PICKLE_SUFFIXES)}), an index (*{INDEX_SUFFIX}), "
     "a folder with one of these, or a Hub repository id ('owner/name' or 'owner/name@revision')"
@@ -51,7 +53,7 @@ def locate(weights_location: str | os.PathLike[str]) -> Location:
         return _locate_file(path)
     if os.path.lexists(path):  # a device, a socket, a link to nowhere
         raise CheckpointError(f"{path} is neither a file nor a folder: expected {_FORMS}")
-    if isinstance(weights_location, str) and not weights_location.endswith((*_FILE_SUFFIXES, ".json")):
+    if isinstance(weights_location, str) and not has_suffix(weights_location, *_FILE_SUFFIXES, ".json"):
         repo_id, at, revision = weights_location.partition("@")
         if is_repo_id(repo_id) and bool(at) == bool(revision):
             return _resolve(*download(repo_id, revision or None))
@@ -60,10 +62,8 @@ def locate(weights_location: str | os.PathLike[str]) -> Location:
 
 
 def _locate_file(path: Path) -> Location:
-    if path.name.endswith(_FILE_SUFFIXES):
-        return Location(files=(path,))
-    if path.suffix != ".json":
-        raise CheckpointError(f"{path} has a suffix that is not one of a checkpoint: expected {_FORMS}")
+    if not has_suffix(path.name, ".json"):
+        return Location(files=(path,))  # whatever its name is: its content says what it is
     choice = choose_indexed(list_folder(path.parent), path.name)
     if choice is None:
         foreign = shortlist(sorted(set(read_index(path).values())))

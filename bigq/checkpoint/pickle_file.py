@@ -1,14 +1,16 @@
 """A state dict that torch.save pickled, read without running any code it may carry."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigq.checkpoint.archive import ZIP_MAGIC, MappedFile, read_records
 from bigq.checkpoint.source import ByteSource, Span, StoredTensor
+from bigq.checkpoint.state_dict import StateDict, find_state_dict
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
 
@@ -18,13 +20,14 @@ __all__ = ["PickleFile"]
 class PickleFile:
     """A loaded state dict: memory-mapped, or, if torch.save wrote the format from before 1.6, in memory.
 
-    It is in memory, too, where the system does not say what is mapped. Use it as a context manager; leaving it drops
-    the tensors.
+    It is in memory, too, where the system does not say what is mapped. `others` says what the state dict holds beside
+    tensors. Use it as a context manager; leaving it drops the tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._tensors, self._offsets = _open(path)
+        found, self._offsets = _open(path)
+        self._keys, self._tensors, self.others = found.keys, found.tensors, found.others
 
     def __enter__(self) -> "PickleFile":
         return self
@@ -36,24 +39,30 @@ class PickleFile:
 
     def describe(self, source: ByteSource) -> list[StoredTensor]:
         """Describe the tensors, in the order of their bytes in the file, which `source` reads."""
+        where = source.name + "".join(f"[{key!r}]" for key in self._keys)
         return [
             StoredTensor(
                 name=name,
                 shape=tensor.shape,
                 dtype=tensor.dtype,
-                where=source.name,
+                where=where,
                 spans=(Span(source, self._offsets[name], tensor.nbytes),) if name in self._offsets else (),
             )
             for name, tensor in self._tensors.items()
         ]
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, a view of the memory map if there is one."""
-        return self._tensors[name].resolve_conj().resolve_neg()
+        """Return one tensor, a view of the memory map if there is one; a sparse one is made dense."""
+        tensor = self._tensors[name]
+        try:
+            dense = tensor if tensor.layout == torch.strided else _dense(tensor)
+        except RuntimeError as error:
+            raise CheckpointError(f"cannot read tensor {name!r} of {self._path}: {error}") from error
+        return dense.resolve_conj().resolve_neg()
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The tensors of a pickle, and where in the file those of them begin that lie in it as they are."""
+def _open(path: Path) -> tuple[StateDict, dict[str, int]]:
+    """The state dict of a pickle, and where in the file those of its tensors begin that lie in it as they are."""
     if torch.__version__ < "2.10":
         raise CheckpointError(
             f"{path} is a pickle, which torch {torch.__version__} does not load safely (CVE-2026-24747): "
@@ -63,61 +72,78 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
         with path.open("rb") as file:
             is_archive = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
         records = read_records(path) if is_archive else {}
-        tensors = _flat(path, _load(path, mmap=is_archive))
+        found = find_state_dict(path, _load(path, mmap=is_archive))
         if is_archive:
-            offsets = _storage_offsets(path, tensors)
-            if offsets is not None:
-                return _in_order(path, tensors, offsets, records)
-            tensors = _flat(path, _load(path, mmap=False))
+            mapped = _mapped(path, found, records)
+            if mapped is not None:
+                return mapped
+            found = find_state_dict(path, _load(path, mmap=False))
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error
     except Exception as error:  # a damaged pickle fails in whatever way its opcodes happen to
         raise CheckpointError(_explain(path, error)) from error
-    return tensors, {}
+    return found, {}
 
 
 def _load(path: Path, *, mmap: bool) -> object:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def _storage_offsets(path: Path, tensors: dict[str, Tensor]) -> dict[str, int] | None:
-    """Where in the file the storage of each tensor that is not empty begins; None if that is not known of all."""
-    file = MappedFile(path)
-    addresses = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items() if tensor.nbytes}
-    offsets = {name: file.offset_of(address) for name, address in addresses.items()}
-    found = {name: offset for name, offset in offsets.items() if offset is not None}
-    return found if len(found) == len(offsets) else None
+def _mapped(path: Path, found: StateDict, records: dict[int, int]) -> tuple[StateDict, dict[str, int]] | None:
+    """`found` in the order of the bytes in the file, and the offsets of the tensors that lie in it as they are.
 
-
-def _in_order(
-    path: Path, tensors: dict[str, Tensor], storage_offsets: dict[str, int], records: dict[int, int]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The tensors in the order of their bytes in the file, and the offsets of those that lie in it as they are.
+    None where it is not known of all of them where in the file they lie.
 
     Raises:
         CheckpointError: a storage is no whole record, which torch looks at only where it does not map a file.
     """
+    file = MappedFile(path)
     wrong: list[str] = []
     offsets: dict[str, int] = {}
-    for name, start in storage_offsets.items():
-        nbytes = tensors[name].untyped_storage().nbytes()
-        if records.get(start) != nbytes:
-            wrong.append(f"{name!r} takes {nbytes} bytes, and its record has {records.get(start, 0)}")
-        offsets[name] = start + int(tensors[name].storage_offset()) * tensors[name].itemsize
+    for name, tensor in found.tensors.items():
+        for part in _strided(tensor):
+            nbytes = part.untyped_storage().nbytes()
+            if not part.nbytes:
+                continue
+            start = file.offset_of(part.untyped_storage().data_ptr())
+            if start is None:
+                return None
+            if records.get(start) != nbytes:
+                wrong.append(f"{name!r} takes {nbytes} bytes, and its record has {records.get(start, 0)}")
+            offsets[name] = start + int(part.storage_offset()) * part.itemsize
     if wrong:
         raise CheckpointError(
             f"{path} is damaged: {len(wrong)} of its tensors do not fit their records: {shortlist(wrong)}; "
             "download or save it again"
         )
-    ordered = dict(sorted(tensors.items(), key=lambda item: offsets.get(item[0], 0)))
-    return ordered, {name: offset for name, offset in offsets.items() if _is_plain(tensors[name])}
+    tensors = dict(sorted(found.tensors.items(), key=lambda item: offsets.get(item[0], 0)))
+    plain = {name: offset for name, offset in offsets.items() if _is_plain(tensors[name])}
+    return replace(found, tensors=tensors), plain
+
+
+def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with a storage that `tensor` consists of."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout == torch.sparse_csr:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return (tensor,)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A sparse tensor of a file as a dense one; raises RuntimeError where its indices are none of its shape."""
+    if tensor.layout == torch.sparse_coo:
+        indices, values = _strided(tensor)
+        return torch.sparse_coo_tensor(indices, values, tensor.shape, check_invariants=True).to_dense()
+    rows, columns, values = _strided(tensor)
+    return torch.sparse_csr_tensor(rows, columns, values, tensor.shape, check_invariants=True).to_dense()
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether the numbers of `tensor` are its bytes one after the other: no gaps, and no bit that negates them."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _explain(path: Path, error: Exception) -> str:
@@ -132,39 +158,3 @@ def _explain(path: Path, error: Exception) -> str:
         f"cannot load {path} as a state dict ({type(error).__name__}: {reason}): "
         "it is damaged, truncated or not written by torch.save; download or save it again"
     )
-
-
-def _flat(path: Path, content: object) -> dict[str, Tensor]:
-    """Require a flat dict of plain tensors, or say where in the file one may be."""
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dict of names and tensors")
-    nested = [key for key, value in content.items() if isinstance(value, dict) and _any_tensor(value)]
-    if nested:
-        raise CheckpointError(
-            f"{path} is not a flat state dict, its tensors are under {shortlist([repr(key) for key in nested])}: "
-            "extract one with "
-            f"torch.save(torch.load({str(path)!r}, weights_only=True)[{nested[0]!r}], 'state_dict.pt')"
-        )
-    problems = [problem for key, value in content.items() if (problem := _refusal(key, value))]
-    if problems:
-        raise CheckpointError(f"{path} is not a dict of names and dense tensors: {shortlist(problems)}")
-    return {name: tensor.detach() for name, tensor in content.items()}
-
-
-def _any_tensor(values: dict[object, object]) -> bool:
-    return any(isinstance(value, Tensor) for value in values.values())
-
-
-def _refusal(key: object, value: object) -> str | None:
-    if not isinstance(key, str):
-        return f"a key is a {type(key).__name__}, not a name"  # a tuple of 200 bytes may have a repr of 42 MB
-    if type(value) not in (Tensor, nn.Parameter):
-        return f"{key!r} is a {type(value).__name__}, not a tensor"
-    assert isinstance(value, Tensor)
-    if value.is_quantized:
-        return f"{key!r} is quantized by torch ({value.dtype}), dequantize it first"
-    if value.layout != torch.strided or value.is_nested:
-        return f"{key!r} is sparse or nested ({value.layout}), call to_dense() first"
-    if value.device.type != "cpu":
-        return f"{key!r} was saved without data, from the {value.device.type} device"
-    return None

@@ -88,8 +88,8 @@ class StoredTensor:
 
     `where` is what errors call the place that holds it, such as the path of a file. The bytes of `spans`, one after the
     other, are the tensor, row-major and little-endian; there is none where it lies in no plain bytes, as in a legacy
-    pickle or in a model in memory. Raises CheckpointError unless the spans hold as many bytes as the tensor has, and for
-    a name that no model has, because errors repeat it.
+    pickle or in a model in memory. Raises CheckpointError unless the spans hold as many bytes as the tensor has, and
+    for a name that no model has, because errors repeat it.
     """
 
     name: str

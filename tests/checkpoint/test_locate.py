@@ -114,6 +114,10 @@ def test_a_local_folder_wins_over_a_repository_of_that_name(tmp_path, monkeypatc
         pytest.param([*BIN_SHARDS], [*BIN_SHARDS], id="bin shards without index"),
         pytest.param(["m-00000-of-00002.bin", "m-00001-of-00002.bin"], None, id="shards counted from zero"),
         pytest.param(["m-00001-of-00001.safetensors"], None, id="a set of one shard"),
+        pytest.param(["M.SAFETENSORS", "weights.bin"], ["M.SAFETENSORS"], id="capital safetensors before bin"),
+        pytest.param(["Weights.PT"], ["Weights.PT"], id="a capital pickle"),
+        pytest.param(["last.ckpt"], ["last.ckpt"], id="a checkpoint of a training"),
+        pytest.param(["best.pth.tar", "weights.pth"], ["weights.pth"], id="a state dict before that of a training"),
         pytest.param(["text.safetensors", "vision.safetensors"], None, id="several safetensors, judged by the reader"),
     ],
 )
@@ -192,6 +196,11 @@ def test_shards_in_a_subfolder_of_the_index(tmp_path):
 def test_ambiguous_folders_name_the_candidates(tmp_path):
     write(tmp_path, "a.bin", "b.pt")
     refused(tmp_path, "several state dicts", "a.bin, b.pt", "pass the path")
+
+
+def test_several_checkpoints_of_a_training_are_not_chosen_among(tmp_path):
+    write(tmp_path, "epoch=1.ckpt", "last.ckpt", "x.pth.tar")
+    refused(tmp_path, "several state dicts", "epoch=1.ckpt, last.ckpt, x.pth.tar", "pass the path")
 
 
 def test_two_complete_odd_indexes_name_the_candidates(tmp_path):
@@ -329,9 +338,10 @@ def test_an_empty_string_is_not_the_working_directory(tmp_path, monkeypatch):
     refused("", "weights_location is empty")
 
 
-def test_a_file_of_another_kind(tmp_path):
-    write(tmp_path, "weights.gguf")
-    refused(tmp_path / "weights.gguf", "weights.gguf", "suffix", ".safetensors")
+@pytest.mark.parametrize("name", ["weights.gguf", "0123abcd", "last.ckpt", "M.SAFETENSORS", "a.pth.tar"])
+def test_a_file_is_not_refused_for_its_name(tmp_path, name):
+    write(tmp_path, name)
+    assert locate(tmp_path / name).files == (tmp_path / name,)
 
 
 def test_a_dangling_link(tmp_path):

@@ -65,7 +65,6 @@ def test_views_are_read_through_their_strides(tmp_path, save):
         pytest.param({3: torch.ones(2)}, "a key is a int, not a name", id="a key that is no name"),
         pytest.param({"a": torch.ones(2), "epoch": 3}, "'epoch' is a int, not a tensor", id="a number"),
         pytest.param({"a": None, "b": "x"}, "'a' is a NoneType, not a tensor, 'b' is a str", id="every problem"),
-        pytest.param({"s": torch.eye(3).to_sparse()}, "'s' is sparse or nested (torch.sparse_coo)", id="sparse"),
         pytest.param({"m": torch.ones(3, device="meta")}, "'m' was saved without data", id="meta"),
         pytest.param(
             {"state_dict": {"a": torch.ones(2)}, "ema": {"a": torch.ones(2)}, "epoch": 3},
@@ -74,14 +73,13 @@ def test_views_are_read_through_their_strides(tmp_path, save):
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # by torch 2.11, when it loads a sparse tensor
 def test_what_is_no_flat_state_dict(tmp_path, save, content, message):
     save(content, tmp_path / "weights.pt")
     refused(tmp_path / "weights.pt", message)
 
 
 def test_the_way_out_of_a_nested_dict_works(tmp_path, monkeypatch):
-    torch.save({"model_state_dict": {"a": torch.ones(2)}}, tmp_path / "weights.pt")
+    torch.save({"x": {"model": {"a": torch.ones(2)}}, "ema": {"a": torch.ones(2)}}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="extract one with") as info:
         Checkpoint.open(tmp_path / "weights.pt")
     monkeypatch.chdir(tmp_path)
@@ -157,6 +155,43 @@ def test_a_zip_is_mapped_and_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(pickle_file.torch, "load", lambda *a, **k: mapped.append(k["mmap"]) or load(*a, **k))
     assert Checkpoint.open(tmp_path).get("a").tolist() == [1, 1]
     assert mapped == [True, True]
+
+
+@pytest.mark.parametrize("layout", ["coo", "coo, unsorted", "csr"])
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch calls CSR a beta, and 2.11 warns when it loads a sparse tensor
+def test_a_sparse_tensor_is_read_as_a_dense_one(tmp_path, save, layout):
+    dense = torch.tensor([[0.0, 2.0, 0.0], [5.0, 0.0, 0.0]])
+    sparse = {
+        "coo": dense.to_sparse(),
+        "coo, unsorted": torch.sparse_coo_tensor([[1, 0, 1], [0, 1, 0]], [3.0, 2.0, 2.0], (2, 3)),
+        "csr": dense.to_sparse_csr(),
+    }[layout]
+    save({"s": sparse, "a": torch.ones(2)}, tmp_path / "weights.pt")
+    checkpoint = Checkpoint.open(tmp_path)
+    stored = checkpoint.tensors["s"]
+    assert (stored.shape, stored.dtype, stored.nbytes, stored.spans) == ((2, 3), torch.float32, 24, ())
+    assert torch.equal(checkpoint.get("s"), dense)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_tensor_in_sparse_blocks_is_refused(tmp_path, save):
+    save({"s": torch.eye(4).to_sparse_bsr(2)}, tmp_path / "weights.pt")
+    refused(tmp_path / "weights.pt", "'s' is sparse or nested (torch.sparse_bsr), call to_dense() first")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_tensor_with_indices_outside_is_refused_when_it_is_read(tmp_path, save):
+    bad = torch.sparse_coo_tensor(torch.tensor([[0, 9]]), torch.ones(2), (10,))
+    bad._indices()[0, 1] = 11
+    save({"s": bad}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"cannot read tensor 's' of .*weights\.pt"):
+        Checkpoint.open(tmp_path).get("s")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_torchscript_archive_is_named(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "is a TorchScript archive", "torch.jit.load", "state_dict()")
 
 
 COMPLEX = torch.complex(torch.arange(4.0), torch.arange(4.0) + 1)
