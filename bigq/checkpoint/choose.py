@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from bigq.checkpoint.index import read_index
 from bigq.errors import CheckpointError
@@ -21,6 +22,7 @@ __all__ = [
     "choose",
     "choose_indexed",
     "has_suffix",
+    "holds_weights",
     "list_folder",
 ]
 
@@ -29,7 +31,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 TRAINING_SUFFIXES = (".ckpt", ".pth.tar", ".pt.tar")  # pickles of training scripts, as a rule with more than weights
 INDEX_SUFFIX = ".index.json"
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>\.\w+)")
+# A variant has its name before the last suffix: m-00001-of-00002.fp16.safetensors, m.safetensors.index.fp16.json.
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>(\.\w+)+)")
+_INDEX = re.compile(r".+\.index(\.\w+)?\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,11 @@ def has_suffix(name: str, *suffixes: str) -> bool:
     return name.lower().endswith(suffixes)
 
 
+def holds_weights(name: str) -> bool:
+    """Whether a file's name is one of a file of weights."""
+    return any(has_suffix(name, *kind.suffixes) for kind in _KINDS)
+
+
 def list_folder(folder: Path) -> Listing:
     """List a local folder."""
     try:
@@ -115,7 +124,7 @@ def choose(listing: Listing) -> Choice:
             return Choice(files=(kind.standard_name,))
         if kind.standard_index and kind.standard_index in names and (choice := open_index(kind.standard_index)):
             return choice
-        opened = [open_index(name) for name in names if name.endswith(INDEX_SUFFIX)]
+        opened = [open_index(name) for name in names if _INDEX.fullmatch(name)]
         if choice := _only(listing, [choice for choice in opened if choice and _kind_of(choice) is kind]):
             return choice
         if problems:
@@ -137,7 +146,7 @@ def choose_indexed(listing: Listing, index: str) -> Choice | None:
     """The shards that an index names, or None if they are another framework's."""
     weight_map = listing.read_index(index)
     files = sorted(set(weight_map.values()))
-    if not all(any(has_suffix(file, *kind.suffixes) for kind in _KINDS) for file in files):
+    if not all(map(holds_weights, files)):
         return None
     missing = [file for file in files if not listing.contains(file)]
     if missing:
@@ -162,7 +171,7 @@ def _kind_of(choice: Choice) -> _Kind:
 
 
 def _choose_unindexed(listing: Listing, kind: _Kind, files: list[str]) -> Choice:
-    sets = {match["stem"] if (match := _SHARD.fullmatch(file)) else file for file in files}
+    sets = {match.group("stem", "total", "suffix") if (match := _SHARD.fullmatch(file)) else file for file in files}
     if (
         len(sets) > 1 and SAFETENSORS_SUFFIX not in kind.suffixes
     ):  # to compare their tensors would be to unpickle them all
@@ -175,11 +184,10 @@ def _choose_unindexed(listing: Listing, kind: _Kind, files: list[str]) -> Choice
 
 def _missing_shards(files: list[str]) -> list[str]:
     """What the files named like shards say is not there."""
-    sets: dict[tuple[str, str, str], dict[int, str]] = {}
+    sets: dict[tuple[str | Any, ...], dict[int, str]] = {}
     for file in files:
         if match := _SHARD.fullmatch(file):
-            key = (match["stem"], match["total"], match["suffix"])
-            sets.setdefault(key, {})[int(match["number"])] = file
+            sets.setdefault(match.group("stem", "total", "suffix"), {})[int(match["number"])] = file
     problems = []
     for (stem, total, suffix), shards in sets.items():
         first = 0 if 0 in shards else 1

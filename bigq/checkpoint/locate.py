@@ -16,7 +16,7 @@ from bigq.checkpoint.choose import (
     has_suffix,
     list_folder,
 )
-from bigq.checkpoint.hub import download, is_repo_id
+from bigq.checkpoint.hub import download, parse_repository
 from bigq.checkpoint.index import read_index
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
@@ -26,7 +26,7 @@ __all__ = ["Location", "locate"]
 _FILE_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, *TRAINING_SUFFIXES)
 _FORMS = (
     f"a {SAFETENSORS_SUFFIX} file, a state dict ({', '.join(PICKLE_SUFFIXES)}), an index (*{INDEX_SUFFIX}), "
-    "a folder with one of these, or a Hub repository id ('owner/name' or 'owner/name@revision')"
+    "a folder with one of these, or a Hub repository id ('owner/name', 'owner/name/folder', 'owner/name@revision')"
 )
 
 
@@ -54,9 +54,9 @@ def locate(weights_location: str | os.PathLike[str]) -> Location:
     if os.path.lexists(path):  # a device, a socket, a link to nowhere
         raise CheckpointError(f"{path} is neither a file nor a folder: expected {_FORMS}")
     if isinstance(weights_location, str) and not has_suffix(weights_location, *_FILE_SUFFIXES, ".json"):
-        repo_id, at, revision = weights_location.partition("@")
-        if is_repo_id(repo_id) and bool(at) == bool(revision):
-            return _resolve(*download(repo_id, revision or None))
+        repository = parse_repository(weights_location)
+        if repository is not None:
+            return _resolve(*download(repository))
     hint = "; `~` is not expanded, use Path.expanduser()" if path.parts[0].startswith("~") else ""
     raise CheckpointError(f"no such file or folder: {path}{hint}; expected {_FORMS}")
 

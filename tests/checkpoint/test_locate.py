@@ -215,6 +215,35 @@ def test_an_incomplete_set_is_not_taken_for_a_checkpoint(tmp_path):
     refused(tmp_path, "1 of the 3 shards of model.safetensors are missing", "model-00002-of-00003.safetensors")
 
 
+VARIANT = [f"model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"])
+def test_a_variant_with_its_index(tmp_path, index):
+    write(tmp_path, *VARIANT)
+    write_index(tmp_path / index, *VARIANT)
+    assert names(locate(tmp_path)) == VARIANT
+    (tmp_path / VARIANT[1]).unlink()
+    refused(tmp_path, index, "1 missing file(s): model-00002-of-00002.fp16.safetensors")
+
+
+def test_the_shards_of_a_variant_are_a_set_of_their_own(tmp_path):
+    write(tmp_path, *VARIANT)
+    assert names(locate(tmp_path)) == VARIANT
+    write(tmp_path, SHARDS[0])
+    refused(tmp_path, f"1 of the 2 shards of model.safetensors are missing, first {SHARDS[1]}")
+    (tmp_path / SHARDS[0]).unlink()
+    (tmp_path / VARIANT[0]).unlink()
+    refused(tmp_path, f"1 of the 2 shards of model.fp16.safetensors are missing, first {VARIANT[0]}")
+
+
+def test_a_standard_index_comes_before_that_of_a_variant(tmp_path):
+    write(tmp_path, *SHARDS, *VARIANT)
+    write_index(tmp_path / "model.safetensors.index.json", *SHARDS)
+    write_index(tmp_path / "model.safetensors.index.fp16.json", *VARIANT)
+    assert names(locate(tmp_path)) == [*SHARDS]
+
+
 def test_a_shard_count_from_a_name_costs_nothing(tmp_path):
     total = "9" * 30
     write(tmp_path, f"m-1-of-{total}.bin")
@@ -313,7 +342,7 @@ def test_an_empty_folder(tmp_path):
     refused(tmp_path, str(tmp_path), "found no files")
 
 
-@pytest.mark.parametrize("name", ["missing.safetensors", "owner/missing.bin", "a/b/c", "./x", "../x", "x y", "name@"])
+@pytest.mark.parametrize("name", ["missing.safetensors", "owner/missing.bin", "a/b/c d", "./x", "../x", "x y", "name@"])
 def test_a_missing_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, hub, name):
     monkeypatch.chdir(tmp_path)
     refused(name, "no such file or folder", str(Path(name)), "Hub repository id")
