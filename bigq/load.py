@@ -14,6 +14,7 @@ from bigq.checkpoint import Checkpoint
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
 from bigq.integrations.bitsandbytes_configs import as_config, is_config
+from bigq.integrations.bitsandbytes_models import refuse_bitsandbytes
 from bigq.integrations.parameter_count import count_weights
 from bigq.loading.destinations import Destinations
 from bigq.loading.fill import fill
@@ -99,8 +100,9 @@ def load_and_quantize_model(
     Raises:
         CheckpointError, ConfigError, PlacementError, UnsupportedError: see bigq.errors.
     """
-    weights_location, config = _arguments(weights_location, quantization_config, bnb_quantization_config)
+    weights_location, config = _arguments(model, weights_location, quantization_config, bnb_quantization_config)
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
+    refuse_bitsandbytes(tree)
     with timings.timed("plan"):
         source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location, strict=strict)
     with WarmUp(config, source, expected_device(device_map)) as warm_up:
@@ -164,7 +166,7 @@ def _rehearse(modules: Mapping[str, nn.Module], finish: Callable[..., None]) -> 
 
 
 def _arguments(
-    weights_location: Any, quantization_config: Any, bnb_quantization_config: Any
+    model: nn.Module, weights_location: Any, quantization_config: Any, bnb_quantization_config: Any
 ) -> tuple[str | os.PathLike[str] | None, QuantizationConfig | None]:
     """The checkpoint and the config, in whichever order and under whichever name they came."""
     if is_config(weights_location) and not is_config(quantization_config):
@@ -174,4 +176,4 @@ def _arguments(
     config = quantization_config if bnb_quantization_config is None else bnb_quantization_config
     if weights_location is not None and not isinstance(weights_location, (str, os.PathLike)):
         raise CheckpointError(f"weights_location is {weights_location!r}; expected a path or a Hub repo id")
-    return weights_location, None if config is None else as_config(config)
+    return weights_location, None if config is None else as_config(config, model)

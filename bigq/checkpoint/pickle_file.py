@@ -83,7 +83,7 @@ def _open(path: Path) -> tuple[StateDict, dict[str, int]]:
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error
     except Exception as error:  # a damaged pickle fails in whatever way its opcodes happen to
-        raise CheckpointError(_explain(path, error)) from error
+        raise CheckpointError(_explain(path, error)) from None  # a traceback would show what torch advises
     return found, {}
 
 
@@ -147,14 +147,18 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _explain(path: Path, error: Exception) -> str:
-    if match := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+    """Why a pickle was not read; without what torch advises, which is to run the code in it."""
+    text = str(error)
+    if match := re.search(r"(?:Unsupported (?:global: GLOBAL|class)|unsupported GLOBAL) (\S+)", text):
         return (
-            f"{path} holds Python objects ({match[1]}) beside tensors, and loading those can run code: refused; "
-            "if you trust the file, load it with torch.load(..., weights_only=False) "
-            "and save its tensors as safetensors"
+            f"{path} holds Python objects ({match[1]:.200}) beside tensors, and loading those can run code: refused; "
+            "ask whoever made it for its state_dict() alone, best as safetensors"
         )
-    reason = (str(error).strip() or "the file ends early").splitlines()[0]
+    _, _, reason = text.rpartition("WeightsUnpickler error: ")
+    reason = (reason.strip() or "the file ends early").splitlines()[0]
+    if "weights_only" in reason:
+        reason = "torch refuses it"
     return (
-        f"cannot load {path} as a state dict ({type(error).__name__}: {reason}): "
+        f"cannot load {path} as a state dict ({type(error).__name__}: {reason:.300}): "
         "it is damaged, truncated or not written by torch.save; download or save it again"
     )

@@ -1,8 +1,10 @@
 """Which pickles are state dicts, and how the others are refused."""
 
+import argparse
 import mmap
 import os
 import pickle
+import traceback
 import zipfile
 from collections import OrderedDict
 
@@ -106,7 +108,7 @@ def test_a_quantized_tensor(tmp_path):
 
 def test_a_pickle_that_could_run_code_is_refused_by_class(tmp_path, save):
     save(nn.Linear(2, 2), tmp_path / "model.bin")
-    refused(tmp_path / "model.bin", "torch.nn.modules.linear.Linear", "can run code", "weights_only=False")
+    refused(tmp_path / "model.bin", "torch.nn.modules.linear.Linear", "can run code", "state_dict() alone")
 
 
 class Bomb:
@@ -117,6 +119,35 @@ class Bomb:
 def test_code_in_a_pickle_does_not_run(tmp_path, save):
     save({"a": torch.ones(2), "b": Bomb()}, tmp_path / "model.bin")
     refused(tmp_path / "model.bin", "exec")
+
+
+class Shell:
+    def __reduce__(self):
+        return os.system, ("false",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [Bomb(), Shell(), nn.Linear(2, 2), argparse.Namespace(lr=0.1), {1, 2}, range(3), OrderedDict(a=object)],
+    ids=lambda content: type(content).__name__,
+)
+def test_nobody_is_told_to_let_a_pickle_run(tmp_path, save, content):
+    save({"a": torch.ones(2), "b": content}, tmp_path / "model.bin")
+    with pytest.raises(CheckpointError) as info:
+        Checkpoint.open(tmp_path)
+    shown = "".join(traceback.format_exception(info.value))
+    for advice in ("weights_only=False", "`weights_only`", "add_safe_globals", "weights_only` set to"):
+        assert advice not in shown
+
+
+@pytest.mark.parametrize(
+    "content", [pickle.dumps({"a": 1}, protocol=4), pickle.dumps([1.5], protocol=2), b"\x80\x02x."]
+)
+def test_nor_where_torch_cannot_read_it(tmp_path, content):
+    (tmp_path / "model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError) as info:
+        Checkpoint.open(tmp_path)
+    assert "weights_only" not in "".join(traceback.format_exception(info.value)).replace("weights_only=True", "")
 
 
 def test_a_torch_that_unpickles_unsafely(tmp_path, monkeypatch):
