@@ -17,6 +17,7 @@ from bigq.integrations.bitsandbytes_configs import as_config, is_config
 from bigq.integrations.bitsandbytes_models import refuse_bitsandbytes
 from bigq.integrations.parameter_count import count_weights
 from bigq.loading.destinations import Destinations
+from bigq.loading.extra_state import ExtraStates
 from bigq.loading.fill import fill
 from bigq.loading.report import make_report
 from bigq.loading.stream import Budget
@@ -104,7 +105,9 @@ def load_and_quantize_model(
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
     refuse_bitsandbytes(tree)
     with timings.timed("plan"):
-        source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location, strict=strict)
+        source: ModelTensors | ExtraStates = ModelTensors(model)
+        if weights_location is not None:
+            source = ExtraStates(Checkpoint.open(weights_location, strict=strict), tree.modules, strict=strict)
     with WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
             plan, places = plan_and_place(
@@ -131,6 +134,8 @@ def load_and_quantize_model(
         with timings.timed("commit"):
             for job in jobs:
                 job.commit(modules)
+        if isinstance(source, ExtraStates):
+            source.hand_over()
         finish()
     return model
 

@@ -21,13 +21,14 @@ class PickleFile:
     """A loaded state dict: memory-mapped, or, if torch.save wrote the format from before 1.6, in memory.
 
     It is in memory, too, where the system does not say what is mapped. `others` says what the state dict holds beside
-    tensors. Use it as a context manager; leaving it drops the tensors.
+    tensors and `extra_states`. Use it as a context manager; leaving it drops the tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         found, self._offsets = _open(path)
-        self._keys, self._tensors, self.others = found.keys, found.tensors, found.others
+        self._keys, self._tensors = found.keys, found.tensors
+        self.extra_states, self.others = found.extra_states, found.others
 
     def __enter__(self) -> "PickleFile":
         return self

@@ -30,12 +30,14 @@ class Checkpoint:
     """The files of a checkpoint and, in the order in which they are stored, its tensors; a Source.
 
     It keeps no file open, so it can be shared between threads: every `read` opens the files it needs. `sources` holds
-    the bytes of each file, by what errors call the place of its tensors.
+    the bytes of each file, by what errors call the place of its tensors; `extra_states` the objects other than tensors
+    that modules have put into state dicts.
     """
 
     files: tuple[Path, ...]
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     sources: Mapping[str, LocalFile] = field(repr=False)
+    extra_states: Mapping[str, object] = field(default_factory=dict, repr=False)
     in_place = False
 
     @classmethod
@@ -49,16 +51,19 @@ class Checkpoint:
         location = locate(weights_location)
         described: dict[Path, list[StoredTensor]] = {}
         sources: dict[str, LocalFile] = {}
+        extra_states: dict[str, object] = {}
         errors: list[CheckpointError] = []
         for path in location.files:
             try:
                 source = LocalFile(path, _nbytes(path))
                 with _open(path) as file:
-                    if strict and isinstance(file, PickleFile) and file.others:
-                        raise CheckpointError(
-                            f"{path} is not a dict of names and tensors alone: {shortlist(file.others)}; "
-                            "strict=False ignores what is no tensor"
-                        )
+                    if isinstance(file, PickleFile):
+                        extra_states |= file.extra_states
+                        if strict and file.others:
+                            raise CheckpointError(
+                                f"{path} is not a dict of names and tensors alone: {shortlist(file.others)}; "
+                                "strict=False ignores what is no tensor"
+                            )
                     described[path] = file.describe(source)
                 sources.update((stored.where, source) for stored in described[path])
             except CheckpointError as error:
@@ -71,7 +76,12 @@ class Checkpoint:
             listed = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
             raise CheckpointError(f"cannot open the checkpoint {weights_location}:\n  - " + "\n  - ".join(listed))
         refuse_foreign((location.index or location.files[0]).parent, tensors)
-        return cls(files=location.files, tensors=MappingProxyType(tensors), sources=MappingProxyType(sources))
+        return cls(
+            files=location.files,
+            tensors=MappingProxyType(tensors),
+            sources=MappingProxyType(sources),
+            extra_states=MappingProxyType(extra_states),
+        )
 
     @property
     def nbytes(self) -> int:

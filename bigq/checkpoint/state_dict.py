@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
@@ -17,10 +18,14 @@ _DEPTH = 2  # dicts deep that a state dict is looked for
 
 @dataclass(frozen=True, kw_only=True)
 class StateDict:
-    """`tensors` by name, found under `keys` of the pickle; `others` says what it holds beside them."""
+    """`tensors` by name, found under `keys` of the pickle; `others` says what it holds beside them.
+
+    `extra_states` are objects other than tensors that modules have put there, by name.
+    """
 
     keys: tuple[str, ...]
     tensors: dict[str, Tensor]
+    extra_states: dict[str, object]
     others: tuple[str, ...]
 
 
@@ -45,11 +50,18 @@ def find_state_dict(path: Path, content: object) -> StateDict:
     problems = [problem for name, tensor in tensors.items() if (problem := _refusal(name, tensor))]
     if problems:
         raise CheckpointError(f"{path} is not a dict of names and dense tensors: {shortlist(problems)}")
+    rest = {name: value for name, value in entries.items() if name not in tensors}
+    extra = {name: rest.pop(name) for name in list(rest) if isinstance(name, str) and _is_extra_state(name)}
     return StateDict(
         keys=keys,
         tensors={name: tensor.detach() for name, tensor in tensors.items()},
-        others=tuple(_other(name, value) for name, value in entries.items() if name not in tensors),
+        extra_states=extra,
+        others=tuple(_other(name, value) for name, value in rest.items()),
     )
+
+
+def _is_extra_state(name: str) -> bool:
+    return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def _candidates(
