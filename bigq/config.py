@@ -1,6 +1,6 @@
 """QuantizationConfig: which weights to quantize, and into which format. All checks of a configuration are here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, fields
 from typing import Any, cast
 
@@ -19,6 +19,27 @@ _DTYPES = {
         torch.float32: ("fp32", "float32", "float"),
     }.items()
     for name in names
+}
+
+
+_FOREIGN = {  # settings of bitsandbytes' configs and others: what is written here
+    "load_in_4bit": "QuantizationConfig('nf4')",
+    "load_in_8bit": "QuantizationConfig('int8')",
+    "bnb_4bit_quant_type": "QuantizationConfig('nf4') or QuantizationConfig('fp4')",
+    "bnb_4bit_use_double_quant": "double_quant=True",
+    "bnb_4bit_compute_dtype": "compute_dtype=torch.bfloat16",
+    "bnb_4bit_quant_storage": "nothing (codes are uint8)",
+    "llm_int8_threshold": "threshold=6.0",
+    "llm_int8_skip_modules": "skip_modules=[...]",
+    "llm_int8_enable_fp32_cpu_offload": "offload=torch.float32",
+    "llm_int8_has_fp16_weight": "nothing (weights are quantized)",
+    "modules_to_not_convert": "skip_modules=[...]",
+    "torch_dtype": "dtype=torch.bfloat16",
+    "quant_type": "QuantizationConfig('nf4'), QuantizationConfig('fp4') or QuantizationConfig('int8')",
+    "quant_method": "QuantizationConfig('nf4'), QuantizationConfig('fp4') or QuantizationConfig('int8')",
+    "bits": "QuantizationConfig('nf4') or QuantizationConfig('int8')",
+    "blocksize": "block_size=64",
+    "group_size": "block_size=64",
 }
 
 
@@ -79,6 +100,10 @@ class QuantizationConfig:
     cast_buffers: bool = False
     offload: str | torch.dtype | None = None
 
+    def __new__(cls, *args: object, **settings: object) -> "QuantizationConfig":
+        _refuse_foreign(settings)
+        return super().__new__(cls)
+
     def __post_init__(self, block_size: int | None, double_quant: bool | None, threshold: float | None) -> None:
         settings = {"block_size": block_size, "double_quant": double_quant, "threshold": threshold}
         object.__setattr__(self, "format", _format(self.format, settings))
@@ -98,6 +123,14 @@ class QuantizationConfig:
         return cast(Format, self.format)
 
 
+def _refuse_foreign(settings: Mapping[str, object]) -> None:
+    """Raise a ConfigError that says what to write where settings have the names that other libraries give them."""
+    foreign = [name for name in settings if name in _FOREIGN]
+    if foreign:
+        said = ", ".join(f"write {_FOREIGN[name]} for {name}" for name in foreign)
+        raise ConfigError(f"{', '.join(foreign)}: the settings of bigq are called otherwise: {said}")
+
+
 def check_offload(value: object) -> None:
     """Raise a ConfigError unless `value` is a value of `QuantizationConfig.offload`."""
     if value not in (None, "preserve", "quantized", torch.float32):
@@ -111,8 +144,10 @@ def _format(value: object, settings: dict[str, Any]) -> Format:
         for name, setting in given.items():
             raise ConfigError(f"{name}={setting!r} beside {value!r}: a format carries its own settings, pass it there")
         return cast(Format, value)
+    if isinstance(value, str):
+        value = value.lower()
     if not isinstance(value, str) or value not in FORMATS:
-        return make_format(str(value))  # refuses it
+        return make_format(value)  # refuses it
     own = {field.name for field in fields(FORMATS[value])}
     for name, setting in given.items():
         if name not in own:
@@ -123,6 +158,8 @@ def _format(value: object, settings: dict[str, Any]) -> Format:
 def _patterns(name: str, value: Iterable[str] | None) -> tuple[str, ...]:
     if isinstance(value, str):
         raise ConfigError(f"{name} is the string {value!r}; expected a list of them: [{value!r}]")
+    if not isinstance(value, Iterable | None):
+        raise ConfigError(f"{name} is {value!r}; expected a list of module paths, names or globs")
     patterns = tuple(value or ())
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern or "" in pattern.split("."):
@@ -131,7 +168,7 @@ def _patterns(name: str, value: Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
-    dtype = _DTYPES.get(value) if isinstance(value, str) else value
+    dtype = _DTYPES.get(value.lower().removeprefix("torch.")) if isinstance(value, str) else value
     if value is not None and dtype not in _DTYPES.values():
         raise ConfigError(f"{name} is {value!r}; expected one of {sorted(_DTYPES)} or the torch dtype of that name")
     return dtype

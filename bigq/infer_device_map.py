@@ -54,7 +54,7 @@ def infer_device_map(
     """
     if device_map not in STRATEGIES:
         raise PlacementError(f"device_map is {device_map!r}; expected one of {list(STRATEGIES)}")
-    config = as_config(quantization_config)
+    config = as_config(quantization_config, model)
     make = partial(plan_at, ModelTree(model), ModelTensors(model), config)
     places = automatic_map(
         model,

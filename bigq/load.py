@@ -13,8 +13,10 @@ from bigq.checkpoint import Checkpoint
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
 from bigq.integrations.bitsandbytes_configs import as_config, is_config
+from bigq.integrations.bitsandbytes_models import refuse_bitsandbytes
 from bigq.integrations.parameter_count import count_weights
 from bigq.loading.destinations import Destinations
+from bigq.loading.extra_state import ExtraStates
 from bigq.loading.fill import fill
 from bigq.loading.report import make_report
 from bigq.loading.stream import Budget
@@ -124,10 +126,13 @@ def load_and_quantize_model(
         >>> model[2]  # the output head is not quantized
         Linear(in_features=64, out_features=8, bias=True)
     """
-    weights_location, config = _arguments(weights_location, quantization_config, bnb_quantization_config)
+    weights_location, config = _arguments(model, weights_location, quantization_config, bnb_quantization_config)
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
+    refuse_bitsandbytes(tree)
     with timings.timed("plan"):
-        source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
+        source: ModelTensors | ExtraStates = ModelTensors(model)
+        if weights_location is not None:
+            source = ExtraStates(Checkpoint.open(weights_location, strict=strict), tree.modules, strict=strict)
     with _collector_paused(), WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
             plan, places = plan_and_place(
@@ -154,6 +159,8 @@ def load_and_quantize_model(
         with timings.timed("commit"):
             for job in jobs:
                 job.commit(modules)
+        if isinstance(source, ExtraStates):
+            source.hand_over()
         finish()
     return model
 
@@ -189,7 +196,7 @@ def _rehearse(modules: Mapping[str, nn.Module], finish: Callable[..., None]) -> 
 
 
 def _arguments(
-    weights_location: object, quantization_config: object, bnb_quantization_config: object
+    model: nn.Module, weights_location: object, quantization_config: object, bnb_quantization_config: object
 ) -> tuple[str | os.PathLike[str] | None, QuantizationConfig | None]:
     """The checkpoint and the config, from either order of the arguments and either name of the config."""
     if is_config(weights_location) and not is_config(quantization_config):
@@ -199,4 +206,4 @@ def _arguments(
     config = quantization_config if bnb_quantization_config is None else bnb_quantization_config
     if weights_location is not None and not isinstance(weights_location, (str, os.PathLike)):
         raise CheckpointError(f"weights_location is {weights_location!r}; expected a path or a Hub repo id")
-    return weights_location, None if config is None else as_config(config)
+    return weights_location, None if config is None else as_config(config, model)

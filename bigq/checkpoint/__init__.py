@@ -1,11 +1,13 @@
 """Checkpoints as they come: where their files are, which tensors they hold, and the tensors one by one."""
 
 from bigq.checkpoint.adapters import Adapter, Renamed, Stacked
+from bigq.checkpoint.foreign import FLOAT8, is_scaled
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
 from bigq.checkpoint.source import ByteSource, ReadError, Source, Span, StoredTensor, read_tensor, refuse_unknown
 
 __all__ = [
+    "FLOAT8",
     "Adapter",
     "ByteSource",
     "Checkpoint",
@@ -16,6 +18,7 @@ __all__ = [
     "Span",
     "Stacked",
     "StoredTensor",
+    "is_scaled",
     "read_tensor",
     "refuse_unknown",
 ]

@@ -12,6 +12,8 @@ from bigq.ops.checks import as_floats
 
 __all__ = ["Int8"]
 
+_LARGEST = torch.finfo(torch.float64).max  # an int may be larger, and is no number to an op
+
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Format):
@@ -34,7 +36,7 @@ class Int8(Format):
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not (is_number and 0.0 <= self.threshold < float("inf")):
+        if not (is_number and 0.0 <= self.threshold <= _LARGEST):
             raise ConfigError(f"threshold is {self.threshold!r}; expected a finite number >= 0 (0 for no outliers)")
 
     @property

@@ -8,6 +8,7 @@ because accelerate's save_model and safetensors save nothing else. docs/formats.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from reprlib import repr as short  # of what a file says
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UnsupportedError
 from bigq.formats.base import Format, TensorSpec
 from bigq.formats.registry import make_format
+from bigq.system.json_text import parse_json
 
 __all__ = [
     "QUANT_STATE",
@@ -38,6 +40,7 @@ _WEIGHT_DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 _COMPUTE_DTYPES = {name: dtype for name, dtype in _WEIGHT_DTYPES.items() if name != "float64"}
+_FIELDS = ("bigq", "leaf", "format", "shape", "dtype", "compute_dtype", "transposed")  # beside the format's settings
 
 
 def state_name(leaf: str, part: str) -> str:
@@ -117,8 +120,8 @@ def decode_quant_state(quant_state: Tensor, where: str) -> dict[str, Description
         data = bytes(quant_state.tolist())
         records = [data[start : start + _RECORD_NBYTES] for start in range(0, len(data), _RECORD_NBYTES)]
         return _distinct(_parsed(record) for record in records)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not a description of bigq weights: {error!r}") from error
+    except ValueError as error:  # a ConfigError is one
+        raise CheckpointError(f"{where} is not a description of bigq weights: {error}") from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -146,27 +149,39 @@ def _record(leaf: str, description: Description) -> bytes:
 
 
 def _parsed(record: bytes) -> tuple[str, Description]:
-    fields = json.loads(record)
+    fields, twice = parse_json(record)
     if not isinstance(fields, dict):
-        raise ValueError(f"expected an object, got {fields!r:.50}")
-    version = fields.pop("bigq")
-    if version != _VERSION:
-        raise ValueError(f"version {version!r}, and this bigq reads version {_VERSION}: quantize the weights again")
-    leaf, name, shape = fields.pop("leaf"), fields.pop("format"), fields.pop("shape")
-    dtype, compute_dtype, transposed = fields.pop("dtype"), fields.pop("compute_dtype"), fields.pop("transposed")
+        raise ValueError(f"it is {short(fields)}; expected an object")
+    if twice:
+        raise ValueError(f"it gives {short(twice[0])} twice")
+    missing = [name for name in _FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"it has no {missing[0]!r}")
+    version, leaf, name, shape, dtype, compute_dtype, transposed = (fields.pop(field) for field in _FIELDS)
+    if type(version) is not int or version != _VERSION:
+        raise ValueError(
+            f"version {short(version)}, and this bigq reads version {_VERSION}: quantize the weights again"
+        )
     if not isinstance(leaf, str) or not leaf or "." in leaf:
-        raise ValueError(f"leaf is {leaf!r}; expected the name of a parameter in its module")
+        raise ValueError(f"leaf is {short(leaf)}; expected the name of a parameter in its module")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape is {shape!r}; expected a list of sizes")
+        raise ValueError(f"shape is {short(shape)}; expected a list of sizes")
     if type(transposed) is not bool:
-        raise ValueError(f"transposed is {transposed!r}; expected true or false")
+        raise ValueError(f"transposed is {short(transposed)}; expected true or false")
     return leaf, Description(
         format=make_format(name, **fields),
         shape=tuple(shape),
-        dtype=_WEIGHT_DTYPES[dtype],
-        compute_dtype=None if compute_dtype is None else _COMPUTE_DTYPES[compute_dtype],
+        dtype=_dtype("dtype", dtype, _WEIGHT_DTYPES),
+        compute_dtype=None if compute_dtype is None else _dtype("compute_dtype", compute_dtype, _COMPUTE_DTYPES),
         transposed=transposed,
     )
+
+
+def _dtype(field: str, name: object, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype called `name`; by a table, because torch imports some of its modules when it is asked for a name."""
+    if not isinstance(name, str) or name not in dtypes:
+        raise ValueError(f"{field} is {short(name)}; expected one of {list(dtypes)}")
+    return dtypes[name]
 
 
 def _distinct(records: Iterable[tuple[str, Description]]) -> dict[str, Description]:

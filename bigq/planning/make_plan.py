@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from bigq.checkpoint import StoredTensor
+from bigq.checkpoint import FLOAT8, StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, Description, encode_quant_state, state_name
@@ -97,6 +97,7 @@ def _chosen(
         own = groups[name].tensor
         source = next(filter(tensors.__contains__, chosen.names), name)
         found = tensors[source].dtype if source in tensors else own.dtype
+        found = own.dtype if found in FLOAT8 else found  # a plain cast: what it was cast from is not said
         shape = tuple(own.mT.shape if chosen.transposed else own.shape)
         key = id(chosen.format), shape, config.dtype or found, chosen.transposed
         if key not in alike:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from bigq.checkpoint import StoredTensor
+from bigq.checkpoint import FLOAT8, StoredTensor, is_scaled
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
@@ -74,10 +74,10 @@ class Match:
             self.missing.append(f"  {group.names[0]}: {expected}{hint}")
             return None
         else:
-            info = self._check(source, tuple(own.shape), floating=own.is_floating_point())
+            info = self._check(source, tuple(own.shape), floating=own.is_floating_point(), dtype=own.dtype)
             if info is None:
                 return None
-            found = TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
+            found = TensorSpec(shape=tuple(info.shape), dtype=own.dtype if info.dtype in FLOAT8 else info.dtype)
         dtype, by_rule = self._dtype(group, found.dtype)
         return PlannedTensor(
             names=group.names,
@@ -90,7 +90,7 @@ class Match:
 
     def _dtype(self, group: TensorGroup, found: torch.dtype) -> tuple[torch.dtype, bool]:
         """The dtype that a kept tensor of dtype `found` gets, and whether a rule for this tensor makes it float32."""
-        if not found.is_floating_point:
+        if not found.is_floating_point or found in FLOAT8:  # the model's own float8, maybe with a scale beside it
             return found, False
         if not self.in_fp32.isdisjoint(group.names):
             return torch.float32, True
@@ -102,7 +102,9 @@ class Match:
         asked = self.config.dtype if self.config is not None else None
         return asked or found, False
 
-    def _check(self, source: str, shape: tuple[int, ...], *, floating: bool) -> StoredTensor | None:
+    def _check(
+        self, source: str, shape: tuple[int, ...], *, floating: bool, dtype: torch.dtype | None = None
+    ) -> StoredTensor | None:
         info = self.tensors.get(source)
         if info is None:
             self.missing.append(f"  {source}: expected {list(shape)}")
@@ -110,7 +112,8 @@ class Match:
         if tuple(info.shape) != tuple(shape):
             self.misfits.append(f"  {source} in {info.where}: expected shape {list(shape)}, found {list(info.shape)}")
             return None
-        castable = info.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        castable = info.dtype in (dtype, torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        castable = castable or (info.dtype in FLOAT8 and not is_scaled(source, self.tensors))
         if floating and not castable:
             self.misfits.append(
                 f"  {source} in {info.where}: expected floating-point numbers, found {dtype_name(info.dtype)}"
