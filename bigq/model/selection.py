@@ -11,7 +11,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bigq.errors import ConfigError
 from bigq.formats import Format
-from bigq.model.patterns import match_patterns, matches
+from bigq.model.float32_names import float32_names
+from bigq.model.patterns import match_patterns
 from bigq.model.tree import ModelTree, TensorGroup, tensor_name
 from bigq.weight.convert import is_transposed_linear
 
@@ -52,8 +53,8 @@ def select_weights(
     By default these are the weights of every nn.Linear, subclasses included, of every GPT-2 Conv1D and of the fused
     experts of transformers. `also_quantize` adds any parameter of two or more dimensions. Never chosen: what
     `skip_modules` or `keep_in_fp32_modules` match. With `defaults`, neither, unless `also_quantize` names it: the
-    output head, weights tied to another module, and what the model's own `_keep_in_fp32_modules` names. A weight under
-    several names is one entry.
+    output head, weights tied to another module, and what the model itself needs in float32 (see `float32_names`). A
+    weight under several names is one entry.
 
     Raises:
         ConfigError: a pattern that matches nothing, or no matrix, or without `defaults` a choice that breaks a tie.
@@ -64,7 +65,7 @@ def select_weights(
         for name, pattern in match_patterns(field, patterns, names).items():
             asked.setdefault(name, f"{field} {pattern!r}")
     named = match_patterns("also_quantize", also_quantize, names)
-    own = tuple(getattr(tree.model, "_keep_in_fp32_modules", None) or ()) if defaults else ()
+    in_float32 = float32_names(tree) if defaults else {}
     head = output_head(tree.model) if defaults else None
     groups = {name: group for group in tree.tensors for name in group.names}
 
@@ -77,10 +78,10 @@ def select_weights(
             return "its weight is computed from other parameters"
         if "forward" in vars(module):
             return "its forward is patched"
-        for pattern in own:
-            if any(matches(pattern, name) for name in aliases):
-                return f"the model's own _keep_in_fp32_modules {pattern!r}"
         names = groups[tensor_name(aliases[0], leaf)].names
+        for name in names if in_float32 else ():
+            if name in in_float32:
+                return str(in_float32[name])
         if len(names) == len(aliases):
             return "the output head" if module is head else _why_left_alone(module)
         others = sorted(name for name in names if name.rpartition(".")[0] not in aliases)

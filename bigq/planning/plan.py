@@ -32,7 +32,7 @@ class PlannedTensor:
     """A tensor that is loaded as it is, or cast: `names` are all of its names, `source` the checkpoint's.
 
     `source` is None for a tensor that the model already holds and the checkpoint does not. `is_float32_by_rule` says
-    that the config or the placement makes it float32 where its neighbours may not be.
+    that the config or the placement makes it float32 where the model's code does not expect it.
     """
 
     names: tuple[str, ...]
