@@ -11,7 +11,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bigq.errors import ConfigError
 from bigq.formats import Format
-from bigq.model.patterns import match_patterns, matches
+from bigq.model.float32_names import float32_names
+from bigq.model.patterns import match_patterns
 from bigq.model.tree import ModelTree, TensorGroup, tensor_name
 from bigq.weight.convert import is_transposed_linear
 
@@ -54,8 +55,8 @@ def select_weights(
     names is one entry.
 
     Weights that `skip_modules` or `keep_in_fp32_modules` match are always kept. With `defaults`, these are kept too,
-    unless `also_quantize` names them: the output head, weights tied to another module, and modules that the model's own
-    `_keep_in_fp32_modules` names.
+    unless `also_quantize` names them: the output head, weights tied to another module, and what the model
+    itself needs in float32 (see `float32_names`).
 
     Raises:
         ConfigError: a pattern matches nothing, a pattern of `also_quantize` matches no parameter of two or more
@@ -67,7 +68,7 @@ def select_weights(
         for name, pattern in match_patterns(field, patterns, names).items():
             asked.setdefault(name, f"{field} {pattern!r}")
     named = match_patterns("also_quantize", also_quantize, names)
-    own = tuple(getattr(tree.model, "_keep_in_fp32_modules", None) or ()) if defaults else ()
+    in_float32 = float32_names(tree) if defaults else {}
     head = output_head(tree.model) if defaults else None
     groups = {name: group for group in tree.tensors for name in group.names}
 
@@ -80,10 +81,10 @@ def select_weights(
             return "its weight is computed from other parameters"
         if "forward" in vars(module):
             return "its forward is patched"
-        for pattern in own:
-            if any(matches(pattern, name) for name in aliases):
-                return f"the model's own _keep_in_fp32_modules {pattern!r}"
         names = groups[tensor_name(aliases[0], leaf)].names
+        for name in names if in_float32 else ():
+            if name in in_float32:
+                return str(in_float32[name])
         if len(names) == len(aliases):
             return "the output head" if module is head else _why_left_alone(module)
         others = sorted(name for name in names if name.rpartition(".")[0] not in aliases)

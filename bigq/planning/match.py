@@ -9,11 +9,14 @@ from bigq.checkpoint import FLOAT8, StoredTensor, is_scaled
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
+from bigq.model.float32_names import float32_names
 from bigq.model.patterns import match_patterns
-from bigq.model.tree import ModelTree, TensorGroup
+from bigq.model.tree import ModelTree, TensorGroup, find_owner
 from bigq.planning.plan import PlannedTensor, PlannedWeight
 
 __all__ = ["Match"]
+
+_CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Match:
@@ -35,12 +38,13 @@ class Match:
         self.misfits: list[str] = []
         patterns = config.keep_in_fp32_modules if config is not None else ()
         self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, tree.names()))
+        self.own_fp32 = float32_names(tree)
 
     def claim(self, weight: PlannedWeight) -> None:
         """Check a weight to quantize, if the checkpoint holds it as floats, and mark its names as expected."""
         if weight.source is not None:
             self.claimed.update(weight.names)
-            self._check(weight.source, weight.description.weight_shape, floating=True)
+            self._check(weight.source, weight.description.weight_shape, torch.float32)
 
     def tensors_outside(self, weights: Sequence[PlannedWeight]) -> Iterator[PlannedTensor]:
         """Plan all tensors but float weights to quantize: kept parameters, buffers, and weights stored quantized."""
@@ -55,13 +59,13 @@ class Match:
                 for names, spec in weight.specs().items():
                     source = next((name for name in names if name in self.tensors), names[0])
                     self.claimed.update(names)
-                    info = self._check(source, spec.shape, floating=False)
+                    info = self._check(source, spec.shape, spec.dtype)
                     if info is not None and info.dtype != spec.dtype:
                         self.misfits.append(f"  {source} in {info.where}: expected {spec.dtype}, found {info.dtype}")
                     yield PlannedTensor(names=names, source=source, spec=spec, is_buffer=False, requires_grad=False)
 
     def _kept(self, group: TensorGroup) -> PlannedTensor | None:
-        source = next((name for name in group.names if name in self.tensors), None)
+        source = next((name for name in group.names if name in self.tensors and not self._is_the_models(name)), None)
         self.claimed.update(group.names)
         own = group.tensor
         if source is None and (not group.persistent or not self.strict) and not own.is_meta:
@@ -74,7 +78,7 @@ class Match:
             self.missing.append(f"  {group.names[0]}: {expected}{hint}")
             return None
         else:
-            info = self._check(source, tuple(own.shape), floating=own.is_floating_point(), dtype=own.dtype)
+            info = self._check(source, tuple(own.shape), own.dtype)
             if info is None:
                 return None
             found = TensorSpec(shape=tuple(info.shape), dtype=own.dtype if info.dtype in FLOAT8 else info.dtype)
@@ -84,27 +88,47 @@ class Match:
             source=source,
             spec=TensorSpec(shape=found.shape, dtype=dtype),
             is_buffer=group.is_buffer,
-            requires_grad=own.requires_grad and dtype.is_floating_point,
+            requires_grad=own.requires_grad and (dtype.is_floating_point or dtype.is_complex),
             is_float32_by_rule=by_rule,
         )
 
     def _dtype(self, group: TensorGroup, found: torch.dtype) -> tuple[torch.dtype, bool]:
-        """The dtype that a kept tensor of dtype `found` gets, and whether a rule for this tensor makes it float32."""
-        if not found.is_floating_point or found in FLOAT8:  # the model's own float8, maybe with a scale beside it
-            return found, False
+        """The dtype that a kept tensor of dtype `found` gets, and whether it is float32 unexpectedly.
+
+        It is then by a rule that the model's code does not know of.
+        """
+        own = group.tensor.dtype
+        if own not in _CASTABLE:  # masks, indices, complex numbers, tables in float8: code is written for their dtype
+            return (found if own.is_complex else own), False
         if not self.in_fp32.isdisjoint(group.names):
             return torch.float32, True
-        if group.is_buffer and not (self.config is not None and self.config.cast_buffers):
+        asked = self.config.dtype if self.config is not None else None
+        if not self.own_fp32.keys().isdisjoint(group.names):
+            rule = next(self.own_fp32[name] for name in group.names if name in self.own_fp32)
+            return torch.float32, not rule.is_expected_beside(asked or found)
+        if group.is_buffer and not self._is_cast(group):
             return found, False
         by_placement = self.offload_dtype(group.names[0])
         if by_placement is not None:
             return by_placement, by_placement == torch.float32
-        asked = self.config.dtype if self.config is not None else None
         return asked or found, False
 
-    def _check(
-        self, source: str, shape: tuple[int, ...], *, floating: bool, dtype: torch.dtype | None = None
-    ) -> StoredTensor | None:
+    def _is_the_models(self, name: str) -> bool:
+        """Whether the tensor is a buffer that is not persistent: an old file may hold one, and it may be stale."""
+        owner, leaf = find_owner(self.tree.modules, name)
+        return leaf in owner._non_persistent_buffers_set
+
+    def _is_cast(self, group: TensorGroup) -> bool:
+        """Whether the buffer of `group` follows the dtype of parameters.
+
+        Running statistics do, with all buffers beside them: a batch norm computes with both, and torch refuses a mix.
+        """
+        if self.config is not None and self.config.cast_buffers:
+            return True
+        return any("running_mean" in find_owner(self.tree.modules, name)[0]._buffers for name in group.names)
+
+    def _check(self, source: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor | None:
+        """What the checkpoint says of `source`, if it fits a tensor of the model of that shape and dtype."""
         info = self.tensors.get(source)
         if info is None:
             self.missing.append(f"  {source}: expected {list(shape)}")
@@ -112,16 +136,14 @@ class Match:
         if tuple(info.shape) != tuple(shape):
             self.misfits.append(f"  {source} in {info.where}: expected shape {list(shape)}, found {list(info.shape)}")
             return None
-        castable = info.dtype in (dtype, torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        castable = castable or (info.dtype in FLOAT8 and not is_scaled(source, self.tensors))
-        if floating and not castable:
+        is_unknown = info.dtype.is_floating_point and info.dtype not in _CASTABLE and info.dtype != dtype
+        if info.dtype in FLOAT8 and not is_scaled(source, self.tensors):
+            is_unknown = False  # float8 without a scale is a plain cast
+        if _kind(info.dtype) != _kind(dtype) or is_unknown:
             self.misfits.append(
-                f"  {source} in {info.where}: expected floating-point numbers, found {dtype_name(info.dtype)}"
-                + (" (a scaled storage format bigq does not know)" if info.dtype.is_floating_point else "")
+                f"  {source} in {info.where}: expected {_kind(dtype)}, found {dtype_name(info.dtype)}"
+                + (" (a scaled storage format bigq does not know)" if is_unknown else "")
             )
-            return None
-        if not floating and info.dtype.is_floating_point:
-            self.misfits.append(f"  {source} in {info.where}: expected integers, found {dtype_name(info.dtype)}")
             return None
         return info
 
@@ -154,3 +176,10 @@ def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
                 if prefix != name and prefix.endswith(".") and {prefix + x for x in shorter} & set(longer):
                     return f"\nhint: {what} names begin with {prefix!r} and the other's do not"
     return ""
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """What a tensor of `dtype` holds; numbers of one kind are cast to each other."""
+    if dtype.is_complex:
+        return "complex numbers"
+    return "floating-point numbers" if dtype.is_floating_point else "integers"

@@ -32,7 +32,8 @@ class PlannedTensor:
     """A tensor that is kept, possibly in another dtype.
 
     `names` are all of its names in the model. `source` is its name in the checkpoint, and None if only the model has
-    it. `is_float32_by_rule` says that the config or its place makes it float32, in a model that may have another dtype.
+    it. `is_float32_by_rule` says that the config or its place makes it float32 where the model's code does not expect
+    it.
     """
 
     names: tuple[str, ...]
