@@ -1,6 +1,7 @@
 """Adapters and weights that others have quantized are refused as what they are; float8 without scales is a cast."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -57,6 +58,12 @@ def test_a_folder_whose_config_says_how_it_is_quantized(tmp_path, said, name):
 def test_a_config_that_says_nothing_is_no_obstacle(tmp_path, content):
     save_file(CODES, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(content)
+    assert len(Checkpoint.open(tmp_path).tensors) == 2
+
+
+def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path):
+    save_file(CODES, tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "config.json")
     assert len(Checkpoint.open(tmp_path).tensors) == 2
 
 
