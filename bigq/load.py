@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigq.checkpoint import Checkpoint
+from bigq.checkpoint import Checkpoint, Source
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
 from bigq.integrations.bitsandbytes_configs import as_config, is_config
 from bigq.integrations.parameter_count import count_weights
+from bigq.integrations.transformers_names import with_transformers_names
 from bigq.loading.destinations import Destinations
 from bigq.loading.fill import fill
 from bigq.loading.report import make_report
@@ -22,6 +23,7 @@ from bigq.loading.stream import Budget
 from bigq.loading.timings import Timings
 from bigq.loading.warm_up import WarmUp
 from bigq.model.in_place import ModelTensors
+from bigq.model.own_names import with_own_names
 from bigq.model.transaction import Snapshot, restored_on_error
 from bigq.model.tree import ModelTree
 from bigq.offload.dispatch import dispatch, keep_float32_callable
@@ -102,7 +104,8 @@ def load_and_quantize_model(
     weights_location, config = _arguments(weights_location, quantization_config, bnb_quantization_config)
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
     with timings.timed("plan"):
-        source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
+        source: Source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
+        source = with_own_names(tree, with_transformers_names(tree, source))
     with WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
             plan, places = plan_and_place(

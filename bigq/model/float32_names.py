@@ -47,7 +47,9 @@ def float32_names(tree: ModelTree) -> dict[str, Float32Rule]:
     return rules
 
 
-def _match(tree: ModelTree, module: nn.Module, aliases: Iterable[str], attribute: str, rules: dict[str, Float32Rule]) -> None:
+def _match(
+    tree: ModelTree, module: nn.Module, aliases: Iterable[str], attribute: str, rules: dict[str, Float32Rule]
+) -> None:
     patterns: Iterable[str] = getattr(module, attribute, None) or ()
     if not patterns:
         return
