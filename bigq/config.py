@@ -1,6 +1,6 @@
-"""QuantizationConfig: what to quantize into what; every refusal of a configuration is made here."""
+"""QuantizationConfig: which weights to quantize, and into which format. All checks of a configuration are here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, fields
 from typing import Any, cast
 
@@ -22,38 +22,70 @@ _DTYPES = {
 }
 
 
+_FOREIGN = {  # settings of bitsandbytes' configs and others: what is written here
+    "load_in_4bit": "QuantizationConfig('nf4')",
+    "load_in_8bit": "QuantizationConfig('int8')",
+    "bnb_4bit_quant_type": "QuantizationConfig('nf4') or QuantizationConfig('fp4')",
+    "bnb_4bit_use_double_quant": "double_quant=True",
+    "bnb_4bit_compute_dtype": "compute_dtype=torch.bfloat16",
+    "bnb_4bit_quant_storage": "nothing (codes are uint8)",
+    "llm_int8_threshold": "threshold=6.0",
+    "llm_int8_skip_modules": "skip_modules=[...]",
+    "llm_int8_enable_fp32_cpu_offload": "offload=torch.float32",
+    "llm_int8_has_fp16_weight": "nothing (weights are quantized)",
+    "modules_to_not_convert": "skip_modules=[...]",
+    "torch_dtype": "dtype=torch.bfloat16",
+    "quant_type": "QuantizationConfig('nf4'), QuantizationConfig('fp4') or QuantizationConfig('int8')",
+    "quant_method": "QuantizationConfig('nf4'), QuantizationConfig('fp4') or QuantizationConfig('int8')",
+    "bits": "QuantizationConfig('nf4') or QuantizationConfig('int8')",
+    "blocksize": "block_size=64",
+    "group_size": "block_size=64",
+}
+
+
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """What to quantize into what. Frozen, and never changed by the library.
+    """Which weights to quantize, and into which format. Frozen: the library never changes it.
+
+    A pattern of `skip_modules`, `also_quantize` and `keep_in_fp32_modules` is a path ("model.layers.0"), a name
+    ("lm_head") or a glob ("layers.*.mlp"). It matches whole components of a name, and everything below what it matches.
 
     Args:
-        format: a format with its settings, such as `NF4(block_size=32)` or `Int8(threshold=0.0)`, or its name: "nf4",
+        format: a format with its settings, such as `NF4(block_size=32)` or `Int8(threshold=0.0)`, or a name: "nf4",
             "fp4" or "int8".
-        block_size, double_quant, threshold: settings of a format that is given by its name, in place of its defaults.
-        method: how codes and scales are chosen; what is stored does not depend on it. "absmax" is the only one.
-        compute_dtype: dtype of the products; None for that of the activations.
-        dtype: dtype of the parameters that are not quantized, and of those that quantized weights stand for; None keeps
-            each one's dtype in the checkpoint.
-        skip_modules: modules not to quantize: a path ("model.layers.0"), a name ("lm_head") or a glob ("layers.*.mlp"),
-            matched on component borders. A pattern that matches nothing is an error.
-        skip_defaults: also skip the output head and the weights tied to another module.
-        also_quantize: parameters to quantize that are not by default, by name ("experts.gate_up_proj"), or modules all
-            of whose parameters of two or more dimensions are ("embed_tokens", "experts"); same patterns.
-        keep_in_fp32_modules: modules kept (or made) float32 and not quantized, whatever `dtype` says; same patterns.
-        cast_buffers: cast floating-point buffers to `dtype` as well; otherwise they keep theirs.
-        offload: what a module on "cpu" or "disk" of a device map is stored as: "preserve" (its dtype), "quantized",
-            torch.float32, or None: a custom map preserves for the 4-bit formats and quantizes for int8, an automatic
-            map quantizes.
+        block_size: weights of a row that share a scale, with "nf4" and "fp4": a power of two, 32 to 4096. None: 64.
+        double_quant: whether the scales are quantized too, with "nf4" and "fp4". None: False.
+        threshold: with "int8", the magnitude from which on a column of the activations is an outlier column, which is
+            multiplied in the dtype of the activations. None: 6.0.
+        method: how codes and scales are chosen. "absmax" is the only one.
+        compute_dtype: dtype of products with quantized weights: float16, bfloat16 or float32, as a torch.dtype or its
+            name. None: the dtype of the activations.
+        dtype: dtype of the parameters that are not quantized, and the dtype that a quantized `module.weight` reports;
+            same values. None: each tensor's dtype in the checkpoint.
+        skip_modules: patterns of modules and parameters that are not quantized.
+        skip_defaults: also skip the output head, and weights that are tied to another module.
+        also_quantize: patterns of parameters that are quantized in addition to the default ones, such as
+            "experts.gate_up_proj". A pattern that matches a module, such as "embed_tokens", stands for all parameters
+            of two or more dimensions in it.
+        keep_in_fp32_modules: patterns of modules that are not quantized and become float32, whatever `dtype` says.
+        cast_buffers: also cast floating-point buffers to `dtype`. False: they keep their dtype.
+        offload: how weights on "cpu" and "disk" are stored: "preserve" (not quantized), "quantized", or torch.float32
+            (not quantized). None: "quantized" in an automatic device map; in one that you wrote, "preserve" for the
+            4-bit formats and "quantized" for int8.
 
     Raises:
-        ConfigError: a value that is unknown, or that contradicts another.
+        ConfigError: a value is unknown, or contradicts another. A pattern that matches nothing in the model is an error
+            of the load.
 
     Example:
+        >>> from bigq import NF4, QuantizationConfig
         >>> QuantizationConfig("nf4", block_size=32) == QuantizationConfig(NF4(block_size=32))
         True
+        >>> QuantizationConfig("int8", skip_modules=["lm_head"], compute_dtype="bf16").compute_dtype
+        torch.bfloat16
     """
 
-    format: Format | str  # a Format once it is made
+    format: Format | str  # always a Format once the config is made
     _: KW_ONLY
     block_size: InitVar[int | None] = None
     double_quant: InitVar[bool | None] = None
@@ -67,6 +99,10 @@ class QuantizationConfig:
     keep_in_fp32_modules: tuple[str, ...] = ()
     cast_buffers: bool = False
     offload: str | torch.dtype | None = None
+
+    def __new__(cls, *args: object, **settings: object) -> "QuantizationConfig":
+        _refuse_foreign(settings)
+        return super().__new__(cls)
 
     def __post_init__(self, block_size: int | None, double_quant: bool | None, threshold: float | None) -> None:
         settings = {"block_size": block_size, "double_quant": double_quant, "threshold": threshold}
@@ -87,21 +123,31 @@ class QuantizationConfig:
         return cast(Format, self.format)
 
 
+def _refuse_foreign(settings: Mapping[str, object]) -> None:
+    """Raise a ConfigError that says what to write where settings have the names that other libraries give them."""
+    foreign = [name for name in settings if name in _FOREIGN]
+    if foreign:
+        said = ", ".join(f"write {_FOREIGN[name]} for {name}" for name in foreign)
+        raise ConfigError(f"{', '.join(foreign)}: the settings of bigq are called otherwise: {said}")
+
+
 def check_offload(value: object) -> None:
-    """Refuse what is no offload policy."""
+    """Raise a ConfigError unless `value` is a value of `QuantizationConfig.offload`."""
     if value not in (None, "preserve", "quantized", torch.float32):
         raise ConfigError(f"offload is {value!r}; expected None, 'preserve', 'quantized' or torch.float32")
 
 
 def _format(value: object, settings: dict[str, Any]) -> Format:
-    """The format that a config was given, by itself or by its name and `settings`, of which None says nothing."""
+    """The format that `value` is or names; a setting that is None has its default."""
     given = {name: setting for name, setting in settings.items() if setting is not None}
     if Format in type(value).__mro__:
         for name, setting in given.items():
             raise ConfigError(f"{name}={setting!r} beside {value!r}: a format carries its own settings, pass it there")
         return cast(Format, value)
+    if isinstance(value, str):
+        value = value.lower()
     if not isinstance(value, str) or value not in FORMATS:
-        return make_format(str(value))  # refuses it
+        return make_format(value)  # refuses it
     own = {field.name for field in fields(FORMATS[value])}
     for name, setting in given.items():
         if name not in own:
@@ -112,6 +158,8 @@ def _format(value: object, settings: dict[str, Any]) -> Format:
 def _patterns(name: str, value: Iterable[str] | None) -> tuple[str, ...]:
     if isinstance(value, str):
         raise ConfigError(f"{name} is the string {value!r}; expected a list of them: [{value!r}]")
+    if not isinstance(value, Iterable | None):
+        raise ConfigError(f"{name} is {value!r}; expected a list of module paths, names or globs")
     patterns = tuple(value or ())
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern or "" in pattern.split("."):
@@ -120,7 +168,7 @@ def _patterns(name: str, value: Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
-    dtype = _DTYPES.get(value) if isinstance(value, str) else value
+    dtype = _DTYPES.get(value.lower().removeprefix("torch.")) if isinstance(value, str) else value
     if value is not None and dtype not in _DTYPES.values():
         raise ConfigError(f"{name} is {value!r}; expected one of {sorted(_DTYPES)} or the torch dtype of that name")
     return dtype

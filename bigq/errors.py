@@ -1,19 +1,19 @@
-"""The errors bigq raises; every refusal of a file, a config or a placement is one of them.
+"""The errors that bigq raises on purpose.
 
 BigqError
 ├── ConfigError       a configuration that contradicts itself, the model or the checkpoint
 ├── CheckpointError   a file or tensor that is missing, damaged or does not fit the model
-├── PlacementError    a device map or offload folder that cannot be honoured
-└── UnsupportedError  a correct request that this device or this model cannot serve
+├── PlacementError    a device map or an offload folder that cannot be used, or too little memory
+└── UnsupportedError  a valid request that this device or this model cannot serve
 
-The first three are also `ValueError`s, as accelerate's are; `UnsupportedError` is also a `RuntimeError`.
+The first three are also `ValueError`s, as those of accelerate are. `UnsupportedError` is also a `RuntimeError`.
 """
 
 __all__ = ["BigqError", "CheckpointError", "ConfigError", "PlacementError", "UnsupportedError"]
 
 
 class BigqError(Exception):
-    """Base class of every error raised on purpose by bigq."""
+    """Base class of all errors that bigq raises on purpose."""
 
 
 class ConfigError(BigqError, ValueError):
@@ -25,8 +25,8 @@ class CheckpointError(BigqError, ValueError):
 
 
 class PlacementError(BigqError, ValueError):
-    """A device map, a memory budget or an offload folder cannot be honoured."""
+    """A device map, a memory limit or an offload folder cannot be used, or there is too little memory."""
 
 
 class UnsupportedError(BigqError, RuntimeError):
-    """A well-formed request that this device or this model cannot serve."""
+    """A request is valid, but this device or this model cannot serve it."""

@@ -1,4 +1,4 @@
-"""memory_footprint and num_parameters: the exact bytes of a model by device and kind, and how many weights it has."""
+"""memory_footprint and num_parameters: the bytes of a model by device and kind, and how many parameters it has."""
 
 from dataclasses import dataclass
 from math import prod
@@ -18,20 +18,23 @@ KINDS = ("packed", "scales", "kept")
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFootprint:
-    """Bytes of every parameter and buffer, each counted once.
+    """Bytes of the parameters and buffers of a model: what `memory_footprint` returns.
 
-    `nbytes[device][kind]`: device is "cuda:0", "cpu", "disk" or "meta"; kind is "packed" (codes of quantized weights),
-    "scales" (absmax and what else a format stores) or "kept" (everything that is not quantized).
+    Args:
+        nbytes: {device: {kind: bytes}}. A device is "cuda:0", "cpu", "disk" or "meta". A kind is "packed" (codes of
+            quantized weights), "scales" (all other tensors of quantized weights) or "kept" (tensors that are not
+            quantized).
     """
 
     nbytes: dict[str, dict[str, int]]
 
     @property
     def total_nbytes(self) -> int:
+        """Bytes on all devices, of all kinds."""
         return sum(sum(kinds.values()) for kinds in self.nbytes.values())
 
     def table(self) -> str:
-        """One line a device, in MB (1e6 bytes), with a total."""
+        """A table as text: one line for each device, in MB (1e6 bytes), and a total."""
         rows = [(device, [kinds[kind] for kind in KINDS]) for device, kinds in self.nbytes.items()]
         rows.append(("total", [sum(column) for column in zip(*(values for _, values in rows), strict=True)]))
         cells = [(device, *(f"{value / 1e6:.3f}" for value in (*values, sum(values)))) for device, values in rows]
@@ -39,7 +42,18 @@ class MemoryFootprint:
 
 
 def memory_footprint(model: nn.Module) -> MemoryFootprint:
-    """Count the bytes of `model`'s parameters and buffers by device and kind; tied tensors once."""
+    """Count the bytes of a model's parameters and buffers, by device and kind. Tied tensors count once.
+
+    Args:
+        model: any PyTorch model. It is not changed.
+
+    Example:
+        >>> import bigq, torch
+        >>> print(bigq.memory_footprint(torch.nn.Linear(1000, 1000)).table())
+        MB     packed  scales   kept    all
+        cpu     0.000   0.000  4.004  4.004
+        total   0.000   0.000  4.004  4.004
+    """
     nbytes: dict[str, dict[str, int]] = {}
     tree = ModelTree(model)
     for group in tree.tensors:
@@ -52,17 +66,18 @@ def memory_footprint(model: nn.Module) -> MemoryFootprint:
 
 
 def num_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
-    """Count the parameters of `model`, quantized weights as the numbers they stand for; tied ones once.
+    """Count the parameters of a model, each quantized weight as its original number of elements. Tied ones count once.
 
-    What counts the tensors that a model enumerates, such as PEFT's `print_trainable_parameters`, counts packed bytes,
-    scales and descriptions instead.
+    Functions that count the tensors of a model, such as PEFT's `print_trainable_parameters`, count the packed bytes,
+    scales and descriptions of quantized weights instead.
 
     Args:
-        model: any PyTorch model.
-        only_trainable: leave out frozen parameters, which all quantized weights are.
+        model: any PyTorch model. It is not changed.
+        only_trainable: count only parameters that require a gradient, which quantized weights never do.
 
     Example:
-        >>> num_parameters(nn.Linear(4, 3))
+        >>> import bigq, torch
+        >>> bigq.num_parameters(torch.nn.Linear(4, 3))
         15
     """
     total, tree = 0, ModelTree(model)

@@ -1,11 +1,10 @@
-"""load_and_quantize_model: checkpoint -> plan -> quantize -> place -> hook."""
+"""load_and_quantize_model: open a checkpoint, plan, read and quantize, put the results into the model, attach hooks."""
 
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +13,11 @@ from bigq.checkpoint import Checkpoint, Source
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
 from bigq.integrations.bitsandbytes_configs import as_config, is_config
+from bigq.integrations.bitsandbytes_models import refuse_bitsandbytes
 from bigq.integrations.parameter_count import count_weights
 from bigq.integrations.transformers_names import with_transformers_names
 from bigq.loading.destinations import Destinations
+from bigq.loading.extra_state import ExtraStates
 from bigq.loading.fill import fill
 from bigq.loading.report import make_report
 from bigq.loading.stream import Budget
@@ -30,33 +31,33 @@ from bigq.offload.dispatch import dispatch, keep_float32_callable
 from bigq.planning.device_map import DeviceMap, execution_device, is_offloaded
 from bigq.planning.places import expected_device, plan_and_place
 from bigq.planning.plan import Plan
+from bigq.system.interrupts import to_the_end
 
 __all__ = ["load_and_quantize_model"]
 
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Keep Python's cyclic garbage collector from looking at every module of a large model again and again.
+    """Pause Python's cyclic garbage collector, which would walk all modules of a large model again and again.
 
-    It took a third of the time of 9,000 small tensors; what a load drops is freed by its reference count.
+    It took a third of the time with 9,000 small tensors. Objects that a load drops are freed by their reference counts.
     """
     was_enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_enabled:
-            gc.enable()
+            to_the_end(gc.enable)
 
 
-@_collector_paused()
 def load_and_quantize_model(
     model: nn.Module,
     weights_location: str | os.PathLike[str] | None = None,
-    quantization_config: Any = None,
-    device_map: Any = None,
+    quantization_config: QuantizationConfig | object | None = None,
+    device_map: str | int | torch.device | Mapping[str, int | str | torch.device] | None = None,
     *,
-    bnb_quantization_config: Any = None,
+    bnb_quantization_config: object | None = None,
     no_split_module_classes: Iterable[str] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
@@ -67,46 +68,78 @@ def load_and_quantize_model(
     read_threads: int | None = None,
     read_budget: int | None = None,
 ) -> nn.Module:
-    """Stream a checkpoint into `model`, quantize its linears on the way, and place it as `device_map` says.
+    """Load a checkpoint into `model`, quantize its linears while they are read, and place it as `device_map` says.
 
-    Everything is checked before anything is changed, and the model changes only once every tensor has arrived: a call
-    that raises leaves it as it was. Without `weights_location` that holds for all that is checked, hooks and attributes
-    included; an interrupt after that leaves the layers that were reached quantized, because keeping the old weights to
-    put back would take the memory of both. accelerate's order of the arguments (model, config, weights) works too.
+    Everything is checked before anything is changed, and the model is changed only after every tensor has arrived. So a
+    call that raises leaves the model as it was.
+
+    Without `weights_location` the weights of the model itself are quantized, layer by layer. All checks still come
+    first, including whether the model accepts hooks and attributes. An interrupt after that (Ctrl-C) leaves some
+    layers quantized, because keeping the old weights would need memory for both.
+
+    accelerate's order of the arguments (model, config, weights) works too.
 
     Args:
-        model: any PyTorch model, on meta (`accelerate.init_empty_weights`) or holding weights.
+        model: any PyTorch model, on the meta device (`accelerate.init_empty_weights`) or with weights. It is changed.
         weights_location: a safetensors file, a .bin or .pt state dict, an index json, a folder with any of these, or a
-            Hub repo id (`owner/name@revision`). None quantizes the weights that the model holds, layer by layer.
+            Hub repo id (`owner/name@revision`). None: the weights that the model holds.
         quantization_config: a QuantizationConfig, accelerate's BnbQuantizationConfig or transformers'
-            BitsAndBytesConfig. None loads a checkpoint that was saved quantized as it is.
-        device_map: None (the current GPU, or the CPU where there is none), "auto", "balanced", "balanced_low_0",
-            "sequential", a device, or {module name: device, GPU index, "cpu" or "disk"}.
-        bnb_quantization_config: accelerate's name of `quantization_config`.
-        no_split_module_classes: class names of modules that an automatic map keeps on one device.
-        max_memory: {GPU index or "cpu": bytes or "20GiB"} for an automatic map.
-        offload_folder: where modules on "disk" are kept, in an unnamed file that goes with the model.
-        offload: what is kept of a module on "cpu" or "disk": see QuantizationConfig.offload, which this overrides.
-        skip_keys: keyword arguments that hooks do not move between devices, such as a KV cache.
-        strict: refuse missing and unexpected tensors; otherwise ignore the latter, and keep what the model holds in
-            place of the former where it holds anything.
-        progress: show a progress bar; None shows it on a terminal.
-        read_threads: threads that read files; by default 12, or the cores that this process may use if fewer.
-        read_budget: bytes of host and of GPU memory for weights on their way, besides the result; by default 768 MiB,
-            or an eighth of the memory that this process may still use if less.
+            BitsAndBytesConfig. None: load a checkpoint that was saved quantized.
+        device_map: None (the current GPU, or the CPU if there is none), "auto", "balanced", "balanced_low_0",
+            "sequential", a device, or {module or parameter name: device, GPU index, "cpu" or "disk"}.
+        bnb_quantization_config: accelerate's name for `quantization_config`.
+        no_split_module_classes: names of module classes that an automatic map keeps on one device. None: what the model
+            declares as `_no_split_modules`.
+        max_memory: {GPU index or "cpu": bytes, or a string such as "20GiB"} for an automatic map.
+        offload_folder: folder for tensors on "disk". They are stored there in one unnamed file, which the operating
+            system frees with the model.
+        offload: how weights on "cpu" or "disk" are stored; overrides `QuantizationConfig.offload`.
+        skip_keys: names of keyword arguments that hooks do not move between devices, such as a KV cache.
+        strict: refuse tensors that are missing from the checkpoint, and unexpected ones. False: ignore unexpected
+            tensors, and keep the model's own tensor in place of a missing one if it has numbers.
+        progress: show a progress bar on stderr. None: only on a terminal.
+        read_threads: threads that read files. None: 12, or the cores that this process may use if they are fewer.
+        read_budget: bytes of host memory, and of GPU memory, for weights that are being read, in addition to the
+            result. None: 768 MiB, or an eighth of the memory that this process may still use if that is less.
 
     Returns:
-        `model` itself, in the training mode it was in; `model.quantization_report` says what was done.
+        `model` itself, in the same training mode. It has new attributes: `quantization_report` (see
+        QuantizationReport), `quantization_method` and `is_loaded_in_8bit`; and `hf_device_map`, if anything is
+        offloaded or on another GPU.
 
     Raises:
-        CheckpointError, ConfigError, PlacementError, UnsupportedError: see bigq.errors.
+        CheckpointError: a file is missing or damaged, its tensors do not fit the model, or a weight holds NaN or Inf.
+        ConfigError: the config contradicts the model or the checkpoint.
+        PlacementError: the device map does not fit the model or this machine, or there is too little memory.
+        UnsupportedError: the model has no weight to quantize, or is quantized already.
+
+    Example:
+        >>> import tempfile
+        >>> import bigq, safetensors.torch, torch
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> with torch.device("meta"):
+        ...     skeleton = build()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     safetensors.torch.save_file(build().state_dict(), f"{folder}/model.safetensors")
+        ...     config = bigq.QuantizationConfig("nf4")
+        ...     model = bigq.load_and_quantize_model(skeleton, folder, config, device_map="cpu", progress=False)
+        >>> model[0].weight
+        QuantizedWeight(format=nf4, block_size=64, double_quant=False, shape=[64, 64], torch.float32, cpu)
+        >>> model[2]  # the output head is not quantized
+        Linear(in_features=64, out_features=8, bias=True)
     """
-    weights_location, config = _arguments(weights_location, quantization_config, bnb_quantization_config)
+    weights_location, config = _arguments(model, weights_location, quantization_config, bnb_quantization_config)
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
+    refuse_bitsandbytes(tree)
     with timings.timed("plan"):
-        source: Source = ModelTensors(model) if weights_location is None else Checkpoint.open(weights_location)
-        source = with_own_names(tree, with_transformers_names(tree, source))
-    with WarmUp(config, source, expected_device(device_map)) as warm_up:
+        source: Source = ModelTensors(model)
+        extra_states: ExtraStates | None = None
+        if weights_location is not None:
+            checkpoint = Checkpoint.open(weights_location, strict=strict)
+            extra_states = ExtraStates(checkpoint, tree.modules, strict=strict)
+            source = with_own_names(tree, with_transformers_names(tree, extra_states))
+    with _collector_paused(), WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
             plan, places = plan_and_place(
                 tree,
@@ -121,17 +154,19 @@ def load_and_quantize_model(
             )
             destinations = Destinations.open(plan, places, offload_folder, source)
         modules = tree.modules
-        del tree  # it keeps tensors alive, and a model that holds its weights frees them one by one
+        del tree  # it keeps all tensors alive; if the model holds its weights, they have to be freed one by one
         finish = partial(_finish, model, plan, places, destinations, timings, skip_keys)
         if source.in_place:
             _rehearse(modules, finish)
         jobs = fill(
             modules, plan, source, destinations, budget=budget, timings=timings, warm_up=warm_up, progress=progress
         )
-    with restored_on_error(modules):
+    with restored_on_error(modules), _collector_paused():
         with timings.timed("commit"):
             for job in jobs:
                 job.commit(modules)
+        if extra_states is not None:
+            extra_states.hand_over()
         finish()
     return model
 
@@ -146,30 +181,30 @@ def _finish(
     *,
     is_placed: bool = True,
 ) -> None:
-    """Give a model that holds its tensors the hooks and attributes that it needs."""
+    """Attach the hooks and attributes that a model needs, once it holds its tensors."""
     keep_float32_callable(model, plan)
     dispatch(model, places, skip_keys=skip_keys, is_placed=is_placed)
     model.quantization_method = "bigq"  # type: ignore[assignment]
     model.quantization_report = make_report(plan, destinations.places, timings)  # type: ignore[assignment]
     count_weights(model)
-    # The flag by which PEFT and TRL know a k-bit model; accelerate refuses to prepare one of those that is offloaded.
+    # PEFT and TRL recognize a k-bit model by this flag. accelerate refuses to prepare an offloaded model that has it.
     runs_on = execution_device(places)
     model.is_loaded_in_8bit = not any(is_offloaded(place, runs_on) for place in places.values())  # type: ignore[assignment]
 
 
 def _rehearse(modules: Mapping[str, nn.Module], finish: Callable[..., None]) -> None:
-    """Finish a model that is not converted yet, and undo it: what the model refuses is then known while it is whole."""
+    """Call `finish` on a model that is not changed yet, and undo it, so that an error in it comes before any change."""
     before = Snapshot(modules.values())
     try:
         finish(is_placed=False)
     finally:
-        before.restore()
+        to_the_end(before.restore)
 
 
 def _arguments(
-    weights_location: Any, quantization_config: Any, bnb_quantization_config: Any
+    model: nn.Module, weights_location: object, quantization_config: object, bnb_quantization_config: object
 ) -> tuple[str | os.PathLike[str] | None, QuantizationConfig | None]:
-    """The checkpoint and the config, in whichever order and under whichever name they came."""
+    """The checkpoint and the config, from either order of the arguments and either name of the config."""
     if is_config(weights_location) and not is_config(quantization_config):
         weights_location, quantization_config = quantization_config, weights_location
     if quantization_config is not None and bnb_quantization_config is not None:
@@ -177,4 +212,4 @@ def _arguments(
     config = quantization_config if bnb_quantization_config is None else bnb_quantization_config
     if weights_location is not None and not isinstance(weights_location, (str, os.PathLike)):
         raise CheckpointError(f"weights_location is {weights_location!r}; expected a path or a Hub repo id")
-    return weights_location, None if config is None else as_config(config)
+    return weights_location, None if config is None else as_config(config, model)

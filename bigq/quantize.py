@@ -1,12 +1,12 @@
-"""quantize_tensor and dequantize_tensor: the formats on a single tensor, without a module."""
+"""quantize_tensor and dequantize_tensor: quantize a single tensor, without a module."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bigq.config import QuantizationConfig
 from bigq.errors import ConfigError
 from bigq.formats import Description
 from bigq.integrations.bitsandbytes_configs import as_config
@@ -16,21 +16,40 @@ __all__ = ["QuantizedTensor", "dequantize_tensor", "quantize_tensor"]
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor:
-    """A quantized weight: what it is, and the tensors that hold it, by part: "packed", "absmax" and so on."""
+    """A quantized tensor: what `quantize_tensor` returns.
+
+    Args:
+        description: the format, shape and dtype.
+        tensors: the tensors that hold it, by part: "packed", "absmax" and so on, as docs/formats.md lists them.
+    """
 
     description: Description
     tensors: Mapping[str, Tensor]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all `tensors`."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
-def quantize_tensor(weight: Tensor, quantization_config: Any) -> QuantizedTensor:
-    """Quantize a float tensor of any shape along its last dimension, on its own device.
+def quantize_tensor(weight: Tensor, quantization_config: QuantizationConfig | object) -> QuantizedTensor:
+    """Quantize a float tensor along its last dimension, on the tensor's own device.
+
+    Args:
+        weight: float16, bfloat16 or float32, of any shape [..., K]. It is not changed.
+        quantization_config: as in `load_and_quantize_model`; its format, method and compute_dtype are used.
+
+    Returns:
+        new tensors, which share no memory with `weight`.
 
     Raises:
-        ConfigError: `weight` is not fp16, bf16 or fp32, or holds NaN or Inf.
+        ConfigError: `weight` has another dtype, or holds NaN or Inf.
+
+    Example:
+        >>> import bigq, torch
+        >>> state = bigq.quantize_tensor(torch.ones(8, 64), bigq.QuantizationConfig("nf4"))
+        >>> {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in state.tensors.items()}
+        {'packed': (torch.uint8, (8, 32)), 'absmax': (torch.int32, (8, 1))}
     """
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ConfigError(f"weight is {weight.dtype}; expected torch.float16, torch.bfloat16 or torch.float32")
@@ -49,6 +68,20 @@ def quantize_tensor(weight: Tensor, quantization_config: Any) -> QuantizedTensor
 
 
 def dequantize_tensor(state: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor that `state` stands for, in `dtype` (by default that of the original)."""
+    """Decode a quantized tensor.
+
+    Args:
+        state: what `quantize_tensor` returned.
+        dtype: dtype of the result, to which it is rounded once. None: the dtype of the original tensor.
+
+    Returns:
+        a new tensor of the original shape, on the device of `state`.
+
+    Example:
+        >>> import bigq, torch
+        >>> state = bigq.quantize_tensor(torch.tensor([[0.0, 0.5, 1.0]]), bigq.QuantizationConfig("nf4"))
+        >>> bigq.dequantize_tensor(state)
+        tensor([[0.0000, 0.4407, 1.0000]])
+    """
     what = state.description
     return what.format.dequantize(state.tensors, what.shape, dtype or what.dtype)

@@ -1,12 +1,4 @@
-"""Testing: sources of bytes that fail, lie or take long, to test what a load does then.
-
-    from bigq.checkpoint import Checkpoint
-    from bigq.testing import FaultyBytes, with_bytes
-
-    source = with_bytes(Checkpoint.open(path), lambda file: FaultyBytes(file, fail_at=4096))
-
-`source` holds the tensors of the checkpoint, and whoever reads byte 4096 of one of its files gets an error.
-"""
+"""Testing: sources of bytes that fail, end early, return a wrong byte or take long, to test how a load reacts."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,29 +10,47 @@ from types import MappingProxyType
 from torch import Tensor
 
 from bigq.checkpoint import Adapter, ByteSource, ReadError, Source, StoredTensor, read_tensor, refuse_unknown
+from bigq.system.files import FileIdentity
 
 __all__ = ["FaultyBytes", "with_bytes"]
 
 
 class FaultyBytes:
-    """The bytes of `source` with faults; a ByteSource for any number of threads.
+    """The bytes of another ByteSource, with faults. Several threads may read it.
 
-    It has no `path`, so nothing maps the file and reads around it. `reads` lists the bytes that each read asked for, in
-    the order in which the reads began; `closes` counts the calls of `close`.
+    Its `path` is None, so that no code maps the file and bypasses the faults.
 
     Args:
         source: where the bytes come from.
-        fail_at: a read that includes this byte raises `error` and fills nothing.
-        error: what `fail_at` raises, this very object each time; by default a ReadError of that byte, as where a disk
-            reports a fault.
-        short_after: the bytes end after so many, as those of a file that was cut short: a read beyond gets what there
-            is, and a ReadError.
-        flip_at: all bits of this byte are flipped.
-        delay_s: seconds that a read takes longer.
-        delay_at: only reads that include this byte are delayed; by default all are.
+        fail_at: offset of a byte. A read that includes it raises `error` and fills nothing.
+        error: the exception that `fail_at` raises, the same object each time. None: a ReadError for that byte, as if
+            the disk reported a fault.
+        short_after: number of bytes after which the source ends, as if the file was cut short. A read beyond it gets
+            the bytes before it and raises a ReadError.
+        flip_at: offset of a byte of which all bits are flipped.
+        delay_s: seconds by which a read is delayed.
+        delay_at: offset of a byte. Only reads that include it are delayed. None: all reads.
+
+    Attributes:
+        reads: the range of bytes of each read, in the order in which the reads began.
+        closes: how often `close` was called.
 
     Raises:
-        ValueError: an offset is not one of a byte of `source`, or an argument has no effect without another.
+        ValueError: an offset is beyond the bytes of `source`, or an argument has no effect without another.
+
+    Example:
+        >>> import tempfile
+        >>> import safetensors.torch, torch
+        >>> from bigq import CheckpointError
+        >>> from bigq.checkpoint import Checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     safetensors.torch.save_file({"x": torch.zeros(8)}, f"{folder}/model.safetensors")
+        ...     source = with_bytes(Checkpoint.open(folder), lambda file: FaultyBytes(file, fail_at=80))
+        ...     try:
+        ...         list(source.read(["x"]))
+        ...     except CheckpointError as error:
+        ...         print(str(error).replace(folder, "folder"))
+        cannot read tensor 'x' of folder/model.safetensors: a fault that a test asked for
     """
 
     def __init__(
@@ -64,13 +74,14 @@ class FaultyBytes:
             raise ValueError("delay_at is given without delay_s, for how long")
         self.source, self.name, self.nbytes = source, source.name, source.nbytes
         self.path: Path | None = None
+        self.identity: FileIdentity | None = None
         self.fail_at, self.error, self.short_after, self.flip_at = fail_at, error, short_after, flip_at
         self.delay_s, self.delay_at = delay_s, delay_at
         self.reads: list[range] = []
         self.closes = 0
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset` on, with the faults that were asked for."""
+        """Fill `buffer` with the bytes from `offset` on, with the faults of this source."""
         asked = range(offset, offset + len(buffer))
         self.reads.append(asked)
         if self.delay_s and (self.delay_at is None or self.delay_at in asked):
@@ -92,10 +103,13 @@ class FaultyBytes:
 
 
 def with_bytes(source: Source, wrap: Callable[[ByteSource], ByteSource]) -> Source:
-    """`source` with other bytes: `wrap` is called once for each ByteSource that a span lies in, and replaces it.
+    """Return the tensors of `source`, read through wrapped ByteSources.
 
-    Tensors that have spans are read through them, also by `read`; the others as `source` reads them. `source` itself is
-    left as it is.
+    Tensors without spans are read as `source` reads them.
+
+    Args:
+        source: a checkpoint, or any other Source. It is not changed.
+        wrap: called once with each ByteSource of the spans; returns what replaces it.
     """
     return _WithBytes(source, wrap)
 
@@ -103,7 +117,7 @@ def with_bytes(source: Source, wrap: Callable[[ByteSource], ByteSource]) -> Sour
 class _WithBytes(Adapter):
     def __init__(self, source: Source, wrap: Callable[[ByteSource], ByteSource]) -> None:
         super().__init__(source)
-        self._wrapped: dict[int, ByteSource] = {}  # by the identity of what it stands for
+        self._wrapped: dict[int, ByteSource] = {}  # by the identity of the ByteSource that it replaces
         tensors: dict[str, StoredTensor] = {}
         for name, stored in source.tensors.items():
             for span in stored.spans:

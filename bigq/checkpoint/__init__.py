@@ -1,6 +1,7 @@
 """Checkpoints as they come: where their files are, which tensors they hold, and the tensors one by one."""
 
 from bigq.checkpoint.adapters import Adapter, Conversion, Converted, Renamed
+from bigq.checkpoint.foreign import FLOAT8, is_scaled
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
 from bigq.checkpoint.source import (
@@ -15,6 +16,7 @@ from bigq.checkpoint.source import (
 )
 
 __all__ = [
+    "FLOAT8",
     "Adapter",
     "ByteSource",
     "Checkpoint",
@@ -27,6 +29,7 @@ __all__ = [
     "Span",
     "StoredTensor",
     "cut_out",
+    "is_scaled",
     "read_tensor",
     "refuse_unknown",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from bigq.checkpoint.index import read_index
 from bigq.errors import CheckpointError
@@ -15,18 +16,24 @@ __all__ = [
     "INDEX_SUFFIX",
     "PICKLE_SUFFIXES",
     "SAFETENSORS_SUFFIX",
+    "TRAINING_SUFFIXES",
     "Choice",
     "Listing",
     "choose",
     "choose_indexed",
+    "has_suffix",
+    "holds_weights",
     "list_folder",
 ]
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+TRAINING_SUFFIXES = (".ckpt", ".pth.tar", ".pt.tar")  # pickles of training scripts, as a rule with more than weights
 INDEX_SUFFIX = ".index.json"
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>\.\w+)")
+# A variant has its name before the last suffix: m-00001-of-00002.fp16.safetensors, m.safetensors.index.fp16.json.
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>(\.\w+)+)")
+_INDEX = re.compile(r".+\.index(\.\w+)?\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +62,29 @@ class Choice:
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
     suffixes: tuple[str, ...]
-    standard_name: str
+    standard_name: str | None
 
     @property
-    def standard_index(self) -> str:
-        return self.standard_name + INDEX_SUFFIX
+    def standard_index(self) -> str | None:
+        return self.standard_name and self.standard_name + INDEX_SUFFIX
 
 
 # In order of preference: safetensors can be checked without unpickling anything.
 _KINDS = (
     _Kind(suffixes=(SAFETENSORS_SUFFIX,), standard_name="model.safetensors"),
     _Kind(suffixes=PICKLE_SUFFIXES, standard_name="pytorch_model.bin"),
+    _Kind(suffixes=TRAINING_SUFFIXES, standard_name=None),
 )
+
+
+def has_suffix(name: str, *suffixes: str) -> bool:
+    """Whether a file's name ends with one of `suffixes`, in letters of either case."""
+    return name.lower().endswith(suffixes)
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file's name is one of a file of weights."""
+    return any(has_suffix(name, *kind.suffixes) for kind in _KINDS)
 
 
 def list_folder(folder: Path) -> Listing:
@@ -102,16 +120,16 @@ def choose(listing: Listing) -> Choice:
             return None
 
     for kind in _KINDS:
-        if kind.standard_name in names:
+        if kind.standard_name and kind.standard_name in names:
             return Choice(files=(kind.standard_name,))
-        if kind.standard_index in names and (choice := open_index(kind.standard_index)):
+        if kind.standard_index and kind.standard_index in names and (choice := open_index(kind.standard_index)):
             return choice
-        opened = [open_index(name) for name in names if name.endswith(INDEX_SUFFIX)]
+        opened = [open_index(name) for name in names if _INDEX.fullmatch(name)]
         if choice := _only(listing, [choice for choice in opened if choice and _kind_of(choice) is kind]):
             return choice
         if problems:
             continue  # the files that a broken index speaks of are not to be guessed at
-        files = [name for name in names if name.endswith(kind.suffixes)]
+        files = [name for name in names if has_suffix(name, *kind.suffixes)]
         problems += _missing_shards(files)
         if files and not problems:
             return _choose_unindexed(listing, kind, files)
@@ -128,19 +146,19 @@ def choose_indexed(listing: Listing, index: str) -> Choice | None:
     """The shards that an index names, or None if they are another framework's."""
     weight_map = listing.read_index(index)
     files = sorted(set(weight_map.values()))
-    if not all(file.endswith((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)) for file in files):
+    if not all(map(holds_weights, files)):
         return None
     missing = [file for file in files if not listing.contains(file)]
     if missing:
         raise CheckpointError(
-            f"the index {index} names {len(missing)} missing file(s): {', '.join(missing)}; put them beside it"
+            f"the index {index} names {len(missing)} missing file(s): {shortlist(missing)}; put them beside it"
         )
     return Choice(files=tuple(files), index=index, weight_map=weight_map)
 
 
 def _only(listing: Listing, choices: list[Choice]) -> Choice | None:
     if len(choices) > 1:
-        indexes = ", ".join(choice.index for choice in choices if choice.index)
+        indexes = shortlist([choice.index for choice in choices if choice.index])
         raise CheckpointError(
             f"{listing.place} holds several complete checkpoints: {indexes}; pass the path of the index to load"
         )
@@ -148,15 +166,17 @@ def _only(listing: Listing, choices: list[Choice]) -> Choice | None:
 
 
 def _kind_of(choice: Choice) -> _Kind:
-    safetensors, pickles = _KINDS
-    return safetensors if all(file.endswith(SAFETENSORS_SUFFIX) for file in choice.files) else pickles
+    """The least preferred kind of its files."""
+    return next(kind for kind in reversed(_KINDS) if any(has_suffix(file, *kind.suffixes) for file in choice.files))
 
 
 def _choose_unindexed(listing: Listing, kind: _Kind, files: list[str]) -> Choice:
-    sets = {match["stem"] if (match := _SHARD.fullmatch(file)) else file for file in files}
-    if len(sets) > 1 and kind.suffixes == PICKLE_SUFFIXES:  # to compare their tensors would be to unpickle them all
+    sets = {match.group("stem", "total", "suffix") if (match := _SHARD.fullmatch(file)) else file for file in files}
+    if (
+        len(sets) > 1 and SAFETENSORS_SUFFIX not in kind.suffixes
+    ):  # to compare their tensors would be to unpickle them all
         raise CheckpointError(
-            f"{listing.place} holds several state dicts and no index: {', '.join(files)}; "
+            f"{listing.place} holds several state dicts and no index: {shortlist(files)}; "
             "pass the path of the file to load"
         )
     return Choice(files=tuple(files), proven=len(sets) == 1)
@@ -164,11 +184,10 @@ def _choose_unindexed(listing: Listing, kind: _Kind, files: list[str]) -> Choice
 
 def _missing_shards(files: list[str]) -> list[str]:
     """What the files named like shards say is not there."""
-    sets: dict[tuple[str, str, str], dict[int, str]] = {}
+    sets: dict[tuple[str | Any, ...], dict[int, str]] = {}
     for file in files:
         if match := _SHARD.fullmatch(file):
-            key = (match["stem"], match["total"], match["suffix"])
-            sets.setdefault(key, {})[int(match["number"])] = file
+            sets.setdefault(match.group("stem", "total", "suffix"), {})[int(match["number"])] = file
     problems = []
     for (stem, total, suffix), shards in sets.items():
         first = 0 if 0 in shards else 1

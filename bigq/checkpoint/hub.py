@@ -2,86 +2,118 @@
 
 import logging
 import re
+from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
+from typing import NamedTuple
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from bigq.checkpoint.choose import Choice, Listing, choose, list_folder
+from bigq.checkpoint.choose import Choice, Listing, choose, holds_weights, list_folder
 from bigq.checkpoint.index import read_index
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
 
-__all__ = ["download", "is_repo_id"]
+__all__ = ["Repository", "download", "parse_repository"]
 
 logger = logging.getLogger(__name__)
 
-_REPO_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
-_STANDARD_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_PART = r"\w[\w.-]*"
+_REPOSITORY = re.compile(rf"(?P<id>({_PART}/)?{_PART})(/(?P<folder>{_PART}(/{_PART})*))?(@(?P<revision>.+))?", re.ASCII)
+_CONFIGS = ("config.json", "adapter_config.json")  # say of weights how they were quantized, or what they belong to
 
 
-def is_repo_id(text: str) -> bool:
-    """Whether a text has the form of a repository id, `name` or `owner/name`."""
-    return _REPO_ID.fullmatch(text) is not None
+class Repository(NamedTuple):
+    """A folder of a Hub repository; `folder` is "" for the repository itself, `revision` None for its main branch."""
+
+    id: str
+    folder: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return (
+            f"the Hub repository {self.id!r}" if not self.folder else f"{self.folder!r} of the repository {self.id!r}"
+        )
 
 
-def download(repo_id: str, revision: str | None) -> tuple[Path, Choice]:
-    """Download the files of a repository's checkpoint, and no others; return their folder and the choice made.
+def parse_repository(text: str) -> Repository | None:
+    """What `text` names: `name`, `owner/name` or `owner/name/folder`, with `@revision` or without; else None."""
+    match = _REPOSITORY.fullmatch(text)
+    return Repository(match["id"], match["folder"] or "", match["revision"]) if match else None
+
+
+def download(repository: Repository) -> tuple[Path, Choice]:
+    """Download the files of a checkpoint and what describes it, and no others; return their folder and the choice made.
 
     When the repository cannot be reached, a complete copy in the cache is used.
     """
     try:
         # One request without retries: a mistyped local path is not answered with half a minute of them.
-        siblings = HfApi().model_info(repo_id, revision=revision, timeout=10).siblings
+        siblings = HfApi().model_info(repository.id, revision=repository.revision, timeout=10).siblings
     except Exception as error:  # by version, huggingface_hub lets its HTTP client's own exceptions through
-        cached = _cached_folder(repo_id, revision)
-        if cached is None:
-            raise CheckpointError(_explain(repo_id, revision, error)) from error
-        logger.warning("%s; using the copy in %s", _explain(repo_id, revision, error), cached)
-        return cached, choose(list_folder(cached))
+        return _cached(repository, _explain(repository, error), error)
 
-    names = {sibling.rfilename for sibling in siblings or ()}
-    choice = choose(
-        Listing(
-            place=f"the Hub repository {repo_id!r}",
-            names=names,
-            contains=names.__contains__,
-            read_index=lambda name: read_index(_fetch(repo_id, revision, [name]) / name),
-        )
+    files = [sibling.rfilename for sibling in siblings or ()]
+    prefix = repository.folder and repository.folder + "/"
+    names = {file.removeprefix(prefix) for file in files if file.startswith(prefix)}
+    if not names and prefix:
+        raise CheckpointError(f"the Hub repository {repository.id!r} has no folder {repository.folder!r}{_hint(files)}")
+    listing = Listing(
+        place=str(repository),
+        names=names,
+        contains=names.__contains__,
+        read_index=lambda name: read_index(_fetch(repository, [name]) / name),
     )
+    try:
+        choice = choose(listing)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_hint(files)}") from error
     if not choice.proven:
         raise CheckpointError(
-            f"the Hub repository {repo_id!r} holds several safetensors files and no index: {shortlist(choice.files)}; "
+            f"{repository} holds several safetensors files and no index: {shortlist(choice.files)}; "
             "download the one to load and pass its path"
         )
     wanted = [*choice.files] if choice.index is None else [choice.index, *choice.files]
-    return _fetch(repo_id, revision, wanted), choice
+    return _fetch(repository, [*wanted, *filter(names.__contains__, _CONFIGS)]), choice
 
 
-def _fetch(repo_id: str, revision: str | None, names: list[str]) -> Path:
+def _hint(files: Iterable[str]) -> str:
+    """Which folders of a repository may be meant."""
+    folders = sorted({file.rpartition("/")[0] for file in files if "/" in file and holds_weights(file)})
+    return f"; there are weights in its folders {shortlist(folders)}: pass 'owner/name/folder'" if folders else ""
+
+
+def _cached(repository: Repository, reason: str, cause: Exception) -> tuple[Path, Choice]:
+    """The checkpoint as the cache holds it, where the Hub did not answer for this `reason`."""
     try:
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in names])
+        snapshot = snapshot_download(repository.id, revision=repository.revision, local_files_only=True)
+    except Exception:  # it is not there; as above
+        raise CheckpointError(reason) from cause
+    folder = Path(snapshot, repository.folder)
+    if not folder.is_dir():
+        raise CheckpointError(reason) from cause
+    try:
+        choice = choose(list_folder(folder))
+    except CheckpointError as error:
+        raise CheckpointError(f"{reason}; the copy in the cache is not whole: {error}") from cause
+    logger.warning("%s; using the copy in %s", reason, folder)
+    return folder, choice
+
+
+def _fetch(repository: Repository, names: list[str]) -> Path:
+    """Download these files of a folder; where it then is."""
+    patterns = [escape(f"{repository.folder}/{name}" if repository.folder else name) for name in names]
+    try:
+        snapshot = snapshot_download(repository.id, revision=repository.revision, allow_patterns=patterns)
     except Exception as error:  # as above
-        raise CheckpointError(_explain(repo_id, revision, error)) from error
-    return Path(folder)
+        raise CheckpointError(_explain(repository, error)) from error
+    return Path(snapshot, repository.folder)
 
 
-def _cached_folder(repo_id: str, revision: str | None) -> Path | None:
-    for name in _STANDARD_NAMES:
-        cached = try_to_load_from_cache(repo_id, name, revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent
-    return None
-
-
-def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
+def _explain(repository: Repository, error: Exception) -> str:
     """Say what went wrong on the Hub and what to do about it."""
+    repo_id, revision = repository.id, repository.revision
     page = f"https://huggingface.co/{repo_id}"
     if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError too, so it comes first
         return f"the Hub repository {repo_id!r} is gated: ask for access on {page}, then run `hf auth login`"

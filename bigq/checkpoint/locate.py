@@ -9,22 +9,24 @@ from bigq.checkpoint.choose import (
     INDEX_SUFFIX,
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIX,
+    TRAINING_SUFFIXES,
     Choice,
     choose,
     choose_indexed,
+    has_suffix,
     list_folder,
 )
-from bigq.checkpoint.hub import download, is_repo_id
+from bigq.checkpoint.hub import download, parse_repository
 from bigq.checkpoint.index import read_index
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
 
 __all__ = ["Location", "locate"]
 
-_FILE_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
+_FILE_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, *TRAINING_SUFFIXES)
 _FORMS = (
     f"a {SAFETENSORS_SUFFIX} file, a state dict ({', '.join(PICKLE_SUFFIXES)}), an index (*{INDEX_SUFFIX}), "
-    "a folder with one of these, or a Hub repository id ('owner/name' or 'owner/name@revision')"
+    "a folder with one of these, or a Hub repository id ('owner/name', 'owner/name/folder', 'owner/name@revision')"
 )
 
 
@@ -51,19 +53,17 @@ def locate(weights_location: str | os.PathLike[str]) -> Location:
         return _locate_file(path)
     if os.path.lexists(path):  # a device, a socket, a link to nowhere
         raise CheckpointError(f"{path} is neither a file nor a folder: expected {_FORMS}")
-    if isinstance(weights_location, str) and not weights_location.endswith((*_FILE_SUFFIXES, ".json")):
-        repo_id, at, revision = weights_location.partition("@")
-        if is_repo_id(repo_id) and bool(at) == bool(revision):
-            return _resolve(*download(repo_id, revision or None))
+    if isinstance(weights_location, str) and not has_suffix(weights_location, *_FILE_SUFFIXES, ".json"):
+        repository = parse_repository(weights_location)
+        if repository is not None:
+            return _resolve(*download(repository))
     hint = "; `~` is not expanded, use Path.expanduser()" if path.parts[0].startswith("~") else ""
     raise CheckpointError(f"no such file or folder: {path}{hint}; expected {_FORMS}")
 
 
 def _locate_file(path: Path) -> Location:
-    if path.name.endswith(_FILE_SUFFIXES):
-        return Location(files=(path,))
-    if path.suffix != ".json":
-        raise CheckpointError(f"{path} has a suffix that is not one of a checkpoint: expected {_FORMS}")
+    if not has_suffix(path.name, ".json"):
+        return Location(files=(path,))  # whatever its name is: its content says what it is
     choice = choose_indexed(list_folder(path.parent), path.name)
     if choice is None:
         foreign = shortlist(sorted(set(read_index(path).values())))

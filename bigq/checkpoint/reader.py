@@ -10,16 +10,20 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from bigq.checkpoint.choose import SAFETENSORS_SUFFIX
+from bigq.checkpoint.content import is_safetensors
+from bigq.checkpoint.foreign import refuse_foreign
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.locate import Location, locate
 from bigq.checkpoint.pickle_file import PickleFile
 from bigq.checkpoint.safetensors_file import SafetensorsFile
 from bigq.checkpoint.source import StoredTensor, refuse_unknown
 from bigq.errors import CheckpointError
+from bigq.system.files import FileIdentity
 from bigq.system.text import shortlist
 
 __all__ = ["Checkpoint"]
+
+_SHOWN = 10  # problems of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,31 +31,43 @@ class Checkpoint:
     """The files of a checkpoint and, in the order in which they are stored, its tensors; a Source.
 
     It keeps no file open, so it can be shared between threads: every `read` opens the files it needs. `sources` holds
-    the bytes of each file, by the name that errors call it.
+    the bytes of each file, by what errors call the place of its tensors; `extra_states` the objects other than tensors
+    that modules have put into state dicts.
     """
 
     files: tuple[Path, ...]
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     sources: Mapping[str, LocalFile] = field(repr=False)
+    extra_states: Mapping[str, object] = field(default_factory=dict, repr=False)
     in_place = False
 
     @classmethod
-    def open(cls, weights_location: str | os.PathLike[str]) -> "Checkpoint":
+    def open(cls, weights_location: str | os.PathLike[str], *, strict: bool = True) -> "Checkpoint":
         """Find a checkpoint, read the headers of all its files and check that they agree.
 
-        Accepts a file, an index, a folder or a Hub repository id, and raises one `CheckpointError` that lists every
-        problem found. No tensor is read, except from pickles in the format from before torch 1.6.
+        Accepts a file, an index, a folder or a Hub repository id, and raises one `CheckpointError` that says what is
+        wrong. No tensor is read, except from pickles in the format from before torch 1.6. `strict` also refuses a
+        state dict that holds anything beside tensors.
         """
         location = locate(weights_location)
         described: dict[Path, list[StoredTensor]] = {}
         sources: dict[str, LocalFile] = {}
+        extra_states: dict[str, object] = {}
         errors: list[CheckpointError] = []
         for path in location.files:
             try:
-                source = LocalFile(path, _nbytes(path))
+                found = _stat(path)
+                source = LocalFile(path, found.st_size, FileIdentity.of(found))
                 with _open(path) as file:
+                    if isinstance(file, PickleFile):
+                        extra_states |= file.extra_states
+                        if strict and file.others:
+                            raise CheckpointError(
+                                f"{path} is not a dict of names and tensors alone: {shortlist(file.others)}; "
+                                "strict=False ignores what is no tensor"
+                            )
                     described[path] = file.describe(source)
-                sources[source.name] = source
+                sources.update((stored.where, source) for stored in described[path])
             except CheckpointError as error:
                 errors.append(error)
         tensors, problems = _merge(location, described)
@@ -59,8 +75,15 @@ class Checkpoint:
             raise errors[0]
         problems = [*map(str, errors), *problems]
         if problems:
-            raise CheckpointError(f"cannot open the checkpoint {weights_location}:\n  - " + "\n  - ".join(problems))
-        return cls(files=location.files, tensors=MappingProxyType(tensors), sources=MappingProxyType(sources))
+            listed = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
+            raise CheckpointError(f"cannot open the checkpoint {weights_location}:\n  - " + "\n  - ".join(listed))
+        refuse_foreign((location.index or location.files[0]).parent, tensors)
+        return cls(
+            files=location.files,
+            tensors=MappingProxyType(tensors),
+            sources=MappingProxyType(sources),
+            extra_states=MappingProxyType(extra_states),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -91,10 +114,10 @@ class Checkpoint:
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for where, group in groupby(names, key=lambda name: self.tensors[name].where):
             source = self.sources[where]
-            _check_size(source)
+            _check_unchanged(source)
             with _open(source.path) as file:
                 for name in group:
-                    _check_size(source)  # to touch a map beyond the end of its file kills the process
+                    _check_unchanged(source)  # to touch a map beyond the end of its file kills the process
                     yield name, self._checked(file.read(name), self.tensors[name])
 
     @staticmethod
@@ -108,21 +131,21 @@ class Checkpoint:
 
 
 def _open(path: Path) -> SafetensorsFile | PickleFile:
-    return SafetensorsFile(path) if path.name.endswith(SAFETENSORS_SUFFIX) else PickleFile(path)
+    return SafetensorsFile(path) if is_safetensors(path) else PickleFile(path)
 
 
-def _check_size(source: LocalFile) -> None:
-    found = _nbytes(source.path)
-    if found != source.nbytes:
+def _check_unchanged(source: LocalFile) -> None:
+    found = _stat(source.path)
+    if (found.st_size, FileIdentity.of(found)) != (source.nbytes, source.identity):
         raise CheckpointError(
-            f"{source.path} changed after it was opened: it had {source.nbytes} bytes and now has {found}; "
-            "open the checkpoint again"
+            f"{source.path} changed after it was opened: it had {source.nbytes} bytes and now has {found.st_size}, "
+            "or is another file; open the checkpoint again"
         )
 
 
-def _nbytes(path: Path) -> int:
+def _stat(path: Path) -> os.stat_result:
     try:
-        return path.stat().st_size
+        return path.stat()
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error
 

@@ -1,6 +1,5 @@
 """A safetensors file, read by the safetensors library."""
 
-import json
 import math
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from bigq.checkpoint.source import ByteSource, Span, StoredTensor
 from bigq.errors import CheckpointError
+from bigq.system.json_text import parse_json
 from bigq.system.text import shortlist
 
 __all__ = ["SafetensorsFile"]
@@ -50,7 +50,7 @@ class SafetensorsFile:
         try:
             self._handle: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot open {path}: {_explain(path) or error}") from error
+            raise CheckpointError(f"cannot open {path}: {_explain(path) or str(error)[:500]}") from error
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -87,9 +87,9 @@ class SafetensorsFile:
         with self._path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length)
-        if header.count(b'"data_offsets"') != count:  # the library takes one of two entries
-            twice: list[str] = []
-            json.loads(header, object_pairs_hook=lambda pairs: twice.extend(_repeated(pairs)))
+        # The library takes one of two entries. An escape may write their keys in other ways, so it is a doubt, too.
+        if header.count(b'"data_offsets"') != count or b"\\" in header:
+            _, twice = parse_json(header)
             if twice:
                 raise CheckpointError(f"cannot open {self._path}: its header names {shortlist(twice)} twice")
         return 8 + length
@@ -106,11 +106,6 @@ class SafetensorsFile:
             raise CheckpointError(f"{self._path}: tensor {name!r} has a shape beyond 64 bits: {shape}")
         span = Span(source, offset, math.prod(shape) * dtype.itemsize)
         return StoredTensor(name=name, shape=torch.Size(shape), dtype=dtype, where=source.name, spans=(span,))
-
-
-def _repeated(pairs: list[tuple[str, object]]) -> list[str]:
-    names = [name for name, _ in pairs]
-    return [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
 
 
 def _name_dtypes(tensors: list[tuple[str, str]]) -> str:
@@ -130,8 +125,8 @@ def _explain(path: Path) -> str | None:
                 return f"it has {size} bytes, too few for its header: it is truncated or no safetensors file"
             if length > _MAX_HEADER_NBYTES:
                 return None
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, RecursionError):
+            header, _ = parse_json(file.read(length))
+    except (OSError, ValueError):
         return None
     if not isinstance(header, dict):
         return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError
+from bigq.system.files import FileIdentity
 from bigq.system.memory import memory_of
 from bigq.system.text import shortlist
 
@@ -58,6 +59,10 @@ class ByteSource(Protocol):
     def path(self) -> Path | None:
         """The local file that holds exactly these bytes and may be memory-mapped instead; None if there is none."""
 
+    @property
+    def identity(self) -> FileIdentity | None:
+        """What tells the file at `path` from one that has replaced it; None if that is not known."""
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill all of `buffer` with the bytes from `offset` on; opens what it needs.
 
@@ -79,6 +84,7 @@ class Span(NamedTuple):
 
 
 _set = object.__setattr__  # of a frozen dataclass
+_LONGEST_NAME = 4096  # characters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +93,8 @@ class StoredTensor:
 
     `where` is what errors call the place that holds it, such as the path of a file. The bytes of `spans`, one after the
     other, are the tensor, row-major and little-endian; there is none where it lies in no plain bytes, as in a legacy
-    pickle or in a model in memory. Raises CheckpointError unless the spans hold as many bytes as the tensor has.
+    pickle or in a model in memory. Raises CheckpointError unless the spans hold as many bytes as the tensor has, and
+    for a name that no model has, because errors repeat it.
     """
 
     name: str
@@ -100,6 +107,11 @@ class StoredTensor:
     def __post_init__(self) -> None:
         nbytes, spans = self.shape.numel() * self.dtype.itemsize, self.spans
         _set(self, "nbytes", nbytes)  # read several times for each of 19,000 tensors
+        if len(self.name) > _LONGEST_NAME:
+            raise CheckpointError(
+                f"a tensor of {self.where} has a name of {len(self.name)} characters, which begins with "
+                f"{self.name[:80]!r}; expected at most {_LONGEST_NAME}"
+            )
         if not spans:
             return
         found = spans[0].nbytes if len(spans) == 1 else sum(span.nbytes for span in spans)

@@ -1,4 +1,4 @@
-"""Weight formats: one frozen dataclass each, and the description that travels with a saved weight."""
+"""Weight formats: a frozen dataclass for each, and the description that is saved with a weight."""
 
 from bigq.formats.base import METHODS, Format, Product, Rows, State, TensorSpec
 from bigq.formats.block4 import BLOCK_SIZES, FP4, NF4, Block4

@@ -1,4 +1,4 @@
-"""What a weight format answers: what it stores, how it is made, undone and multiplied by."""
+"""Format: what a weight format stores, how it quantizes and dequantizes, and how products with it are computed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ __all__ = ["METHODS", "Format", "Product", "Rows", "State", "TensorSpec", "as_bi
 
 State = Mapping[str, Tensor]  # the tensors of one quantized weight, by part: "packed", "absmax" and so on
 
-METHODS = ("absmax",)  # how codes and scales are chosen; what is stored does not depend on it
+METHODS = ("absmax",)  # how codes and scales are chosen; decoding does not depend on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class TensorSpec:
 
 
 class Product(NamedTuple):
-    """How x times the transposed weight is called: `eager.linear(op, x, tensors, settings)`.
+    """The call that computes x times the transposed weight: `eager.linear(op, x, tensors, settings)`.
 
-    `parts` are the tensors that the op takes, in its order, "bias" among them.
+    `parts` names the tensors that the op takes after x, in its order. One of them is "bias".
     """
 
     op: str
@@ -42,9 +42,10 @@ class Product(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What `quantize_rows` gives: `tensors` with one row for each row of the weight, and `largest`.
+    """What `quantize_rows` returns.
 
-    `largest` is the largest scale, a 0-d float32 tensor: NaN or Inf if a weight held either.
+    `tensors` have one row for each row of the weight. `largest` is the largest scale, a float32 tensor of no
+    dimensions. It is NaN or Inf if the weight contains either.
     """
 
     tensors: dict[str, Tensor]
@@ -52,104 +53,122 @@ class Rows(NamedTuple):
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A weight of `shape` [..., K] seen as (rows, K); a scalar is one row of one."""
+    """(rows, K) of a weight of `shape` [..., K] as a matrix; a scalar is one row of one element."""
     return prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def like_weight(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor [R, C] with a row for each of a weight of `shape` [..., K], as [..., C]."""
+    """View a tensor [R, C], with one row for each row of a weight of `shape` [..., K], as [..., C]."""
     return rows if len(shape) == 2 else rows.view(*shape[:-1], rows.shape[1])
 
 
 def as_bits(scales: Tensor) -> Tensor:
-    """Float32 scales as int32 of the same bits, which nothing that casts floating-point tensors touches.
+    """View float32 scales as int32 of the same bits. Casts of floating-point tensors then leave them alone.
 
-    Ops take them so; `bigq.ops.checks.as_floats` is the way back.
+    Ops accept both; `bigq.ops.checks.as_floats` is the inverse.
     """
     return scales.view(torch.int32)
 
 
 class Format(Protocol):
-    """A weight format; a frozen dataclass whose fields are its settings.
+    """A weight format: a frozen dataclass whose fields are its settings.
 
-    Sizing, loading, placing and saving all follow from `state_spec`: nothing above this package tells formats apart.
-    A weight of shape [..., K] is stored row by row, its leading dimensions kept. No tensor of the state is floating
-    point: a scale is stored as the int32 of its bits.
+    Sizing, loading, placing and saving all follow from `state_spec`: no code above this package distinguishes formats.
+    A weight of shape [..., K] is stored row by row, and its leading dimensions are kept. No tensor of its state is
+    floating point: scales are stored as int32 of the same bits.
+
+    `NF4`, `FP4` and `Int8` are the formats of this library. docs/formats.md describes their tensors.
+
+    Example:
+        >>> import torch
+        >>> from bigq import NF4
+        >>> NF4().state_spec((128, 64))["packed"].shape
+        (128, 32)
+        >>> state = NF4().quantize(torch.ones(128, 64))
+        >>> NF4().dequantize(state, (128, 64), torch.bfloat16).dtype
+        torch.bfloat16
     """
 
     @property
     def name(self) -> str:
-        """The word for it in a config: "nf4", "fp4" or "int8"."""
+        """Its name in a config: "nf4", "fp4" or "int8"."""
 
     @property
     def custom_map_offload(self) -> str:
-        """What a device map of the user's own keeps on "cpu" and "disk" by default: "preserve" or "quantized"."""
+        """How weights on "cpu" and "disk" are stored if device_map is a dict: "preserve" or "quantized".
+
+        The defaults are those of accelerate.
+        """
 
     @property
     def row_group(self) -> int:
-        """How many neighbouring rows share a scale. A weight is quantized in pieces of whole groups."""
+        """How many neighbouring rows share a scale. A weight that is quantized in pieces is split between groups."""
         return 1
 
     def state_spec(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """The tensors that hold a weight of `shape`, by part; "packed" is its codes."""
+        """Shapes and dtypes of the parts of a weight of `shape` [..., K]; the part "packed" holds its codes."""
 
     @property
     def measures(self) -> bool:
-        """Whether `measure` has to see a whole weight before its first row is quantized."""
+        """Whether `measure` has to be called with a whole weight before its first row is quantized."""
         return False
 
     def measure(self, rows: Tensor) -> Tensor:
-        """What `quantize_rows` has to know of all `rows` [R, K] of a weight, such as a scale of the whole tensor."""
+        """Compute what `quantize_rows` needs from all `rows` [R, K] of a weight, such as one scale for all."""
         raise UnsupportedError(f"format {self.name!r} quantizes row by row: there is nothing to measure")
 
     def quantize_rows(self, rows: Tensor, *, method: str = "absmax", measured: Tensor | None = None) -> Rows:
-        """Quantize `rows` [R, K], whole groups of `row_group`, on their device; a group's result depends on it alone.
+        """Quantize rows of one or several weights. The result of each group of `row_group` rows depends on it alone.
 
         So the rows of several weights can be quantized in one launch, and those of a huge weight in several.
 
         Args:
-            rows: float16, bfloat16 or float32.
+            rows: [R, K], float16, bfloat16 or float32, on the device that quantizes; R is a multiple of `row_group`.
             method: how codes and scales are chosen, one of `METHODS`.
-            measured: what `measure` gave.
+            measured: what `measure` returned, if the format `measures`.
         """
 
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """The state of a weight of `shape`, from what `quantize_rows` gave for all of its rows.
+        """Make the state of a weight of `shape` from what `quantize_rows` returned for all of its rows.
 
-        Each tensor owns its storage if those of `rows` do.
+        Each tensor owns its storage if the tensors of `rows` do.
         """
 
     def quantize(self, weight: Tensor, *, method: str = "absmax") -> dict[str, Tensor]:
-        """The state of `weight` [..., K], on its device; each tensor owns its storage."""
+        """Quantize a float `weight` [..., K] on its device, into new tensors that own their storage."""
         shape = tuple(weight.shape)
         rows = weight.reshape(matrix_shape(shape))
         measured = self.measure(rows) if self.measures else None
         return self.finish(self.quantize_rows(rows, method=method, measured=measured).tensors, shape)
 
     def scales(self, state: State) -> Tensor:
-        """The scales of `state` as float32, decoded where they are quantized themselves; [..., B] or [..., 1]."""
+        """The scales of `state` as float32, [..., B] or [..., 1]. Quantized scales are decoded."""
 
     def select(self, state: State, shape: tuple[int, ...], index: int | slice) -> tuple["Format", dict[str, Tensor]]:
-        """`weight[index]` of a weight of `shape` [D, ...], three dimensions or more if `index` is an int.
+        """Return the format and the state of `weight[index]`.
 
-        Returns:
-            the format and the state of that part. The tensors are views of `state` where the format is the same; it is
-            another one where a part cannot be stored alike, and then writing to the part does not write to the whole.
+        The format is another one if this format cannot store a part in the same way. Then the tensors are new, and a
+        write to the part does not write to the weight. Otherwise the tensors are views of `state`.
+
+        Args:
+            state: of the weight.
+            shape: of the weight, [D, ..., K]; of three dimensions or more if `index` is an int.
+            index: an entry, or a range of step 1, of the first dimension.
         """
 
     def take_rows(self, state: State, index: Tensor) -> tuple["Format", dict[str, Tensor]]:
-        """Copies of the entries `index` [L] of the first dimension: the format and the state of [L, ..., K]."""
+        """Copy the entries `index` [L] of the first dimension: the format and the state of a weight [L, ..., K]."""
 
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The weight of `shape` that `state` stands for, rounded once to `dtype`."""
+        """Decode `state` to a new tensor of `shape`, rounded once to `dtype`."""
 
     def product(self, in_features: int | None = None) -> Product:
-        """How products with a weight of K = `in_features` are called; None where any K will do that its tensors fit."""
+        """The call of products with a weight of K = `in_features`. None: any K that fits the tensors."""
 
     def linear(self, x: Tensor, state: State, bias: Tensor | None, in_features: int | None = None) -> Tensor:
-        """x [..., K] times the transposed [N, K] weight, plus bias [N], in x's dtype."""
+        """Compute x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N], in x's dtype."""
         op, parts, settings = self.product(in_features)
         return eager.linear(op, x, tuple(bias if part == "bias" else state[part] for part in parts), settings)
 
     def describe(self) -> dict[str, str | int | float | bool]:
-        """The name as "format", and the settings: `make_format` rebuilds the format from them."""
+        """{"format": name, and each setting by its name}, from which `make_format` makes the format again."""

@@ -1,8 +1,8 @@
-"""NF4 and FP4: 4-bit codes with one absmax per block, one algorithm with two 16-entry tables.
+"""NF4 and FP4: 4-bit codes with one scale (absmax) for each block: one algorithm with two tables of 16 values.
 
-Blocks run along the input dimension and never straddle rows, so a row's last block may be partial. Where K is a
-multiple of block_size the bytes equal bitsandbytes' flat layout. With `double_quant` the absmax are uint8 codes of
-their own, in flat blocks of 256 around their mean (QLoRA, arXiv 2305.14314, section 3).
+Blocks run along K, and none spans two rows: the last block of a row may be shorter. If K is a multiple of block_size,
+the bytes equal those of bitsandbytes' flat layout. With `double_quant` the scales are quantized to uint8 codes too, in
+flat blocks of 256 around their mean (QLoRA, arXiv 2305.14314, section 3).
 """
 
 from dataclasses import dataclass, replace
@@ -25,12 +25,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True, kw_only=True)
 class Block4(Format):
-    """What NF4 and FP4 share: packed uint8 [..., ceil(K/2)] and absmax [..., B]; two more with `double_quant`.
-
-    Args:
-        block_size: weights of a row that share one absmax: a power of two, 32 to 4096.
-        double_quant: store the absmax as uint8 codes too (4.13 instead of 4.5 bits a weight, in blocks of 64).
-    """
+    """What NF4 and FP4 share: packed uint8 [..., ceil(K/2)] and absmax [..., B]; two more parts with `double_quant`."""
 
     block_size: int = 64
     double_quant: bool = False
@@ -48,7 +43,7 @@ class Block4(Format):
 
     @property
     def custom_map_offload(self) -> str:
-        return "preserve"  # as accelerate has it for 4-bit
+        return "preserve"  # accelerate's default for 4-bit
 
     def state_spec(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         *leading, columns = shape or (1,)
@@ -87,7 +82,7 @@ class Block4(Format):
 
     def take_rows(self, state: State, index: Tensor) -> tuple[Format, dict[str, Tensor]]:
         absmax = state["absmax"].index_select(0, index)
-        if self.double_quant:  # the block of 256 that each code of the rows belongs to, without decoding the others
+        if self.double_quant:  # decode only the scales of these rows: find the block of 256 that each belongs to
             row_numel = prod(state["absmax"].shape[1:])
             flat = index.unsqueeze(1) * row_numel + torch.arange(row_numel, device=index.device)
             nested_absmax, nested_offset = map(as_floats, _nested(state))
@@ -115,18 +110,37 @@ class Block4(Format):
         return {"format": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
 
     def _plain(self) -> "Block4":
-        """This format with float32 scales: a part's nested blocks would not begin where those of the whole do."""
+        """This format with float32 scales: a part's blocks of 256 scales would not begin where the weight's do."""
         return replace(self, double_quant=False)
 
 
 class NF4(Block4):
-    """4-bit NormalFloat: codes are the 16 quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E)."""
+    """4-bit NormalFloat: the 16 values are quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E).
+
+    Args:
+        block_size: how many numbers of a row share a scale: a power of two, 32 to 4096.
+        double_quant: whether the scales are quantized too (4.13 instead of 4.5 bits a number, in blocks of 64).
+
+    Raises:
+        ConfigError: an argument has another value.
+
+    Example:
+        >>> import bigq
+        >>> bigq.NF4(block_size=128, double_quant=True)
+        NF4(block_size=128, double_quant=True)
+    """
 
     quant_type = "nf4"
 
 
 class FP4(Block4):
-    """4-bit floating point: a sign bit and eight magnitudes, in bitsandbytes' order."""
+    """4-bit floating point: a sign bit and eight magnitudes, in bitsandbytes' order. The arguments are those of NF4.
+
+    Example:
+        >>> import bigq
+        >>> bigq.FP4()
+        FP4(block_size=64, double_quant=False)
+    """
 
     quant_type = "fp4"
 

@@ -1,4 +1,4 @@
-"""int8: one absmax per output row, multiplied as LLM.int8() with high-precision outlier columns (arXiv 2208.07339)."""
+"""int8: one scale (absmax) for each row; products are LLM.int8(), with outlier columns (arXiv 2208.07339)."""
 
 from dataclasses import dataclass
 
@@ -12,20 +12,31 @@ from bigq.ops.checks import as_floats
 
 __all__ = ["Int8"]
 
+_LARGEST = torch.finfo(torch.float64).max  # an int may be larger, and is no number to an op
+
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Format):
-    """State: packed int8 [..., K], absmax [..., 1].
+    """int8 codes with one scale for each row: packed int8 [..., K] and absmax [..., 1].
 
     Args:
-        threshold: the activation magnitude from which a column of x is multiplied in x's own dtype; 0 for never.
+        threshold: a column of the activations with a magnitude of this or more is multiplied in the dtype of the
+            activations; all others are quantized to int8. 0.0: none is an outlier column.
+
+    Raises:
+        ConfigError: `threshold` is not a finite number >= 0.
+
+    Example:
+        >>> import bigq
+        >>> bigq.Int8(threshold=0.0)
+        Int8(threshold=0.0)
     """
 
     threshold: float = 6.0
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not (is_number and 0.0 <= self.threshold < float("inf")):
+        if not (is_number and 0.0 <= self.threshold <= _LARGEST):
             raise ConfigError(f"threshold is {self.threshold!r}; expected a finite number >= 0 (0 for no outliers)")
 
     @property
@@ -34,7 +45,7 @@ class Int8(Format):
 
     @property
     def custom_map_offload(self) -> str:
-        return "quantized"  # as accelerate has it for 8-bit
+        return "quantized"  # accelerate's default for 8-bit
 
     def state_spec(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         *leading, columns = shape or (1,)

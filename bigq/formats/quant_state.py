@@ -1,13 +1,14 @@
-"""quant_state: how a saved module says what its quantized weights are, so that loading them needs no config.
+"""quant_state: the tensor that describes a module's quantized weights, so that loading them needs no config.
 
-It is one uint8 tensor a module: a record of 256 bytes for each quantized weight, a JSON object in UTF-8 padded with
-spaces to one length for all, so that skeletons agree on its shape. A tensor, because accelerate's save_model and
-safetensors carry nothing else with a weight.
+It is one uint8 tensor for each module, with a record of 256 bytes for each quantized weight: a JSON object in UTF-8,
+padded with spaces. All records have one length, so that the shape is known before the weights are. It is a tensor
+because accelerate's save_model and safetensors save nothing else. docs/formats.md lists the fields.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from reprlib import repr as short  # of what a file says
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UnsupportedError
 from bigq.formats.base import Format, TensorSpec
 from bigq.formats.registry import make_format
+from bigq.system.json_text import parse_json
 
 __all__ = [
     "QUANT_STATE",
@@ -38,23 +40,28 @@ _WEIGHT_DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 _COMPUTE_DTYPES = {name: dtype for name, dtype in _WEIGHT_DTYPES.items() if name != "float64"}
+_FIELDS = ("bigq", "leaf", "format", "shape", "dtype", "compute_dtype", "transposed")  # beside the format's settings
 
 
 def state_name(leaf: str, part: str) -> str:
-    """The name of a tensor of the quantized weight `leaf`, in its module or in the model: "weight_packed"."""
+    """The name of a part of the weight `leaf`, in its module or in the model: "weight_packed"."""
     return f"{leaf}_{part}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """Everything needed to use a quantized weight: its format, its shape, and the dtypes of its two ends.
+    """What is needed to use a quantized weight: its format, its shape and its dtypes.
 
     Args:
-        format: how it is stored.
-        shape: [..., N, K], as it is stored.
-        dtype: that of the weight it stands for.
-        compute_dtype: dtype of products with it; None for that of the activations.
-        transposed: the module's weight is [..., K, N], as that of GPT-2's Conv1D.
+        format: of the weight.
+        shape: [..., N, K], as stored.
+        dtype: that `module.weight` reports.
+        compute_dtype: of products with the weight. None: the dtype of the activations.
+        transposed: whether the module's weight is [..., K, N], as that of GPT-2's Conv1D.
+
+    Attributes:
+        state_spec: shapes and dtypes of the parts, by part.
+        nbytes: bytes of all parts.
     """
 
     format: Format
@@ -63,8 +70,8 @@ class Description:
     compute_dtype: torch.dtype | None = None
     transposed: bool = False
 
-    state_spec: dict[str, TensorSpec] = field(init=False, compare=False, repr=False)  # of the quantized weight, by part
-    nbytes: int = field(init=False, compare=False, repr=False)  # of the quantized weight
+    state_spec: dict[str, TensorSpec] = field(init=False, compare=False, repr=False)
+    nbytes: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         spec = self.format.state_spec(self.shape)
@@ -83,10 +90,10 @@ def quant_state_spec(count: int) -> TensorSpec:
 
 
 def encode_quant_state(weights: Mapping[str, Description]) -> Tensor:
-    """The quant_state of a module with these weights, {leaf: description}, on the CPU.
+    """Encode {leaf: description} of a module's quantized weights as its quant_state, on the CPU.
 
     Raises:
-        UnsupportedError: a record does not fit into its 256 bytes.
+        UnsupportedError: a record does not fit into 256 bytes.
     """
     data = bytearray().join(_record(leaf, description) for leaf, description in weights.items())
     return torch.frombuffer(data, dtype=torch.uint8).clone()
@@ -103,18 +110,18 @@ def check_quant_state(shape: Sequence[int], dtype: torch.dtype, where: str) -> N
 
 
 def decode_quant_state(quant_state: Tensor, where: str) -> dict[str, Description]:
-    """{leaf: description} of a module's quant_state; `where` names the tensor in errors.
+    """Decode the quant_state of a module to {leaf: description}. `where` names the tensor in errors.
 
     Raises:
-        CheckpointError: it is anything that `encode_quant_state` does not write.
+        CheckpointError: `encode_quant_state` did not write it, or another version of bigq did.
     """
     check_quant_state(quant_state.shape, quant_state.dtype, where)
     try:
         data = bytes(quant_state.tolist())
         records = [data[start : start + _RECORD_NBYTES] for start in range(0, len(data), _RECORD_NBYTES)]
         return _distinct(_parsed(record) for record in records)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not a description of bigq weights: {error!r}") from error
+    except ValueError as error:  # a ConfigError is one
+        raise CheckpointError(f"{where} is not a description of bigq weights: {error}") from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -142,27 +149,39 @@ def _record(leaf: str, description: Description) -> bytes:
 
 
 def _parsed(record: bytes) -> tuple[str, Description]:
-    fields = json.loads(record)
+    fields, twice = parse_json(record)
     if not isinstance(fields, dict):
-        raise ValueError(f"expected an object, got {fields!r:.50}")
-    version = fields.pop("bigq")
-    if version != _VERSION:
-        raise ValueError(f"version {version!r}, and this bigq reads version {_VERSION}: quantize the weights again")
-    leaf, name, shape = fields.pop("leaf"), fields.pop("format"), fields.pop("shape")
-    dtype, compute_dtype, transposed = fields.pop("dtype"), fields.pop("compute_dtype"), fields.pop("transposed")
+        raise ValueError(f"it is {short(fields)}; expected an object")
+    if twice:
+        raise ValueError(f"it gives {short(twice[0])} twice")
+    missing = [name for name in _FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"it has no {missing[0]!r}")
+    version, leaf, name, shape, dtype, compute_dtype, transposed = (fields.pop(field) for field in _FIELDS)
+    if type(version) is not int or version != _VERSION:
+        raise ValueError(
+            f"version {short(version)}, and this bigq reads version {_VERSION}: quantize the weights again"
+        )
     if not isinstance(leaf, str) or not leaf or "." in leaf:
-        raise ValueError(f"leaf is {leaf!r}; expected the name of a parameter in its module")
+        raise ValueError(f"leaf is {short(leaf)}; expected the name of a parameter in its module")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape is {shape!r}; expected a list of sizes")
+        raise ValueError(f"shape is {short(shape)}; expected a list of sizes")
     if type(transposed) is not bool:
-        raise ValueError(f"transposed is {transposed!r}; expected true or false")
+        raise ValueError(f"transposed is {short(transposed)}; expected true or false")
     return leaf, Description(
         format=make_format(name, **fields),
         shape=tuple(shape),
-        dtype=_WEIGHT_DTYPES[dtype],
-        compute_dtype=None if compute_dtype is None else _COMPUTE_DTYPES[compute_dtype],
+        dtype=_dtype("dtype", dtype, _WEIGHT_DTYPES),
+        compute_dtype=None if compute_dtype is None else _dtype("compute_dtype", compute_dtype, _COMPUTE_DTYPES),
         transposed=transposed,
     )
+
+
+def _dtype(field: str, name: object, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype called `name`; by a table, because torch imports some of its modules when it is asked for a name."""
+    if not isinstance(name, str) or name not in dtypes:
+        raise ValueError(f"{field} is {short(name)}; expected one of {list(dtypes)}")
+    return dtypes[name]
 
 
 def _distinct(records: Iterable[tuple[str, Description]]) -> dict[str, Description]:

@@ -1,4 +1,6 @@
-"""Formats by name: the one place that lists them."""
+"""The formats by name. This is the only list of them."""
+
+from reprlib import repr as short
 
 from bigq.errors import ConfigError
 from bigq.formats.base import Format
@@ -10,11 +12,11 @@ __all__ = ["FORMATS", "make_format"]
 FORMATS: dict[str, type[NF4] | type[FP4] | type[Int8]] = {"nf4": NF4, "fp4": FP4, "int8": Int8}
 
 
-def make_format(name: str, **settings: object) -> Format:
-    """The format called `name`; `settings` are its own fields. Any other name or setting is a ConfigError."""
-    if name not in FORMATS:
+def make_format(name: object, /, **settings: object) -> Format:
+    """Make the format `name` with these settings. Raises ConfigError for an unknown name or setting."""
+    if not isinstance(name, str) or name not in FORMATS:
         *names, last = map(repr, FORMATS)
-        raise ConfigError(f"format is {name!r}; expected {', '.join(names)} or {last}")
+        raise ConfigError(f"format is {short(name)}; expected {', '.join(names)} or {last}")
     try:
         return FORMATS[name](**settings)  # type: ignore[arg-type]
     except TypeError as error:

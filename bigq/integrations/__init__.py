@@ -1,1 +1,1 @@
-"""What other libraries ask of a model: the only place that knows their flags."""
+"""Integrations: what accelerate and transformers expect of a model, and their configs. No other code knows these."""

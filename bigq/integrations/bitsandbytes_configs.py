@@ -1,39 +1,72 @@
-"""The configurations of bitsandbytes in accelerate and transformers, as a QuantizationConfig."""
+"""as_config: accelerate's and transformers' bitsandbytes configs as a QuantizationConfig."""
 
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from bigq.config import QuantizationConfig
 from bigq.errors import ConfigError
-from bigq.formats import Int8, make_format
+from bigq.formats import FORMATS, Format, Int8, make_format
+from bigq.model.patterns import matches
+from bigq.model.tree import ModelTree
 
 __all__ = ["as_config", "is_config"]
 
 
 def is_config(value: object) -> bool:
-    """Whether `value` is a configuration of ours, accelerate's or transformers'."""
-    return isinstance(value, QuantizationConfig) or _foreign(value) is not None
+    """Whether `value` is a config of bigq, accelerate or transformers, or a format or its name.
+
+    A string that is the path of a file is no config.
+    """
+    if isinstance(value, str):
+        return value.lower() in FORMATS and not os.path.lexists(value)
+    return _is_own(value) or _foreign(value) is not None
 
 
-def as_config(value: object) -> QuantizationConfig:
-    """`value` as a QuantizationConfig.
+def as_config(value: object, model: nn.Module | None = None) -> QuantizationConfig:
+    """Return `value` as a QuantizationConfig. A format, or its name, is a config with nothing else said.
 
-    accelerate's BnbQuantizationConfig and transformers' BitsAndBytesConfig keep their own defaults.
+    Configs of accelerate and transformers keep their own defaults. They may name modules that `model` does not have,
+    as one config does for many models, so such names are left out.
+
+    Raises:
+        ConfigError: `value` is no config, or asks for something that bigq does not do.
     """
     if isinstance(value, QuantizationConfig):
         return value
+    if _is_own(value) or (isinstance(value, str) and value.lower() in FORMATS):
+        return QuantizationConfig(value)  # type: ignore[arg-type]
     kind = _foreign(value)
     if kind is None:
         raise ConfigError(
-            f"quantization_config is {value!r}; expected a bigq.QuantizationConfig, an accelerate "
-            "BnbQuantizationConfig or a transformers BitsAndBytesConfig"
+            f"quantization_config is {value!r}; expected a bigq.QuantizationConfig such as "
+            "QuantizationConfig('nf4'), the name of a format, an accelerate BnbQuantizationConfig or a transformers "
+            "BitsAndBytesConfig"
         )
-    return _from_accelerate(value) if kind == "BnbQuantizationConfig" else _from_transformers(value)
+    config = _from_accelerate(value) if kind == "BnbQuantizationConfig" else _from_transformers(value)
+    return config if model is None else _without_absent(config, ModelTree(model))
+
+
+def _without_absent(config: QuantizationConfig, tree: ModelTree) -> QuantizationConfig:
+    """`config` without the patterns that match nothing in the model, which ours refuses."""
+    names = list(tree.names()) if config.skip_modules or config.keep_in_fp32_modules else []
+    kept = {
+        field: tuple(pattern for pattern in getattr(config, field) if any(matches(pattern, name) for name in names))
+        for field in ("skip_modules", "keep_in_fp32_modules")
+    }
+    return replace(config, **kept)  # type: ignore[arg-type]
+
+
+def _is_own(value: object) -> bool:
+    """Whether `value` is a config of ours, or a format with its settings."""
+    return isinstance(value, QuantizationConfig) or Format in type(value).__mro__
 
 
 def _foreign(value: object) -> str | None:
-    # By name, so that neither library has to be imported to recognise its objects.
+    # Compared by name, so that neither library has to be imported.
     for kind in type(value).__mro__:
         owner = kind.__module__.partition(".")[0]
         if (owner, kind.__name__) in {("accelerate", "BnbQuantizationConfig"), ("transformers", "BitsAndBytesConfig")}:
@@ -63,7 +96,7 @@ def _from_transformers(config: Any) -> QuantizationConfig:
 
 
 def _from_bitsandbytes(config: Any, common: dict[str, Any]) -> QuantizationConfig:
-    """The fields that accelerate's and transformers' configs share."""
+    """Make a config from the fields that both libraries have, and those in `common`."""
     if config.load_in_4bit == config.load_in_8bit:
         raise ConfigError(f"{type(config).__name__}: set exactly one of load_in_4bit and load_in_8bit")
     if config.load_in_8bit:

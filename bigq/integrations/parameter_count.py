@@ -1,4 +1,4 @@
-"""ParameterCount: what `num_parameters()` of a transformers model answers once weights are quantized."""
+"""ParameterCount: `num_parameters()` of a transformers model with quantized weights."""
 
 from typing import Any
 from weakref import ref
@@ -12,17 +12,17 @@ __all__ = ["ParameterCount", "count_weights"]
 
 
 class ParameterCount:
-    """Stands in for `model.num_parameters`, which counts the tensors that hold quantized weights.
+    """Replaces `model.num_parameters`, which would count the packed tensors of quantized weights.
 
-    A class and no closure, so that the model pickles. It does not keep the model alive: a cycle would keep the memory
-    of a deleted model until the garbage collector comes.
+    It is a class and not a closure, so that the model pickles. It does not keep the model alive: with a reference
+    cycle, the memory of a deleted model would be freed only by the garbage collector.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = ref(model)
 
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """The number of parameters, as transformers has it, quantized weights as the numbers they stand for."""
+        """Count parameters as transformers does, each quantized weight as its original number of elements."""
         model = self._model()
         assert model is not None
         total = num_parameters(model, only_trainable=only_trainable)
@@ -39,7 +39,7 @@ class ParameterCount:
 
 
 def count_weights(model: nn.Module) -> None:
-    """Let `model.num_parameters()` count weights, if `model` has such a method as transformers' models have."""
+    """Replace `model.num_parameters`, if the model has such a method, as transformers' models do."""
     if hasattr(type(model), "num_parameters"):
         model.__dict__["num_parameters"] = ParameterCount(model)
 

@@ -122,6 +122,6 @@ def _stored_in_checkpoint(plan: Plan, places: Mapping[str, str], source: Source)
         if file.path is None or offset % spec.dtype.itemsize:
             continue
         if file.path not in files:
-            files[file.path] = CheckpointMap.open(file.path, file.nbytes)
+            files[file.path] = CheckpointMap.open(file.path, file.nbytes, file.identity)
         tensors[name] = files[file.path].tensor(offset, spec)
     return tensors

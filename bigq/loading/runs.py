@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, chain, groupby, zip_longest
-from threading import Event, Lock
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bigq.checkpoint import ByteSource, Span, StoredTensor, cut_out
+from bigq.system.interrupts import Latch
 
 __all__ = ["Chunk", "Piece", "Run", "Target", "make_runs", "take_turns"]
 
@@ -70,7 +71,7 @@ class Run:
     def __init__(self, target: Target, spans: tuple[Span, ...]) -> None:
         self.target, self.nbytes, self._spans = target, 0, spans
         self.parts: list[Part] = []
-        self.handed_over = Event()  # every chunk is read, and its copy to a GPU queued
+        self.handed_over = Latch()  # every chunk is read, and its copy to a GPU queued
         self._lock = Lock()
 
     def append(self, part: Part) -> None:
@@ -121,7 +122,7 @@ class Run:
             self._memory = torch.empty(self.temporary_nbytes, dtype=torch.uint8, device=self.target.device)
             self._bytes = self._memory[: self.nbytes]
         if not self.nbytes:
-            self.handed_over.set()
+            self.handed_over.open()
             return []
         reads = [
             (span.source, span.offset + at, min(chunk_nbytes, span.nbytes - at))
@@ -141,7 +142,7 @@ class Run:
         with self._lock:
             self._unread -= 1
             if not self._unread:
-                self.handed_over.set()
+                self.handed_over.open()
 
     def pieces(self) -> list[Piece]:
         """The tensors, once all chunks have arrived."""

@@ -5,15 +5,14 @@ while the chunks before it are copied; what stays on the CPU is read into place.
 cut short meanwhile is an error and no SIGBUS.
 """
 
-import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
-from threading import Thread
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from bigq.errors import ConfigError
 from bigq.loading.runs import Chunk, Piece, Run, Target, make_runs, take_turns
 from bigq.loading.timings import Timings
 from bigq.system.files import open_unchanged
+from bigq.system.interrupts import Worker, to_the_end
 from bigq.system.machine import usable_cores, usable_memory_nbytes
 from bigq.system.memory import memory_of
 
@@ -107,11 +107,11 @@ def _short_turns() -> Iterator[None]:
     if before <= _TURN_S:
         yield
         return
-    sys.setswitchinterval(_TURN_S)
     try:
+        sys.setswitchinterval(_TURN_S)
         yield
     finally:
-        sys.setswitchinterval(before)
+        to_the_end(partial(sys.setswitchinterval, before))
 
 
 class _Reader:
@@ -125,11 +125,12 @@ class _Reader:
         extra_nbytes: Callable[[torch.device], int],
     ) -> None:
         self.runs, self.budget, self.extra_nbytes, self.timings = deque(runs), budget, extra_nbytes, timings
-        self.sources: dict[int, ByteSource] = {}  # by identity
+        self.sources: dict[int, ByteSource] = {}  # those that are open, by identity
+        self.unread = Counter(id(span.source) for run in self.runs for span in run.spans)  # spans, of each source
         self.links: dict[torch.device, _Link] = {}
         self.work: SimpleQueue[Chunk | None] = SimpleQueue()
         self.error: BaseException | None = None
-        self.threads = [Thread(target=self._run, daemon=True) for _ in range(budget.threads)]
+        self.threads = [Worker(self._run) for _ in range(budget.threads)]
 
     def pieces(self) -> Iterator[list[Piece]]:
         in_flight: deque[Run] = deque()
@@ -150,18 +151,29 @@ class _Reader:
                     self.links[run.target.device].arrive()
                 pieces = run.pieces()
                 in_use -= run.temporary_nbytes
+                self._close_what_is_read(run)
                 del run  # or it would keep the memory while the consumer makes what replaces it
                 yield pieces
                 del pieces
         finally:
-            self.error = self.error or GeneratorExit()  # threads drop what is left
-            for _ in self.threads:
-                self.work.put(None)
-            for thread in self.threads:
-                if thread.ident is not None:  # an interrupt may have come before it was started
-                    thread.join()
-            for source in self.sources.values():
-                source.close()
+            to_the_end(self._close)
+
+    def _close_what_is_read(self, run: Run) -> None:
+        """Close the sources that no later run reads: a checkpoint may have more files than a process may open."""
+        for source, _, _ in run.spans:
+            self.unread[id(source)] -= 1
+            if not self.unread[id(source)]:
+                self.sources.pop(id(source)).close()
+
+    def _close(self) -> None:
+        """End the threads and close the files."""
+        self.error = self.error or GeneratorExit()  # threads drop what is left
+        for _ in self.threads:
+            self.work.put(None)
+        for thread in self.threads:
+            thread.join()
+        for source in self.sources.values():
+            source.close()
 
     def _may_start(self, run: Run, in_use: int) -> bool:
         return in_use + run.temporary_nbytes <= self.budget.nbytes + self.extra_nbytes(run.target.device)
@@ -170,7 +182,7 @@ class _Reader:
         for source, _, _ in run.spans:
             if id(source) not in self.sources:
                 if source.path is not None:  # a file that is gone or changed is an error before memory is made for it
-                    os.close(open_unchanged(source.path, source.nbytes))
+                    open_unchanged(source.path, source.nbytes, source.identity).close()
                 self.sources[id(source)] = source
         chunks, device = run.start(self.budget.chunk_nbytes), run.target.device
         if device.type == "cuda":

@@ -5,7 +5,6 @@ at its first call: together about as long as reading 16 GB. Here it happens in a
 lock.
 """
 
-from threading import Thread
 from types import TracebackType
 
 import torch
@@ -16,6 +15,7 @@ from bigq.formats import Description
 from bigq.loading.batch_quantizer import BatchQuantizer
 from bigq.loading.runs import Piece
 from bigq.planning.plan import PlannedWeight
+from bigq.system.interrupts import Worker, to_the_end
 
 __all__ = ["WarmUp"]
 
@@ -31,12 +31,12 @@ class WarmUp:
 
     def __init__(self, config: QuantizationConfig | None, source: Source, device: torch.device) -> None:
         self._error: BaseException | None = None
-        self._thread: Thread | None = None
+        self._thread: Worker | None = None
         if config is not None and device.type == "cuda":
             self._format, self._method, self._device = config.weight_format(), config.method, device
             found = {info.dtype for info in source.tensors.values() if len(info.shape) >= 2}
             self._dtypes = found & {torch.float16, torch.bfloat16, torch.float32}
-            self._thread = Thread(target=self._run)
+            self._thread = Worker(self._run)
             self._thread.start()
 
     def __enter__(self) -> "WarmUp":
@@ -46,7 +46,7 @@ class WarmUp:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._thread is not None:
-            self._thread.join()
+            to_the_end(self._thread.join)
 
     def wait(self) -> None:
         """Return when it is done; raises what went wrong."""

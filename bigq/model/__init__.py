@@ -1,1 +1,1 @@
-"""A model as it stands: its modules and tensors, which weights are quantized, and how a change of it is undone."""
+"""A model: its modules and tensors, which of its weights are quantized, and how changes of it are undone."""

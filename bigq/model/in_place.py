@@ -1,4 +1,4 @@
-"""ModelTensors: the tensors of a model that holds its weights, read as those of a checkpoint are."""
+"""ModelTensors: the tensors of a model as a Source, for a load that quantizes the model in place."""
 
 from collections.abc import Collection, Iterator
 
@@ -12,7 +12,7 @@ __all__ = ["ModelTensors"]
 
 
 class ModelTensors:
-    """The persistent parameters and buffers of a model, each once under its first name, in module order; a Source."""
+    """A Source of a model's persistent parameters and buffers, each once under its first name, in module order."""
 
     in_place = True
 
@@ -32,7 +32,7 @@ class ModelTensors:
         }
 
     def check(self) -> None:
-        """Raise a CheckpointError if a tensor holds no numbers."""
+        """Raise a CheckpointError if a tensor is on meta."""
         empty = [name for name in self.tensors if self._tensor(name).is_meta]
         if empty:
             raise CheckpointError(
@@ -41,7 +41,7 @@ class ModelTensors:
             )
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) in module order; the tensor is the model's own, not a copy."""
+        """Yield (name, tensor) in module order. The tensors are the model's own, not copies."""
         refuse_unknown(names, self.tensors, self._kind)
         wanted = set(names)
         return ((name, self._tensor(name).detach()) for name in self.tensors if name in wanted)

@@ -1,4 +1,4 @@
-"""Patterns: the names of modules and parameters that a user's list of them stands for."""
+"""Patterns: which modules and parameters the patterns in a config match."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -10,10 +10,13 @@ __all__ = ["match_patterns", "matches"]
 
 
 def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
-    """{name: pattern} for each of `names` that a pattern matches: itself, or an ancestor of it, on component borders.
+    """Return {name: pattern} for each of `names` that a pattern matches, directly or through a module around it.
+
+    Args:
+        field: the field of the config that has the patterns, for errors.
 
     Raises:
-        ConfigError: a pattern that matches none of `names`; it lists near ones.
+        ConfigError: a pattern matches none of `names`; the error lists similar names.
     """
     matched: dict[str, str] = {}
     names = list(names) if patterns else []
@@ -30,7 +33,7 @@ def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) ->
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern` stands for `name` or an ancestor of it: a glob of neighbouring components."""
+    """Whether the components of `pattern`, which may be globs, match neighbouring components of `name`."""
     wanted, parts = pattern.split("."), name.split(".")
     return any(
         all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))

@@ -1,4 +1,4 @@
-"""Which weights of a model are quantized, and why the others are not."""
+"""select_weights: which weights of a model are quantized, and why the others are not."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from bigq.weight.convert import is_transposed_linear
 __all__ = ["Chosen", "Selection", "output_head", "select_weights"]
 
 
-class Chosen(NamedTuple):  # a model may have 19,000 of them, and a dataclass takes a microsecond more to make
-    """A weight to quantize: its names, its format, and whether its module holds it as [..., K, N].
+class Chosen(NamedTuple):  # a model may have 19,000 of them; making a dataclass takes a microsecond more
+    """A weight to quantize: all of its names, its format, and whether its module holds it as [..., K, N].
 
-    `rule` is what a report says of it.
+    `rule` is the reason, as the report shows it.
     """
 
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Chosen(NamedTuple):  # a model may have 19,000 of them, and a dataclass ta
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """`weights`: what to quantize, by first name; `kept`: why other weights stay as they are, by the module's name."""
+    """`weights`: the weights to quantize, by first name. `kept`: the reason for each weight that is kept, by module."""
 
     weights: dict[str, Chosen]
     kept: dict[str, str]
@@ -48,16 +48,19 @@ def select_weights(
     keep_in_fp32_modules: Sequence[str] = (),
     defaults: bool = True,
 ) -> Selection:
-    """Choose the weights to quantize, and say why other candidates stay as they are.
+    """Choose the weights to quantize, and give a reason for each candidate that is kept.
 
     By default these are the weights of every nn.Linear, subclasses included, of every GPT-2 Conv1D and of the fused
-    experts of transformers. `also_quantize` adds any parameter of two or more dimensions. Never chosen: what
-    `skip_modules` or `keep_in_fp32_modules` match. With `defaults`, neither, unless `also_quantize` names it: the
-    output head, weights tied to another module, and what the model itself needs in float32 (see `float32_names`). A
-    weight under several names is one entry.
+    experts of transformers. `also_quantize` adds any other parameter of two or more dimensions. A weight with several
+    names is one entry.
+
+    Weights that `skip_modules` or `keep_in_fp32_modules` match are always kept. With `defaults`, these are kept too,
+    unless `also_quantize` names them: the output head, weights tied to another module, and what the model
+    itself needs in float32 (see `float32_names`).
 
     Raises:
-        ConfigError: a pattern that matches nothing, or no matrix, or without `defaults` a choice that breaks a tie.
+        ConfigError: a pattern matches nothing, a pattern of `also_quantize` matches no parameter of two or more
+            dimensions, or, without `defaults`, a choice would break a tie.
     """
     names = list(tree.names()) if skip_modules or also_quantize or keep_in_fp32_modules else []
     asked: dict[str, str] = {}
@@ -131,7 +134,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def _holds_fused_experts(module: nn.Module) -> bool:
-    """Whether `module` is of transformers' fused experts, which say how they hold their weights [E, N, K]."""
+    """Whether `module` holds transformers' fused experts [E, N, K], or [E, K, N] if its `is_transposed` is true."""
     if isinstance(module, nn.Linear):  # hasattr of a module takes 2 us
         return False
     return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
@@ -154,14 +157,14 @@ def _why_left_alone(module: nn.Module) -> str | None:
 
 
 def _rule(module: nn.Module) -> str:
-    """What a report says of the weight of `module`, which is quantized by default."""
+    """The rule by which the weight of `module` is quantized by default, as the report shows it."""
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return "quantized: a subclass of nn.Linear, which reads it in a forward of its own"
     return "quantized" if _is_linear(module) else "quantized: fused experts"
 
 
 def _named_matrices(tree: ModelTree, named: Mapping[str, str]) -> Iterator[TensorGroup]:
-    """The parameters of two or more dimensions that are `named`, {name: pattern}, by `also_quantize`."""
+    """The parameters of two or more dimensions that `also_quantize` matches; `named` is {name: pattern}."""
     found: set[str] = set()
     for group in tree.tensors:
         hits = [named[name] for name in group.names if name in named]
@@ -179,11 +182,11 @@ def _named_matrices(tree: ModelTree, named: Mapping[str, str]) -> Iterator[Tenso
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The model's output head: what it says itself, or the last linear outside of every stack of blocks.
+    """The model's output head: the module that the model declares, or the last linear outside of every list of blocks.
 
-    The search goes down from the root into the last child that holds a linear, so a head behind wrappers is found, and
-    ends with None at a stack: a ModuleList of blocks, or a child of the same class as an earlier sibling. A model with
-    a single linear has no head.
+    The search starts at the root and goes into the last child that contains a linear, so it finds a head in a wrapper.
+    It ends with None at a list of blocks: a ModuleList, or a child of the same class as an earlier sibling. A model
+    with a single linear has no head.
     """
     own = getattr(model, "get_output_embeddings", None)
     if callable(own):
@@ -195,7 +198,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
             return found
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and not hasattr(model, prefix):
-        return None  # a transformers model without the head that others put on it
+        return None  # the bare model of transformers, to which other classes add a head
     if len(list(islice(filter(_is_linear, model.modules()), 2))) < 2:
         return None
     module = model

@@ -1,29 +1,33 @@
-"""transaction: a model is as it was if what changes it raises."""
+"""transaction: restore a model if code that changes it raises."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 from torch import nn
+
+from bigq.system.interrupts import to_the_end
 
 __all__ = ["Snapshot", "restored_on_error"]
 
 
-@contextmanager
-def restored_on_error(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Give `modules` back what a `Snapshot` of them holds if the block raises, Ctrl-C included."""
-    before = Snapshot(modules.values())
-    try:
-        yield
-    except BaseException:
-        before.restore()
-        raise
+class restored_on_error:  # noqa: N801 - a context manager, and no generator: it ends in few steps
+    """Restore `modules` to what they are now if the `with` block raises, also by Ctrl-C."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._before = Snapshot(modules.values())
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        if kind is not None:
+            to_the_end(self._before.restore)
 
 
 class Snapshot:
-    """The class, attributes and tensors of modules as they are, to put back; it keeps the tensors alive.
+    """The present class, attributes and tensors of modules, which `restore` puts back. It keeps the tensors alive.
 
-    It holds what a load changes: also requires_grad of the parameters, and the forward of a GraphModule's class, which
-    accelerate replaces there.
+    It holds everything that a load changes. That includes requires_grad of the parameters, and the forward of the class
+    of a GraphModule, which accelerate replaces.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -34,12 +38,12 @@ class Snapshot:
         self._requires_grad = [
             (tensor, tensor.requires_grad) for _, held in self._tables for tensor in held.values() if tensor is not None
         ]
-        kinds = {kind for _, kind, _ in self._modules if "GraphModuleImpl" in str(kind)}  # as accelerate tells them
+        kinds = {kind for _, kind, _ in self._modules if "GraphModuleImpl" in str(kind)}  # accelerate's own test
         self._forwards = [(kind, vars(kind)["forward"]) for kind in kinds if "forward" in vars(kind)]
         self._lists = [(of["_flat_weights"], [*of["_flat_weights"]]) for of in attributes if "_flat_weights" in of]
 
     def restore(self) -> None:
-        """Make the modules what they were; dicts and lists are the same objects again, with what they held."""
+        """Put everything back. Dicts and lists are the same objects as before, with their old contents."""
         for module, kind, attributes in self._modules:
             object.__setattr__(module, "__class__", kind)
             vars(module).clear()
@@ -48,7 +52,7 @@ class Snapshot:
             if isinstance(table, dict):
                 table.clear()
                 table.update(tensors)
-            else:  # a ScriptModule's, whose names are fixed
+            else:  # of a ScriptModule, whose names are fixed
                 for name, tensor in tensors.items():
                     table[name] = tensor
         for tensor, requires_grad in self._requires_grad:

@@ -21,7 +21,7 @@ __all__ = [
 
 
 class TensorGroup(NamedTuple):
-    """One parameter or buffer of a model: several names are ties, or a module that is reached on several paths."""
+    """A parameter or buffer with all of its names. It has several if it is tied, or its module has several parents."""
 
     names: tuple[str, ...]
     tensor: Tensor
@@ -30,14 +30,14 @@ class TensorGroup(NamedTuple):
 
 
 def tensor_name(module_name: str, leaf: str) -> str:
-    """The name in the model of the tensor `leaf` of a module; the model itself has the name ""."""
+    """The name in the model of the tensor `leaf` of a module; the name of the model itself is ""."""
     return f"{module_name}.{leaf}" if module_name else leaf
 
 
 class ModelTree:
-    """The modules and tensors of `model` by all of their names; walked once, so it holds until the model changes.
+    """The modules and tensors of `model` by all of their names. The model is walked once, so it must not change.
 
-    It keeps the tensors alive: drop it before they are replaced one by one.
+    The tree keeps the tensors alive: delete it before they are replaced one by one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,9 +45,10 @@ class ModelTree:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """Every module under each of its names, the model itself first, as "".
+        """Every module under each of its names; the model itself is the first, as "".
 
-        As `named_modules(remove_duplicate=False)` has it, without a generator for each level: a third of the time.
+        The result is that of `named_modules(remove_duplicate=False)`. Without a generator for each level it takes a
+        third of the time.
         """
         found: dict[str, nn.Module] = {}
         _walk(self.model, "", found)
@@ -55,7 +56,7 @@ class ModelTree:
 
     @cached_property
     def aliases(self) -> dict[nn.Module, tuple[str, ...]]:
-        """Every module once with all of its names, the model itself first."""
+        """{module: all of its names}; the model itself is the first."""
         names: dict[nn.Module, list[str]] = {}
         for name, module in self.modules.items():
             names.setdefault(module, []).append(name)
@@ -86,7 +87,7 @@ class ModelTree:
 
 
 def _walk(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
-    """Note `module` and all in it by name. No closure: one that calls itself keeps the model until it is collected."""
+    """Add `module` and all modules in it. A recursive closure would keep the model alive until it is collected."""
     found[name] = module
     prefix = f"{name}." if name else ""
     for leaf, child in module._modules.items():
@@ -101,25 +102,26 @@ def find_owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, 
 
 
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for two names of one tensor, also on meta, where `init_empty_weights` re-wraps a tied Parameter."""
+    """A key that all names of a tensor share, also on meta, where `init_empty_weights` makes new Parameters."""
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def tensor_table(module: nn.Module, leaf: str) -> dict[str, Any]:
-    """The dict in which `module` itself holds its parameter or buffer `leaf`.
+    """The dict in which `module` holds its parameter or buffer `leaf`.
 
-    Of a ScriptModule, `leaf` may be the path of a tensor of a ScriptModule in it.
+    If `module` is a ScriptModule, `leaf` may also be the path of a tensor of a ScriptModule inside of it.
     """
     if "." in leaf:
-        return cast(dict[str, Any], _ScriptedTensors(module))  # torch declares those of a ScriptModule as dicts too
+        return cast(dict[str, Any], _ScriptedTensors(module))  # torch declares these as dicts too
     return module._parameters if leaf in module._parameters else module._buffers
 
 
 def assign_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:
     """Make `tensor` the parameter or buffer `leaf` of `module`.
 
-    Not by setattr: `init_empty_weights` patches what that calls. An RNN keeps a second list of its weights.
+    setattr is not used, because `init_empty_weights` patches what it calls. An RNN keeps a second list of its weights,
+    which is updated too.
     """
     tensor_table(module, leaf)[leaf] = tensor
     if isinstance(module, nn.RNNBase) and leaf in module._flat_weights_names:
@@ -149,15 +151,15 @@ class _ScriptedTensors:
 
 
 def is_called(module: nn.Module) -> bool:
-    """Whether the module has a forward of its own that a hook can stand in front of.
+    """Whether a hook can surround the forward of the module.
 
-    A ModuleList, a ModuleDict or a ParameterList has none, and that of a ScriptModule cannot be replaced.
+    A ModuleList, a ModuleDict or a ParameterList has no forward, and that of a ScriptModule cannot be replaced.
     """
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Whether the module holds a list of modules, or is a Sequential of composite ones: its members are the blocks."""
+    """Whether the members of the module are blocks: it has a list of modules, or is a Sequential of composite ones."""
     if isinstance(module, nn.Sequential):
         return any(any(True for _ in child.children()) for child in module.children())
     return any(isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) for child in module.children())

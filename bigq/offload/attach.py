@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module
 from torch import nn
 
 from bigq.errors import PlacementError
@@ -66,9 +66,18 @@ class HookedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module
-        args, kwargs = module._hf_hook.pre_forward(module, *args, **kwargs)
+        hook = module._hf_hook
+        if _only_surrounds(hook):  # accelerate's pre_forward takes no keyword argument called "module"
+            return module._old_forward(*args, **kwargs)
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
         output = module._old_forward(*args, **kwargs)
-        return module._hf_hook.post_forward(module, output)
+        return hook.post_forward(module, output)
+
+
+def _only_surrounds(hook: ModelHook) -> bool:
+    """Whether all that a hook does is in front of `_old_forward`."""
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return all(isinstance(one, SurroundingHook) for one in hooks)
 
 
 def attach(module: nn.Module, hook: ModelHook) -> None:

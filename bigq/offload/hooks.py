@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import find_device, recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from bigq.offload.attach import SurroundingHook, allow_moves, outside_of_graphs
+from bigq.offload.containers import first_tensor, map_tensors
 from bigq.offload.prefetch import Call, OffloadedBlock, Prefetcher
 
 __all__ = ["Float32Hook", "PlacementHook"]
@@ -63,13 +63,23 @@ class PlacementHook(SurroundingHook):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], torch.device | None]:
         """The inputs on the device, and where the first of them came from if the outputs go back there."""
-        input_device = find_device([args, kwargs]) if self.io_same_device else None
-        args = send_to_device(args, self.device)
-        return args, send_to_device(kwargs, self.device, skip_keys=self.skip_keys), input_device
+        input_device = None
+        if self.io_same_device and (first := first_tensor((args, kwargs))) is not None:
+            input_device = first.device
+        return self._moved(args, self.device), self._moved(kwargs, self.device), input_device
 
     @outside_of_graphs
     def _send_back(self, output: Any, device: torch.device) -> Any:
-        return send_to_device(output, device, skip_keys=self.skip_keys)
+        return self._moved(output, device)
+
+    def _moved(self, value: Any, device: torch.device) -> Any:
+        """`value` with its tensors on `device`; containers of none that moves are the same objects."""
+        keys = self.skip_keys
+        return map_tensors(
+            lambda tensor: tensor if tensor.device == device else tensor.to(device),
+            value,
+            skip_keys=(keys,) if isinstance(keys, str) else keys or (),
+        )
 
     @outside_of_graphs
     def _onload(self) -> Call:
@@ -99,19 +109,13 @@ class Float32Hook(SurroundingHook):
 
         def up(tensor: Tensor) -> Tensor:
             nonlocal dtype
+            if tensor.dtype not in (torch.float16, torch.bfloat16):
+                return tensor
             dtype = dtype or tensor.dtype
             return tensor.float()
 
-        args, kwargs = recursively_apply(up, (args, kwargs), test_type=_is_half)
+        args, kwargs = map_tensors(up, args), map_tensors(up, kwargs)
         output = forward(*args, **kwargs)
         if not self.restore or dtype is None:
             return output
-        return recursively_apply(lambda tensor: tensor.to(dtype), output, test_type=_is_float32)
-
-
-def _is_half(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-
-
-def _is_float32(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float32
+        return map_tensors(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor, output)

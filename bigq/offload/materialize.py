@@ -7,9 +7,11 @@ from accelerate.hooks import ModelHook, SequentialHook, remove_hook_from_module
 from torch import Tensor, nn
 
 from bigq.errors import PlacementError
+from bigq.model.transaction import restored_on_error
 from bigq.offload.attach import attach
 from bigq.offload.dispatch import dispatch
 from bigq.offload.hooks import PlacementHook
+from bigq.offload.space import read_stored
 from bigq.planning.device_map import execution_device, is_offloaded, normalize_device_map
 from bigq.system.machine import usable_memory_nbytes
 
@@ -48,23 +50,24 @@ def materialize(model: nn.Module) -> nn.Module:
     moved = {
         key: nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
         for key, (tensor, device) in wanted.items()
-        for copy in [tensor.detach().to(device, copy=True)]
+        for copy in [read_stored(tensor).to(device, copy=True)]
     }
-    for hook in placements:
-        if hook.block is not None:
-            hook.block.assign([moved[id(tensor)] for tensor in hook.block.tensors()])
     skip_keys = placements[0].skip_keys if placements else None
-    for module, hooks in hooked.items():
-        remove_hook_from_module(module)
-        for other in hooks:
-            if not isinstance(other, PlacementHook):
-                attach(module, other)
-    dispatch(
-        model,
-        {name: str(runs_on) if is_offloaded(place, runs_on) else place for name, place in places.items()},
-        skip_keys=skip_keys,
-    )
-    model.is_loaded_in_8bit = True  # type: ignore[assignment]  # see load_and_quantize_model
+    with restored_on_error(dict(model.named_modules())):
+        for hook in placements:
+            if hook.block is not None:
+                hook.block.assign([moved[id(tensor)] for tensor in hook.block.tensors()])
+        for module, hooks in hooked.items():
+            remove_hook_from_module(module)
+            for other in hooks:
+                if not isinstance(other, PlacementHook):
+                    attach(module, other)
+        dispatch(
+            model,
+            {name: str(runs_on) if is_offloaded(place, runs_on) else place for name, place in places.items()},
+            skip_keys=skip_keys,
+        )
+        model.is_loaded_in_8bit = True  # type: ignore[assignment]  # see load_and_quantize_model
     return model
 
 

@@ -1,14 +1,10 @@
-"""Readers: a few threads that read parts of files, and a wait for them that can be interrupted at any point.
-
-Futures and events of the standard library keep locks in Python code, where an interrupt leaves them locked for good.
-Here a wait is one `with` of a lock, which CPython enters and leaves without a point where an interrupt is raised.
-"""
+"""Readers: a few threads that read parts of files."""
 
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
 
+from bigq.system.interrupts import Latch
 from bigq.system.machine import usable_cores
 
 __all__ = ["Read", "Readers"]
@@ -20,8 +16,7 @@ class Read:
     def __init__(self, read: Callable[[], None]) -> None:
         self.error: BaseException | None = None
         self._read = read
-        self._unfinished = Lock()
-        self._unfinished.acquire()
+        self._ended = Latch()
 
     def run(self) -> None:
         """Read; an error is kept for whoever waits."""
@@ -31,12 +26,20 @@ class Read:
             self.error = error
         finally:
             self._read = _nothing  # what was read into is no longer held
-            self._unfinished.release()
+            self._ended.open()
+
+    def raise_error(self) -> None:
+        """Raise what went wrong, if anything did; once, so that the exception does not keep what it passed through."""
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
 
     def wait(self) -> None:
         """Return when the read has ended, well or not."""
-        with self._unfinished:
-            pass
+        self._ended.wait()
 
 
 def _nothing() -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from bigq.offload.transfer import Layout, Transfer, version_of
+from bigq.offload.space import version_of
+from bigq.offload.transfer import Layout, Transfer
 
 __all__ = ["saved_offloaded"]
 
@@ -91,8 +92,7 @@ def _fetch(saved: _Offloaded, transfer: Transfer) -> Tensor:
     for read in reads:
         read.wait()
     for read in reads:
-        if read.error is not None:
-            raise read.error
+        read.raise_error()
     whole = buffer[layout.starts[0] : layout.starts[0] + own.nbytes].view(saved.dtype)
     return whole.as_strided(saved.size, saved.stride, saved.offset // saved.dtype.itemsize)
 

@@ -77,10 +77,10 @@ class DeviceSlot:
         if copy is None:
             return
         self.wait_for_reads()
-        error = next((read.error for read in copy.reads if read.error is not None), None)
-        if error is not None:
+        failed = next((read for read in copy.reads if read.error is not None), None)
+        if failed is not None:
             self._copy = None
-            raise error
+            failed.raise_error()
         if copy.reads:
             self._mark_copied()
         self._layout = copy.layout

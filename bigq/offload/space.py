@@ -8,24 +8,38 @@ checkpoint already holds as needed stays there: its tensors are copy-on-write ma
 
 import mmap
 import os
-import tempfile
+import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from typing import IO, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, PlacementError
 from bigq.formats import TensorSpec
-from bigq.system.files import open_unchanged, read_into
+from bigq.system.files import FileIdentity, open_unchanged, read_into
 from bigq.system.memory import ALIGNMENT, align, memory_of
 
-__all__ = ["CheckpointMap", "FileMap", "OffloadSpace", "is_file_backed", "mapping_of"]
+__all__ = [
+    "CheckpointMap",
+    "FileMap",
+    "OffloadSpace",
+    "is_edited",
+    "is_file_backed",
+    "mapping_of",
+    "read_stored",
+    "version_of",
+]
 
 _MAP_NORESERVE = 0x4000  # Linux: a private map may be larger than RAM and swap; nothing writes to most of it
-_MAPS: WeakKeyDictionary[mmap.mmap, range] = WeakKeyDictionary()  # the addresses of each mapping
+_NO_SECOND_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # of a map's own
+_MAPS: dict[int, tuple["ref[mmap.mmap]", range]] = {}  # each mapping and its addresses, by its first one
 
 
 class _PinnedMap(mmap.mmap):
@@ -57,21 +71,23 @@ class FileMap(mmap.mmap):
 
     path: str
     is_private: bool
-    _descriptor: int
+    _file: IO[bytes]
 
     @classmethod
-    def open(cls, descriptor: int, nbytes: int, *, path: str, is_private: bool) -> "FileMap":
-        """Map the first `nbytes` of a file; keeps a duplicate of `descriptor`."""
+    def open(cls, file: IO[bytes], nbytes: int, *, path: str, is_private: bool) -> "FileMap":
+        """Map the first `nbytes` of `file`, which stays open as long as the map is there."""
         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if is_private else mmap.MAP_SHARED
-        mapping = cls(descriptor, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        mapping.path, mapping.is_private, mapping._descriptor = path, is_private, os.dup(descriptor)
+        mapping = cls(
+            file.fileno(), nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, **_NO_SECOND_DESCRIPTOR
+        )
+        mapping.path, mapping.is_private, mapping._file = path, is_private, file
         return mapping
 
     def read(self, offset: int, into: Tensor) -> None:  # type: ignore[override]
         """Read the bytes from `offset` on into a contiguous CPU tensor; raises CheckpointError where the file ends."""
         buffer = memory_of(into)
         try:
-            got = read_into(buffer, self._descriptor, offset)
+            got = read_into(buffer, self._file.fileno(), offset)
         except OSError as error:
             raise CheckpointError(f"cannot read offloaded tensors from {self.path}: {error}") from error
         if got < len(buffer):
@@ -81,7 +97,8 @@ class FileMap(mmap.mmap):
             )
 
     def __del__(self) -> None:
-        os.close(self._descriptor)
+        if hasattr(self, "_file"):  # an interrupt may have come before
+            self._file.close()
 
 
 class OffloadSpace:
@@ -111,17 +128,18 @@ class OffloadSpace:
     @classmethod
     def in_file(cls, folder: str | os.PathLike[str], specs: Mapping[str, TensorSpec]) -> "OffloadSpace":
         """In an unnamed file in `folder`; raises PlacementError where it cannot be written or the disk is full."""
-        size = _size(specs)
+        size, file = _size(specs), None
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder, prefix="bigq-") as file:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
-                path = f"the unnamed file in {os.fspath(folder)}"
-                mapping = FileMap.open(file.fileno(), size, path=path, is_private=False)
+            file = _unnamed_file(Path(folder))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            mapping = FileMap.open(file, size, path=f"the unnamed file in {os.fspath(folder)}", is_private=False)
         except OSError as error:
+            if file is not None:
+                file.close()
             raise PlacementError(
                 f"offload_folder {os.fspath(folder)!r}: cannot reserve {size / 1e9:.3f} GB: {error}; "
                 "free some space, pass another folder, or send fewer modules to 'disk'"
@@ -140,15 +158,14 @@ class CheckpointMap:
     _mapping: FileMap
 
     @classmethod
-    def open(cls, path: Path, nbytes: int) -> "CheckpointMap":
-        """Map the file at `path`; raises CheckpointError unless it has `nbytes` bytes."""
-        descriptor = open_unchanged(path, nbytes)
+    def open(cls, path: Path, nbytes: int, identity: FileIdentity | None = None) -> "CheckpointMap":
+        """Map the file at `path`; raises CheckpointError unless it has `nbytes` bytes and is that of `identity`."""
+        file = open_unchanged(path, nbytes, identity)
         try:
-            mapping = FileMap.open(descriptor, nbytes, path=str(path), is_private=True)
+            mapping = FileMap.open(file, nbytes, path=str(path), is_private=True)
         except OSError as error:
+            file.close()
             raise CheckpointError(f"cannot map {path}: {error}") from error
-        finally:
-            os.close(descriptor)
         _remember(mapping)
         return cls(mapping)
 
@@ -162,7 +179,10 @@ def mapping_of(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
     if tensor.device.type != "cpu" or not tensor.numel():
         return None
     address = tensor.data_ptr()
-    return next(((mapping, address - at.start) for mapping, at in list(_MAPS.items()) if address in at), None)
+    for reference, addresses in list(_MAPS.values()):  # one step for other threads, which may add to it
+        if address in addresses and (mapping := reference()) is not None:
+            return mapping, address - addresses.start
+    return None
 
 
 def is_file_backed(tensor: Tensor) -> bool:
@@ -171,13 +191,57 @@ def is_file_backed(tensor: Tensor) -> bool:
     return place is not None and isinstance(place[0], FileMap)
 
 
+def read_stored(tensor: Tensor) -> Tensor:
+    """The numbers of an offloaded tensor, read from its file if it lies in one; otherwise the tensor, detached.
+
+    By descriptor and not through the map: a file that was cut short meanwhile is an error, and no SIGBUS. What was
+    edited in memory is in the map alone, so that is read there.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does.
+    """
+    own, place = tensor.detach(), mapping_of(tensor)
+    if place is None or not isinstance(place[0], FileMap) or not own.is_contiguous() or is_edited(tensor, place[0]):
+        return own
+    numbers = torch.empty_like(own)
+    place[0].read(place[1], numbers)
+    return numbers
+
+
+def is_edited(tensor: Tensor, mapping: mmap.mmap) -> bool:
+    """Whether edits of `tensor`, which lies in `mapping`, are in memory only."""
+    return isinstance(mapping, FileMap) and mapping.is_private and version_of(tensor) > 0
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often torch has seen `tensor` edited; 0 for one made in inference mode, of which it keeps no count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _unnamed_file(folder: Path) -> FileIO:
+    """A new file in `folder`, without a name from here on.
+
+    `tempfile` has its descriptor as a number before an object closes it: an interrupt in between would lose it.
+    """
+    path = folder / f".bigq-{secrets.token_hex(16)}"
+    try:
+        return FileIO(path, "x+")
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def _size(specs: Mapping[str, TensorSpec]) -> int:
     return max(ALIGNMENT, sum(align(spec.nbytes) for spec in specs.values()))
 
 
 def _remember(mapping: mmap.mmap) -> None:
     start = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
-    _MAPS[mapping] = range(start, start + len(mapping))
+    _MAPS[start] = ref(mapping, partial(_forget, start)), range(start, start + len(mapping))
+
+
+def _forget(start: int, reference: "ref[mmap.mmap]") -> None:
+    if start in _MAPS and _MAPS[start][0] is reference:  # a new mapping may have taken the addresses
+        del _MAPS[start]
 
 
 def _tensor(mapping: mmap.mmap, offset: int, spec: TensorSpec) -> Tensor:

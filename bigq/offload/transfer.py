@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bigq.formats import TensorSpec
 from bigq.offload.readers import Read, Readers
-from bigq.offload.space import FileMap, OffloadSpace, mapping_of
+from bigq.offload.space import FileMap, OffloadSpace, is_edited, mapping_of
 from bigq.system.memory import ALIGNMENT, align
 
-__all__ = ["Layout", "Transfer", "version_of"]
+__all__ = ["Layout", "Transfer"]
 
 _CHUNK_NBYTES = 4 << 20  # of a file at a time: all threads end a block at nearly the same time
 _CHUNKS = 2  # pinned ones a thread: one is filled while the other is copied
@@ -175,11 +175,6 @@ def _new_chunk() -> tuple[Tensor, torch.cuda.Event]:
 _VERSION = attrgetter("_version")
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often torch has seen `tensor` edited; 0 for one made in inference mode, of which it keeps no count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _in_stored_order(tensors: Sequence[Tensor]) -> list[tuple[Tensor, tuple[mmap.mmap, int] | None]]:
     """Each of `tensors` once, those that are stored side by side next to each other."""
     unique = {id(tensor): tensor for tensor in tensors if tensor.numel()}
@@ -191,8 +186,7 @@ def _fetched_from(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
     place = mapping_of(tensor)
     if place is None or not tensor.is_contiguous():
         return None
-    edited = isinstance(place[0], FileMap) and place[0].is_private and version_of(tensor) > 0
-    return None if edited else place  # an edit of a private map is in memory only
+    return None if is_edited(tensor, place[0]) else place
 
 
 def _is_fetchable(tensor: Tensor) -> bool:

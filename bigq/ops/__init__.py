@@ -1,4 +1,4 @@
-"""Ops: what each computes, in torch; their schemas, fakes and gradients; and which device runs what."""
+"""Ops: the reference of each in torch; their schemas, fakes and gradients; and the implementation for each device."""
 
 from bigq.ops.library import (
     cuda_implementation,

@@ -1,7 +1,10 @@
-"""What ops refuse: tensors of a quantized weight that do not fit together, in shape, dtype or device.
+"""Checks of the ops: the tensors of a quantized weight have to fit together, in shape, dtype and device.
 
-A kernel reads by address: a wrong width or a cast scale would give a wrong number, or a read out of bounds.
-`bigq_kernels.checks` has the same functions for launchers.
+A kernel reads memory by address. A tensor of a wrong width, or a scale that was cast, would give a wrong number or a
+read out of bounds. `bigq_kernels.checks` has the same functions for the launchers, which do not import bigq.
+
+Each check calls `expect(condition, message)`: by default it raises an UnsupportedError, and for fakes it is
+torch._check.
 """
 
 from collections.abc import Callable
@@ -24,11 +27,11 @@ __all__ = [
 NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale in double quantization
 _SCALES = (torch.float32, torch.int32)
 
-Expect = Callable[[bool, Callable[[], str]], object]  # (condition, what to say if it fails), as torch._check is
+Expect = Callable[[bool, Callable[[], str]], object]  # (condition, message if it is false), like torch._check
 
 
 def as_floats(bits: Tensor) -> Tensor:
-    """The float32 scales in `bits`, which is float32, or int32 of the same bits; shares its memory."""
+    """View scales that are float32, or int32 of the same bits, as float32."""
     if bits.dtype == torch.float32:
         return bits
     _expect(bits.dtype == torch.int32, lambda: f"scales are {bits.dtype}; expected one of {_SCALES}")
@@ -71,7 +74,7 @@ def check_linear_4bit(
     in_features: int | None,
     expect: Expect = _expect,
 ) -> None:
-    """Expect x [..., K], a 4-bit weight [N, K] and bias [N] that fit together."""
+    """Check that x [..., K], a 4-bit weight [N, K] and bias [N] fit together."""
     if in_features is not None:
         expect(
             x.shape[-1] == in_features,
@@ -83,7 +86,7 @@ def check_linear_4bit(
 
 
 def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, expect: Expect = _expect) -> None:
-    """Expect x [..., K], an int8 weight [N, K] and bias [N] that fit together."""
+    """Check that x [..., K], an int8 weight [N, K] and bias [N] fit together."""
     _check_width(x, weight, x.shape[-1], expect)
     check_dequantize_int8(weight, absmax, expect)
     _check_beside(x, weight, bias, expect)
@@ -98,7 +101,7 @@ def check_dequantize_4bit(
     in_features: int,
     expect: Expect = _expect,
 ) -> None:
-    """Expect the tensors of a 4-bit weight [N, in_features]; absmax is uint8 if the nested pair is given."""
+    """Check the tensors of a 4-bit weight [N, in_features]; absmax is uint8 if the nested pair is given."""
     rows, device = weight.shape[0], weight.device
     _check("weight", weight, (torch.uint8,), (rows, (in_features + 1) // 2), device, expect)
     expect(
@@ -114,7 +117,7 @@ def check_dequantize_4bit(
 def check_dequantize_absmax(
     codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, expect: Expect = _expect
 ) -> None:
-    """Expect the tensors of nested scales, of any shape."""
+    """Check the tensors of quantized scales (double quantization), of any shape."""
     blocks = (codes.numel() + NESTED_BLOCK_SIZE - 1) // NESTED_BLOCK_SIZE
     _check("absmax", codes, (torch.uint8,), codes.shape, codes.device, expect)
     _check("nested_absmax", nested_absmax, _SCALES, (blocks,), codes.device, expect)
@@ -122,7 +125,7 @@ def check_dequantize_absmax(
 
 
 def check_dequantize_int8(weight: Tensor, absmax: Tensor, expect: Expect = _expect) -> None:
-    """Expect the tensors of an int8 weight [N, K]."""
+    """Check the tensors of an int8 weight [N, K]."""
     _check("weight", weight, (torch.int8,), (weight.shape[0], weight.shape[-1]), weight.device, expect)
     _check("absmax", absmax, _SCALES, (weight.shape[0], 1), weight.device, expect)
 

@@ -1,10 +1,11 @@
-"""The ops: torch.library schemas, fakes, gradients, and the one place that maps a device to an implementation.
+"""The ops: torch.library schemas, fakes and gradients, and the implementation for each device.
 
-CPU tensors run `bigq.reference`; CUDA tensors run the Triton launchers of `bigq_kernels`, imported on first use. There
-is no fallback between them. `BIGQ_REFERENCE=1`, the library's only environment variable, runs the reference on CUDA.
+CPU tensors use `bigq.ops.reference`. CUDA tensors use the Triton launchers of `bigq_kernels`, which are imported on
+first use. There is no fallback from one to the other. `BIGQ_REFERENCE=1`, the library's only environment variable, runs
+the reference on CUDA.
 
-Every scale that is an argument (absmax, nested_absmax, nested_offset) is float32, or int32 of the same bits. Tensors
-that do not fit together are refused with a RuntimeError, on each device and under fake tensors.
+Every argument that is a scale (absmax, nested_absmax, nested_offset) is float32, or int32 of the same bits. Tensors
+that do not fit together raise a RuntimeError, on each device and under fake tensors.
 """
 
 import os
@@ -48,10 +49,10 @@ _SCHEMAS = {
     "linear_int8": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
 }
 
-_LAUNCHERS = {  # the modules that hold them, imported on first use
+_LAUNCHERS = {  # the module of each launcher, imported on first use
     "quantize_4bit": "bigq_kernels.block4.quantize",
     "dequantize_4bit": "bigq_kernels.block4.dequantize",
-    "quantize_absmax": "bigq_kernels.block4.quantize_absmax",
+    "quantize_absmax": "bigq_kernels.block4.absmax",
     "dequantize_absmax": "bigq_kernels.block4.absmax",
     "linear_4bit": "bigq_kernels.block4.linear",
     "quantize_int8": "bigq_kernels.int8.quantize",
@@ -62,7 +63,7 @@ _LAUNCHERS = {  # the modules that hold them, imported on first use
 
 @cache
 def cuda_implementation(name: str) -> Callable[..., Any]:
-    """What the op `name` calls on CUDA tensors: its launcher, or the reference where the environment says so."""
+    """The function that the op `name` calls on CUDA tensors: its launcher, or the reference with BIGQ_REFERENCE=1."""
     if os.environ.get("BIGQ_REFERENCE") == "1":
         return getattr(reference, name)  # type: ignore[no-any-return]
     try:
@@ -81,7 +82,7 @@ def _on_cuda(name: str) -> Callable[..., Any]:
         return cuda_implementation(name)(*args)
 
     def linear(x: Tensor, *args: Any) -> Any:
-        tensors = 5 if isinstance(args[3], Tensor) else 3  # a weight and its bias, with nested scales or without
+        tensors = 5 if isinstance(args[3], Tensor) else 3  # parts and bias: 5 with double quantization, otherwise 3
         return run(cuda_implementation, name, x, args[:tensors], args[tensors:])
 
     return linear if name.startswith("linear") else implementation
@@ -162,7 +163,7 @@ def _save_linear_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dX = dY @ dequantize(weight); the packed weight is frozen, so it has no gradient."""
+    """dX = dY @ dequantize(weight). The packed weight is frozen and has no gradient."""
     weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
@@ -179,7 +180,7 @@ def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _linear_int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dX = dY @ dequantize(weight): the rounding of x to int8 is passed straight through."""
+    """dX = dY @ dequantize(weight): the gradient of rounding x to int8 is 1 (straight-through estimator)."""
     weight, absmax = ctx.saved_tensors
     grad_x = grad @ dequantize_int8(weight, absmax, grad.dtype) if ctx.needs_input_grad[0] else None
     return grad_x, None, None, _bias_grad(ctx, grad, 3), None

@@ -1,11 +1,13 @@
-"""The numerical specification of every op, in plain torch; it is also the CPU implementation.
+"""The numerical specification of every op in plain torch, which is also the CPU implementation.
 
 Shapes: N = out_features (rows), K = in_features, M = tokens, B = ceil(K / block_size). The Triton launchers in
-`bigq_kernels` have the same names and arguments and are tested against these functions bit for bit, matmuls against an
-error budget. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantization, LLM.int8() (arXiv 2208.07339) for int8.
+`bigq_kernels` have the same names and arguments. Tests compare them with these functions: products within an error
+budget, and everything else bit for bit. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantization, LLM.int8()
+(arXiv 2208.07339) for int8.
 
-Scales come as float32 or as int32 of the same bits, which no cast of a model's floating tensors changes; they are
-returned as float32. Tensors that do not fit together raise UnsupportedError (`bigq.checks`).
+Arguments that are scales are float32, or int32 of the same bits, which no cast of a model's floating-point tensors
+changes. Results that are scales are float32. Tensors that do not fit together raise UnsupportedError
+(`bigq.ops.checks`).
 """
 
 from functools import cache
@@ -69,7 +71,7 @@ _EXACT_K = 1024  # 1024 * 127 * 127 < 2**24: an int8 product of this depth is ex
 @cache
 def _tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(boundaries [15] float32, code of each bucket [16] uint8, the two float32 values of each byte [256] as int64)."""
-    cpu = torch.device("cpu")  # said aloud: a caller may be inside `with torch.device("meta")`
+    cpu = torch.device("cpu")  # explicit, because a caller may be inside `with torch.device("meta")`
     values = torch.tensor(CODES[quant_type], dtype=torch.float32, device=cpu)
     if quant_type == "nf4":
         boundaries = torch.tensor(NF4_BOUNDARIES, dtype=torch.float32, device=cpu)
@@ -117,7 +119,7 @@ def _scale_blocks(values: Tensor, absmax: Tensor, block_size: int, out: Tensor) 
 
 
 def _bucket(values: Tensor, boundaries: Tensor) -> Tensor:
-    """How many boundaries lie below each value, uint8: 15 vectorized comparisons, 1.4 times as fast as bucketize."""
+    """The number of boundaries below each value, uint8: 15 vectorized comparisons, 1.4 times as fast as bucketize."""
     count = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     below = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     for boundary in boundaries.tolist():
@@ -215,8 +217,8 @@ def linear_4bit(
     """x [..., K] times the transposed 4-bit weight, plus bias [N], in x's dtype.
 
     weight is uint8 [N, ceil(K/2)], absmax [N, B], uint8 when nested_absmax [ceil(N*B/256)] and nested_offset [1] are
-    given. K is held to in_features, which tells an odd K from the next. The weight is dequantized a few rows at a
-    time, into the cache: there is never a dense one.
+    given. If in_features is given, K has to equal it: packed weights of an odd K and of K + 1 have the same shape. The
+    weight is dequantized a few rows at a time, so that they stay in the cache.
     """
     check_linear_4bit(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     if nested_absmax is not None and nested_offset is not None:
@@ -282,8 +284,8 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     """LLM.int8(): x [..., K] times the transposed int8 weight [N, K], plus bias [N], in x's dtype; absmax is [N, 1].
 
     A column of x with any |value| >= threshold is an outlier: it is multiplied in x's dtype by the dequantized weight
-    column. The rest is quantized to int8 with one scale a row, taken over the elements below the threshold, and
-    multiplied in integers. threshold 0 means no outliers.
+    column. All other columns are quantized to int8, with one scale for each row of x, taken over the elements below the
+    threshold, and multiplied in integers. threshold 0 means no outliers.
     """
     check_linear_int8(x, weight, absmax, bias)
     absmax = as_floats(absmax)
@@ -298,10 +300,12 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
         part = slice(start, start + _EXACT_K)
         total += (codes[:, part].float() @ weight[:, part].float().T).int()
     out = total.float() * (scale * absmax.T) * (1.0 / (127.0 * 127.0))
-    columns = column.nonzero().flatten()  # the CPU may ask how many; the kernels keep static shapes
+    columns = column.nonzero().flatten()  # the number is known on the CPU; the kernels need static shapes
     if columns.numel():
         dense = dequantize_int8(weight[:, columns], absmax, x.dtype)
         out = out + rows[:, columns] @ dense.T
     if bias is not None:
         out = out + bias.float()
-    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    result = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)  # autograd refuses a view
+    result.view_as(out).copy_(out)
+    return result

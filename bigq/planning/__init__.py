@@ -1,1 +1,1 @@
-"""What becomes of every tensor of a model, and where: decided before anything is read or changed."""
+"""Planning: what becomes of every tensor of a model and where it is stored, before anything is read or changed."""

@@ -1,4 +1,4 @@
-"""automatic_map: the device map for a strategy such as "auto", from the exact bytes of a model in its plans."""
+"""automatic_map: the device map for a strategy such as "auto", from exact sizes in bytes."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -26,14 +26,22 @@ def automatic_map(
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> DeviceMap:
-    """The device map that `strategy` gives for the exact bytes of a model: see `_sized_tree` for the two plans.
+    """Make the device map of `strategy`.
 
     Modules of `no_split_module_classes` (by default the model's own `_no_split_modules`) and the members of a
-    ModuleList stay whole. The disk takes part only with an `offload_folder`.
+    ModuleList are not split. The map uses the disk only if there is an `offload_folder`.
+
+    Args:
+        resident: the plan if every tensor is stored where it runs.
+        offloaded: the plan if every tensor is offloaded; its tensors may have other dtypes.
+        strategy: one of `STRATEGIES`.
+
+    Raises:
+        PlacementError: the model does not fit, or `max_memory` names a device that this machine does not have.
     """
     classes = set(no_split_module_classes or getattr(model, "_no_split_modules", None) or ())
     if max_memory is not None:
-        normalize_device_map({f"max_memory[{place!r}]": place for place in max_memory})  # refuses absent devices
+        normalize_device_map({f"max_memory[{place!r}]": place for place in max_memory})  # raises if one is absent
     budgets = {
         place if isinstance(place, str) else f"cuda:{place}": int(nbytes)
         for place, nbytes in get_max_memory(dict(max_memory) if max_memory is not None else None).items()
@@ -55,9 +63,10 @@ def _buffer_specs(plan: Plan) -> list[TensorSpec]:
 
 
 def _sized_tree(model: nn.Module, resident: Plan, offloaded: Plan, classes: set[str]) -> Node:
-    """The modules of `model` with their sizes: in `resident` everything is where it runs, in `offloaded` nothing.
+    """The modules of `model` as Nodes, with the sizes of their tensors where they run and where they are offloaded.
 
-    A quantized weight is one entry, since all of its tensors go with it. What is offloaded is aligned as its memory is.
+    A quantized weight is one entry, because all of its tensors are stored together. Offloaded sizes are aligned as the
+    memory is.
     """
     away = {names[0]: sum(map(align, sizes)) for names, sizes in offloaded.sizes()}
     by_module: dict[str, list[Sized]] = {}

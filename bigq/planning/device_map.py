@@ -1,7 +1,7 @@
-"""Device maps: which module goes where; pure functions of names and sizes.
+"""Device maps: the place of each module and tensor. Pure functions of names.
 
-A place is the string "cuda:0", "cpu" or "disk". The place of a tensor is that of the longest key that is its name or an
-ancestor of it.
+A place is the string "cuda:0", "cpu" or "disk". The place of a tensor is the value of the longest key that is its name,
+or the name of a module around it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,7 +31,7 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def explicit_device_map(device_map: object) -> DeviceMap:
-    """The places that the user's `device_map` names; None means the current GPU, or the CPU where there is none."""
+    """Normalize a `device_map` that is no strategy. None: the current GPU, or the CPU if there is none."""
     if device_map is None:
         return {"": f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"}
     if isinstance(device_map, Mapping):
@@ -44,7 +44,7 @@ def explicit_device_map(device_map: object) -> DeviceMap:
 
 
 def normalize_device_map(device_map: Mapping[str, int | str | torch.device]) -> DeviceMap:
-    """`device_map` with every value as a place; refuses values that are no place on this machine."""
+    """Return `device_map` with a place for each value. Raises PlacementError for a device that is absent."""
     if not device_map:
         raise PlacementError("device_map is empty; expected {module name: device} or {'': device}")
     return {name: _place(name, value) for name, value in device_map.items()}
@@ -71,14 +71,14 @@ def _place(name: str, value: int | str | torch.device) -> str:
 
 
 def as_user_map(device_map: DeviceMap) -> dict[str, int | str]:
-    """`device_map` as accelerate writes it: GPUs by their index."""
+    """Return `device_map` in accelerate's form, with the index of each GPU."""
     return {
         name: int(place.partition(":")[2]) if place.startswith("cuda") else place for name, place in device_map.items()
     }
 
 
 def place_of(device_map: DeviceMap, name: str) -> str | None:
-    """The place of the module or tensor `name`; None where the map says nothing of it."""
+    """The place of the module or tensor `name`; None if no key covers it."""
     while True:
         if name in device_map:
             return device_map[name]
@@ -88,9 +88,12 @@ def place_of(device_map: DeviceMap, name: str) -> str | None:
 
 
 def check_device_map(device_map: DeviceMap, modules: Iterable[str], tensors: Iterable[tuple[str, ...]]) -> None:
-    """Refuse keys that name nothing and tensors that have no place, all of them in one error.
+    """Raise one PlacementError for all keys that name nothing and all tensors that have no place.
 
-    `tensors` are given by all of their names; one of them has to have a place.
+    Args:
+        device_map: to check.
+        modules: names of all modules.
+        tensors: all names of each tensor, of which at least one must have a place.
     """
     tensors = list(tensors)
     known = {*modules, *(name for names in tensors for name in names)}
@@ -119,7 +122,7 @@ def check_device_map(device_map: DeviceMap, modules: Iterable[str], tensors: Ite
 
 
 def execution_device(device_map: DeviceMap) -> torch.device:
-    """Where offloaded modules run: the first GPU of the map, or the CPU if the map has none."""
+    """The device that runs offloaded modules: the first GPU of the map, or the CPU if the map has none."""
     for place in device_map.values():
         if is_gpu(place):
             return torch.device(place)
@@ -132,11 +135,11 @@ def is_gpu(place: str) -> bool:
 
 
 def is_offloaded(place: str | None, runs_on: torch.device) -> bool:
-    """Whether what is stored at `place` runs elsewhere. "cpu" is no offload if the model runs on the CPU."""
+    """Whether a tensor stored in `place` is offloaded. "cpu" is no offload if the CPU runs the model."""
     return place == "disk" or (place == "cpu" and runs_on.type != "cpu")
 
 
 def ancestors(name: str) -> list[str]:
-    """The names of what is around the module or tensor called `name`, from the root "" on."""
+    """The names of the modules around the module or tensor `name`, from the root "" on."""
     parts = name.split(".")
     return ["", *(".".join(parts[:end]) for end in range(1, len(parts)))]

@@ -1,6 +1,6 @@
-"""infer_places: fill GPUs, the CPU and the disk with the modules of a model, by their bytes; a pure function.
+"""infer_places: fill GPUs, the CPU and the disk with the modules of a model, by their sizes in bytes.
 
-A tree of names and sizes stands for the model.
+It is a pure function of a tree of names and sizes.
 """
 
 from collections import Counter
@@ -17,9 +17,9 @@ __all__ = ["Node", "Sized", "balanced_budgets", "infer_places", "onload_nbytes"]
 
 
 class Sized(NamedTuple):
-    """A tensor, or all tensors of a quantized linear: bytes where it computes, and where it is offloaded.
+    """A tensor, or all tensors of a quantized weight, with its bytes where it runs and where it is offloaded.
 
-    `key` is equal for the names of one tensor. The two sizes differ if what is offloaded keeps its dtype.
+    `key` is equal for all names of a tensor. The two sizes differ if the offloaded tensor has another dtype.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Sized(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A module for `infer_places`: its own tensors, and its children.
+    """A module for `infer_places`, with its own tensors and its children.
 
-    `is_atomic` says that it has one place. `is_called` and `is_stack` tell which offloaded modules are blocks,
-    whose tensors are copied to the device together: see `dispatch`.
+    `is_atomic` says that it is not split, so that it has one place. `is_called` and `is_stack` tell which offloaded
+    modules are blocks, whose tensors are copied to the device together: see `dispatch`.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Node:
     is_atomic: bool
     is_called: bool = True
     is_stack: bool = False
-    held: dict[object, Sized] = field(init=False, repr=False)  # every tensor in it, by its key
+    held: dict[object, Sized] = field(init=False, repr=False)  # every tensor in it and in its children, by key
 
     def __post_init__(self) -> None:
         held = {tensor.key: tensor for tensor in self.tensors}
@@ -58,7 +58,7 @@ class Node:
         return sum(tensor.nbytes for tensor in self.held.values())
 
     def walk(self) -> Iterator[tuple[str, "Node"]]:
-        """(name, node) of everything that may have a place of its own, tensors of split modules included."""
+        """Yield (name, node) of all that can have its own place: modules, and tensors of modules that are split."""
         yield self.name, self
         if not self.is_atomic:
             for tensor in self.tensors:
@@ -78,7 +78,7 @@ def _alone(tensor: Sized) -> Node:
 
 
 def balanced_budgets(root: Node, budgets: dict[str, int], strategy: str) -> dict[str, int]:
-    """`budgets` with those of the GPUs lowered so that they share the model evenly, as `strategy` says."""
+    """Lower the budgets of the GPUs so that they share the model evenly, as `strategy` says."""
     gpus = [place for place in budgets if is_gpu(place)]
     if len(gpus) < 2 or strategy == "sequential":
         return budgets
@@ -92,13 +92,22 @@ def balanced_budgets(root: Node, budgets: dict[str, int], strategy: str) -> dict
 
 
 def infer_places(root: Node, budgets: dict[str, int], *, buffer_nbytes: int = 0, slots: int = 2) -> DeviceMap:
-    """Fill the places of `budgets` {place: bytes}, in their order, with the modules in theirs.
+    """Fill places with the modules of a model, both in their order.
 
-    A module that does not fit is split into its children unless it is atomic; a tied tensor counts once and goes where
-    it went first. If anything is offloaded, memory is kept free where it runs: `buffer_nbytes`, `slots` of the largest
-    block's size, and what the modules around blocks need. A GPU without that much memory is left out. With one GPU,
-    modules outside of stacks of blocks go to it first, and the blocks that fit are spread evenly over their stack: the
-    GPU works on them while the ones between are copied.
+    A module that does not fit is split into its children, unless it is atomic. A tied tensor counts once, in the place
+    that it was put in first.
+
+    If anything is offloaded, memory is kept free on the device that runs it: `buffer_nbytes`, `slots` times the size of
+    the largest block, and the copies for modules that contain blocks. A GPU with less memory than that is not used.
+
+    With one GPU, modules outside of lists of blocks are put on it first. The blocks that fit on it are spread evenly
+    over their list, so that the GPU computes them while the blocks between them are copied.
+
+    Args:
+        root: the model.
+        budgets: {place: bytes}, in the order in which they are filled.
+        buffer_nbytes: bytes of all buffers.
+        slots: how many blocks have copies on the device at a time.
 
     Raises:
         PlacementError: the model does not fit.
@@ -124,9 +133,9 @@ def infer_places(root: Node, budgets: dict[str, int], *, buffer_nbytes: int = 0,
 
 
 def onload_nbytes(root: Node, device_map: DeviceMap, runs_on: torch.device, *, slots: int = 2) -> Counter[str]:
-    """The most bytes that copies of offloaded tensors take at a time, by the place that they run on."""
+    """The maximum bytes that copies of offloaded tensors take at a time, by the place that runs them."""
     split = {ancestor for name in device_map if name for ancestor in ancestors(name)}
-    units: dict[str, list[tuple[Sized, str]]] = {}  # tensors and their places, by the module that they are copied for
+    units: dict[str, list[tuple[Sized, str]]] = {}  # tensors and their places, by the module whose calls need them
     stored: dict[object, str] = {}
 
     def walk(node: Node, place: str, caller: str, block: str | None) -> None:
@@ -163,7 +172,7 @@ def onload_nbytes(root: Node, device_map: DeviceMap, runs_on: torch.device, *, s
 
 
 def _stacks_last(node: Node) -> Node:
-    """`node` with the children that hold stacks of blocks after the others."""
+    """`node` with the children that contain lists of blocks after the others."""
     if node.is_atomic:
         return node
     return replace(node, children=tuple(sorted(map(_stacks_last, node.children), key=_holds_stack)))
@@ -174,7 +183,7 @@ def _holds_stack(node: Node) -> bool:
 
 
 def _strided(root: Node, device_map: DeviceMap) -> DeviceMap:
-    """`device_map` with the GPU's share of each stack of equal blocks spread evenly over the stack."""
+    """`device_map` with the blocks on the GPU spread evenly over each list of equal blocks."""
     strided = dict(device_map)
     holders = Counter(tensor.key for node in _modules(root) for tensor in node.tensors)
     for _, node in root.walk():
@@ -208,7 +217,7 @@ def _fill(root: Node, budgets: dict[str, int], runs_on: torch.device) -> DeviceM
         nonlocal at
         wanted = [tensor for key, tensor in node.held.items() if key not in placed]
         already = {placed[key] for key in node.held if key in placed}
-        if not wanted and len(already) == 1:  # only tied tensors, or a module seen before: it has a place
+        if not wanted and len(already) == 1:  # all of its tensors are placed: they are tied, or the module was seen
             device_map[node.name] = already.pop()
             return
         while (need := sum(tensor.nbytes_at(places[at], runs_on) for tensor in wanted)) > left[places[at]]:

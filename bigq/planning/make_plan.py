@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from bigq.checkpoint import StoredTensor
+from bigq.checkpoint import FLOAT8, StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, Description, encode_quant_state, state_name
@@ -23,7 +23,7 @@ Described = Mapping[str, Mapping[str, Description]]  # by module name, then by l
 
 
 def quant_states(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """{module name: name of its quant_state} of the modules whose weights a checkpoint holds quantized."""
+    """{module name: name of its quant_state} for the modules whose weights a checkpoint holds quantized."""
     states = [name for name in tensors if name.rpartition(".")[2] == QUANT_STATE]
     return {name.rpartition(".")[0]: name for name in states}
 
@@ -38,22 +38,23 @@ def make_plan(
     offload_dtype: Callable[[str], torch.dtype | None] = lambda name: None,
     strict: bool = True,
 ) -> Plan:
-    """Fit `tensors` to the model of `tree` under `config`; reads nothing and changes nothing.
+    """Decide what becomes of every tensor of the model in `tree`. Reads nothing and changes nothing.
 
     Args:
         tensors: what the checkpoint holds.
-        config: None only where the checkpoint is quantized.
+        config: None only if the checkpoint is quantized.
         quantized: descriptions of the weights that the checkpoint holds quantized, by module name and leaf.
-        unquantized: whether the placement of a weight asks for it not to be quantized.
-        offload_dtype: the dtype that a tensor's placement asks for, or None.
-        strict: also refuse tensors that the model has no place for, and tensors that only the model has.
+        unquantized: whether a weight is kept because of its place, by its name.
+        offload_dtype: the dtype that a tensor has because of its place, or None, by its name.
+        strict: also refuse tensors that only the checkpoint has, and tensors that only the model has.
 
     Raises:
-        CheckpointError: one error with everything that is missing, unexpected or misshapen.
+        CheckpointError: tensors are missing, unexpected or have a wrong shape; one error lists all of them.
         ConfigError: `config` does not fit the model or contradicts the checkpoint.
+        UnsupportedError: the model is quantized already, or has no weight to quantize.
     """
     if any(isinstance(module, QuantizedModule) for module in tree.aliases):
-        raise UnsupportedError("the model already holds quantized modules: load into a model built anew")
+        raise UnsupportedError("the model already holds quantized modules: load into a newly built model")
     if quantized:
         described, sources = _held_quantized(tree, tensors, quantized, config)
         kept: Mapping[str, str] = {}
@@ -77,7 +78,7 @@ def _chosen(
     config: QuantizationConfig,
     unquantized: Callable[[str], bool],
 ) -> tuple[dict[str, Description], dict[str, str], dict[str, str], dict[str, str]]:
-    """Descriptions and sources of the weights to quantize, by first name; why others are kept; rules of the former."""
+    """The weights to quantize, by first name: descriptions and sources. Then why others are kept, and the rules."""
     selection = select_weights(
         tree,
         config.weight_format(),
@@ -88,16 +89,17 @@ def _chosen(
     )
     groups = {group.names[0]: group for group in tree.tensors}
     kept, described, sources, rules = dict(selection.kept), {}, {}, {}
-    alike: dict[tuple[object, ...], Description] = {}  # one for all weights that are described alike
+    alike: dict[tuple[object, ...], Description] = {}  # equal ones are one object, if they are read in one dtype
     for name, chosen in selection.weights.items():
         if unquantized(name):
             kept[name.rpartition(".")[0]] = "offloaded with its dtype"
             continue
         own = groups[name].tensor
         source = next(filter(tensors.__contains__, chosen.names), name)
-        found = tensors[source].dtype if source in tensors else own.dtype
+        read = tensors[source].dtype if source in tensors else own.dtype
+        found = own.dtype if read in FLOAT8 else read  # a plain cast: what it was cast from is not said
         shape = tuple(own.mT.shape if chosen.transposed else own.shape)
-        key = id(chosen.format), shape, config.dtype or found, chosen.transposed
+        key = id(chosen.format), shape, config.dtype or found, chosen.transposed, read
         if key not in alike:
             alike[key] = Description(
                 format=chosen.format,
@@ -120,7 +122,7 @@ def _held_quantized(
     quantized: Described,
     config: QuantizationConfig | None,
 ) -> tuple[dict[str, Description], dict[str, str]]:
-    """Descriptions of the weights that the checkpoint holds quantized, by first name; none has a source."""
+    """Descriptions of the weights that the checkpoint holds quantized, by first name, and no sources."""
     if config is not None:
         for field in ("skip_modules", "keep_in_fp32_modules"):
             for name, pattern in match_patterns(field, getattr(config, field), tree.names()).items():
@@ -136,7 +138,7 @@ def _held_quantized(
             name = tensor_name(module, leaf)
             group = groups.get(name)
             if group is None:
-                problems.append(f"  {name} is quantized in the checkpoint, and no parameter of the model")
+                problems.append(f"  {name} is quantized in the checkpoint, but the model has no such parameter")
                 continue
             problems += _misfits(name, group, description, described.get(group.names[0]), tensors)
             if config is not None and config.weight_format() != description.format:
@@ -159,7 +161,7 @@ def _misfits(
     other: Description | None,
     tensors: Mapping[str, StoredTensor],
 ) -> list[str]:
-    """Why a weight that the checkpoint holds quantized as `description` cannot be the parameter of `group`."""
+    """The reasons why a weight stored as `description` cannot be the parameter of `group`; none if it can."""
     problems = []
     if tuple(group.tensor.shape) != description.weight_shape:
         found = list(description.weight_shape)
@@ -177,10 +179,14 @@ def _misfits(
 def _planned(
     tree: ModelTree, described: Mapping[str, Description], sources: Mapping[str, str], method: str
 ) -> list[PlannedWeight]:
-    """The weights of these descriptions, by first name, in all modules that hold them."""
+    """Make the PlannedWeight of each description, with all modules that hold the weight."""
     names_of = {group.names[0]: group.names for group in tree.tensors}
-    in_module: dict[str, dict[str, Description]] = {}  # what the quant_state of each module says, by its first name
-    holders: dict[str, dict[tuple[tuple[str, ...], str], None]] = {}  # of each weight: all names of a module, and leaf
+    in_module: dict[
+        str, dict[str, Description]
+    ] = {}  # descriptions in the quant_state of each module, by its first name
+    holders: dict[
+        str, dict[tuple[tuple[str, ...], str], None]
+    ] = {}  # by weight: all names of each module that holds it, and the leaf
     for name, description in described.items():
         holders[name] = {}
         for alias in names_of[name]:
@@ -188,12 +194,12 @@ def _planned(
             owners = tree.aliases[tree.modules[owner]]
             holders[name][owners, leaf] = None
             in_module.setdefault(owners[0], {})[leaf] = description
-    shared: dict[tuple[object, ...], Mapping[str, Description]] = {}  # one for all modules that are described alike
+    shared: dict[tuple[object, ...], Mapping[str, Description]] = {}  # equal quant_states are one object
     quant_state_of: dict[str, Mapping[str, Description]] = {}
     for owner, weights in in_module.items():
         key = tuple((leaf, id(description)) for leaf, description in weights.items())
         if key not in shared:
-            encode_quant_state(weights)  # refuses what has no room, before anything is changed
+            encode_quant_state(weights)  # raises if a record is too long, before anything is changed
             shared[key] = weights
         quant_state_of[owner] = shared[key]
         _refuse_names_in_use(tree.modules[owner], owner, weights)
@@ -211,7 +217,7 @@ def _planned(
 
 
 def _refuse_names_in_use(module: nn.Module, name: str, weights: Mapping[str, Description]) -> None:
-    """Raise a ConfigError if `module` has something else by the name of a tensor that its `weights` become."""
+    """Raise a ConfigError if `module` already uses the name of a part of one of its `weights`."""
     own = vars(module)  # hasattr of a module takes 2 us a name
     for leaf, description in weights.items():
         for new in (QUANT_STATE, *(state_name(leaf, part) for part in description.state_spec)):

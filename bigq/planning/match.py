@@ -1,11 +1,11 @@
-"""Match: match a model's tensors with a checkpoint's, and list everything that does not match."""
+"""Match: match a model's tensors with those of a checkpoint, and list everything that does not match."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from bigq.checkpoint import StoredTensor
+from bigq.checkpoint import FLOAT8, StoredTensor, is_scaled
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
@@ -21,7 +21,7 @@ _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Match:
-    """Match the model's tensors with the checkpoint's and collect what does not fit."""
+    """Matches tensors one after the other and collects errors; `refuse` raises them all at once."""
 
     def __init__(
         self,
@@ -43,13 +43,13 @@ class Match:
         self.own_fp32 = float32_names(tree)
 
     def claim(self, weight: PlannedWeight) -> None:
-        """Claim and check the weight to quantize, if the checkpoint holds it as floats."""
+        """Check a weight to quantize, if the checkpoint holds it as floats, and mark its names as expected."""
         if weight.source is not None:
             self.claimed.update(weight.names)
             self._check(weight.source, weight.description.weight_shape, torch.float32)
 
     def tensors_outside(self, weights: Sequence[PlannedWeight]) -> Iterator[PlannedTensor]:
-        """Everything but the weights to quantize: kept parameters, buffers, biases, and state quantized already."""
+        """Plan all tensors but float weights to quantize: kept parameters, buffers, and weights stored quantized."""
         quantized = {name for weight in weights for name in weight.names}
         for group in self.tree.tensors:
             if quantized.isdisjoint(group.names):
@@ -83,7 +83,7 @@ class Match:
             info = self._check(source, tuple(own.shape), own.dtype)
             if info is None:
                 return None
-            found = TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
+            found = TensorSpec(shape=tuple(info.shape), dtype=own.dtype if info.dtype in FLOAT8 else info.dtype)
         dtype, by_rule = self._dtype(group, found.dtype)
         return PlannedTensor(
             names=group.names,
@@ -95,7 +95,7 @@ class Match:
         )
 
     def _dtype(self, group: TensorGroup, found: torch.dtype) -> tuple[torch.dtype, bool]:
-        """The dtype that a tensor of dtype `found` is kept in, and whether it is float32 unexpectedly.
+        """The dtype that a kept tensor of dtype `found` gets, and whether it is float32 unexpectedly.
 
         It is then by a rule that the model's code does not know of.
         """
@@ -139,17 +139,19 @@ class Match:
         if tuple(info.shape) != tuple(shape):
             self.misfits.append(f"  {source} in {info.where}: expected shape {list(shape)}, found {list(info.shape)}")
             return None
-        is_scaled = info.dtype.is_floating_point and info.dtype not in _CASTABLE and info.dtype != dtype
-        if _kind(info.dtype) != _kind(dtype) or is_scaled:
+        is_unknown = info.dtype.is_floating_point and info.dtype not in _CASTABLE and info.dtype != dtype
+        if info.dtype in FLOAT8 and not is_scaled(source, self.tensors):
+            is_unknown = False  # float8 without a scale is a plain cast
+        if _kind(info.dtype) != _kind(dtype) or is_unknown:
             self.misfits.append(
                 f"  {source} in {info.where}: expected {_kind(dtype)}, found {dtype_name(info.dtype)}"
-                + (" (a scaled storage format bigq does not know)" if is_scaled else "")
+                + (" (a scaled storage format bigq does not know)" if is_unknown else "")
             )
             return None
         return info
 
     def refuse(self) -> None:
-        """Raise one error with everything that does not fit, if anything does not."""
+        """Raise one CheckpointError with everything that does not fit, if there is anything."""
         patterns = getattr(self.tree.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         ignored = [re.compile(str(pattern)) for pattern in patterns]
         unexpected = {

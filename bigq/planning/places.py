@@ -1,4 +1,4 @@
-"""plan_and_place: a plan and a device map that fit each other."""
+"""plan_and_place: make the plan and the device map of a load, each of which depends on the other."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -38,9 +38,10 @@ def plan_and_place(
     offload: str | torch.dtype | None = None,
     strict: bool = True,
 ) -> tuple[Plan, DeviceMap]:
-    """The plan for the model of `tree`, and its places; the arguments are those of `load_and_quantize_model`.
+    """Make the plan for the model of `tree`, and its device map. The arguments are those of `load_and_quantize_model`.
 
-    A map that names places decides what is quantized, so it comes before the plan; an automatic one needs its sizes.
+    A device map with places decides which weights are quantized, so it comes before the plan. An automatic map needs
+    the sizes in the plan, so it comes after it.
     """
     check_offload(offload)
     source.check()
@@ -79,7 +80,7 @@ def plan_at(
     quantized: Described | None = None,
     strict: bool = True,
 ) -> Plan:
-    """The plan for a model at `places`, of which what is offloaded is kept as `policy` says."""
+    """Make the plan for a model with the device map `places`, whose offloaded weights are stored as `policy` says."""
     kept = policy in ("preserve", torch.float32)
     dtype = policy if isinstance(policy, torch.dtype) else None
     runs_on = execution_device(places)
@@ -103,21 +104,21 @@ def plan_at(
 
 
 def expected_device(device_map: object) -> torch.device:
-    """Where a load under `device_map` will most likely quantize, which is known for sure only after the plan."""
+    """The device on which a load will most likely quantize. It is certain only after the plan."""
     automatic = isinstance(device_map, str) and device_map in STRATEGIES
     return execution_device(explicit_device_map(None if automatic else device_map))
 
 
 def _descriptions(source: Source) -> dict[str, dict[str, Description]]:
-    """What a checkpoint says of the weights that it holds quantized, by module name and leaf.
+    """Read the descriptions of the weights that a checkpoint holds quantized, by module name and leaf.
 
     Raises:
-        CheckpointError: a quant_state is none.
+        CheckpointError: a tensor named quant_state is not one.
     """
     names = quant_states(source.tensors)
     for name in names.values():
         stored = source.tensors[name]
-        check_quant_state(stored.shape, stored.dtype, f"{name} in {stored.where}")  # before any of it is read
+        check_quant_state(stored.shape, stored.dtype, f"{name} in {stored.where}")  # before its bytes are read
     states = dict(source.read(names.values()))
     return {
         module: decode_quant_state(states[name], f"{name} in {source.tensors[name].where}")

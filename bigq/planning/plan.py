@@ -1,4 +1,4 @@
-"""The plan: what becomes of every tensor of a model, as data."""
+"""Plan: what becomes of every tensor of a model, as data."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ __all__ = ["Plan", "PlannedTensor", "PlannedWeight", "WeightRef"]
 
 
 class WeightRef(NamedTuple):
-    """A Parameter of a module: `owners` are all names of the module, `leaf` is that of the Parameter in it.
+    """A Parameter in a module: `owners` are all names of the module, and `leaf` is the name of the Parameter in it.
 
-    `described` is what the module's quant_state says, {leaf: description} of all of its quantized weights. It goes with
-    the first of them, and is empty for the others.
+    `described` is {leaf: description} of all quantized weights of the module, as its quant_state holds them. It belongs
+    to the first of these weights, and is empty for the others.
     """
 
     owners: tuple[str, ...]
@@ -23,16 +23,17 @@ class WeightRef(NamedTuple):
 
     @property
     def quant_states(self) -> tuple[str, ...]:
-        """All names of the module's quant_state; none where it does not go with this weight."""
+        """All names of the module's quant_state; none if it does not belong to this weight."""
         return tuple(tensor_name(owner, QUANT_STATE) for owner in self.owners) if self.described else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTensor:
-    """A tensor that is loaded as it is, or cast: `names` are all of its names, `source` the checkpoint's.
+    """A tensor that is kept, possibly in another dtype.
 
-    `source` is None for a tensor that the model already holds and the checkpoint does not. `is_float32_by_rule` says
-    that the config or the placement makes it float32 where the model's code does not expect it.
+    `names` are all of its names in the model. `source` is its name in the checkpoint, and None if only the model has
+    it. `is_float32_by_rule` says that the config or its place makes it float32 where the model's code does not expect
+    it.
     """
 
     names: tuple[str, ...]
@@ -45,10 +46,11 @@ class PlannedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedWeight:
-    """A weight that becomes a quantized one of `description`, under all of its `names`.
+    """A weight that becomes a quantized weight of this `description`.
 
-    `refs` are the modules that hold it; several are tied. `source` is the checkpoint's name of the float weight, None
-    where the checkpoint holds it quantized. `method` is how codes and scales are chosen.
+    `names` are all of its names in the model. `refs` are the modules that hold it, several if it is tied. `source` is
+    the name of the float weight in the checkpoint, and None if the checkpoint holds it quantized. `method` is how codes
+    and scales are chosen.
     """
 
     names: tuple[str, ...]
@@ -58,11 +60,11 @@ class PlannedWeight:
     method: str = "absmax"
 
     def tensor_name(self, part: str) -> str:
-        """The first name of the tensor that is the `part` of the quantized weight."""
+        """The first name of the tensor that holds this `part` of the weight."""
         return state_name(self.names[0], part)
 
     def specs(self) -> dict[tuple[str, ...], TensorSpec]:
-        """The tensors that it becomes, by all of their names: those of its format, and the quant_states it brings."""
+        """Its tensors in the model, by all of their names: the parts, and the quant_states that belong to it."""
         parts = self.description.state_spec
         specs = {tuple(state_name(name, part) for name in self.names): spec for part, spec in parts.items()}
         return specs | {ref.quant_states: quant_state_spec(len(ref.described)) for ref in self.refs if ref.described}
@@ -77,7 +79,7 @@ class PlannedWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`rules` says by which rule weights are quantized, `kept` why others are not, by the name of their module."""
+    """The plan of a load. `rules` and `kept` are the reasons why weights are quantized or kept, by module name."""
 
     tensors: tuple[PlannedTensor, ...]
     weights: tuple[PlannedWeight, ...]
@@ -85,11 +87,11 @@ class Plan:
     rules: Mapping[str, str] = field(default_factory=dict)
 
     def weights_of_state(self) -> dict[str, tuple[str, ...]]:
-        """{first name of a tensor: all names of the weight} for the tensors of weights that are held quantized."""
+        """{first name of a tensor: all names of its weight}, for weights that the checkpoint holds quantized."""
         return {names[0]: weight.names for weight in self.weights if weight.source is None for names in weight.specs()}
 
     def sizes(self) -> Iterator[tuple[tuple[str, ...], list[int]]]:
-        """(all names, bytes of each tensor) of all that the model holds; a quantized weight is one, as itself."""
+        """Yield (all names, bytes of each tensor) of everything in the model; a quantized weight is one entry."""
         state = self.weights_of_state()
         for tensor in self.tensors:
             if tensor.names[0] not in state:

@@ -1,26 +1,47 @@
 """Files: open one that is still what it was, and read its bytes into memory."""
 
 import os
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from bigq.errors import CheckpointError
 
-__all__ = ["open_unchanged", "read_into"]
+__all__ = ["FileIdentity", "open_unchanged", "read_into"]
 
 
-def open_unchanged(path: Path, expected_nbytes: int) -> int:
-    """A descriptor of the file at `path`, to be closed; raises CheckpointError unless it has `expected_nbytes`."""
+@dataclass(frozen=True, kw_only=True)
+class FileIdentity:
+    """What tells a file from another of its name and size: where it lies, and when it was last written."""
+
+    device: int
+    inode: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "FileIdentity":
+        return cls(device=found.st_dev, inode=found.st_ino, mtime_ns=found.st_mtime_ns)
+
+
+def open_unchanged(path: Path, expected_nbytes: int, expected: FileIdentity | None = None) -> FileIO:
+    """Open the file at `path`, which the caller closes. An object, so that no interrupt can lose the descriptor.
+
+    Raises:
+        CheckpointError: there is none, or it has not `expected_nbytes`, or it is another file than the `expected`.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        file = FileIO(path)
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error
-    found = os.fstat(descriptor).st_size
-    if found != expected_nbytes:
-        os.close(descriptor)
-        raise CheckpointError(
-            f"{path} changed after it was opened: it had {expected_nbytes} bytes and now has {found}; load again"
-        )
-    return descriptor
+    found = os.fstat(file.fileno())
+    if found.st_size != expected_nbytes:
+        change = f"it had {expected_nbytes} bytes and now has {found.st_size}"
+    elif expected not in (None, FileIdentity.of(found)):
+        change = "it was written to, or replaced by another file of the same size"
+    else:
+        return file
+    file.close()
+    raise CheckpointError(f"{path} changed after it was opened: {change}; load again")
 
 
 def read_into(buffer: memoryview, descriptor: int, offset: int) -> int:

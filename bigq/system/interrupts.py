@@ -1,8 +1,15 @@
-"""to_the_end: run a cleaning step to its end, though an interrupt may come at any bytecode of it."""
+"""Waiting and cleaning up where an interrupt may come at any bytecode.
 
+Ctrl-C, an alarm or a timeout of a test raises wherever Python is, also in a `finally`. Events, conditions and threads
+of the standard library keep locks in Python code, which an interrupt can leave locked for good. Here every wait is one
+`with` of a lock, which CPython enters and leaves without a point where an interrupt is raised.
+"""
+
+import _thread
 from collections.abc import Callable
+from threading import Lock
 
-__all__ = ["to_the_end"]
+__all__ = ["Latch", "Worker", "to_the_end"]
 
 _ATTEMPTS = 3
 
@@ -10,10 +17,8 @@ _ATTEMPTS = 3
 def to_the_end(step: Callable[[], None]) -> None:
     """Run `step`, and run it again if an exception ended it early; raises the first exception afterwards.
 
-    Ctrl-C, an alarm or a timeout of a test raises wherever Python is, also in a `finally`.
-
     Args:
-        step: has to be safe to repeat, from the start, wherever it ended.
+        step: has to be safe to repeat, from its start, wherever it ended.
     """
     first: BaseException | None = None
     for _ in range(_ATTEMPTS):
@@ -23,5 +28,52 @@ def to_the_end(step: Callable[[], None]) -> None:
             first = first or error
         else:
             break
-    if first is not None:
-        raise first
+    try:
+        if first is not None:
+            raise first
+    finally:
+        del first  # an exception that its own frame refers to would keep all frames until they are collected
+
+
+class Latch:
+    """Something that happens once: `open` says that it has, `wait` returns when it has."""
+
+    def __init__(self) -> None:
+        self._closed = Lock()
+        self._closed.acquire()
+
+    @property
+    def is_open(self) -> bool:
+        return not self._closed.locked()
+
+    def open(self) -> None:
+        self._closed.release()
+
+    def wait(self) -> None:
+        with self._closed:
+            pass
+
+
+class Worker:
+    """A thread that runs `work`, which has to handle its own errors."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._ended = Latch()
+        self._is_started = False
+
+    def start(self) -> None:
+        """Raises RuntimeError where the system has no thread left."""
+        _thread.start_new_thread(self._run, ())
+        self._is_started = True
+
+    def join(self) -> None:
+        """Return when the thread has ended; at once if it was not started."""
+        if self._is_started:
+            self._ended.wait()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._ended.open()

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 __all__ = ["format_table", "shortlist"]
 
+_LONGEST = 500  # characters: a name comes from a file, and a header may hold one of 100 MB
+
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """One line a row, the first of them the header: the first column to the left, the others to the right."""
@@ -16,6 +18,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def shortlist(names: Sequence[object], limit: int = 10) -> str:
-    """Join the first names with commas and count the rest."""
-    shown = ", ".join(str(name) for name in names[:limit])
+    """Join the first names with commas and count the rest; of a name that is itself too long, the first characters."""
+    texts = [str(name) for name in names[:limit]]
+    shown = ", ".join(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in texts)
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

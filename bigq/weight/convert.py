@@ -1,4 +1,4 @@
-"""convert: turn a module into a QuantizedModule where it stands, of a class made for its own."""
+"""convert: turn a module into a QuantizedModule by replacing its class and its Parameters."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -21,25 +21,26 @@ def is_transposed_linear(module: nn.Module) -> bool:
 def convert(module: nn.Module, leaf: str, description: Description, state: Mapping[str, nn.Parameter | None]) -> None:
     """Make the Parameter `leaf` of `module` a quantized weight.
 
-    The object stays the same, so whatever else refers to it follows: a second parent, a closure, its own hooks. Its
-    class becomes a subclass of its own: `QuantizedLinear` for an nn.Linear.
+    The module object stays the same, so everything that refers to it sees the change: a second parent, a closure, its
+    hooks. Its class becomes a subclass of its own class: `QuantizedLinear` for an nn.Linear.
 
     Args:
-        module: changed.
-        leaf: a Parameter of it.
-        description: of the weight.
-        state: the Parameters of the quantized weight and the module's quant_state, by name, as far as they are known.
+        module: is changed.
+        leaf: name of a Parameter of it.
+        description: of the quantized weight.
+        state: the parts of the weight and the module's quant_state, by the name of the Parameter. Parts that are not
+            known yet may be left out.
     """
     names = [state_name(leaf, part) for part in description.state_spec]
     if QUANT_STATE not in module._parameters:
         names.append(QUANT_STATE)
     parameters: dict[str, nn.Parameter | None] = {}
     for name, parameter in module._parameters.items():
-        if name == leaf:  # the new ones stand in its place
+        if name == leaf:  # the parts get the position of the weight
             parameters.update((new, state.get(new)) for new in names)
         else:
             parameters[name] = parameter
-    if state.get(QUANT_STATE) is not None:  # it may come with any weight of the module
+    if state.get(QUANT_STATE) is not None:  # it belongs to the module and may come with any of its weights
         parameters[QUANT_STATE] = state[QUANT_STATE]
     plain_kind, leaves = _made_for(type(module))
     # nn.Module's own setattr takes 3 us, and a model may have 19,000 linears.
@@ -49,17 +50,17 @@ def convert(module: nn.Module, leaf: str, description: Description, state: Mappi
 
 
 def _made_for(kind: type[nn.Module]) -> tuple[type[nn.Module], tuple[str, ...]]:
-    """The class, and the quantized weights, that a class was made for by `quantized_class`; `kind` itself and none."""
+    """The arguments of the `quantized_class` call that made `kind`; (kind, ()) if none did."""
     made_for: tuple[type[nn.Module], tuple[str, ...]] = getattr(kind, "_made_for", (kind, ()))
     return made_for
 
 
 @cache
 def quantized_class(kind: type[nn.Module], leaves: tuple[str, ...]) -> type[QuantizedModule]:
-    """The class of a `kind` whose Parameters `leaves` are quantized.
+    """Make the subclass of `kind` whose Parameters `leaves` are quantized.
 
-    A linear, a Conv1D and an embedding whose forward is that of torch or transformers compute with the kernels; any
-    other forward reads the weights as they are.
+    If `kind` is a linear, a Conv1D or an embedding with the forward of torch or transformers, the class uses the
+    kernels. Any other forward is kept, and reads each weight as a QuantizedWeight.
     """
     base = _base(kind) if "weight" in leaves else QuantizedModule
     if (base, kind, leaves) == (QuantizedLinear, nn.Linear, ("weight",)):
@@ -82,7 +83,7 @@ def _is_conv1d(kind: type) -> bool:
 
 
 def _reduce(module: QuantizedModule, protocol: Any) -> tuple[Any, ...]:
-    """For pickle and deepcopy: a class that is made at run time cannot be found by its name."""
+    """Let pickle and deepcopy make the class again: one that is made at run time cannot be found by its name."""
     _, _, *rest = cast(tuple[Any, ...], object.__reduce_ex__(module, protocol))
     return _make, _made_for(type(module)), *rest
 

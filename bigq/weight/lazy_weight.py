@@ -1,4 +1,4 @@
-"""LazyWeight: a quantized weight whose numbers are decoded when they are read: its views, its copies, writing to it."""
+"""LazyWeight: a tensor that is decoded when its numbers are read: a quantized weight, its views and its copies."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -17,16 +17,18 @@ __all__ = ["LazyWeight", "plain"]
 
 
 class LazyWeight(Tensor):
-    """A quantized weight, a view of one, or a copy that was not decoded yet; `QuantizedWeight` adds torch's functions.
+    """A quantized weight, a view of one, or a copy that is not decoded yet. `QuantizedWeight` adds torch's functions.
 
     Attributes:
-        root: how the weight is stored; None for a view, which asks its base, and for a copy that has numbers.
-        assign: writes other numbers, a float tensor or a LazyWeight, to the tensors of a module:
-            QuantizedModule.write_weight of one leaf. None for views and copies; changes of a copy are its own.
-        base, view_of_base, operand_of_base: of a view the weight it is a view of, and the functions that give its
-            numbers from the base's, and how it is stored from how the base is (None where no format stores it).
-        numbers: those of a copy that was changed in place.
-        versions: of a copy that shares its tensors with a module, what they were when it was made.
+        root: how the weight is stored. None for a view, which asks its `base`, and for a copy that has `numbers`.
+        assign: writes a float tensor or a LazyWeight to the tensors of a module: QuantizedModule.write_weight of one
+            leaf. None for views, and for copies, whose changes do not reach the module.
+        base: of a view, the weight that it is a view of.
+        view_of_base: of a view, the function from the numbers of the base to its own.
+        operand_of_base: of a view, the function from how the base is stored to how the view is; it returns None if no
+            format stores the view.
+        numbers: of a copy that was changed in place, its decoded numbers.
+        versions: of a copy that shares its tensors with a module, the versions of these tensors when it was made.
     """
 
     root: Stored | None = None
@@ -54,13 +56,13 @@ class LazyWeight(Tensor):
 
     @classmethod
     def of(cls, stored: Stored, dtype: torch.dtype, assign: Callable[..., None]) -> "Self":
-        """The weight that a module holds as `stored`."""
+        """Make the weight that a module holds as `stored`."""
         return cls(stored.weight_shape, dtype, stored.state["packed"].device, root=stored, assign=assign)
 
     # Reading
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The numbers as a plain tensor of their own, in `dtype` (by default that of the weight)."""
+        """Decode to a new plain tensor in `dtype` (None: the dtype of the weight)."""
         dtype = dtype or self.dtype
         if self.numbers is not None:
             return self.numbers.to(dtype, copy=True)
@@ -74,10 +76,10 @@ class LazyWeight(Tensor):
         return torch.empty_strided(self.shape, self.stride(), dtype=dtype, device=dense.device).copy_(dense)
 
     def operand(self) -> Stored | None:
-        """How these numbers are stored, if a format stores them: products need no dequantized weight then.
+        """How this weight is stored, so that products can use the format's kernels; None if no format stores it.
 
         Raises:
-            UnsupportedError: this is a copy, and the weight it was made from has changed since.
+            UnsupportedError: this is a copy, and the original weight has changed since.
         """
         if self.base is not None:
             stored = self.base.operand()
@@ -91,11 +93,11 @@ class LazyWeight(Tensor):
 
     @property
     def is_copy(self) -> bool:
-        """Whether this is a copy, or a view of one, that still shares the tensors of a module."""
+        """Whether this is a copy, or a view of a copy, that still shares the tensors of a module."""
         return self.versions is not None if self.base is None else self.base.is_copy
 
     def copy_as(self, dtype: torch.dtype, device: torch.device) -> "Self":
-        """A copy in another dtype or on another device, not decoded until that is needed."""
+        """Make a copy in another dtype or on another device. It is decoded when its numbers are read."""
         operand = self.operand()
         if operand is None:
             return type(self)(self.shape, dtype, device, numbers=self.dequantize().to(device).to(dtype))
@@ -104,15 +106,15 @@ class LazyWeight(Tensor):
         moved = replace(operand, state={part: tensor.detach().to(device) for part, tensor in operand.state.items()})
         return type(self)(self.shape, dtype, device, root=moved)
 
-    # Views, which are written through
+    # Views: writing to one writes to the weight
 
     def swapped(self) -> "Self":
-        """The view with the last two dimensions swapped."""
+        """Make the view with the last two dimensions swapped."""
         return self.viewed(lambda dense: dense.mT, lambda stored: replace(stored, transposed=not stored.transposed))
 
     def part(self, index: int | slice) -> "Self":
-        """The view of an entry, or of a range, of the first dimension."""
-        if isinstance(index, int) and self.dim() < 3:  # a row: it is decoded alone too
+        """Make the view of an entry, or of a range, of the first dimension."""
+        if isinstance(index, int) and self.dim() < 3:  # a row of a matrix, of which only this row is decoded
             row = range(self.shape[0])[index]
             return self.part(slice(row, row + 1)).viewed(lambda dense: dense[0])
         return self.viewed(lambda dense: dense[index], lambda stored: stored.select(index))
@@ -122,7 +124,7 @@ class LazyWeight(Tensor):
         view_of_base: Callable[[Tensor], Tensor],
         operand_of_base: Callable[[Stored], Stored | None] = lambda stored: None,
     ) -> "Self":
-        """The view whose numbers `view_of_base` gives from these."""
+        """Make the view whose numbers are `view_of_base` of the numbers of this weight."""
         like = view_of_base(torch.empty_strided(self.shape, self.stride(), device="meta"))
         return type(self)(
             like.shape,
@@ -137,7 +139,7 @@ class LazyWeight(Tensor):
     # Writing
 
     def write(self, value: Tensor) -> None:
-        """Make `value` the numbers of this weight: quantize it into the tensors that hold them.
+        """Replace the numbers by `value`: quantize it into the tensors that hold this weight.
 
         Raises:
             ConfigError: `value` has another shape, is not floating point, or holds NaN or Inf.
@@ -148,7 +150,7 @@ class LazyWeight(Tensor):
             )
         with torch.no_grad():
             if torch.equal(plain(value), self.dequantize(value.dtype)):
-                return  # to quantize the same numbers again may change their last bits
+                return  # quantizing the same numbers again could change their last bits
             if self.assign is not None:
                 self.assign(value)
             elif self.base is None:
@@ -159,14 +161,14 @@ class LazyWeight(Tensor):
                 self.base.write(whole)
 
     def set_data(self, value: Tensor) -> None:
-        """`weight.data = value`: as `write`, but a module's weight takes the dtype and the device of `value`."""
+        """`weight.data = value`: like `write`, but a module's weight takes over the dtype and the device of `value`."""
         if self.assign is not None:
             self.assign(value, follows=True)
         else:
             self.write(value)
 
     def _write_rows(self, value: Tensor) -> bool:
-        """Write to whole rows of a module's weight alone, where they are views of its tensors; whether they were."""
+        """Quantize `value` into rows whose state is a view of a module's tensors; returns whether this is the case."""
         assert self.base is not None
         operand, whole = self.operand(), self.base.operand()
         if self.base.assign is None or operand is None or whole is None or operand.format != whole.format:
@@ -177,12 +179,12 @@ class LazyWeight(Tensor):
 
 
 def plain(value: Any) -> Any:
-    """`value`, dequantized if it is a LazyWeight."""
+    """Return `value`, dequantized if it is a LazyWeight."""
     return value.dequantize() if isinstance(value, LazyWeight) else value
 
 
 def _versions(stored: Stored) -> list[tuple[int, int]]:
-    """What changes when the tensors do: edits that torch sees, and their addresses."""
+    """Version counter and address of each tensor: they change if the tensor does."""
     return [
         (0 if tensor.is_inference() else tensor._version, 0 if tensor.is_meta else tensor.data_ptr())
         for tensor in stored.state.values()

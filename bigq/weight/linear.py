@@ -1,4 +1,4 @@
-"""The quantized modules that compute with the kernels themselves: linears, GPT-2's Conv1D, and embeddings."""
+"""The quantized modules whose forward uses the kernels: linears, GPT-2's Conv1D, and embeddings."""
 
 from typing import cast
 
@@ -18,41 +18,41 @@ class QuantizedMatrix(QuantizedModule):
     format: Format
     compute_dtype: torch.dtype | None
     _product: Product
-    _tensor_names: tuple[str, ...]  # of what `_product` takes
+    _tensor_names: tuple[str, ...]  # names of the Parameters that `_product` takes
     weight = weight_property("weight")
 
     @property
     def description(self) -> Description:
-        """What the saved weight says of itself."""
+        """The format, shape and dtypes of the weight."""
         return self._quantized["weight"]
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """The tensors of `state_spec` for a float weight, on its device; changes nothing."""
+        """Quantize a float weight [N, K] on its device: {name: tensor}, as in `state_spec`. Changes nothing."""
         state = self.quantize_weight("weight", weight)
         return {**state, QUANT_STATE: encode_quant_state(self._quantized).to(weight.device)}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight that this module multiplies by, in `dtype` (by default that of the weight)."""
+        """Decode the weight to a new tensor in `dtype` (None: the dtype of the weight)."""
         return self.stored_weight("weight").dequantize(dtype or self.description.dtype)
 
     @property
     def absmax(self) -> Tensor:
-        """The scales of the weight: float32 [N, B], or [N, 1]."""
+        """The scales of the weight, decoded: float32 [N, B], or [N, 1] for int8."""
         stored = self.stored_weight("weight")
         return stored.format.scales(stored.state)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] times the transposed weight, plus bias: [..., N], in x's dtype or in autocast's.
+        """Compute x [..., K] times the transposed weight, plus bias: [..., N], in x's dtype or in that of autocast.
 
         Raises:
-            UnsupportedError: x is not floating point, or has another width than K.
+            UnsupportedError: x is not floating point, or its width is not K.
         """
         parameters = self._parameters  # nn.Module's own lookup of a Parameter takes half a microsecond
         tensors = tuple([parameters[name] for name in self._tensor_names])
         return multiply(x, self._product, tensors, self.compute_dtype)
 
     def reset_parameters(self) -> None:
-        """Do nothing: there is no such thing as a random quantized weight."""
+        """Do nothing: a quantized weight is never initialized at random."""
 
     def _describe(self, leaf: str, description: Description) -> None:
         super()._describe(leaf, description)
@@ -72,19 +72,30 @@ class QuantizedMatrix(QuantizedModule):
 
 
 class QuantizedLinear(QuantizedMatrix, nn.Linear):
-    """A linear layer whose weight is stored in a `Format`.
+    """A linear layer whose weight is quantized: y = x W^T + b, computed by the kernels of a format.
 
-    Its parameters are `weight_packed`, `weight_absmax`, what else the format's `state_spec` names, `quant_state` (which
-    describes them in a checkpoint), and `bias`. All but the bias are frozen and hold no floating-point number, so
-    nothing that casts a model touches them. `weight` reads and writes the weight that they stand for.
+    Its parameters are `weight_packed`, `weight_absmax`, all others that the format's `state_spec` names, `quant_state`
+    (which describes them in a checkpoint), and `bias`. All but the bias are frozen and not floating point, so casting a
+    model does not change them. `weight` reads and writes the weight itself, as a QuantizedWeight.
 
     Args:
         description: format, shape (N, K) and dtypes of the weight.
         bias: dtype of the bias, or None for no bias.
-        device: where to make the uninitialized tensors.
+        device: where to make the tensors, which are uninitialized.
+
+    Example:
+        >>> import bigq, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> linear = bigq.load_and_quantize_model(model, None, bigq.QuantizationConfig("nf4"), device_map="cpu")[0]
+        >>> linear
+        QuantizedLinear(in_features=64, out_features=32, bias=True, format=nf4, block_size=64, double_quant=False)
+        >>> linear(torch.ones(2, 64)).shape
+        torch.Size([2, 32])
+        >>> linear.weight_packed.dtype, tuple(linear.weight_packed.shape)
+        (torch.uint8, (32, 32))
     """
 
-    _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism hands plain local shards to such a module
+    _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism passes plain local shards to such a module
 
     def __init__(
         self, description: Description, *, bias: torch.dtype | None, device: torch.device | str = "meta"
@@ -109,16 +120,16 @@ class QuantizedLinear(QuantizedMatrix, nn.Linear):
 class QuantizedConv1D(QuantizedMatrix):
     """GPT-2's Conv1D: a linear that holds its weight as [K, N]."""
 
-    __repr__ = nn.Module.__repr__  # its own says nothing of a format
+    __repr__ = nn.Module.__repr__  # Conv1D's own shows no format
 
 
 class QuantizedEmbedding(QuantizedModule):
-    """An embedding that decodes the rows it is asked for."""
+    """An embedding that decodes only the rows that are looked up."""
 
     weight = weight_property("weight")
 
     def forward(self, input: Tensor) -> Tensor:
-        """The rows `input` [...] of the weight, as [..., K] in the weight's dtype."""
-        if self.max_norm is not None:  # which changes the rows it is asked for
+        """Decode the rows `input` [...] of the weight: [..., K], in the weight's dtype."""
+        if self.max_norm is not None:  # torch then changes the weight
             return cast(Tensor, super().forward(input))
         return self.stored_weight("weight").rows(input, self._quantized["weight"].dtype)

@@ -1,9 +1,8 @@
-"""QuantizedModule: a module some of whose weights are stored in a format, and read and written as what they stand for.
+"""QuantizedModule: a module with quantized weights. Its attribute `weight` still reads and writes the weight.
 
-The tensors of the weight `leaf` are the module's Parameters "leaf_packed", "leaf_absmax" and so on. They are frozen,
-and none of them is floating point. `quant_state` describes them in a checkpoint. They are Parameters, not buffers,
-because frameworks shard, offload and count those. Reading `module.leaf` gives a QuantizedWeight. Assigning a tensor to
-it, or writing to it, quantizes.
+The parts of the weight `leaf` are frozen Parameters of the module: "leaf_packed", "leaf_absmax" and so on. They are no
+buffers, because frameworks shard, offload and count Parameters. Reading `module.leaf` gives a QuantizedWeight.
+Assigning a tensor to it, or writing to it in place, quantizes the new numbers.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +33,7 @@ __all__ = ["QuantizedModule", "weight_property"]
 
 
 def weight_property(leaf: str) -> Any:
-    """The attribute by which a class of QuantizedModule reads and writes its quantized weight `leaf`."""
+    """Make the property `leaf` of a class of QuantizedModule, which reads and writes that quantized weight."""
 
     def read(module: "QuantizedModule") -> Tensor:
         return module.read_weight(leaf)
@@ -42,21 +41,32 @@ def weight_property(leaf: str) -> Any:
     def write(module: "QuantizedModule", value: Tensor) -> None:
         module.assign_weight(leaf, value)
 
-    return property(read, write, doc=f"The quantized weight {leaf!r}, as a tensor that decodes itself where it must.")
+    return property(read, write, doc=f"The quantized weight {leaf!r}, as a QuantizedWeight.")
 
 
 class QuantizedModule(nn.Module):
-    """What all modules with quantized weights share; `bigq.convert` makes their classes."""
+    """Base class of all modules with quantized weights. `load_and_quantize_model` changes the class of a module to it.
+
+    The new class is a subclass of both this one and the module's own class. `QuantizedLinear` is that of nn.Linear.
+
+    Example:
+        >>> import bigq, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 64), torch.nn.Linear(64, 64))
+        >>> config = bigq.QuantizationConfig("int8", also_quantize=["0"])
+        >>> embedding = bigq.load_and_quantize_model(model, None, config, device_map="cpu")[0]
+        >>> [name for name, _ in embedding.named_parameters()]
+        ['weight_packed', 'weight_absmax', 'quant_state']
+    """
 
     _quantized: dict[str, Description]
 
     @property
     def descriptions(self) -> dict[str, Description]:
-        """{leaf: description} of the quantized weights."""
+        """{leaf: description} of the quantized weights, as a copy."""
         return dict(self._quantized)
 
     def state_spec(self) -> dict[str, TensorSpec]:
-        """Shapes and dtypes of the tensors of all quantized weights, by the name of their Parameter."""
+        """Shapes and dtypes of the parts of all quantized weights and of quant_state, by the name of the Parameter."""
         spec = {
             state_name(leaf, part): part_spec
             for leaf, description in self._quantized.items()
@@ -65,14 +75,14 @@ class QuantizedModule(nn.Module):
         return {**spec, QUANT_STATE: quant_state_spec(len(self._quantized))}
 
     def weight_of(self, name: str) -> str:
-        """The weight that the Parameter `name` is a part of: the first for quant_state; `name` itself for others."""
+        """The leaf that the Parameter `name` is a part of: the first one for quant_state, `name` if it is no part."""
         for leaf, description in self._quantized.items():
             if name == QUANT_STATE or name in [state_name(leaf, part) for part in description.state_spec]:
                 return leaf
         return name
 
     def stored_weight(self, leaf: str) -> Stored:
-        """How the weight `leaf` is stored now."""
+        """The weight `leaf` as it is stored now."""
         description = self._quantized[leaf]
         return Stored(
             format=description.format,
@@ -83,21 +93,21 @@ class QuantizedModule(nn.Module):
         )
 
     def read_weight(self, leaf: str) -> Tensor:
-        """The weight `leaf`: a QuantizedWeight, or in a graph that is being compiled the dequantized weight."""
+        """Return the weight `leaf` as a QuantizedWeight, or dequantized while `torch.compile` traces."""
         stored, dtype = self.stored_weight(leaf), self._quantized[leaf].dtype
         if is_compiling():
             return stored.dequantize(dtype)
         return QuantizedWeight.of(stored, dtype, partial(self.write_weight, leaf))
 
     def assign_weight(self, leaf: str, value: Tensor) -> None:
-        """`module.leaf = value`: quantize `value` into new Parameters in the place of the weight's own.
+        """`module.leaf = value`: quantize `value` into new Parameters.
 
-        A QuantizedWeight of a module, of the same format and shape, gives its own Parameters: the weights are tied. A
-        copy of one (`.half()`, `.clone()`) does not.
+        If `value` is the QuantizedWeight of another module, of the same format and shape, this module gets the
+        Parameters of that module: the weights are tied. A copy of it (`.half()`, `.clone()`) is not tied.
 
         Args:
-            leaf: a quantized weight.
-            value: float numbers of its shape, or a QuantizedWeight. The weight takes its dtype and its device.
+            leaf: name of a quantized weight.
+            value: float numbers of its shape, or a QuantizedWeight. The weight takes over its dtype and its device.
 
         Raises:
             ConfigError: `value` has another shape, is not floating point, or holds NaN or Inf.
@@ -111,9 +121,9 @@ class QuantizedModule(nn.Module):
         self._redescribe({leaf: replace(self._quantized[leaf], dtype=value.dtype)})
 
     def write_weight(self, leaf: str, value: Tensor, *, follows: bool = False) -> None:
-        """Quantize `value`, as `assign_weight` has it, into the Parameters of the weight `leaf`.
+        """Quantize `value` into the existing Parameters of the weight `leaf`. Raises what `assign_weight` raises.
 
-        If it `follows`, the weight moves to the device of `value` and takes its dtype.
+        With `follows`, the weight moves to the device of `value` and takes over its dtype.
         """
         stored = self.stored_weight(leaf)
         with torch.no_grad():
@@ -127,7 +137,7 @@ class QuantizedModule(nn.Module):
             self._redescribe({leaf: replace(self._quantized[leaf], dtype=value.dtype)})
 
     def _state_of(self, leaf: str, value: Tensor) -> State:
-        """What `value` is as the weight `leaf`: that of a QuantizedWeight bit for bit, where it is stored alike."""
+        """The state of `value` as the weight `leaf`; a QuantizedWeight stored in the same way keeps its state."""
         if not isinstance(value, Tensor):
             raise ConfigError(f"the quantized weight {leaf!r} is given {value!r}; expected a tensor")
         stored = self.stored_weight(leaf)
@@ -144,9 +154,9 @@ class QuantizedModule(nn.Module):
         return stored.quantize(plain(value))
 
     def _redescribe(self, described: Mapping[str, Description]) -> None:
-        """Note what weights are now, {leaf: description}, and let quant_state say it if that is new.
+        """Set the descriptions {leaf: description}, and encode quant_state again if one has changed.
 
-        A quant_state on meta, or in shards, keeps what it was loaded with.
+        A quant_state on meta, or in shards, is not changed.
         """
         changed = {leaf: description for leaf, description in described.items() if description != self._quantized[leaf]}
         for leaf, description in changed.items():
@@ -156,12 +166,12 @@ class QuantizedModule(nn.Module):
             own.data = encode_quant_state(self._quantized).to(own.device)
 
     def quantize_weight(self, leaf: str, weight: Tensor) -> dict[str, Tensor]:
-        """The tensors that the float `weight` becomes as the weight `leaf`, by their names; changes nothing."""
+        """Quantize a float `weight` as the weight `leaf`: {name of the Parameter: tensor}. Changes nothing."""
         state = self.stored_weight(leaf).quantize(weight)
         return {state_name(leaf, part): tensor for part, tensor in state.items()}
 
     def _describe(self, leaf: str, description: Description) -> None:
-        """Note what the weight `leaf` is. Not by nn.Module's setattr, which takes 3 us an attribute."""
+        """Set the description of the weight `leaf`, without nn.Module's setattr, which takes 3 us an attribute."""
         vars(self)["_quantized"] = {**vars(self).get("_quantized", {}), leaf: description}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -171,7 +181,7 @@ class QuantizedModule(nn.Module):
             super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
-        """Move or cast the module. No tensor of a weight is cast; the dtype that the weight stands for follows."""
+        """Move or cast the module. A cast changes no tensor of a weight, only the dtype that the weight reports."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         dtypes = {leaf: fn(torch.empty(0, dtype=own.dtype)).dtype for leaf, own in self._quantized.items()}
         floating = {leaf: dtype for leaf, dtype in dtypes.items() if dtype.is_floating_point}
@@ -185,8 +195,6 @@ class QuantizedModule(nn.Module):
         ]
         return ", ".join(filter(None, [super().extra_repr(), *settings]))
 
-    # load_state_dict
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -197,7 +205,7 @@ class QuantizedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take the state of a quantized module, or quantize float weights. What does not fit is not taken at all."""
+        """Take quantized state, or quantize float weights. If anything does not fit, nothing is changed."""
         own = dict(state_dict)  # torch hands each module the part that is its own
         try:
             described = self._check_state(own, prefix, follows=bool(local_metadata.get("assign_to_params_buffers")))
@@ -208,9 +216,10 @@ class QuantizedModule(nn.Module):
         self._redescribe(described)
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str, *, follows: bool) -> dict[str, Description]:
-        """What the weights become with `state_dict`, {leaf: description}; float weights in it become their state.
+        """Check a state dict, and return the {leaf: description} that it leads to.
 
-        If it `follows`, a weight takes the dtype of float numbers.
+        Float weights in `state_dict` are replaced by their quantized state. With `follows`, a weight takes over their
+        dtype.
         """
         quant_state = state_dict.get(prefix + QUANT_STATE)
         described = {} if quant_state is None else self._described(quant_state, prefix)
@@ -238,14 +247,14 @@ class QuantizedModule(nn.Module):
         own: Description,
         described: Description | None,
     ) -> None:
-        """Raise a CheckpointError unless a state dict holds all tensors of a weight as they are here, or none.
+        """Raise a CheckpointError unless a state dict holds all parts of a weight, and they fit, or no part of it.
 
-        A file without the duplicates of tied tensors may describe a weight and hold none of its tensors.
+        A file that leaves out the duplicates of tied tensors may describe a weight and hold none of its parts.
         """
         held = [name for name in spec if name in state_dict]
         missing = [name for name in spec if name not in state_dict]
         if not held and described is None:
-            return  # torch says whether it may
+            return  # torch reports missing keys
         if missing and (held or described is None or described.format != own.format):
             raise CheckpointError(f"the state dict holds a part of the quantized {weight} and no {', '.join(missing)}")
         if described is None:
@@ -253,7 +262,7 @@ class QuantizedModule(nn.Module):
         if (described.shape, described.transposed, described.state_spec) != (own.shape, own.transposed, own.state_spec):
             raise CheckpointError(
                 f"{weight}: the state dict holds {_words(described)}, the model {_words(own)}; "
-                "load it with load_and_quantize_model into a model built anew"
+                "load it with load_and_quantize_model into a newly built model"
             )
         for name in held:
             expected, found = spec[name], state_dict[name]
@@ -263,22 +272,22 @@ class QuantizedModule(nn.Module):
                 )
 
     def _quantized_floats(self, leaf: str, weight: Tensor, prefix: str) -> dict[str, Tensor]:
-        """The entries of a state dict that stand for the float `weight`."""
+        """The entries of a state dict that replace the float `weight`."""
         expected = self._quantized[leaf].weight_shape
         if tuple(weight.shape) != expected:
             raise CheckpointError(f"{prefix}{leaf}: expected shape {list(expected)}, got {list(weight.shape)}")
         own = self._parameters[state_name(leaf, "packed")]
-        if own is not None and not own.is_meta:  # one on meta takes the place of the weight, or torch says it cannot
+        if own is not None and not own.is_meta:  # with a weight on meta, torch reports whether it can be loaded
             weight = weight.to(own.device)
         state = {prefix + name: tensor for name, tensor in self.quantize_weight(leaf, plain(weight)).items()}
         return {**state, prefix + QUANT_STATE: encode_quant_state(self._quantized).to(weight.device)}
 
     def _described(self, quant_state: Tensor, prefix: str) -> dict[str, Description]:
-        """What the quant_state of a state dict says; what is known here where it cannot be read."""
+        """The descriptions in the quant_state of a state dict, or the present ones if it is on meta or in shards."""
         own = self._parameters.get(QUANT_STATE)
         if quant_state.is_meta:
             return self.descriptions
-        if hasattr(quant_state, "to_local"):  # a shard of FSDP2 or tensor parallelism: the same shard, or not ours
+        if hasattr(quant_state, "to_local"):  # a shard of FSDP2 or tensor parallelism has to equal ours
             if own is not None and hasattr(own, "to_local") and not torch.equal(quant_state.to_local(), own.to_local()):
                 raise CheckpointError(f"{prefix}{QUANT_STATE} describes other weights than the sharded model holds")
             return self.descriptions

@@ -1,4 +1,4 @@
-"""Stored: a matrix, or a stack of them, as a format stores it, and the products that need no dequantized weight."""
+"""Stored: a weight as a format stores it, and the products that use the format's kernels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,16 +19,16 @@ def multiply(
     tensors: tuple[Tensor | None, ...],
     compute_dtype: torch.dtype | None,
 ) -> Tensor:
-    """x [..., K] times the transposed [N, K] weight, plus bias [N]: what a quantized linear computes.
-
-    The product is made in `compute_dtype`, or in x's dtype, or in autocast's. The result has x's dtype, or autocast's.
+    """Compute x [..., K] times the transposed weight [N, K], plus bias [N], as a quantized linear does: [..., N].
 
     Args:
+        x: activations, floating point.
         product: how the weight's format multiplies.
-        tensors: those of its parts, the bias among them.
+        tensors: what `product.parts` names: the parts of the weight, and the bias or None.
+        compute_dtype: dtype of the product. None: the dtype of the result, which is that of autocast, or of x.
 
     Raises:
-        UnsupportedError: x is not floating point, or has another width.
+        UnsupportedError: x is not floating point, or its width is not K.
     """
     out_dtype = x.dtype
     if not out_dtype.is_floating_point:
@@ -39,26 +39,26 @@ def multiply(
     if x.is_nested:
         parts = [multiply(part, product, tensors, compute_dtype) for part in x.unbind()]
         return torch.nested.as_nested_tensor(parts, layout=x.layout)
-    device_type = "cuda" if x.is_cuda else x.device.type  # the property costs as much as the rest of this function
-    if torch.is_autocast_enabled(device_type) and out_dtype is not torch.float64:  # which autocast leaves alone
+    device_type = "cuda" if x.is_cuda else x.device.type  # `device.type` takes as long as all other lines here
+    if torch.is_autocast_enabled(device_type) and out_dtype is not torch.float64:  # autocast does not cast float64
         out_dtype = torch.get_autocast_dtype(device_type)
     dtype = compute_dtype or out_dtype
     op, _, settings = product
-    # A cast that changes nothing takes a microsecond.
+    # `to` takes a microsecond even if it casts nothing.
     out = eager.linear(op, x if x.dtype is dtype else x.to(dtype), tensors, settings)
     return out if out.dtype is out_dtype else out.to(out_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """How a weight is stored.
+    """A weight, or a view of one, as a format stores it.
 
     Args:
-        format: its format.
+        format: of the weight.
         state: its tensors, by part.
-        shape: [..., N, K], as it is stored.
-        transposed: the weight is [..., K, N].
-        compute_dtype: dtype of products with it; None for that of the activations.
+        shape: [..., N, K], as stored.
+        transposed: whether the weight is [..., K, N].
+        compute_dtype: dtype of products with it. None: the dtype of the activations.
     """
 
     format: Format
@@ -73,25 +73,25 @@ class Stored:
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight, rounded once to `dtype`."""
+        """Decode the weight, rounded once to `dtype`."""
         dense = self.format.dequantize(self.state, self.shape, dtype)
         return dense.mT if self.transposed else dense
 
     def quantize(self, dense: Tensor) -> dict[str, Tensor]:
-        """The state of other numbers of the weight's shape, on their device.
+        """Quantize other numbers of the weight's shape, on their device, into a new state.
 
         Raises:
-            ConfigError: they are no floating-point numbers, or hold NaN or Inf.
+            ConfigError: `dense` is not floating point, or holds NaN or Inf.
         """
         if not dense.is_floating_point():
             raise ConfigError(f"a quantized weight is given {dense.dtype}; expected floating-point numbers")
         if not dense.is_meta and not dense.isfinite().all():
             raise ConfigError(f"a weight of shape {list(dense.shape)} that holds NaN or Inf cannot be quantized")
         rows = dense.detach().mT.contiguous() if self.transposed else dense.detach()
-        return self.format.quantize(rows.float() if rows.dtype == torch.float64 else rows)  # no scales are that fine
+        return self.format.quantize(rows.float() if rows.dtype == torch.float64 else rows)  # scales are float32
 
     def select(self, index: int | slice) -> "Stored | None":
-        """How an entry, or a range, of the first dimension is stored; None where that is no range of rows."""
+        """An entry or a range of the first dimension as it is stored; None if it is not a range of stored rows."""
         if isinstance(index, int):
             if len(self.shape) < 3:
                 return None
@@ -104,27 +104,28 @@ class Stored:
         return replace(self, format=part_format, state=state, shape=shape)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """The entries `index` [...], none below zero, of the first dimension: [..., *shape[1:]]. Decodes no others."""
+        """Decode only the entries `index` [...], all >= 0, of the first dimension: [..., *shape[1:]]."""
         row_format, state = self.format.take_rows(self.state, index.reshape(-1))
         dense = row_format.dequantize(state, (index.numel(), *self.shape[1:]), dtype)
         return dense.view(*index.shape, *self.shape[1:])
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] times the transposed weight [N, K], plus bias."""
+        """Compute x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N]."""
         product = self.format.product(self.shape[-1])
         tensors = tuple(bias if part == "bias" else self.state[part] for part in product.parts)
         return multiply(x, product, tensors, self.compute_dtype)
 
     def batched_linear(self, x: Tensor) -> Tensor:
-        """x [E, M, K] times the transposed weights [E, N, K], each by each: [E, M, N]."""
+        """Compute x[e] [M, K] times the transposed weight e of [E, N, K], for each e: [E, M, N]."""
         if not len(x):
             return x.new_empty(*x.shape[:2], self.shape[-2])
         return torch.stack([self._entry(e).linear(rows) for e, rows in enumerate(x.unbind())])
 
     def grouped_linear(self, x: Tensor, stops: Sequence[int]) -> Tensor:
-        """x [S, K], whose rows up to `stops[e]` belong to weight e of [E, N, K], by the transposed weights: [S, N].
+        """Compute groups of rows of x [S, K], each times one transposed weight of [E, N, K]: [S, N].
 
-        Rows beyond the last of `stops` belong to none and give zeros.
+        Weight e multiplies the rows from `stops[e - 1]` (0 for the first) up to `stops[e]`. Rows after the last of
+        `stops` give zeros.
         """
         starts = (0, *stops[:-1])
         groups = [(e, start, stop) for e, (start, stop) in enumerate(zip(starts, stops, strict=True)) if stop > start]

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -38,15 +37,6 @@ def bnb() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing it is not silent on every CPU
         return pytest.importorskip("bitsandbytes")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For models so small that threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def dense_model(folder: Path) -> LlamaForCausalLM:
@@ -102,7 +92,6 @@ def nats(protocol: ModuleType, model: nn.Module, groups: list[list[list[int]]]) 
     return torch.tensor([math.log(protocol.ppl(model, group)) for group in groups], dtype=torch.float64)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", FORMATS)
 def test_stories260k_sample(assets, bnb, name):
     """60 records, 10,865 tokens, through both libraries; the difference is judged by its own standard error."""
@@ -138,7 +127,6 @@ LLM_INT8_TOLERANCE = 5e-4
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("model_name", FIGURES)
 def test_full_protocol(assets, model_name):
     folder, figures = assets / model_name, FIGURES[model_name]

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 
 from bigq.checkpoint import hub as hub_module
@@ -19,7 +19,7 @@ class FakeHub:
         self.cache = root / "cache"
         self.error: Exception | None = OfflineModeIsEnabled("offline mode is enabled")
         self.revisions: list[str | None] = []
-        self.downloads: list[tuple[str, str | None, list[str]]] = []
+        self.downloads: list[tuple[str, str | None, list[str] | None]] = []
 
     def publish(self) -> Path:
         """Go online with an empty repository; the caller fills it."""
@@ -37,7 +37,18 @@ class FakeHub:
             raise self.error
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self._names()])
 
-    def snapshot_download(self, repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None,
+        allow_patterns: list[str] | None = None,
+        local_files_only: bool = False,
+    ) -> str:
+        if local_files_only:
+            if not self.cache.is_dir():
+                raise LocalEntryNotFoundError("it is not in the cache")
+            return str(self.cache)
         self.downloads.append((repo_id, revision, allow_patterns))
         if self.error:
             raise self.error
@@ -45,9 +56,6 @@ class FakeHub:
             (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, self.cache / name)
         return str(self.cache)
-
-    def try_to_load_from_cache(self, repo_id: str, name: str, *, revision: str | None) -> str | None:
-        return str(self.cache / name) if (self.cache / name).is_file() else None
 
     def _names(self) -> list[str]:
         return [path.relative_to(self.source).as_posix() for path in self.source.rglob("*") if path.is_file()]
@@ -59,5 +67,4 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     fake = FakeHub(tmp_path_factory.mktemp("hub"))
     monkeypatch.setattr(hub_module, "HfApi", lambda: fake)
     monkeypatch.setattr(hub_module, "snapshot_download", fake.snapshot_download)
-    monkeypatch.setattr(hub_module, "try_to_load_from_cache", fake.try_to_load_from_cache)
     return fake

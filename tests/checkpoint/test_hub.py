@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import save_file
 
+from bigq import QuantizationConfig, load_and_quantize_model
 from bigq.checkpoint import Checkpoint
 from bigq.checkpoint.locate import locate
 from bigq.errors import CheckpointError
@@ -32,13 +33,59 @@ def http_error(kind, message="the server's words"):
 def test_a_single_file_and_nothing_else_is_downloaded(hub):
     source = hub.publish()
     save_file({"a": torch.ones(2)}, source / "model.safetensors")
-    for name in ("pytorch_model.bin", "config.json", "flax_model.msgpack", "model.safetensors.index.json"):
+    for name in ("pytorch_model.bin", "tokenizer.json", "flax_model.msgpack", "model.safetensors.index.json"):
         (source / name).touch()
     checkpoint = Checkpoint.open(REPO)
     assert torch.equal(checkpoint.get("a"), torch.ones(2))
     assert hub.revisions == [None]
     assert hub.downloads == [(REPO, None, ["model.safetensors"])]
     assert hub.downloaded == ["model.safetensors"]
+
+
+def test_a_model_loads_from_a_repository(hub, tiny, empty, ids):
+    config, plain = QuantizationConfig("nf4"), tiny()
+    save_file(plain.state_dict(), hub.publish() / "model.safetensors")
+    model = load_and_quantize_model(empty(tiny), f"{REPO}@v1", config, "cpu")
+    assert hub.downloads == [(REPO, "v1", ["model.safetensors"])]
+    assert torch.equal(model(ids), load_and_quantize_model(plain, None, config, "cpu")(ids))
+
+
+def test_what_says_how_weights_are_quantized_comes_with_them(hub):
+    source = hub.publish()
+    save_file({"q.weight": torch.ones(2, 2, dtype=torch.uint8)}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(CheckpointError, match="quantized already: HQQ"):
+        Checkpoint.open(REPO)
+    assert hub.downloaded == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("revision", [None, "v1.0", "refs/pr/3"])
+def test_a_folder_of_a_repository(hub, revision):
+    source = hub.publish()
+    (source / "a" / "unet").mkdir(parents=True)
+    shards = ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"]
+    write_shards(source / "a" / "unet", shards, "m.safetensors.index.json")
+    save_file({"x": torch.ones(2)}, source / "model.safetensors")
+    location = locate(f"{REPO}/a/unet" + (f"@{revision}" if revision else ""))
+    assert location.files == tuple(hub.cache / "a" / "unet" / shard for shard in shards)
+    assert {(repo, asked) for repo, asked, _ in hub.downloads} == {(REPO, revision)}
+    assert hub.downloaded == sorted([*shards, "m.safetensors.index.json"])
+    hub.error = OfflineModeIsEnabled("offline mode")
+    assert Checkpoint.open(f"{REPO}/a/unet").get("tensor.1").tolist() == [1, 1]
+
+
+def test_a_folder_that_a_repository_lacks(hub):
+    source = hub.publish()
+    (source / "unet").mkdir()
+    save_file({"a": torch.ones(2)}, source / "unet" / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match="'owner/name' has no folder 'vae'; there are weights in its folders unet"
+    ):
+        locate(f"{REPO}/vae")
+    with pytest.raises(
+        CheckpointError, match=r"holds no checkpoint.*weights in its folders unet: pass 'owner/name/fol"
+    ):
+        locate(REPO)
 
 
 @pytest.mark.parametrize("revision", ["v1.0", "refs/pr/3", "0123abc"])
@@ -169,6 +216,26 @@ def test_the_cached_copy_serves_when_the_hub_cannot_be_reached(hub, caplog):
     with caplog.at_level(logging.WARNING):
         assert torch.equal(Checkpoint.open(REPO).get("a"), torch.ones(2))
     assert str(hub.cache) in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model.safetensors", "model.fp16.safetensors", "weights.pt", "last.ckpt"]
+)
+def test_any_single_file_of_the_cached_copy_serves(hub, name):
+    source = hub.publish()
+    (save_file if name.endswith("safetensors") else torch.save)({"a": torch.ones(2)}, source / name)
+    Checkpoint.open(REPO)
+    hub.error = OfflineModeIsEnabled("offline mode is enabled")
+    assert torch.equal(Checkpoint.open(REPO).get("a"), torch.ones(2))
+
+
+def test_a_cached_copy_without_weights(hub):
+    hub.cache.mkdir()
+    (hub.cache / "config.json").touch()
+    with pytest.raises(CheckpointError, match=r"could not be reached.*the cache is not whole: .*holds no checkpoint"):
+        locate(REPO)
+    with pytest.raises(CheckpointError, match=r"could not be reached"):
+        locate(f"{REPO}/unet")
 
 
 def test_an_incomplete_cached_copy_is_refused(hub):

@@ -22,21 +22,15 @@ def path(tmp_path):
 
 @pytest.fixture
 def descriptors(monkeypatch):
-    """Those that are open now, of all that LocalFile opened."""
-    now_open, plain_open, plain_close = [], local_file.open_unchanged, os.close
+    """Tells which files are open now, of all that LocalFile opened."""
+    files, plain_open = [], local_file.open_unchanged
 
-    def opened(path, nbytes):
-        now_open.append(plain_open(path, nbytes))
-        return now_open[-1]
-
-    def close(descriptor):
-        if descriptor in now_open:
-            now_open.remove(descriptor)
-        plain_close(descriptor)
+    def opened(path, nbytes, identity):
+        files.append(plain_open(path, nbytes, identity))
+        return files[-1]
 
     monkeypatch.setattr(local_file, "open_unchanged", opened)
-    monkeypatch.setattr(os, "close", close)
-    return now_open
+    return lambda: [file for file in files if not file.closed]
 
 
 def read(file, offset, nbytes):
@@ -48,22 +42,22 @@ def read(file, offset, nbytes):
 def test_it_is_opened_at_the_first_read_and_again_after_it_was_closed(path, descriptors):
     file = LocalFile(path, 200)
     assert (file.name, file.nbytes, file.path) == (str(path), 200, path)
-    assert descriptors == []
+    assert descriptors() == []
     for _ in range(2):
         assert read(file, 10, 20) == CONTENT[10:30]
         assert read(file, 190, 10) == CONTENT[190:]
-        assert len(descriptors) == 1
+        assert len(descriptors()) == 1
         file.close()
         file.close()
-        assert descriptors == []
+        assert descriptors() == []
 
 
 def test_one_that_nobody_closed_is_closed_when_it_goes(path, descriptors):
     file = LocalFile(path, 200)
     read(file, 0, 1)
-    assert len(descriptors) == 1
+    assert len(descriptors()) == 1
     del file
-    assert descriptors == []
+    assert descriptors() == []
 
 
 def test_a_file_that_is_gone_or_changed_is_refused_at_the_first_read(path):
@@ -93,7 +87,7 @@ def test_what_the_system_cannot_read_is_an_error_that_names_file_and_byte(path, 
         read(file, 7, 20)
     assert caught.value.at == 7
     file.close()
-    assert descriptors == []
+    assert descriptors() == []
 
 
 def test_closing_lets_a_read_under_way_end_and_its_descriptor_live(path, descriptors, monkeypatch):
@@ -110,10 +104,10 @@ def test_closing_lets_a_read_under_way_end_and_its_descriptor_live(path, descrip
         reading = pool.submit(read, file, 50, 100)
         assert in_read.wait(30)
         file.close()
-        assert len(descriptors) == 1
+        assert len(descriptors()) == 1
         go_on.set()
         assert reading.result() == CONTENT[50:150]
-    assert descriptors == []
+    assert descriptors() == []
 
 
 def test_threads_read_while_another_closes_it_again_and_again(path, descriptors):
@@ -133,4 +127,4 @@ def test_threads_read_while_another_closes_it_again_and_again(path, descriptors)
         done.set()
         closer.join()
     file.close()
-    assert descriptors == []
+    assert descriptors() == []

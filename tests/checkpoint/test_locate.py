@@ -49,7 +49,6 @@ class PathLike:
         return str(self.path)
 
 
-@pytest.mark.parametrize("form", [str, Path, PathLike])
 @pytest.mark.parametrize(
     "name",
     [
@@ -61,29 +60,30 @@ class PathLike:
         "x-00001-of-00002.bin",
     ],
 )
-def test_a_file_of_any_name(tmp_path, form, name):
+def test_a_file_of_any_name(tmp_path, name):
     write(tmp_path, name)
-    assert locate(form(tmp_path / name)).files == (tmp_path / name,)
+    for form in (str, Path, PathLike):
+        assert locate(form(tmp_path / name)).files == (tmp_path / name,)
 
 
-@pytest.mark.parametrize("form", [str, Path, PathLike])
 @pytest.mark.parametrize("bare", [False, True], ids=["weight_map", "bare map"])
 @pytest.mark.parametrize("shards", [SHARDS, BIN_SHARDS], ids=["safetensors", "bin"])
-def test_an_index(tmp_path, form, bare, shards):
+def test_an_index(tmp_path, bare, shards):
     write(tmp_path, *shards)
     write_index(tmp_path / "the.index.json", *reversed(shards), bare=bare)
-    location = locate(form(tmp_path / "the.index.json"))
-    assert location.files == tuple(tmp_path / shard for shard in shards)
-    assert location.index == tmp_path / "the.index.json"
-    assert location.weight_map == {"tensor.0": tmp_path / shards[1], "tensor.1": tmp_path / shards[0]}
+    for form in (str, Path, PathLike):
+        location = locate(form(tmp_path / "the.index.json"))
+        assert location.files == tuple(tmp_path / shard for shard in shards)
+        assert location.index == tmp_path / "the.index.json"
+        assert location.weight_map == {"tensor.0": tmp_path / shards[1], "tensor.1": tmp_path / shards[0]}
 
 
-@pytest.mark.parametrize("form", [str, Path, PathLike])
-def test_a_folder(tmp_path, form):
+def test_a_folder(tmp_path):
     write(tmp_path, "model.safetensors", "config.json", "README.md")
-    location = locate(form(tmp_path))
-    assert location.files == (tmp_path / "model.safetensors",)
-    assert location.weight_map == {}
+    for form in (str, Path, PathLike):
+        location = locate(form(tmp_path))
+        assert location.files == (tmp_path / "model.safetensors",)
+        assert location.weight_map == {}
 
 
 @pytest.mark.parametrize("folder", ["with space", "~", "ünï-码", "owner@v1"])
@@ -114,6 +114,10 @@ def test_a_local_folder_wins_over_a_repository_of_that_name(tmp_path, monkeypatc
         pytest.param([*BIN_SHARDS], [*BIN_SHARDS], id="bin shards without index"),
         pytest.param(["m-00000-of-00002.bin", "m-00001-of-00002.bin"], None, id="shards counted from zero"),
         pytest.param(["m-00001-of-00001.safetensors"], None, id="a set of one shard"),
+        pytest.param(["M.SAFETENSORS", "weights.bin"], ["M.SAFETENSORS"], id="capital safetensors before bin"),
+        pytest.param(["Weights.PT"], ["Weights.PT"], id="a capital pickle"),
+        pytest.param(["last.ckpt"], ["last.ckpt"], id="a checkpoint of a training"),
+        pytest.param(["best.pth.tar", "weights.pth"], ["weights.pth"], id="a state dict before that of a training"),
         pytest.param(["text.safetensors", "vision.safetensors"], None, id="several safetensors, judged by the reader"),
     ],
 )
@@ -136,6 +140,12 @@ def test_preference_without_an_index(tmp_path, present, expected):
             [SHARDS[0], *BIN_SHARDS],
             BIN_SHARDS,
             id="only the bin shards are complete",
+        ),
+        pytest.param(
+            {"model.safetensors.index.json": SHARDS, "pytorch_model.bin.index.json": BIN_SHARDS},
+            [*SHARDS, BIN_SHARDS[0]],
+            SHARDS,
+            id="only the safetensors shards are complete",
         ),
         pytest.param(
             {"model.safetensors.index.json": SHARDS, "b.safetensors.index.json": ["b.safetensors"]},
@@ -194,6 +204,11 @@ def test_ambiguous_folders_name_the_candidates(tmp_path):
     refused(tmp_path, "several state dicts", "a.bin, b.pt", "pass the path")
 
 
+def test_several_checkpoints_of_a_training_are_not_chosen_among(tmp_path):
+    write(tmp_path, "epoch=1.ckpt", "last.ckpt", "x.pth.tar")
+    refused(tmp_path, "several state dicts", "epoch=1.ckpt, last.ckpt, x.pth.tar", "pass the path")
+
+
 def test_two_complete_odd_indexes_name_the_candidates(tmp_path):
     write(tmp_path, "a.safetensors", "b.safetensors")
     write_index(tmp_path / "a.index.json", "a.safetensors")
@@ -204,6 +219,35 @@ def test_two_complete_odd_indexes_name_the_candidates(tmp_path):
 def test_an_incomplete_set_is_not_taken_for_a_checkpoint(tmp_path):
     write(tmp_path, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors")
     refused(tmp_path, "1 of the 3 shards of model.safetensors are missing", "model-00002-of-00003.safetensors")
+
+
+VARIANT = [f"model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"])
+def test_a_variant_with_its_index(tmp_path, index):
+    write(tmp_path, *VARIANT)
+    write_index(tmp_path / index, *VARIANT)
+    assert names(locate(tmp_path)) == VARIANT
+    (tmp_path / VARIANT[1]).unlink()
+    refused(tmp_path, index, "1 missing file(s): model-00002-of-00002.fp16.safetensors")
+
+
+def test_the_shards_of_a_variant_are_a_set_of_their_own(tmp_path):
+    write(tmp_path, *VARIANT)
+    assert names(locate(tmp_path)) == VARIANT
+    write(tmp_path, SHARDS[0])
+    refused(tmp_path, f"1 of the 2 shards of model.safetensors are missing, first {SHARDS[1]}")
+    (tmp_path / SHARDS[0]).unlink()
+    (tmp_path / VARIANT[0]).unlink()
+    refused(tmp_path, f"1 of the 2 shards of model.fp16.safetensors are missing, first {VARIANT[0]}")
+
+
+def test_a_standard_index_comes_before_that_of_a_variant(tmp_path):
+    write(tmp_path, *SHARDS, *VARIANT)
+    write_index(tmp_path / "model.safetensors.index.json", *SHARDS)
+    write_index(tmp_path / "model.safetensors.index.fp16.json", *VARIANT)
+    assert names(locate(tmp_path)) == [*SHARDS]
 
 
 def test_a_shard_count_from_a_name_costs_nothing(tmp_path):
@@ -244,6 +288,9 @@ def test_the_files_of_a_broken_index_are_not_guessed_at(tmp_path):
         (b'{"weight_map": ["a"]}', "no weight map"),
         (b'{"architectures": ["Llama"]}', "'architectures' maps to ['Llama']"),
         (b'{"weight_map": {"a": 3}}', "'a' maps to 3"),
+        (b'{"weight_map": {"a": "1.bin", "a": "2.bin"}}', "gives 'a' twice"),
+        (b'{"weight_map": {"a": "1.bin"}, "weight_map": {"b": "1.bin"}}', "gives 'weight_map' twice"),
+        (b'{"weight_map": {"a": ' + b"[" * 200 + b"1" * 2000 + b"]" * 200 + b"}}", "'a' maps to [[[[["),
         (b'{"a": "tf_model-1.h5"}', "files of another kind: tf_model-1.h5"),
     ],
 )
@@ -251,6 +298,13 @@ def test_a_bad_index_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "bad.index.json"
     path.write_bytes(content)
     refused(path, str(path), message)
+
+
+def test_a_long_list_of_missing_or_foreign_files_is_cut(tmp_path):
+    write_index(tmp_path / "model.safetensors.index.json", *[f"{i:04}.safetensors" for i in range(300)])
+    refused(tmp_path, "300 missing file(s): 0000.safetensors", "and 290 more")
+    write_index(tmp_path / "model.safetensors.index.json", *[f"../{i:04}.safetensors" for i in range(300)])
+    refused(tmp_path, "outside its own folder: '../0000.safetensors'", "and 290 more")
 
 
 @pytest.mark.parametrize(
@@ -268,14 +322,13 @@ def test_a_bad_index_is_refused_by_name(tmp_path, content, message):
         "",
     ],
 )
-@pytest.mark.parametrize("as_folder", [False, True], ids=["index", "folder"])
-def test_an_index_may_not_leave_its_folder(tmp_path, file, as_folder):
+def test_an_index_may_not_leave_its_folder(tmp_path, file):
     folder = tmp_path / "inner"
     write(folder, "ok.safetensors")
     write(tmp_path, "x.safetensors")
     write_index(folder / "model.safetensors.index.json", "ok.safetensors", file)
-    location = folder if as_folder else folder / "model.safetensors.index.json"
-    refused(location, "outside its own folder", repr(file), "model.safetensors.index.json")
+    for location in (folder, folder / "model.safetensors.index.json"):
+        refused(location, "outside its own folder", repr(file), "model.safetensors.index.json")
 
 
 def test_a_folder_where_a_shard_should_be_is_a_missing_file(tmp_path):
@@ -294,7 +347,7 @@ def test_an_empty_folder(tmp_path):
     refused(tmp_path, str(tmp_path), "found no files")
 
 
-@pytest.mark.parametrize("name", ["missing.safetensors", "owner/missing.bin", "a/b/c", "./x", "../x", "x y", "name@"])
+@pytest.mark.parametrize("name", ["missing.safetensors", "owner/missing.bin", "a/b/c d", "./x", "../x", "x y", "name@"])
 def test_a_missing_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, hub, name):
     monkeypatch.chdir(tmp_path)
     refused(name, "no such file or folder", str(Path(name)), "Hub repository id")
@@ -319,9 +372,10 @@ def test_an_empty_string_is_not_the_working_directory(tmp_path, monkeypatch):
     refused("", "weights_location is empty")
 
 
-def test_a_file_of_another_kind(tmp_path):
-    write(tmp_path, "weights.gguf")
-    refused(tmp_path / "weights.gguf", "weights.gguf", "suffix", ".safetensors")
+@pytest.mark.parametrize("name", ["weights.gguf", "0123abcd", "last.ckpt", "M.SAFETENSORS", "a.pth.tar"])
+def test_a_file_is_not_refused_for_its_name(tmp_path, name):
+    write(tmp_path, name)
+    assert locate(tmp_path / name).files == (tmp_path / name,)
 
 
 def test_a_dangling_link(tmp_path):

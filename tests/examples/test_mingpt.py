@@ -26,14 +26,6 @@ REPORT = re.compile(
 PACKED_BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two wait for each other where another process is at work
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def gpt():
     """The stand-in's GPT; its modules are forgotten again afterwards."""
@@ -106,6 +98,18 @@ def generate(model, weights, prompt):
     return model.half().generate(torch.tensor([prompt]), 20)[0].tolist()
 
 
+@pytest.fixture
+def run(examples, monkeypatch):
+    """`run(*arguments)`: the example in this process, which has imported what it needs."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mingpt.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        runpy.run_path(str(examples / "mingpt.py"), run_name="__main__")
+
+    return run
+
+
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 def test_it_continues_the_text_as_the_dequantized_weights_do(gpt, weights, reports, name):
     _, _, generated = reports[name]
@@ -130,11 +134,12 @@ def test_the_bytes_that_it_prints_are_those_of_the_tensors(weights, reports, nam
     assert total["all"] == pytest.approx(total["packed"] + total["scales"] + total["kept"], abs=0.002)
 
 
-def test_sharded_safetensors_and_a_text_prompt(run_example, weights, reports, tmp_path):
+@pytest.mark.usefixtures("gpt")
+def test_sharded_safetensors_and_a_text_prompt(run, weights, reports, tmp_path, capsys):
     save_torch_state_dict(weights, tmp_path, max_shard_size="300KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    arguments = ("--weights", tmp_path, *SHAPE, "--prompt", "the quick")
-    found = parse(run_example("mingpt.py", *arguments, path=[STANDIN]))
+    run("--weights", tmp_path, *SHAPE, "--prompt", "the quick")
+    found = parse(capsys.readouterr().out)
     assert list(found) == ["nf4", "int8"]
     for name, (before, table, generated) in found.items():
         assert (before, table) == reports[name][:2]
@@ -163,17 +168,15 @@ def test_the_closure_over_the_mlp_calls_the_quantized_modules(gpt, weights, bina
 
 
 @pytest.fixture
-def message(examples, monkeypatch):
+def message(run):
     """`message(*arguments)`: what the example exits with; a text means exit code 1."""
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mingpt.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "path", [*sys.path])
+    def message(*arguments):
         with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(examples / "mingpt.py"), run_name="__main__")
+            run(*arguments)
         return exit.value.code
 
-    return run
+    return message
 
 
 def test_it_says_how_to_install_mingpt(message, monkeypatch):

@@ -1,6 +1,9 @@
 """The quant_state tensor: fixed size, exact round trip, refusal of anything else."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,7 +54,7 @@ def tensor_of(text: bytes) -> torch.Tensor:
     return torch.tensor(list(text.ljust(256)), dtype=torch.uint8)
 
 
-GOOD = json.loads(bytes(encode_quant_state({"weight": DESCRIPTIONS[0]}).tolist()))
+GOOD, INT8 = (json.loads(bytes(encode_quant_state({"weight": DESCRIPTIONS[i]}).tolist())) for i in (0, 2))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,32 @@ GOOD = json.loads(bytes(encode_quant_state({"weight": DESCRIPTIONS[0]}).tolist()
         json.dumps({**GOOD, "surprise": 1}).encode(),
         json.dumps({**GOOD, "leaf": "a.weight"}).encode(),
         json.dumps({**GOOD, "leaf": ""}).encode(),
+        json.dumps({**GOOD, "leaf": ["weight"]}).encode(),
         json.dumps({**GOOD, "transposed": 1}).encode(),
+        json.dumps({**GOOD, "bigq": 2.0}).encode(),
+        json.dumps({**GOOD, "format": ["nf4"]}).encode(),
+        json.dumps({**GOOD, "name": "nf4"}).encode(),
+        json.dumps({**GOOD, "self": 1}).encode(),
+        json.dumps({**GOOD, "block_size": 32.0}).encode(),
+        json.dumps({**GOOD, "block_size": True}).encode(),
+        json.dumps({**GOOD, "double_quant": 0}).encode(),
+        json.dumps({**GOOD, "double_quant": ""}).encode(),
+        json.dumps({**GOOD, "dtype": ["float32"]}).encode(),
+        json.dumps({**GOOD, "dtype": "int8"}).encode(),
+        json.dumps({**GOOD, "dtype": "torch.float32"}).encode(),
+        json.dumps({**GOOD, "compute_dtype": "int64"}).encode(),
+        json.dumps({**GOOD, "compute_dtype": "float8_e4m3fn"}).encode(),
+        json.dumps({**GOOD, "compute_dtype": {}}).encode(),
+        json.dumps({**GOOD, "shape": [8.0, 8]}).encode(),
+        json.dumps({**GOOD, "shape": [True, 8]}).encode(),
+        json.dumps({**GOOD, "shape": [-8, 8]}).encode(),
+        json.dumps(GOOD).replace('"leaf"', '"shape": [3], "leaf"').encode(),
+        json.dumps({**INT8, "threshold": True}).encode(),
+        json.dumps({**INT8, "threshold": "6"}).encode(),
+        json.dumps({**INT8, "threshold": -1}).encode(),
+        json.dumps({**INT8, "threshold": float("inf")}).encode(),
+        json.dumps({**INT8, "threshold": 0}).replace('"threshold": 0', '"threshold": 1e999').encode(),
+        b"[" * 256,
         json.dumps({key: value for key, value in GOOD.items() if key != "shape"}).encode(),
     ],
     ids=lambda text: text[:60].decode(errors="replace"),
@@ -78,6 +106,39 @@ GOOD = json.loads(bytes(encode_quant_state({"weight": DESCRIPTIONS[0]}).tolist()
 def test_anything_else_is_refused_by_name(text):
     with pytest.raises(CheckpointError, match=r"a\.quant_state in f\.safetensors is not a description"):
         decode_quant_state(tensor_of(text), "a.quant_state in f.safetensors")
+
+
+def test_the_record_that_the_refused_ones_differ_from_is_read():
+    for fields in (GOOD, INT8):
+        assert len(json.dumps(fields)) <= 256
+        assert list(decode_quant_state(tensor_of(json.dumps(fields).encode()), "here")) == ["weight"]
+
+
+def test_no_module_is_imported_because_a_record_names_it():
+    """torch imports some of its modules when they are asked for by name."""
+    code = f"""
+import sys, torch
+from bigq import CheckpointError
+from bigq.formats import decode_quant_state
+before = set(sys.modules)
+for field in ("dtype", "compute_dtype", "format"):
+    record = __import__("json").dumps({{**{GOOD!r}, field: "_inductor"}}).encode().ljust(256)
+    try:
+        decode_quant_state(torch.tensor(list(record), dtype=torch.uint8), "here")
+    except CheckpointError:
+        continue
+    sys.exit(field)
+assert not [name for name in set(sys.modules) - before if name.startswith("torch._inductor")]
+"""
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=path)
+
+
+def test_a_refusal_is_short_whatever_the_record_holds():
+    record = json.dumps({**GOOD, "dtype": [[[["\x00" * 9] * 2] * 2]]}).encode()
+    with pytest.raises(CheckpointError) as info:
+        decode_quant_state(tensor_of(record), "here")
+    assert len(str(info.value)) < 400
 
 
 def test_a_leaf_that_is_described_twice_is_refused():

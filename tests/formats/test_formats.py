@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bigq import ConfigError, QuantizationConfig, dequantize_tensor, quantize_tensor
+from bigq import ConfigError, QuantizationConfig, UnsupportedError, dequantize_tensor, quantize_tensor
 from bigq.formats import BLOCK_SIZES, FP4, NF4, Int8, make_format
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,20 +22,19 @@ def name(value):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_state_is_what_the_spec_says(fmt, shape):
-    weight = torch.randn(shape, device=DEVICE)
-    state, spec = fmt.quantize(weight), fmt.state_spec(shape)
-    assert {key: (tuple(t.shape), t.dtype) for key, t in state.items()} == {
-        key: (s.shape, s.dtype) for key, s in spec.items()
-    }
-    assert all(t.device == weight.device for t in state.values())
-    storages = [t.untyped_storage().data_ptr() for t in state.values() if t.numel()]
-    assert len(set(storages)) == len(storages), "accelerate's save_model keeps one tensor of each storage"
-    out = fmt.dequantize(state, shape, torch.float32)
-    assert out.shape == weight.shape
-    if weight.numel():
-        assert (out - weight).norm() <= 0.2 * weight.norm()
+def test_state_is_what_the_spec_says(fmt):
+    for shape in SHAPES:
+        weight = torch.randn(shape, device=DEVICE)
+        state, spec = fmt.quantize(weight), fmt.state_spec(shape)
+        found = {key: (tuple(t.shape), t.dtype) for key, t in state.items()}
+        assert found == {key: (s.shape, s.dtype) for key, s in spec.items()}, shape
+        assert all(t.device == weight.device for t in state.values()), shape
+        storages = [t.untyped_storage().data_ptr() for t in state.values() if t.numel()]
+        assert len(set(storages)) == len(storages), f"{shape}: accelerate's save_model keeps one tensor of each storage"
+        out = fmt.dequantize(state, shape, torch.float32)
+        assert out.shape == weight.shape
+        if weight.numel():
+            assert (out - weight).norm() <= 0.2 * weight.norm(), shape
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=name)
@@ -86,6 +85,13 @@ def test_a_transposed_weight_is_no_different(fmt):
     assert not weight.is_contiguous()
     for key, tensor in fmt.quantize(weight).items():
         assert torch.equal(tensor, fmt.quantize(weight.contiguous())[key])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
+def test_a_format_that_quantizes_row_by_row_measures_nothing(fmt):
+    assert not fmt.measures
+    with pytest.raises(UnsupportedError, match=f"'{fmt.name}' quantizes row by row"):
+        fmt.measure(torch.ones(2, 64))
 
 
 class TestQuantizeTensor:

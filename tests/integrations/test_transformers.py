@@ -1,4 +1,4 @@
-"""Hugging Face models and PEFT, with tiny random weights: the structures that trip a quantizer."""
+"""transformers models, also under PEFT, with tiny random weights: the structures that trip a quantizer."""
 
 import copy
 import pickle

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from bigq.ops import reference
-from bigq_kernels.block4.absmax import dequantize_absmax
+from bigq_kernels.block4.absmax import dequantize_absmax, nested_code, quantize_absmax
 from bigq_kernels.block4.dequantize import dequantize_4bit
 from bigq_kernels.block4.quantize import quantize_4bit
-from bigq_kernels.block4.quantize_absmax import nested_code, quantize_absmax
 from bigq_kernels.int8.dequantize import dequantize_int8
 from bigq_kernels.int8.quantize import quantize_int8
 

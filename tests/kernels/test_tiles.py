@@ -7,7 +7,7 @@ import torch
 
 from bigq.ops import reference
 from bigq_kernels import tiles
-from bigq_kernels.block4.quantize_absmax import nested_code
+from bigq_kernels.block4.absmax import nested_code
 
 
 def test_codes_equal_the_specification():

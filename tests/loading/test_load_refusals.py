@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bigq import (
@@ -59,7 +59,10 @@ class TestRefusals:
         save_file(state, folder / "model.safetensors")
         return folder
 
-    def test_everything_that_does_not_fit_in_one_error(self, tiny, empty, tmp_path):
+    def test_everything_that_does_not_fit_in_one_error(self, tiny, empty, tmp_path, monkeypatch):
+        """And no tensor is read before that."""
+        reads, preadv = [], os.preadv
+        monkeypatch.setattr(os, "preadv", lambda *args: reads.append(args) or preadv(*args))
         state = tiny().state_dict()
         del state["blocks.1.up.weight"], state["gain"]
         state["blocks.0.up.weight"] = torch.zeros(216, 71)
@@ -83,6 +86,7 @@ class TestRefusals:
             "extra.weight in",
         ):
             assert words in message
+        assert not reads
 
     def test_a_prefix_is_pointed_out(self, tiny, empty, tmp_path):
         state = {f"model.{name}": tensor for name, tensor in tiny().state_dict().items()}
@@ -122,13 +126,27 @@ class TestRefusals:
         folder = self.write(tmp_path / "inf", state)
         assert load_and_quantize_model(empty(tiny), folder, QuantizationConfig("nf4"), "cpu").gain[0] == -float("inf")
 
-    def test_float8_is_refused_by_name(self, tiny, empty, tmp_path):
+    def test_scaled_float8_is_refused_by_name(self, tiny, empty, tmp_path):
         state = tiny().state_dict()
         state["blocks.0.up.weight"] = state["blocks.0.up.weight"].to(torch.float8_e4m3fn)
+        state["blocks.0.up.scale_weight"] = torch.tensor(0.5)
         folder = self.write(tmp_path / "fp8", state)
         message = self.refused(empty(tiny), folder, QuantizationConfig("nf4"), error=CheckpointError, words="fit")
         assert "blocks.0.up.weight" in message
         assert "float8_e4m3fn (a scaled storage format" in message
+
+    def test_what_is_no_path(self, tiny, empty):
+        config = QuantizationConfig("nf4")
+        self.refused(empty(tiny), 3, config, error=CheckpointError, words="weights_location is 3; expected a path")
+
+    def test_float8_without_a_scale_is_a_cast_beside_others(self, tiny, empty, tmp_path, config):
+        state = tiny().state_dict()
+        state["blocks.0.up.weight"] = state["blocks.0.up.weight"].to(torch.float8_e4m3fn)
+        model = load_and_quantize_model(empty(tiny), self.write(tmp_path / "fp8", state), config, "cpu")
+        expected = tiny()
+        expected.load_state_dict(state)
+        expected = load_and_quantize_model(expected, None, config, "cpu").state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
     def test_no_config_for_plain_weights(self, tiny, empty, checkpoint):
         self.refused(empty(tiny), checkpoint, error=ConfigError, words="pass a quantization_config")
@@ -187,6 +205,26 @@ class TestRefusals:
             load_and_quantize_model(empty(tiny), checkpoint, QuantizationConfig("nf4"), "cpu"), saved
         )
         self.refused(empty(tiny, width=64), saved, error=CheckpointError, words=r"expected shape \[192, 64\]")
+        words = r"blocks\.2\.up\.weight is quantized in the checkpoint, but the model has no such parameter"
+        self.refused(empty(tiny, blocks=2), saved, error=CheckpointError, words=words)
+        state = load_file(saved / "model.safetensors")
+        state["blocks.0.up.weight_absmax"] = state["blocks.0.up.weight_absmax"].long()
+        words = r"blocks\.0\.up\.weight_absmax in .*: expected torch\.int32, found torch\.int64"
+        self.refused(empty(tiny), self.write(tmp_path / "wide", state), error=CheckpointError, words=words)
+
+    def test_a_quantized_checkpoint_that_unties_what_the_model_ties(self, tiny, empty, tmp_path):
+        states = [
+            load_and_quantize_model(tiny(), None, QuantizationConfig(name, also_quantize=[leaf]), "cpu").state_dict()
+            for name, leaf in (("nf4", "embed"), ("fp4", "head"))
+        ]
+        head = {name: tensor for name, tensor in states[1].items() if name.startswith("head.")}
+        both = {**{name: tensor for name, tensor in states[0].items() if name != "head.weight"}, **head}
+        model = empty(tiny, tied=True)
+        folder = self.write(tmp_path / "floats", states[1])
+        words = r"head\.weight is quantized in the checkpoint, which holds embed\.weight as floats; the model ties them"
+        self.refused(model, folder, error=CheckpointError, words=words)
+        words = r"head\.weight is tied to embed\.weight, which the checkpoint holds in another format"
+        self.refused(model, self.write(tmp_path / "both", both), error=CheckpointError, words=words)
 
     def test_device_maps(self, tiny, checkpoint, empty, tmp_path):
         config = QuantizationConfig("nf4")

@@ -34,12 +34,12 @@ def test_a_run_of_several_dtypes():
     chunks = first.start(50)
     assert [len(chunk.memory) for chunk in chunks] == [50] * (first.nbytes // 50) + [first.nbytes % 50]
     for chunk in chunks:
-        assert not first.handed_over.is_set()
+        assert not first.handed_over.is_open
         at = first.spans[0].offset - 64 + chunk.start
         assert (chunk.source, chunk.offset - 64) == (file, at)
         chunk.memory.copy_(torch.frombuffer(bytearray(raw[at : at + len(chunk.memory)]), dtype=torch.uint8))
         first.chunk_done()
-    assert first.handed_over.is_set()
+    assert first.handed_over.is_open
     pieces = first.pieces()
     assert [piece.info.name for piece in pieces] == list(TENSORS)[:-1]
     for piece in pieces:
@@ -67,7 +67,7 @@ def read(run, contents, chunk_nbytes=50):
         content = contents[chunk.source][chunk.offset : chunk.offset + len(chunk.memory)]
         chunk.memory.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         run.chunk_done()
-    assert run.handed_over.is_set()
+    assert run.handed_over.is_open
     return run.pieces()
 
 

@@ -375,11 +375,11 @@ def test_a_file_is_checked_before_memory_is_made_for_what_it_holds(checkpoint, m
     """By `bigq.loading.stream.open_unchanged`, in the thread of the caller."""
     checked, plain, made = [], bigq.loading.stream.open_unchanged, []
 
-    def swapped(path, nbytes):
+    def swapped(path, nbytes, identity):
         checked.append((path, threading.current_thread()))
         if path == checkpoint.files[1]:
             os.truncate(path, nbytes - 1)
-        return plain(path, nbytes)
+        return plain(path, nbytes, identity)
 
     def memory(name):
         made.append(name)

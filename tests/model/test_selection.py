@@ -84,6 +84,17 @@ def test_subclasses_that_compute_as_a_linear_does_are_quantized():
     assert chosen(nn.Sequential(Marked(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))) == weights_of("0", "1")
 
 
+def test_a_module_whose_name_holds_weight_is_no_weight():
+    model = nn.ModuleDict({"weight_net": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    assert chosen(model) == weights_of("weight_net")
+
+
+def test_skip_modules_adds_to_what_is_kept_by_default():
+    second = ("layers.1.gate", "layers.1.proj", "layers.1.qkv")
+    assert chosen(Model(), skip_modules=["layers.0"]) == weights_of(*second)
+    assert chosen(Model(), skip_modules=["layers.0"], defaults=False) == weights_of("head", *second)
+
+
 class TestAlsoQuantize:
     def test_the_output_head(self):
         selection = select(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), also_quantize=["1"])
@@ -123,6 +134,12 @@ class TestAlsoQuantize:
         for name in ("grid", "flags"):
             with pytest.raises(ConfigError, match=f"also_quantize '{name}' matches no floating-point parameter"):
                 select(model, also_quantize=[name])
+
+    def test_a_weight_that_one_module_reads_transposed_and_another_does_not(self):
+        model = nn.ModuleDict({"a": Experts(True), "b": Experts(False)})
+        model["b"].gate_up_proj = model["a"].gate_up_proj
+        with pytest.raises(ConfigError, match=r"a\.gate_up_proj, tied to b\.gate_up_proj: one module reads it"):
+            select(model, also_quantize=["a.gate_up_proj"])
 
     def test_what_is_skipped_stays_skipped(self):
         assert "embed.weight" not in chosen(Model(), also_quantize=["embed"], skip_modules=["embed"])
@@ -215,6 +232,12 @@ class TestOutputHead:
         model.get_output_embeddings = lambda: model.layers[0].qkv
         assert output_head(model) is model.layers[0].qkv
         model.get_output_embeddings = lambda: None
+        assert output_head(model) is model.head
+
+        def missing():
+            raise NotImplementedError
+
+        model.get_output_embeddings = missing
         assert output_head(model) is model.head
 
     def test_a_transformers_base_model_has_none(self):

@@ -1,8 +1,6 @@
 """Where hooks sit, and that every placement computes the same bits."""
 
-import copy
 import gc
-import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bigq import QuantizationConfig, QuantizedLinear, load_and_quantize_model, materialize, memory_footprint
+from bigq import QuantizationConfig, QuantizedLinear, load_and_quantize_model, memory_footprint
 from bigq.offload.attach import attach
 from bigq.offload.dispatch import _units
 from bigq.offload.hooks import Float32Hook, PlacementHook
@@ -153,6 +151,16 @@ class TestPolicy:
         assert all(type(m) is nn.Linear for m in on_disk)
         assert model(ids).isfinite().all()
 
+    def test_what_is_preserved_is_cast_once_at_load(self, tiny, checkpoint, empty, ids, tmp_path):
+        config = QuantizationConfig("nf4", dtype="bf16")
+        device_map = {"": RUNS_ON, "blocks.1": "disk"}
+        model = load_and_quantize_model(empty(tiny), checkpoint, config, device_map, offload_folder=tmp_path)
+        at_rest = {name: (t.dtype, t.data_ptr()) for name, t in model.blocks[1].state_dict().items()}
+        assert {dtype for dtype, _ in at_rest.values()} == {torch.bfloat16}
+        model.mask, model.offset = model.mask.bfloat16(), model.offset.bfloat16()
+        model(ids)
+        assert {name: (t.dtype, t.data_ptr()) for name, t in model.blocks[1].state_dict().items()} == at_rest
+
 
 class TestHooks:
     def test_a_model_in_one_place_has_none(self, tiny, checkpoint, empty):
@@ -160,10 +168,22 @@ class TestHooks:
 
     def test_they_sit_on_offloaded_blocks_and_the_root(self, tiny, checkpoint, empty, tmp_path):
         model = load_and_quantize_model(
-            empty(tiny), checkpoint, CONFIGS["int8"], {"": RUNS_ON, "blocks.1": "disk"}, offload_folder=tmp_path
+            empty(tiny),
+            checkpoint,
+            CONFIGS["int8"],
+            {"": RUNS_ON, "blocks.1": "disk"},
+            offload_folder=tmp_path,
+            skip_keys="cache",
         )
         assert list(hooks_of(model)) == ["", "blocks.1"]
-        assert all(isinstance(hook, PlacementHook) for hook in hooks_of(model).values())
+        assert all(isinstance(hook, PlacementHook) and hook.skip_keys == "cache" for hook in hooks_of(model).values())
+
+    def test_gradients_go_to_what_is_resident(self, tiny, checkpoint, empty, ids, tmp_path):
+        device_map = {"": RUNS_ON, "blocks.1": "disk"}
+        model = load_and_quantize_model(empty(tiny), checkpoint, CONFIGS["nf4"], device_map, offload_folder=tmp_path)
+        model(ids).sum().backward()
+        assert not any(p.requires_grad for p in model.blocks[1].parameters())
+        assert model.blocks[0].norm.weight.grad is not None
 
     def test_units_are_blocks_and_callers(self, tiny):
         units = _units(tiny(), {"": "cpu"})
@@ -256,132 +276,6 @@ class TestHooks:
         assert kwargs["cache"] is x
 
 
-def scripted(module):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is on its way out
-        return torch.jit.script(module)
-
-
-class Scripted(nn.Module):
-    """A model that calls modules of TorchScript, one of them inside of a block."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
-        self.scripted = scripted(nn.Linear(32, 32))
-        self.nested = scripted(nn.Sequential(nn.Linear(32, 32), nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 32))))
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), scripted(nn.Linear(32, 32))) for _ in range(3))
-
-    def forward(self, x):
-        x = self.nested(torch.relu(self.scripted(self.up(x))))
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
-class TestScriptModules:
-    """A ScriptModule carries no hook: the module that calls it is lent its tensors."""
-
-    @pytest.fixture
-    def load(self, empty, tmp_path):
-        torch.manual_seed(1)
-        save_file(Scripted().state_dict(), tmp_path / "model.safetensors")
-
-        def build(device_map, **options):
-            return load_and_quantize_model(
-                empty(Scripted).eval(),
-                tmp_path,
-                CONFIGS["nf4"],
-                device_map,
-                offload_folder=tmp_path / "offload",
-                offload="quantized",
-                **options,
-            )
-
-        return build
-
-    @pytest.mark.parametrize(
-        "device_map",
-        [
-            {"": RUNS_ON, "scripted": "disk"},
-            {"": RUNS_ON, "nested": "disk"},
-            {"": RUNS_ON, "nested.1.1.weight": "disk", "blocks.1": "disk"},
-            {"": RUNS_ON, "scripted": "disk", "nested": "disk", "blocks": "disk"},
-            {"": RUNS_ON, "blocks.0.1": "disk"},
-            "auto",
-        ],
-        ids=str,
-    )
-    @torch.no_grad()
-    def test_they_compute_the_bits_of_the_resident_model(self, load, device_map):
-        resident = load(RUNS_ON)
-        model = load(device_map, max_memory={"cpu": 25_000} if device_map == "auto" else None)
-        offloaded = {name for name, tensor in model.state_dict().items() if is_file_backed(tensor)}
-        assert offloaded
-        x = torch.randn(5, 32)
-        expected = resident(x.to(resident.up.weight.device)).cpu()
-        copied = copy.deepcopy(model)
-        for each in (model, copied):
-            rest = {name: tensor.data_ptr() for name, tensor in each.state_dict().items()}
-            for _ in range(4):
-                assert torch.equal(each(x), expected)
-                assert {name: tensor.data_ptr() for name, tensor in each.state_dict().items()} == rest
-        assert offloaded == {name for name, tensor in model.state_dict().items() if is_file_backed(tensor)}
-        materialize(model)
-        assert not any(map(is_file_backed, model.state_dict().values()))
-        assert torch.equal(model(x.to(model.up.weight.device)).cpu(), expected)
-
-    @torch.no_grad()
-    def test_what_was_lent_is_given_back_after_an_exception(self, load):
-        model = load({"": RUNS_ON, "scripted": "disk", "nested": "disk"})
-        rest = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-        seen = []
-
-        def fail(head, args):
-            seen.append(is_file_backed(model.scripted.weight))
-            raise ValueError("on purpose")
-
-        model.head.register_forward_pre_hook(fail)
-        with pytest.raises(ValueError, match="on purpose"):
-            model(torch.randn(5, 32))
-        assert seen == [False], "it was lent"
-        assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == rest
-
-    def test_a_copy_is_lent_its_own_tensors(self, load):
-        copied = copy.deepcopy(load({"": RUNS_ON, "nested": "disk"}))
-        held = {id(table[name]) for table, name in copied._hf_hook.block._tables}
-        assert held == {id(tensor) for name, tensor in copied.named_parameters() if name.startswith("nested.")}
-
-    def test_an_interrupted_commit_puts_their_tensors_back(self, tmp_path, monkeypatch):
-        import bigq.loading.jobs
-
-        model, commit = Scripted(), bigq.loading.jobs.commit_tensor
-        save_file({k: torch.zeros_like(t) for k, t in model.state_dict().items()}, tmp_path / "model.safetensors")
-        before = [(name, id(tensor), tensor.clone()) for name, tensor in named_tensors(model)]
-        tables = [(module._parameters, module._buffers) for module in model.modules()]
-
-        def interrupted(modules, planned, *args, **kwargs):
-            commit(modules, planned, *args, **kwargs)
-            if "head.bias" in planned.names:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(bigq.loading.jobs, "commit_tensor", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            load_and_quantize_model(model, tmp_path, CONFIGS["nf4"], "cpu")
-        assert [(name, id(tensor)) for name, tensor in named_tensors(model)] == [entry[:2] for entry in before]
-        assert all(
-            torch.equal(tensor, old) for (_, tensor), (_, _, old) in zip(named_tensors(model), before, strict=True)
-        )
-        for module, (parameters, buffers) in zip(model.modules(), tables, strict=True):
-            assert module._parameters is parameters
-            assert module._buffers is buffers
-        assert model(torch.randn(2, 32)).isfinite().all()
-
-
-def named_tensors(model):
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
 def test_nothing_grows_from_pass_to_pass(tiny, checkpoint, empty, ids, tmp_path):
     model = load_and_quantize_model(
         empty(tiny), checkpoint, CONFIGS["nf4"], MAPS["disk"], offload="quantized", offload_folder=tmp_path
@@ -402,6 +296,21 @@ def test_nothing_grows_from_pass_to_pass(tiny, checkpoint, empty, ids, tmp_path)
             with torch.set_grad_enabled(grad):
                 model(ids)
         assert tensors_alive() <= alive
+
+
+def test_packed_weights_are_in_memory_in_two_slots_and_no_more(tiny, checkpoint, empty, ids, tmp_path):
+    model = load_and_quantize_model(
+        empty(tiny), checkpoint, CONFIGS["int8"], {"": "cpu", "blocks": "disk"}, offload_folder=tmp_path
+    )
+    for _ in range(3):
+        model(ids)
+    memories = {
+        value.untyped_storage().data_ptr()
+        for value in gc.get_objects()
+        if issubclass(type(value), torch.Tensor) and value.dtype == torch.int8 and value.shape == (216, 72)
+    }
+    at_rest = {block.up.weight_packed.untyped_storage().data_ptr() for block in model.blocks}
+    assert len(memories - at_rest) == 2, "two slots for three blocks"
 
 
 def _peak_above_rest(model, ids):

@@ -1,13 +1,22 @@
 """materialize: everything comes home, exactly, or nothing is touched."""
 
 import gc
+import os
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from torch import nn
 
-from bigq import PlacementError, QuantizationConfig, load_and_quantize_model, materialize, memory_footprint
+from bigq import (
+    CheckpointError,
+    PlacementError,
+    QuantizationConfig,
+    load_and_quantize_model,
+    materialize,
+    memory_footprint,
+)
 from bigq.offload.hooks import Float32Hook, PlacementHook
 from bigq.offload.space import is_file_backed
 
@@ -21,13 +30,26 @@ MAPS = {
 
 
 @pytest.fixture(params=MAPS.values(), ids=MAPS.keys())
-def model(request, tiny, checkpoint, empty, config, tmp_path):
-    return load_and_quantize_model(
-        empty(tiny), checkpoint, config, request.param, offload="quantized", offload_folder=tmp_path
-    )
+def device_map(request):
+    return request.param
 
 
-def test_the_model_computes_the_same_without_hooks(model, ids):
+@pytest.fixture
+def load(tiny, checkpoint, empty, tmp_path):
+    def build(config, device_map):
+        options = {"offload": "quantized", "offload_folder": tmp_path}
+        return load_and_quantize_model(empty(tiny), checkpoint, config, device_map, **options)
+
+    return build
+
+
+@pytest.fixture
+def model(load):
+    return load(QuantizationConfig("nf4"), MAPS["mixed"])
+
+
+def test_the_model_computes_the_same_without_hooks(load, config, device_map, ids):
+    model = load(config, device_map)
     expected = model(ids)
     assert model.is_loaded_in_8bit is False
     before = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
@@ -77,7 +99,9 @@ def test_a_resident_model_stays_as_it_is(tiny, checkpoint, empty):
     assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
 
 
-def test_what_does_not_fit_is_refused_before_anything_moves(model, monkeypatch):
+def test_what_does_not_fit_is_refused_before_anything_moves(load, device_map, monkeypatch):
+    model = load(QuantizationConfig("nf4"), device_map)
+
     class Full:
         available = 10
 
@@ -97,26 +121,60 @@ def test_a_model_of_others_is_refused():
         materialize(nn.Linear(2, 2))
 
 
-def test_the_file_is_freed(model, ids):
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="lists the memory maps of Linux")
+def test_the_file_is_freed(model, tmp_path):
+    def is_mapped():
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    assert is_mapped()
     materialize(model)
     gc.collect()
-    assert not any(is_file_backed(t) for t in model.state_dict().values())
+    assert not is_mapped()
 
 
 class TestMoves:
-    @pytest.mark.parametrize("method", ["to", "cuda", "cpu", "half", "float", "double", "bfloat16"])
-    def test_a_hooked_model_refuses(self, model, ids, method):
+    def test_a_hooked_model_refuses(self, load, device_map, ids):
+        model = load(QuantizationConfig("nf4"), device_map)
         expected = model(ids)
-        with pytest.raises(PlacementError, match=rf"TinyModel\.{method}\(\) would undo its device map.*materialize"):
-            getattr(model, method)(*(["cpu"] if method == "to" else []))
+        for method in ("to", "cuda", "cpu", "half", "float", "double", "bfloat16"):
+            words = rf"TinyModel\.{method}\(\) would undo its device map.*materialize"
+            with pytest.raises(PlacementError, match=words):
+                getattr(model, method)(*(["cpu"] if method == "to" else []))
         assert torch.equal(model(ids), expected)
 
-    def test_its_copies_refuse_too(self, model, ids):
+    @pytest.mark.parametrize("format_name, places", [("nf4", "disk"), ("int8", "mixed"), ("fp4", "a-root-parameter")])
+    def test_its_copies_refuse_too(self, load, ids, format_name, places):
         import copy
         import pickle
 
+        model = load(QuantizationConfig(format_name), MAPS[places])
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             with pytest.raises(PlacementError):
                 other.half()
             assert torch.equal(other(ids), model(ids))
             assert torch.equal(materialize(other)(ids.to(other.gain.device)).cpu(), model(ids))
+
+
+def test_a_checkpoint_that_was_cut_short_is_an_error_and_the_model_stays(tiny, checkpoint, empty, config):
+    path = next(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else checkpoint
+    model = load_and_quantize_model(empty(tiny), checkpoint, config, {"": RUNS_ON, "embed": "disk"}, offload="preserve")
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    os.truncate(path, 4096)
+    with pytest.raises(CheckpointError, match="cut short after the model was loaded"):
+        materialize(model)
+    assert [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")] == hooks
+    assert is_file_backed(model.embed.weight)
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(model, ids, monkeypatch):
+    expected = model(ids)
+
+    def failing(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bigq.offload.materialize.dispatch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        materialize(model)
+    assert torch.equal(model(ids), expected)
+    monkeypatch.undo()
+    assert torch.equal(materialize(model)(ids.to(model.gain.device)).cpu(), expected)

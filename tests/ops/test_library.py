@@ -209,3 +209,15 @@ def test_the_one_switch_runs_the_reference_on_cuda():
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "BIGQ_REFERENCE": "1", "PYTHONPATH": path}
     )
+
+
+@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit-whole", "linear_int8"])
+def test_what_a_linear_returns_can_be_changed_in_place(name):
+    x, *others = sample(name)
+    x = x.reshape(1, 3, -1).requires_grad_()
+    y = getattr(ops, name.split("-")[0])(x, *others)
+    assert y._base is None
+    y += 1
+    torch.relu_(y)
+    y.sum().backward()
+    assert x.grad.shape == x.shape

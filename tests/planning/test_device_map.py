@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bigq import PlacementError
+from bigq import PlacementError, QuantizationConfig, infer_device_map, load_and_quantize_model, memory_footprint
 from bigq.planning.device_map import (
     as_user_map,
     check_device_map,
@@ -82,7 +82,8 @@ def test_coverage_errors_come_together():
 
 
 def test_execution_device_is_the_first_gpu_in_the_order_of_the_map():
-    assert execution_device({"a": "cpu", "b": "cuda:1", "c": "cuda:0"}) == torch.device("cuda:1")
+    for first, second in (("cuda:0", "cuda:1"), ("cuda:1", "cuda:0")):
+        assert execution_device({"a": "disk", "b": first, "c": second}) == torch.device(first)
     assert execution_device({"a": "cpu", "b": "disk"}) == torch.device("cpu")
 
 
@@ -225,3 +226,21 @@ class TestInfer:
     def test_sequential_fills_the_first(self):
         budgets = balanced_budgets(model(), {"cuda:0": 10_000, "cuda:1": 10_000}, "sequential")
         assert infer_places(model(), budgets) == {"": "cuda:0"}
+
+
+class TestInferDeviceMap:
+    def test_sizes_are_those_of_the_loaded_model(self, tiny, empty):
+        config = QuantizationConfig("nf4")
+        total = memory_footprint(load_and_quantize_model(tiny(), None, config, "cpu")).total_nbytes
+        assert infer_device_map(empty(tiny), config, max_memory={"cpu": total}) == {"": "cpu"}
+        short = infer_device_map(empty(tiny), config, max_memory={"cpu": total - 1}, offload_folder="anywhere")
+        assert set(short.values()) == {"cpu", "disk"}
+
+    def test_a_strategy_that_is_none(self, tiny, empty):
+        with pytest.raises(PlacementError, match="device_map is 'fast'; expected one of"):
+            infer_device_map(empty(tiny), QuantizationConfig("nf4"), "fast")
+
+    def test_buffers_of_a_split_module_stay_in_the_map(self, tiny, empty):
+        memory = {"cpu": 40_000}
+        places = infer_device_map(empty(tiny), QuantizationConfig("nf4"), max_memory=memory, offload_folder="anywhere")
+        assert {"gain", "offset", "steps"} <= set(places)

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from bigq.ops import reference
+from bigq_kernels.block4.absmax import nested_code
+from bigq_kernels.block4.linear import linear_4bit
+from bigq_kernels.block4.packed import Packed4
 
 # The interpreter truncates float32 to bfloat16 instead of rounding.
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -29,6 +32,28 @@ def quantized_4bit(n, k, quant_type, block_size, nested, device):
     values = reference.dequantize_4bit(weight, torch.ones_like(absmax), quant_type, block_size, k, torch.float32)
     exact = values.double() * scale.double().repeat_interleave(block_size, dim=1)[:, :k]
     return (weight, *stored), exact
+
+
+def check_linear_4bit(x, n, quant_type, block_size, nested=False, bias=None):
+    """That linear_4bit of x and a random weight of n rows is within budget."""
+    k = x.shape[-1]
+    (weight, absmax, nested_absmax, nested_offset), dense = quantized_4bit(
+        n, k, quant_type, block_size, nested, x.device
+    )
+    args = (x, weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size)
+    exact = x.double() @ dense.T
+    if bias is not None:
+        exact = exact + bias.double()
+    assert_within_budget(linear_4bit(*args), exact, reference.linear_4bit(*args))
+
+
+def packed4(quantized, quant_type="nf4", block_size=64):
+    """The tensors of `quantized_4bit` as the kernel of a way takes them."""
+    weight, absmax, nested_absmax, nested_offset = quantized
+    nested = (None, None, None)
+    if nested_absmax is not None:
+        nested = (nested_absmax, nested_offset, nested_code(weight.device))
+    return Packed4(weight, absmax, nested, quant_type, block_size)
 
 
 def int8_case(m, n, k, dtype, device):

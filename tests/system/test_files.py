@@ -19,9 +19,8 @@ def path(tmp_path):
 
 @pytest.fixture
 def descriptor(path):
-    descriptor = open_unchanged(path, 200)
-    yield descriptor
-    os.close(descriptor)
+    with open_unchanged(path, 200) as file:
+        yield file.fileno()
 
 
 def test_what_is_not_there_or_changed_is_refused(path):

@@ -1,5 +1,7 @@
 """LazyWeight: what is written to a weight, a view or a copy of it, and where that goes."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -88,12 +90,18 @@ FUNCTION_WRITES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def modules():
+    """A module of each kind in NF4 and one in each format, to copy."""
+    torch.manual_seed(0)
+    kinds = {f"{kind} in nf4": quantized(make(), NF4()) for kind, make in HOLDERS.items()}
+    return kinds | {f"wide in {name}": quantized(Holder(7, 71), fmt) for name, fmt in FORMATS.items()}
+
+
 @pytest.mark.parametrize("statement", WRITES + VIEW_WRITES + ITEM_WRITES + FUNCTION_WRITES)
-def test_what_is_written_to_a_weight_or_a_view_is_quantized_into_the_module(statement):
-    for kind, make in HOLDERS.items():
-        check(statement, quantized(make(), NF4()), f"{kind} in nf4")
-    for name, weight_format in FORMATS.items():
-        check(statement, quantized(Holder(7, 71), weight_format), f"wide in {name}")
+def test_what_is_written_to_a_weight_or_a_view_is_quantized_into_the_module(statement, modules):
+    for label, module in modules.items():
+        check(statement, deepcopy(module), label)
 
 
 @pytest.mark.parametrize("name", ["normal_", "uniform_", "kaiming_uniform_", "xavier_normal_", "orthogonal_"])
@@ -233,6 +241,19 @@ def test_what_is_written_to_a_copy_never_reaches_the_module(name, layer):
     expected = (dense.T if name.startswith("transposed") else dense).to(copy.dtype) * 0.5
     expected[0] = 3.0
     torch.testing.assert_close(copy + 0, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_copy_takes_numbers_and_is_copied_as_a_tensor_is(layer):
+    before, numbers = state_of(layer), torch.randn(7, 71).bfloat16()
+    copy = layer.weight.to(torch.bfloat16)
+    copy.data = numbers
+    assert torch.equal(copy + 0, numbers)
+    assert torch.equal(copy.to(torch.float32) + 0, numbers.float())
+    with pytest.raises(ConfigError, match=r"shape \[7, 71\] is given a tensor of shape \[3, 3\]"):
+        copy.data = torch.zeros(3, 3)
+    assert torch.equal(copy + 0, numbers)
+    assert layer.weight.to("meta").is_meta
+    assert unchanged(layer, before)
 
 
 @pytest.mark.parametrize("name", ["to-dtype", "double", "type", "to-other"])

@@ -153,6 +153,11 @@ def test_no_tensor_of_a_weight_is_floating_point_or_trains(case):
     assert not module.descriptions.keys() & module.state_dict().keys()
 
 
+def test_its_repr_says_what_each_weight_is_quantized_to(case):
+    module = case.quantized()
+    assert repr(module).count(f"format={case.weight_format.name}, ") == len(module.descriptions)
+
+
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 def test_a_state_dict_of_the_same_format_is_taken_bit_for_bit(assign, case):
     source, module = case.quantized(), case.quantized()

@@ -37,18 +37,15 @@ def counted(monkeypatch):
     return counts
 
 
-def assert_near(got, expected, weight_format):
+def assert_near(got, expected, weight_format, case=""):
     """Int8 quantizes the activations too."""
-    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
-    assert (got - expected).norm() <= (0.02 if weight_format.name == "int8" else 1e-5) * expected.norm()
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape), case
+    assert (got - expected).norm() <= (0.02 if weight_format.name == "int8" else 1e-5) * expected.norm(), case
 
 
 # The weight [N, K] of a linear, and [K, N] of a Conv1D; x is [M, K]. Square ones show a dimension that is mixed up.
 
-CASES = [
-    pytest.param((9, 9), NF4(), id="square-nf4"),
-    *[pytest.param((7, 71), weight_format, id=f"wide-{name}") for name, weight_format in FORMATS.items()],
-]
+CASES = {"square": ((9, 9), NF4()), **{name: ((7, 71), weight_format) for name, weight_format in FORMATS.items()}}
 LINEAR_PRODUCTS = [
     "F.linear(x, w)", "F.linear(x, w, b)", "F.linear(input=x, weight=w, bias=b)", "F.linear(x[0], w)",
     "F.linear(x[None], w)", "x @ w.T", "x @ w.mT", "x @ w.t()", "torch.matmul(x, w.T)", "x.matmul(w.transpose(0, 1))",
@@ -66,29 +63,28 @@ def evaluate(expression, **names):
     return eval(expression, {"torch": torch, "F": F, **names})
 
 
-@pytest.mark.parametrize("expression", LINEAR_PRODUCTS)
-@pytest.mark.parametrize("shape, weight_format", CASES)
-def test_a_product_with_a_linear_weight_is_one_call_of_the_kernel(expression, shape, weight_format, counted):
-    layer = quantized(nn.Linear(shape[1], shape[0]), weight_format)
-    x, bias = torch.randn(3, shape[1]), torch.randn(shape[0])
-    dense = layer.dequantize()
+def assert_one_call(expression, layer, shape, counted, case):
+    """A linear or a Conv1D multiplies by its own kernel, once, and what comes out is near."""
+    x, bias, dense = torch.randn(3, shape[1]), torch.randn(shape[0]), layer.weight.dequantize()
     counted.update(linear=0, dequantize=0)
     got = evaluate(expression, x=x, w=layer.weight, b=bias)
-    assert counted == {"linear": 1, "dequantize": 0}
-    assert_near(got, evaluate(expression, x=x, w=dense, b=bias), weight_format)
+    assert counted == {"linear": 1, "dequantize": 0}, case
+    assert_near(got, evaluate(expression, x=x, w=dense, b=bias), layer.format, case)
+
+
+@pytest.mark.parametrize("expression", LINEAR_PRODUCTS)
+def test_a_product_with_a_linear_weight_is_one_call_of_the_kernel(expression, counted):
+    for case, (shape, weight_format) in CASES.items():
+        layer = quantized(nn.Linear(shape[1], shape[0]), weight_format)
+        assert_one_call(expression, layer, shape, counted, case)
 
 
 @pytest.mark.parametrize("expression", CONV1D_PRODUCTS)
-@pytest.mark.parametrize("shape, weight_format", CASES)
-def test_a_product_with_a_conv1d_weight_is_one_call_of_the_kernel(expression, shape, weight_format, counted):
-    layer = quantized(Conv1D(*shape), weight_format)
-    x, bias = torch.randn(3, shape[1]), torch.randn(shape[0])
-    dense = layer.weight.dequantize()
-    assert tuple(dense.shape) == (shape[1], shape[0])
-    counted.update(linear=0, dequantize=0)
-    got = evaluate(expression, x=x, w=layer.weight, b=bias)
-    assert counted == {"linear": 1, "dequantize": 0}
-    assert_near(got, evaluate(expression, x=x, w=dense, b=bias), weight_format)
+def test_a_product_with_a_conv1d_weight_is_one_call_of_the_kernel(expression, counted):
+    for case, (shape, weight_format) in CASES.items():
+        layer = quantized(Conv1D(*shape), weight_format)
+        assert tuple(layer.weight.shape) == (shape[1], shape[0])
+        assert_one_call(expression, layer, shape, counted, case)
 
 
 EXPERT_PRODUCTS = [
@@ -107,36 +103,36 @@ TRANSPOSED_EXPERT_PRODUCTS = [
         *[pytest.param(expression, TransposedExperts, id=expression) for expression in TRANSPOSED_EXPERT_PRODUCTS],
     ],
 )
-@pytest.mark.parametrize("size, weight_format", CASES)
-def test_a_batched_product_is_one_call_of_the_kernel_an_expert(expression, make, size, weight_format, counted):
-    module = quantized(make(3, *(size if make is Holder else size[::-1])), weight_format)
-    x, dense = torch.randn(3, 5, size[1]), module.weight.dequantize()
-    counted.update(linear=0, dequantize=0)
-    got = evaluate(expression, x=x, w=module.weight)
-    assert counted == {"linear": 3, "dequantize": 0}
-    assert_near(got, evaluate(expression, x=x, w=dense), weight_format)
+def test_a_batched_product_is_one_call_of_the_kernel_an_expert(expression, make, counted):
+    for case, (size, weight_format) in CASES.items():
+        module = quantized(make(3, *(size if make is Holder else size[::-1])), weight_format)
+        x, dense = torch.randn(3, 5, size[1]), module.weight.dequantize()
+        counted.update(linear=0, dequantize=0)
+        got = evaluate(expression, x=x, w=module.weight)
+        assert counted == {"linear": 3, "dequantize": 0}, case
+        assert_near(got, evaluate(expression, x=x, w=dense), weight_format, case)
 
 
-@pytest.mark.parametrize("expert", ["w[1]", "w[-1]", "w[torch.tensor(2)]", "w.unbind()[0]", "list(w)[2]", "w[1:][0]"])
-def test_one_of_the_experts_is_multiplied_by_the_kernel(expert, weight_format, counted):
+def test_one_of_the_experts_is_multiplied_by_the_kernel(weight_format, counted):
     module = quantized(Holder(3, 6, 70), weight_format)
     x, dense = torch.randn(5, 70), module.weight.dequantize()
-    counted.update(linear=0, dequantize=0)
-    got = F.linear(x, evaluate(expert, w=module.weight))
-    assert counted == {"linear": 1, "dequantize": 0}
-    assert_near(got, F.linear(x, evaluate(expert, w=dense)), weight_format)
+    for expert in ("w[1]", "w[-1]", "w[torch.tensor(2)]", "w.unbind()[0]", "list(w)[2]", "w[1:][0]"):
+        counted.update(linear=0, dequantize=0)
+        got = F.linear(x, evaluate(expert, w=module.weight))
+        assert counted == {"linear": 1, "dequantize": 0}, expert
+        assert_near(got, F.linear(x, evaluate(expert, w=dense)), weight_format, expert)
 
 
-@pytest.mark.parametrize("stops", [[2, 2, 9], [0, 0, 9], [3, 6, 9], [9, 9, 9], [1, 4, 7]], ids=str)
-def test_a_grouped_product_multiplies_each_row_by_its_expert(stops, weight_format, counted):
+def test_a_grouped_product_multiplies_each_row_by_its_expert(weight_format, counted):
     module = quantized(Holder(3, 6, 70), weight_format)
-    x, dense, offs = torch.randn(9, 70), module.weight.dequantize(), torch.tensor(stops, dtype=torch.int32)
-    counted.update(linear=0, dequantize=0)
-    got = F.grouped_mm(x, module.weight.transpose(-2, -1), offs=offs)
-    starts = [0, *stops[:-1]]
-    assert counted == {"linear": sum(a < b for a, b in zip(starts, stops, strict=True)), "dequantize": 0}
-    expected = torch.cat([x[a:b] @ dense[e].T for e, (a, b) in enumerate(zip(starts, stops, strict=True))])
-    assert_near(got[: stops[-1]], expected, weight_format)
+    x, dense = torch.randn(9, 70), module.weight.dequantize()
+    for stops in ([2, 2, 9], [0, 0, 9], [3, 6, 9], [9, 9, 9], [1, 4, 7]):
+        counted.update(linear=0, dequantize=0)
+        got = F.grouped_mm(x, module.weight.transpose(-2, -1), offs=torch.tensor(stops, dtype=torch.int32))
+        ranges = list(zip([0, *stops[:-1]], stops, strict=True))
+        assert counted == {"linear": sum(a < b for a, b in ranges), "dequantize": 0}, stops
+        expected = torch.cat([x[a:b] @ dense[e].T for e, (a, b) in enumerate(ranges)])
+        assert_near(got[: stops[-1]], expected, weight_format, stops)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 5), (), (0,)], ids=str)
@@ -169,6 +165,12 @@ def test_an_embedding_with_a_padding_index_and_a_dtype(weight_format):
     assert out[0].count_nonzero() == 0  # as nn.Embedding initializes the padding row
 
 
+def test_an_embedding_with_a_largest_norm_gives_rows_of_at_most_that_norm(weight_format):
+    module = quantized(nn.Embedding(50, 71, max_norm=1.0), weight_format)
+    ids, dense = torch.tensor([3, 4]), module.weight.dequantize()
+    torch.testing.assert_close(module(ids), F.embedding(ids, dense, max_norm=1.0))
+
+
 def test_products_that_no_kernel_has_use_the_dequantized_weight(weight_format):
     layer = quantized(nn.Linear(71, 9), weight_format)
     x, dense, v = torch.randn(9, 71), layer.dequantize(), torch.randn(71)
@@ -182,6 +184,7 @@ def test_products_that_no_kernel_has_use_the_dequantized_weight(weight_format):
         "torch.tensordot(x, w, dims=([1], [1]))",
         "w @ w.T",
         "F.linear(w, w)",
+        "torch.matmul(x, w.T, out=torch.empty(9, 9))",
     ):
         names = {"x": x, "v": v, "b": torch.ones(9)}
         expected = evaluate(expression, w=dense, **names)
@@ -195,17 +198,19 @@ def test_a_product_of_no_rows_has_none(weight_format):
     assert (torch.empty(2, 0, 71) @ layer.weight.T).shape == (2, 0, 9)
     assert torch.bmm(torch.empty(3, 0, 70), experts.weight.mT).shape == (3, 0, 6)
     assert F.linear(torch.ones(2, 71), layer.weight[3:3]).shape == (2, 0)
+    assert torch.bmm(torch.empty(0, 5, 70), experts.weight[1:1].mT).shape == (0, 5, 6)
 
 
 @pytest.mark.parametrize("expression", ["F.linear(x, w)", "x @ w.T", "torch.mm(x, w.T)", "w(x)"])
-def test_integers_and_other_widths_are_refused(expression, weight_format):
-    layer = quantized(nn.Linear(71, 9), weight_format)
-    names = {"w": layer if expression == "w(x)" else layer.weight}
-    with pytest.raises(UnsupportedError, match=r"activations of torch\.int64"):
-        evaluate(expression, x=torch.ones(2, 71, dtype=torch.int64), **names)
-    for width in (70, 72, 9):
-        with pytest.raises((UnsupportedError, RuntimeError)):
-            evaluate(expression, x=torch.ones(2, width), **names)
+def test_integers_and_other_widths_are_refused(expression):
+    for weight_format in FORMATS.values():
+        layer = quantized(nn.Linear(71, 9), weight_format)
+        names = {"w": layer if expression == "w(x)" else layer.weight}
+        with pytest.raises(UnsupportedError, match=r"activations of torch\.int64"):
+            evaluate(expression, x=torch.ones(2, 71, dtype=torch.int64), **names)
+        for width in (70, 72, 9):
+            with pytest.raises((UnsupportedError, RuntimeError)):
+                evaluate(expression, x=torch.ones(2, width), **names)
 
 
 @pytest.mark.parametrize("expression", [*LINEAR_PRODUCTS, "torch.einsum('mk,nk->mn', x, w)", "x * w[0]"])
@@ -228,16 +233,17 @@ GROUPED = "F.grouped_mm(x[0], w.mT, offs=torch.tensor([1, 1, 5], dtype=torch.int
 
 
 @pytest.mark.parametrize("expression", [*EXPERT_PRODUCTS, GROUPED])
-def test_gradients_pass_through_batched_products(expression, weight_format):
-    module = quantized(Holder(3, 8, 72), weight_format)  # torch's own grouped_mm wants rows of 16 bytes
-    x, grads = torch.randn(3, 5, 72), []
-    for weight in (module.weight, module.weight.dequantize()):
-        leaf = x.clone().requires_grad_()
-        out = evaluate(expression, x=leaf, w=weight)
-        (out * out.detach()).sum().backward()
-        grads.append(leaf.grad)
-    near = 0.02 if weight_format.name == "int8" else 1e-4  # int8 rounds what is multiplied
-    assert (grads[0] - grads[1]).norm() <= near * grads[1].norm()
+def test_gradients_pass_through_batched_products(expression):
+    for name, weight_format in FORMATS.items():
+        module = quantized(Holder(3, 8, 72), weight_format)  # torch's own grouped_mm wants rows of 16 bytes
+        x, grads = torch.randn(3, 5, 72), []
+        for weight in (module.weight, module.weight.dequantize()):
+            leaf = x.clone().requires_grad_()
+            out = evaluate(expression, x=leaf, w=weight)
+            (out * out.detach()).sum().backward()
+            grads.append(leaf.grad)
+        near = 0.02 if name == "int8" else 1e-4  # int8 rounds what is multiplied
+        assert (grads[0] - grads[1]).norm() <= near * grads[1].norm(), name
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])

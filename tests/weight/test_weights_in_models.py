@@ -1,6 +1,7 @@
 """Whole models: loaded, saved, reloaded and offloaded, they compute what their dequantized weights compute."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigq import FP4, NF4, Int8, QuantizationConfig, QuantizedModule, load_and_quantize_model, num_parameters
+from dequantized import dequantized
 
 transformers = pytest.importorskip("transformers")
 FORMATS = {"nf4": NF4(), "nf4-double": NF4(double_quant=True), "fp4": FP4(block_size=32), "int8": Int8()}
@@ -59,15 +61,6 @@ class Model(nn.Module):
 
 
 IDS = torch.arange(14).view(2, 7) * 3
-
-
-def dequantized(model, plain):
-    """`plain` with the weights that those of the quantized `model` stand for."""
-    for path, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
-            for leaf in module.descriptions:
-                getattr(plain.get_submodule(path), leaf).data = getattr(module, leaf).dequantize()
-    return plain
 
 
 def quantized_weights(model):
@@ -124,21 +117,21 @@ def test_named_weights_are_the_same_from_a_file_in_place_and_saved(weight_format
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("on_disk", ["embed", "experts", "parent.inner", "parent", "head"])
-def test_an_offloaded_weight_computes_what_a_resident_one_does(on_disk, weight_format, tmp_path):
+def test_an_offloaded_weight_computes_what_a_resident_one_does(weight_format, tmp_path):
     plain, config = Model(), QuantizationConfig(weight_format, also_quantize=NAMED)
     save_file(plain.state_dict(), tmp_path / "model.safetensors")
-    resident = load_and_quantize_model(skeleton(Model), tmp_path, config, "cpu")
-    offloaded = load_and_quantize_model(
-        skeleton(Model),
-        tmp_path,
-        config,
-        {"": "cpu", on_disk: "disk"},
-        offload="quantized",
-        offload_folder=tmp_path / "offload",
-    )
-    for _ in range(2):
-        assert torch.equal(offloaded(IDS), resident(IDS))
+    expected = load_and_quantize_model(skeleton(Model), tmp_path, config, "cpu")(IDS)
+    for on_disk in ("embed", "experts", "parent.inner", "parent", "head"):
+        offloaded = load_and_quantize_model(
+            skeleton(Model),
+            tmp_path,
+            config,
+            {"": "cpu", on_disk: "disk"},
+            offload="quantized",
+            offload_folder=tmp_path / "offload",
+        )
+        for _ in range(2):
+            assert torch.equal(offloaded(IDS), expected), on_disk
 
 
 @torch.no_grad()
@@ -170,12 +163,9 @@ def encoder(**settings):
 
 @pytest.mark.parametrize("named", [[], ["in_proj_weight"], ["self_attn"]], ids=["linears", "in_proj", "attention"])
 @pytest.mark.parametrize("settings", [{}, {"activation": "gelu", "norm_first": True}], ids=["post-norm", "pre-norm"])
-@pytest.mark.parametrize(
-    "mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__
-)
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_an_encoder_takes_masks_on_every_path(mode, settings, named):
+def test_an_encoder_takes_masks_on_every_path(settings, named):
     plain = encoder(**settings)
     config = QuantizationConfig(NF4(), also_quantize=named)
     model = load_and_quantize_model(copy.deepcopy(plain), None, config, "cpu")
@@ -184,13 +174,14 @@ def test_an_encoder_takes_masks_on_every_path(mode, settings, named):
     x, padded = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
     padded[0, 3:] = padded[2, 1:] = True
     causal = nn.Transformer.generate_square_subsequent_mask(5)
-    with mode():
-        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            model(x, mask=causal, is_causal=True), plain(x, mask=causal, is_causal=True), rtol=1e-4, atol=1e-5
-        )
-        got, expected = (each(x, src_key_padding_mask=padded)[~padded] for each in (model, plain))
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                model(x, mask=causal, is_causal=True), plain(x, mask=causal, is_causal=True), rtol=1e-4, atol=1e-5
+            )
+            got, expected = (each(x, src_key_padding_mask=padded)[~padded] for each in (model, plain))
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 ATTENTIONS = {
@@ -200,9 +191,8 @@ ATTENTIONS = {
 }
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_an_attention_gives_its_output_and_its_weights(kind, need_weights, weight_format):
+def test_an_attention_gives_its_output_and_its_weights(kind, weight_format):
     settings, named = ATTENTIONS[kind]
     plain = nn.MultiheadAttention(16, 2, batch_first=True, **settings).eval()
     config = QuantizationConfig(weight_format, also_quantize=named)
@@ -212,7 +202,7 @@ def test_an_attention_gives_its_output_and_its_weights(kind, need_weights, weigh
     dequantized(model, plain)
     query, key = torch.randn(3, 5, 16), torch.randn(3, 4, settings.get("kdim", 16))
     calls = [(query, key, key), *([] if settings else [(query, query, query)])]
-    for call in calls:
+    for call, need_weights in product(calls, (True, False)):
         with torch.no_grad():
             (out, weights), (expected, expected_weights) = (
                 each(*call, need_weights=need_weights) for each in (model, plain)

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
+from bigq_kernels.block4.absmax import quantize_absmax
 from bigq_kernels.block4.linear import linear_4bit
 from bigq_kernels.block4.quantize import quantize_4bit
-from bigq_kernels.block4.quantize_absmax import quantize_absmax
 from bigq_kernels.timing import copies, host_microseconds, is_hot, microseconds
 
 try:

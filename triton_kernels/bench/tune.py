@@ -1,6 +1,6 @@
 """Time candidate configurations of the 4-bit linears on this GPU, best first: python bench/tune.py --tokens 4,16.
 
-Prints each shape's best candidates beside the shipped configurations, then what a row of `linear_4bit_configs.py` would
+Prints each shape's best candidates beside the shipped configurations, then what a row of `block4/configs.py` would
 be. Kernels are compiled in parallel processes first. The best of many readings is flattered by chance: change a row for
 several per cent, and after a second run.
 """
@@ -26,22 +26,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bigq_kernels.block4.configs import (
     WgmmaConfig,
     dp4a_config,
-    gluon_config,
     mma_config,
     shape_class,
+    staged_config,
     wgmma_config,
 )
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
-from bigq_kernels.block4.gluon.staged import linear_4bit_gluon
+from bigq_kernels.block4.gluon.staged import linear_4bit_staged
 from bigq_kernels.block4.gluon.wgmma import linear_4bit_wgmma
 from bigq_kernels.block4.mma import linear_4bit_mma
+from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.quantize import quantize_4bit
+from bigq_kernels.gpu import Gpu
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 from bigq_kernels.timing import copies, microseconds
 
 SHAPES = "14336x4096,4096x4096,28672x8192,4096x14336,1024x4096"
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 10)
-GLUON_PIPELINES = {  # by BLOCK_M: (stages, registers); a cap on more tokens spills their sums
+STAGED_PIPELINES = {  # by BLOCK_M: (stages, registers); a cap on more tokens spills their sums
     8: ((2, None), (2, 80), (2, 96), (3, 96)),
     16: ((2, None), (2, 96), (3, None)),
     32: ((2, None), (3, None)),
@@ -51,22 +53,21 @@ Candidate = tuple[Callable[..., None], Any]
 
 def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
     """(launcher, configuration), the shipped ones first."""
-    gpu = torch.device("cuda", torch.cuda.current_device())
+    gpu = Gpu.of(torch.device("cuda", torch.cuda.current_device()))
     if m <= 2:
         dp4a = dp4a_config(gpu, m, n, k)
         yield linear_4bit_dp4a, dp4a
-        multiprocessors = torch.cuda.get_device_properties(gpu).multi_processor_count
         for warps, block_n, registers in product((1, 2, 4, 8, 16), (1, 2, 4, 8), (80, 96, 128, 168, 224)):
             resident = 65536 // (32 * warps * registers)  # programs that the registers of a multiprocessor hold
             codes = block_n * ceil_div(k, 1024 * warps)  # chunks of 32 that a thread decodes at a time
             if not (resident and 2 <= codes <= 8 and ceil_div(k, 1024 * warps) * m <= 4):
                 continue
             for programs in {resident, ceil_div(resident, 2)}:
-                blocks = ceil_div(ceil_div(n, block_n), multiprocessors * programs)
+                blocks = ceil_div(ceil_div(n, block_n), gpu.multiprocessors * programs)
                 changes = {"block_n": block_n, "blocks": blocks, "warps": warps, "registers": registers}
                 yield linear_4bit_dp4a, replace(dp4a, **changes)
         return
-    if m >= 16 and k % 256 == 0 and torch.cuda.get_device_capability(gpu) == (9, 0):
+    if m >= 16 and k % 256 == 0 and gpu.capability == (9, 0):
         shipped = wgmma_config(gpu, m, n, k)
         if shipped is not None:
             yield linear_4bit_wgmma, shipped
@@ -76,16 +77,16 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
             yield linear_4bit_wgmma, config
     if m > 128:
         return
-    mma = mma_config(gpu, m, n, k, ceil_div(k, 64))
+    mma = mma_config(gpu, m, n, k, 64)
     yield linear_4bit_mma, mma
     if m <= 32:
-        gluon = gluon_config(gpu, m, n, k)
-        yield linear_4bit_gluon, gluon
+        staged = staged_config(gpu, m, n, k)
+        yield linear_4bit_staged, staged
         steps = ceil_div(k, 256)
-        for split, (stages, registers) in product(SPLITS, GLUON_PIPELINES[gluon.block_m]):
+        for split, (stages, registers) in product(SPLITS, STAGED_PIPELINES[staged.block_m]):
             per_split = ceil_div(steps, split)  # which can take fewer programs
             changes = {"split": ceil_div(steps, per_split), "steps_per_split": per_split}
-            yield linear_4bit_gluon, replace(gluon, stages=stages, registers=registers, **changes)
+            yield linear_4bit_staged, replace(staged, stages=stages, registers=registers, **changes)
     else:
         for block_n, split, unroll, warps, stages in product((64, 128), (1, 2, 4, 8), (1, 2), (4, 8), (2, 3, 4)):
             changes = {"block_n": block_n, "split": split, "unroll": unroll, "warps": warps, "stages": stages}
@@ -94,7 +95,7 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
 
 def run(candidate: Candidate, x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor) -> None:
     launcher, config = candidate
-    launcher(x, weight, absmax, None, (None, None, None), out, "nf4", 64, config)
+    launcher(x, Packed4(weight, absmax, (None, None, None), "nf4", 64), None, out, config)
 
 
 def packed_weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

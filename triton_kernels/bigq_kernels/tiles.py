@@ -2,10 +2,9 @@
 
 Everything here works on registers: no pointers, no masks. A table of 16 or 32 entries is built from literals, a few
 dozen instructions a thread; a `tl.gather` from it then costs one shared-memory read an element (7 to 9 instructions
-with its address, where a tree of `tl.where` takes 24).
+with its address, where a tree of `tl.where` takes 24). The tables repeat those of the specification on purpose, since
+kernels know nothing of bigq; a test compares them.
 """
-
-from functools import cache
 
 import torch
 import triton
@@ -50,13 +49,6 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """`triton.next_power_of_2` for launchers, for the same reason; n >= 1."""
     return 1 << (n - 1).bit_length()
-
-
-@cache
-def device_features(device: torch.device) -> tuple[bool, bool]:
-    """(takes inline PTX, overlaps the start of a kernel with the end of the one before it)."""
-    ptx = device.type == "cuda" and torch.version.cuda is not None and not triton.knobs.runtime.interpret
-    return ptx, ptx and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _prmt_asm(code: tuple[float, ...], dtype: torch.dtype, high: bool) -> str:

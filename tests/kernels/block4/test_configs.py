@@ -1,22 +1,23 @@
 """The shipped configurations: complete, within what every GPU has, and a split that covers K and fills a GPU."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
-import torch
 
 from bigq_kernels.block4 import configs
 from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
     dp4a_config,
-    gluon_config,
     mma_config,
     row_blocks,
-    split_steps,
+    staged_config,
     wgmma_config,
 )
+from bigq_kernels.gpu import Gpu
+from bigq_kernels.tiles import ceil_div
 
-CPU = torch.device("cpu")
+H100 = Gpu.named("h100")
 MODEL_SHAPES = [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096), (28672, 8192), (128256, 4096), (5, 32)]
 
 
@@ -27,16 +28,16 @@ def test_shape_classes():
 
 def test_every_gpu_has_every_row():
     assert configs.HOPPER in configs.MMA
-    assert configs.HOPPER in configs.GLUON
+    assert configs.HOPPER in configs.STAGED
     for rows in configs.MMA.values():
         assert tuple(rows) == configs.SHAPES
         assert all(list(row) == [8, 16, 32, 64, 128] for row in rows.values())
-    assert all(list(rows) == [8, 16, 32] for rows in configs.GLUON.values())
+    assert all(list(rows) == [8, 16, 32] for rows in configs.STAGED.values())
 
 
-def test_gluon_tiles_fit_every_gpu():
+def test_staged_tiles_fit_every_gpu():
     """99 KiB of shared memory a program, which GPUs from 8.0 on give; 16 rows a warp; registers come in eights."""
-    for rows in configs.GLUON.values():
+    for rows in configs.STAGED.values():
         for block_m, (block_n, stages, warps, registers) in rows.items():
             assert stages >= 2
             assert stages * (block_n * 128 + block_m * 512) <= 99 * 1024
@@ -44,26 +45,24 @@ def test_gluon_tiles_fit_every_gpu():
             assert registers is None or registers % 8 == 0
 
 
-@pytest.mark.parametrize("m", [3, 8, 9, 16, 17, 32])
-@pytest.mark.parametrize("n, k", MODEL_SHAPES)
-def test_gluon_config(n, k, m):
-    config = gluon_config(CPU, m, n, k)
-    assert config.block_m == {3: 8, 8: 8, 9: 16, 16: 16, 17: 32, 32: 32}[m]
-    steps = -(-k // 256)
-    assert (config.split - 1) * config.steps_per_split < steps <= config.split * config.steps_per_split
+def test_staged_config():
+    tiles = {3: 8, 8: 8, 9: 16, 16: 16, 17: 32, 32: 32}
+    for m, (n, k) in product(tiles, MODEL_SHAPES):
+        config, steps = staged_config(H100, m, n, k), ceil_div(k, 256)
+        assert config.block_m == tiles[m], (m, n, k)
+        assert (config.split - 1) * config.steps_per_split < steps <= config.split * config.steps_per_split, (m, n, k)
 
 
-@pytest.mark.parametrize("m", [1, 2])
-@pytest.mark.parametrize("n, k", [*MODEL_SHAPES, (8192, 28672), (4100, 11008), (5000, 4128), (7, MAX_DP4A_K)])
-def test_dp4a_config(n, k, m):
-    config = dp4a_config(CPU, m, n, k)
-    covers = -(-k // (1024 * config.warps))
-    assert covers * m <= 4  # the tokens of more do not fit the registers
-    assert covers * config.block_n <= 8  # nor do the codes
-    threads = 32 * config.warps
-    assert threads * config.registers <= 65536
-    programs = -(-n // (config.block_n * config.blocks))
-    assert programs <= 132 * (65536 // (threads * config.registers))  # all at once
+def test_dp4a_config():
+    shapes = [*MODEL_SHAPES, (8192, 28672), (4100, 11008), (5000, 4128), (7, MAX_DP4A_K)]
+    for m, (n, k) in product((1, 2), shapes):
+        config, case = dp4a_config(H100, m, n, k), (m, n, k)
+        covers, threads = ceil_div(k, 1024 * config.warps), 32 * config.warps
+        assert covers * m <= 4, case  # the tokens of more do not fit the registers
+        assert covers * config.block_n <= 8, case  # nor do the codes
+        assert threads * config.registers <= 65536, case
+        programs = ceil_div(n, config.block_n * config.blocks)
+        assert programs <= 132 * (65536 // (threads * config.registers)), case  # all at once
 
 
 def test_dp4a_has_rows_for_every_k():
@@ -84,7 +83,7 @@ def test_dp4a_has_rows_for_every_k():
     ],
 )
 def test_dp4a_leaves_few_threads_idle(n, k, expected):
-    assert dp4a_config(CPU, 1, n, k).warps == expected
+    assert dp4a_config(H100, 1, n, k).warps == expected
 
 
 @pytest.mark.parametrize(
@@ -101,38 +100,11 @@ def test_row_blocks(blocks, resident, expected):
     assert row_blocks(blocks, 132, resident, 0.625) == expected
 
 
-@pytest.mark.parametrize("m", [1, 8, 9, 33, 64, 65, 128])
-@pytest.mark.parametrize("n, k", MODEL_SHAPES)
-def test_mma_config(n, k, m):
-    config = mma_config(CPU, m, n, k, groups=-(-k // 64))
-    assert config.block_m >= m
-    assert config.split == 1 or -(-k // 64) >= config.split * 8
-
-
-@pytest.mark.parametrize(
-    "tiles, steps, expected",
-    [
-        pytest.param(224, 16, (4, 4), id="14336x4096"),  # 7 programs of 4 steps; 2 of 16 and 4 of 8 are 32 steps
-        pytest.param(64, 16, (4, 4), id="4096x4096"),
-        pytest.param(64, 56, (4, 14), id="4096x14336"),
-        pytest.param(1, 1, (1, 1), id="one-step"),
-        pytest.param(1, 7, (4, 2), id="one-tile"),  # two steps at least
-        pytest.param(100000, 16, (1, 16), id="full-without"),
-    ],
-)
-def test_split(tiles, steps, expected):
-    assert split_steps(tiles, steps, 132, 0.25) == expected
-
-
-def test_no_split_is_better_by_the_rule():
-    for tiles, steps, multiprocessors in product((1, 7, 64, 131, 224, 448), (1, 2, 5, 16, 33), (20, 78, 132)):
-        split, per_split = split_steps(tiles, steps, multiprocessors, 0.25)
-        assert (split - 1) * per_split < steps <= split * per_split
-        programs = -(-tiles * split // multiprocessors)
-        for other in range(min(2, steps), steps + 1):
-            others = -(-tiles * -(-steps // other) // multiprocessors)
-            assert (programs < 2) <= (others < 2)
-            assert (programs < 2) < (others < 2) or programs * (per_split + 0.25) <= others * (other + 0.25)
+def test_mma_config():
+    for m, (n, k), block_size in product((1, 8, 9, 33, 64, 65, 128), MODEL_SHAPES, (32, 64, 4096)):
+        config, case = mma_config(H100, m, n, k, block_size), (m, n, k, block_size)
+        assert m <= config.block_m < max(2 * m, 9), case
+        assert config.split == 1 or ceil_div(k, min(block_size, 64)) >= config.split * 8, case
 
 
 def test_wgmma_rows_are_tiles_that_hold_their_tokens():
@@ -157,7 +129,7 @@ def test_wgmma_rows_are_tiles_that_hold_their_tokens():
     ],
 )
 def test_wgmma_config(m, block_m):
-    config = wgmma_config(CPU, m, 14336, 4096)
+    config = wgmma_config(H100, m, 14336, 4096)
     assert (config and config.block_m) == block_m
 
 
@@ -173,23 +145,21 @@ def test_wgmma_config(m, block_m):
     ],
 )
 def test_wgmma_of_many_tokens(m, n, block_m):
-    config = wgmma_config(CPU, m, n, 8192)
+    config = wgmma_config(H100, m, n, 8192)
     assert (config and config.block_m) == block_m
 
 
 def test_wgmma_takes_whole_steps():
-    assert wgmma_config(CPU, 64, 14336, 4352) is not None
-    assert wgmma_config(CPU, 64, 14336, 4352 - 32) is None
+    assert wgmma_config(H100, 64, 14336, 4352) is not None
+    assert wgmma_config(H100, 64, 14336, 4352 - 32) is None
 
 
-def test_wgmma_is_hoppers(monkeypatch):
-    monkeypatch.setattr(configs, "_gpu", lambda device: ((10, 0), 148))
-    assert wgmma_config(CPU, 64, 14336, 4096) is None
+def test_wgmma_is_hoppers():
+    assert wgmma_config(Gpu.named("a100"), 64, 14336, 4096) is None
 
 
-def test_a_gpu_without_rows_takes_hoppers(monkeypatch):
-    shipped = gluon_config(CPU, 8, 4096, 4096)
-    monkeypatch.setattr(configs, "_gpu", lambda device: ((12, 0), 132))
-    gluon_config.cache_clear()
-    assert gluon_config(CPU, 8, 4096, 4096) == shipped
-    gluon_config.cache_clear()
+def test_a_gpu_without_rows_takes_hoppers():
+    other = replace(H100, capability=(12, 0))
+    for make, m in ((dp4a_config, 1), (staged_config, 8)):
+        assert make(other, m, 4096, 4096) == make(H100, m, 4096, 4096)
+    assert mma_config(other, 8, 4096, 4096, 64) == mma_config(H100, 8, 4096, 4096, 64)

@@ -4,26 +4,26 @@ import pytest
 import torch
 
 from bigq.ops import reference
-from bigq_kernels.block4.configs import MAX_DP4A_K, Dp4aConfig
+from bigq_kernels.block4.configs import MAX_DP4A_K, Dp4aConfig, dp4a_config
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
-from bigq_kernels.block4.linear import _fused_kernel, linear_4bit
-from bigq_kernels.block4.mma import linear_4bit_mma
+from bigq_kernels.block4.linear import linear_4bit
+from bigq_kernels.gpu import Gpu
+from linear_cases import packed4, quantized_4bit
 
-WHOLE = (None, None, None)
 BUDGET = 4e-4  # a rounding to bfloat16 makes 1.6e-3
 
 
 def quantized(n, k, device, quant_type="nf4", block_size=64):
-    """(weight, absmax) and the dequantized weight in float64."""
-    weight, absmax = reference.quantize_4bit(torch.randn(n, k, device=device), quant_type, block_size)
-    dense = reference.dequantize_4bit(weight, absmax, quant_type, block_size, k, torch.float32)
-    return weight, absmax, dense.double()
+    """(a Packed4, its dequantized weight in float64)."""
+    stored, dense = quantized_4bit(n, k, quant_type, block_size, False, device)
+    return packed4(stored, quant_type, block_size), dense
 
 
-def multiply(x, weight, absmax, config=None, quant_type="nf4", block_size=64):
+def multiply(x, packed, config=None):
     """Output in float32, so that the kernel's own error shows; NaN where it writes nothing."""
-    out = torch.full((x.shape[0], weight.shape[0]), torch.nan, device=x.device)
-    linear_4bit_dp4a(x, weight, absmax, None, WHOLE, out, quant_type, block_size, config)
+    (m, k), n = x.shape, packed.weight.shape[0]
+    out = torch.full((m, n), torch.nan, device=x.device)
+    linear_4bit_dp4a(x, packed, None, out, config or dp4a_config(Gpu.of(x.device), m, n, k))
     return out
 
 
@@ -39,9 +39,8 @@ def relative_error(out, x, dense):
 @pytest.mark.parametrize("k", [32, 96, 1024, 4128, 11008, 14336, 28672, MAX_DP4A_K])
 def test_integers_cost_a_quarter_of_a_rounding_to_bfloat16(k, m, quant_type, block_size, device):
     x = torch.randn(m, k, device=device).half()
-    weight, absmax, dense = quantized(5, k, device, quant_type, block_size)
-    out = multiply(x, weight, absmax, quant_type=quant_type, block_size=block_size)
-    assert relative_error(out, x, dense) < BUDGET
+    packed, dense = quantized(5, k, device, quant_type, block_size)
+    assert relative_error(multiply(x, packed), x, dense) < BUDGET
 
 
 @pytest.mark.parametrize("n", [1, 3, 21])
@@ -50,18 +49,19 @@ def test_integers_cost_a_quarter_of_a_rounding_to_bfloat16(k, m, quant_type, blo
 )
 def test_every_row_is_right_however_rows_are_shared(block_n, blocks, warps, n, m, device):
     x = torch.randn(m, 1056, device=device).half()
-    weight, absmax, dense = quantized(n, 1056, device)
+    packed, dense = quantized(n, 1056, device)
     config = Dp4aConfig(block_n=block_n, blocks=blocks, warps=warps, registers=255)
-    assert relative_error(multiply(x, weight, absmax, config), x, dense) < BUDGET
+    assert relative_error(multiply(x, packed, config), x, dense) < BUDGET
 
 
 def test_a_row_has_the_same_bits_in_any_block(device):
     x = torch.randn(1, 512, device=device).half()
-    weight, absmax, _ = quantized(23, 512, device)
+    packed, _ = quantized(23, 512, device)
     config = Dp4aConfig(block_n=4, blocks=2, warps=1, registers=255)
-    together = multiply(x, weight, absmax, config)
+    together = multiply(x, packed, config)
     for row in (0, 7, 8, 19, 22):
-        assert torch.equal(multiply(x, weight[row:], absmax[row:], config)[:, 0], together[:, row])
+        below = packed._replace(weight=packed.weight[row:], absmax=packed.absmax[row:])
+        assert torch.equal(multiply(x, below, config)[:, 0], together[:, row])
 
 
 def test_each_chunk_of_a_token_has_its_own_scale(device):
@@ -69,19 +69,20 @@ def test_each_chunk_of_a_token_has_its_own_scale(device):
     dense = torch.randn(6, 128, device=device)
     dense[:, 32:64] = 0
     weight, absmax = reference.quantize_4bit(dense, "nf4", 64)
+    packed = packed4((weight, absmax, None, None))
     exact = reference.dequantize_4bit(weight, absmax, "nf4", 64, 128, torch.float32).double()
     x = torch.randn(1, 128, device=device)
     x[:, 32:64] *= 1e7
     x = (x / 1e3).half()
-    assert relative_error(multiply(x, weight, absmax), x, exact) < BUDGET
+    assert relative_error(multiply(x, packed), x, exact) < BUDGET
 
 
 @pytest.mark.parametrize("value", [0.0, 6e-8, 65504.0], ids=["zero", "smallest", "largest"])
 def test_tokens_of_one_value(value, device):
-    weight, absmax, dense = quantized(6, 320, device)
+    packed, dense = quantized(6, 320, device)
     x = torch.full((2, 320), value, device=device).half()
     x[1] = -x[0]
-    out = multiply(x, weight, absmax)
+    out = multiply(x, packed)
     assert torch.equal(out[0], -out[1])
     if value == 0.0:
         assert torch.equal(out, torch.zeros_like(out))
@@ -93,23 +94,19 @@ def test_tokens_of_one_value(value, device):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("column", [0, 1055], ids=["first-chunk", "last-chunk"])
 def test_nan_and_inf_make_all_outputs_of_their_token_nan(column, value, device):
-    weight, absmax, _ = quantized(9, 1056, device)
+    packed, _ = quantized(9, 1056, device)
     x = torch.randn(2, 1056, device=device).half()
     x[1, column] = value
-    out = multiply(x, weight, absmax)
+    out = multiply(x, packed)
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
 
 
 def test_a_longer_k_takes_another_kernel(device):
-    assert _fused_kernel(device, 1, 64, MAX_DP4A_K, 32) is linear_4bit_dp4a
-    assert _fused_kernel(device, 1, 64, MAX_DP4A_K + 32, 32) is linear_4bit_mma
-    assert _fused_kernel(device, 2, 64, 4096, 32) is linear_4bit_dp4a
-    assert _fused_kernel(device, 2, 64, 4096 + 32, 32) is linear_4bit_mma
     k = MAX_DP4A_K + 64
     x = torch.randn(1, k, device=device).half()
-    weight, absmax, dense = quantized(3, k, device)
-    out = linear_4bit(x, weight, absmax, None, None, None, "nf4", 64)
+    packed, dense = quantized(3, k, device)
+    out = linear_4bit(x, packed.weight, packed.absmax, None, None, None, "nf4", 64)
     assert relative_error(out, x, dense) < 1e-3
 
 
@@ -118,11 +115,12 @@ def test_a_longer_k_takes_another_kernel(device):
 @pytest.mark.parametrize("n, k", [(4096, 4096), (5000, 4128), (4096, 14336), (1000, 28672), (300, MAX_DP4A_K)])
 def test_repeats_bit_for_bit_beside_itself(n, k, m, device):
     """Launches follow one another without a pause, so that each starts before the one before has ended."""
-    weight, absmax, _ = quantized(n, k, device)
+    packed, _ = quantized(n, k, device)
     x = torch.randn(m, k, device=device).bfloat16()
+    config = dp4a_config(Gpu.of(device), m, n, k)
     outs = [x.new_full((m, n), torch.nan) for _ in range(100)]
     for out in outs:
-        linear_4bit_dp4a(x, weight, absmax, None, WHOLE, out, "nf4", 64)
+        linear_4bit_dp4a(x, packed, None, out, config)
     assert all(torch.equal(out, outs[0]) for out in outs)
     assert outs[0].isfinite().all()
 

@@ -3,29 +3,16 @@
 The last tests are of all linears.
 """
 
-from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 import torch
 
 from bigq.ops import reference
-from bigq_kernels.block4.configs import WGMMA, WgmmaConfig, gluon_config
-from bigq_kernels.block4.linear import MAX_MMA_M, _fused_kernel, _takes_gluon, linear_4bit
-from bigq_kernels.block4.quantize_absmax import nested_code
+from bigq_kernels.block4.choose import MAX_MMA_M
+from bigq_kernels.block4.linear import linear_4bit
 from bigq_kernels.int8.linear import linear_int8
-from linear_cases import DTYPES, assert_within_budget, int8_case, quantized_4bit
-
-
-def check_linear_4bit(x, n, quant_type, block_size, nested=False, bias=None):
-    k = x.shape[-1]
-    (weight, absmax, nested_absmax, nested_offset), dense = quantized_4bit(
-        n, k, quant_type, block_size, nested, x.device
-    )
-    args = (x, weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size)
-    exact = x.double() @ dense.T
-    if bias is not None:
-        exact = exact + bias.double()
-    assert_within_budget(linear_4bit(*args), exact, reference.linear_4bit(*args))
+from linear_cases import DTYPES, assert_within_budget, check_linear_4bit, int8_case, quantized_4bit
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,13 +110,23 @@ def test_linear_4bit_keeps_nan_and_inf_in_their_row(m, value, device):
     assert finite[2:].all()
 
 
+MODEL_SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (4100, 11008)]
+MODEL_TOKENS = [1, 2, 4, 8, 9, 16, 32, 33, 64, 65, 128, 512]
+MODEL_CASES = [  # every pair of shape and tokens; the other factors take turns, so that all pairs of factors meet
+    (shape, m, ("nf4", "fp4")[(i + j) % 2], (i // 2 + j) % 2 == 1, (torch.float16, torch.bfloat16)[(i + j // 2) % 2])
+    for (i, shape), (j, m) in product(enumerate(MODEL_SHAPES), enumerate(MODEL_TOKENS))
+]
+
+
+def test_model_cases_hold_every_pair_of_two_factors():
+    for one, two in combinations(zip(*MODEL_CASES, strict=True), 2):
+        assert set(zip(one, two, strict=True)) == set(product(set(one), set(two)))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("m", [1, 2, 4, 8, 9, 16, 32, 33, 64, 65, 128, 512])
-@pytest.mark.parametrize("n, k", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (4100, 11008)])
-def test_linear_4bit_at_model_shapes(n, k, m, quant_type, nested, dtype, device):
+@pytest.mark.parametrize("shape, m, quant_type, nested, dtype", MODEL_CASES, ids=str)
+def test_linear_4bit_at_model_shapes(shape, m, quant_type, nested, dtype, device):
+    n, k = shape
     check_linear_4bit(torch.randn(m, k, device=device).to(dtype), n, quant_type, 64, nested)
 
 
@@ -141,163 +138,6 @@ def test_linear_4bit_repeats_bit_for_bit(m, device):
     args = (x, weight, absmax, None, nested_absmax, nested_offset, "nf4", 64)
     first = linear_4bit(*args)
     assert all(torch.equal(linear_4bit(*args), first) for _ in range(200))
-
-
-@pytest.fixture
-def only_gluon(monkeypatch, device):
-    """linear_4bit fails where it would take another kernel."""
-    if not _takes_gluon(device):
-        pytest.skip("another release of Triton, or another GPU")
-    monkeypatch.setattr("bigq_kernels.block4.linear.linear_4bit_mma", None)
-    monkeypatch.setattr("bigq_kernels.block4.linear.linear_4bit_dp4a", None)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("only_gluon")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("m", [3, 4, 5, 8, 9, 16, 17, 31, 32])
-@pytest.mark.parametrize(
-    "n, k",
-    [
-        pytest.param(1024, 4096, id="whole-tiles"),
-        pytest.param(1003, 4128, id="partial-tile-step-and-block"),
-        pytest.param(5, 32, id="less-than-a-tile-and-a-block"),
-    ],
-)
-def test_linear_4bit_gluon(n, k, m, quant_type, nested, dtype, device):
-    bias = torch.randn(n, device=device)
-    check_linear_4bit(torch.randn(m, k, device=device).to(dtype), n, quant_type, 64, nested, bias)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("only_gluon")
-@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
-@pytest.mark.parametrize("block_size", [64, 128, 4096])
-@pytest.mark.parametrize("m", [3, 16, 32])
-def test_linear_4bit_gluon_block_sizes(m, block_size, nested, device):
-    check_linear_4bit(torch.randn(m, 4224, device=device).bfloat16(), 200, "nf4", block_size, nested)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("only_gluon")
-@pytest.mark.parametrize("m", [3, 16, 32])
-@pytest.mark.parametrize("split, next_split", [(1, 2), (2, 3), (3, 5), (5, 8), (8, 1)])
-def test_linear_4bit_gluon_of_every_split_repeats_bit_for_bit(m, split, next_split, device):
-    from bigq_kernels.block4.gluon.staged import linear_4bit_gluon  # not on all releases of Triton
-
-    (weight, absmax, _, _), dense = quantized_4bit(1003, 4128, "nf4", 64, False, device)
-    x = torch.randn(m, 4128, device=device).bfloat16()
-    out = torch.empty(m, 1003, device=device, dtype=x.dtype)
-    shipped = gluon_config(x.device, m, 1003, 4128)
-
-    def run(split):
-        out.fill_(torch.nan)
-        config = replace(shipped, split=split, steps_per_split=-(-17 // split))  # 17 steps of 256
-        linear_4bit_gluon(x, weight, absmax, None, (None, None, None), out, "nf4", 64, config)
-        return out.clone()
-
-    first = run(split)
-    baseline = reference.linear_4bit(x, weight, absmax, None, None, None, "nf4", 64)
-    assert_within_budget(first, x.double() @ dense.T, baseline)
-    run(next_split)  # its counters and partial sums lie where the allocator puts the next call's
-    assert all(torch.equal(run(split), first) for _ in range(50))
-
-
-@pytest.fixture
-def wgmma(device):
-    """A function (x, quantized weight as of quantized_4bit, bias, quant_type, block_size, config) -> [M, N]."""
-    if not _takes_gluon(device) or torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("another release of Triton, or no Hopper GPU")
-    from bigq_kernels.block4.gluon.wgmma import linear_4bit_wgmma  # not on all releases of Triton
-
-    def run(x, quantized, bias, quant_type, block_size, config):
-        weight, absmax, nested_absmax, nested_offset = quantized
-        nested = (None, None, None)
-        if nested_absmax is not None:
-            nested = (nested_absmax, nested_offset, nested_code(device))
-        out = x.new_full((len(x), len(weight)), torch.nan)
-        linear_4bit_wgmma(x, weight, absmax, bias, nested, out, quant_type, block_size, config)
-        return out
-
-    return run
-
-
-WGMMA_ROWS = sorted({row for rows in WGMMA[9, 0].values() for row in rows.values()}, key=str)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "quant_type, nested, dtype",
-    [
-        pytest.param("nf4", False, torch.bfloat16, id="nf4-bfloat16"),
-        pytest.param("nf4", True, torch.bfloat16, id="nf4-nested-bfloat16"),
-        pytest.param("fp4", True, torch.float16, id="fp4-nested-float16"),
-    ],
-)
-@pytest.mark.parametrize("row", WGMMA_ROWS, ids=str)
-@pytest.mark.parametrize(
-    "n, k, block_size",
-    [
-        pytest.param(1024, 4096, 64, id="whole-tiles"),
-        pytest.param(1003, 4352, 64, id="partial-tile-and-odd-steps"),
-        pytest.param(5, 256, 64, id="less-than-a-tile"),
-        pytest.param(256, 1024, 128, id="block-128"),
-        pytest.param(256, 4352, 4096, id="partial-block"),
-    ],
-)
-def test_linear_4bit_wgmma(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):
-    block_m, block_n, split, warps, registers = row
-    config = WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
-    quantized, dense = quantized_4bit(n, k, quant_type, block_size, nested, device)
-    bias = torch.randn(n, device=device)
-    for m in (block_m, block_m - 1, block_m + 1, 2 * block_m, 1):
-        x = torch.randn(m, k, device=device).to(dtype)
-        actual = wgmma(x, quantized, bias, quant_type, block_size, config)
-        baseline = reference.linear_4bit(x, quantized[0], quantized[1], bias, *quantized[2:], quant_type, block_size)
-        assert_within_budget(actual, x.double() @ dense.T + bias.double(), baseline)
-        assert torch.equal(wgmma(x, quantized, bias, quant_type, block_size, config), actual)
-
-
-@pytest.mark.gpu
-def test_linear_4bit_wgmma_of_a_scale_beyond_half_precision(wgmma, device):
-    """A float32 weight may have an absmax that float16 has not, and products that float16 has."""
-    config = WgmmaConfig(block_m=64, block_n=128, split=1, warps=8, registers=None)
-    weight = torch.full((128, 256), 0x88, dtype=torch.uint8, device=device)  # the least positive code
-    absmax = torch.full((128, 8), 100000.0, device=device)
-    x = torch.zeros(33, 512, device=device, dtype=torch.float16)
-    x[:, 3] = 1
-    out = wgmma(x, (weight, absmax, None, None), None, "nf4", 64, config)
-    torch.testing.assert_close(out, torch.full_like(out, 100000.0 * 0.07958029955625534), rtol=2e-3, atol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_linear_4bit_wgmma_keeps_nan_and_inf_in_their_row(value, wgmma, device):
-    config = WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128)
-    quantized, _ = quantized_4bit(200, 1024, "nf4", 64, False, device)
-    x = torch.randn(40, 1024, device=device).bfloat16()
-    x[1, 7] = value
-    finite = wgmma(x, quantized, None, "nf4", 64, config).isfinite().all(dim=1)
-    assert not finite[1]
-    assert finite.sum() == 39
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("m, kernel", [(3, "gluon"), (16, "gluon"), (32, "wgmma"), (256, "wgmma")])
-def test_gluon_kernels_of_more_than_2_to_the_31_weights(m, kernel, device):
-    n, k, tail = 2**19 + 67, 8192, 64  # 2**31 bytes of codes as well
-    taken = _fused_kernel(device, m, n, k, 64)
-    if getattr(taken, "func", taken).__name__ != f"linear_4bit_{kernel}":
-        pytest.skip("another release of Triton, or another GPU")
-    x = torch.randn(m, k, device=device).bfloat16()
-    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
-    absmax = torch.rand(n, k // 64, device=device)
-    out = linear_4bit(x, packed, absmax, None, None, None, "nf4", 64)[:, -tail:]
-    expected = reference.linear_4bit(x, packed[-tail:], absmax[-tail:], None, None, None, "nf4", 64)
-    torch.testing.assert_close(out, expected, rtol=2e-2, atol=0.5)
 
 
 @pytest.mark.gpu

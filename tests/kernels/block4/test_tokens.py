@@ -1,13 +1,13 @@
-"""tile_tokens: every pair of every token where linear_4bit_wgmma looks for it, and counts zeroed."""
+"""Every element of every token is where the product that follows reads it, and counts are zeroed."""
 
 import pytest
 import torch
 
-from bigq_kernels.block4.tokens import tile_tokens
+from bigq_kernels.block4.tokens import split_tokens, tile_tokens
 
 
 def expected_tiles(x, block_m):
-    """[tiles, K / 64, block_m, 64] with rows past M zero, from the order of K that the kernel's docstring gives."""
+    """[tiles, K / 64, block_m, 64] with rows past M zero, from the order of K that the module's docstring gives."""
     m, k = x.shape
     tiles = -(-m // block_m)
     padded = x.new_zeros(tiles * block_m, k)
@@ -38,4 +38,20 @@ def test_tile_tokens(m, k, block_m, counts, dtype, device):
     written = torch.arange(tiles.shape[0] * block_m, device=device).view(-1, 1, block_m, 1) < m
     expected = expected_tiles(x.cpu(), block_m).to(device)
     assert torch.equal(tiles.masked_fill(~written, 0.0), expected)
+    assert not count.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "m, k, counts",
+    [
+        pytest.param(3, 96, 7, id="one-program"),
+        pytest.param(5, 1056, 0, id="no-counts"),
+        pytest.param(1, 32, 5000, id="more-counts-than-pairs"),
+    ],
+)
+def test_split_tokens(m, k, counts, dtype, device):
+    x = torch.randn(m, k, device=device).to(dtype)
+    count = torch.full((counts,), -1, dtype=torch.int32, device=device)
+    assert torch.equal(split_tokens(x, count), torch.stack([x[:, ::2], x[:, 1::2]], dim=1))
     assert not count.any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigq.ops import reference
-from bigq_kernels.int8.configs import int8_config
+from bigq_kernels.int8.choose import choose
 from bigq_kernels.int8.linear import linear_int8
 from linear_cases import DTYPES, assert_within_budget, int8_case
 
@@ -132,14 +132,12 @@ def test_linear_int8_of_few_tokens_with_outliers_of_very_different_sizes(m, devi
 @pytest.mark.parametrize("m", [2, 20, 130], ids="tokens={}".format)
 def test_linear_int8_split_along_k_gives_the_same_bits(m, threshold, device):
     x, weight, absmax = int8_case(m, 70, 700, torch.bfloat16, device)
-    config = int8_config(x.device, m, 70, 700, x.dtype, threshold > 0)
-    steps = -(-700 // config.block_k)
-    outputs = [
-        linear_int8(
-            x, weight, absmax, None, threshold, replace(config, split=-(-steps // per_split), steps_per_split=per_split)
-        )
-        for per_split in (steps, 2, 1)
+    choice = choose(x.device, m, 70, 700, x.dtype, threshold > 0)
+    steps = -(-700 // choice.config.block_k)
+    configs = [
+        replace(choice.config, split=-(-steps // per_split), steps_per_split=per_split) for per_split in (steps, 2, 1)
     ]
+    outputs = [linear_int8(x, weight, absmax, None, threshold, replace(choice, config=config)) for config in configs]
     assert torch.equal(outputs[1], outputs[0])
     assert torch.equal(outputs[2], outputs[0])
 
@@ -147,8 +145,8 @@ def test_linear_int8_split_along_k_gives_the_same_bits(m, threshold, device):
 @pytest.mark.parametrize("m", [20, 130], ids="tokens={}".format)
 def test_linear_int8_gathers_the_same_outliers_before_the_product_and_in_it(m, device):
     x, weight, absmax = int8_case(m, 24, 300, torch.bfloat16, device)
-    config = int8_config(x.device, m, 24, 300, x.dtype, True)
-    outputs = [linear_int8(x, weight, absmax, None, 2.0, replace(config, gather=gather)) for gather in (True, False)]
+    choice = choose(x.device, m, 24, 300, x.dtype, True)
+    outputs = [linear_int8(x, weight, absmax, None, 2.0, replace(choice, way=way)) for way in ("gather", "tiles")]
     assert torch.equal(*outputs)
 
 

@@ -1,93 +1,91 @@
-"""Configurations of the 4-bit linears: tables by GPU, shape of the weight and number of tokens, and the split of K.
+"""Configurations of the 4-bit linears: tables by GPU, shape of the weight and number of tokens.
 
-`bench/tune.py` measures candidates and prints rows. A GPU that has no rows takes Hopper's: they fit the shared memory
-and registers of every GPU from compute capability 8.0 on, where they are correct but not tuned.
+`bench/tune.py` measures candidates and prints rows. Hopper's rows are the only ones. Other GPUs use them too: they fit
+the shared memory and registers from compute capability 8.0 on, where they are correct but not tuned.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
 
-import torch
-
+from bigq_kernels.gpu import Gpu
+from bigq_kernels.split_k import split_steps
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
 __all__ = [
     "MAX_DP4A_K",
     "Dp4aConfig",
-    "GluonConfig",
     "MmaConfig",
+    "StagedConfig",
     "WgmmaConfig",
     "dp4a_config",
-    "gluon_config",
     "mma_config",
     "row_blocks",
-    "split_steps",
+    "staged_config",
     "wgmma_config",
 ]
 
 HOPPER = (9, 0)
 SHAPES = ("narrow", "middle", "deep", "tall", "wide", "vast", "large")
-LEAST_OF_1024 = 896  # tokens: tiles cost what full ones do, 737 us at 8192 x 28672, and cuBLAS 508 (512) to 800 (1024)
+# Of 513 to 1024 tokens, fewer are faster in cuBLAS: at 8192 x 28672 wgmma takes 737 us for any of these numbers, since
+# it computes whole tiles, and cuBLAS 508 us (512 tokens) to 800 us (1024).
+LEAST_OF_1024 = 896
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 2.5  # rows that cost a program of the dp4a kernel as much as splitting its tokens
 MAX_DP4A_K = 32768  # two chunks of one or two tokens for each of 512 threads, in their registers
 STEP = 256  # elements of K in a step of the Gluon kernels
-MIN_STEPS = 2  # a program with fewer has nothing to overlap
-MIN_PROGRAMS = 2  # a multiprocessor: one does not hide its own latencies, 29.8 us against 24.5 (4096 x 14336, H100)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dp4aConfig:
-    """Rows that a program of `linear_4bit_dp4a` takes at a time, and how often; `registers` caps a thread's."""
+    """How `linear_4bit_dp4a` divides rows over programs and K over threads."""
 
-    block_n: int
-    blocks: int
+    block_n: int  # rows of the weight that a program takes at a time
+    blocks: int  # how often it does
     warps: int
-    registers: int
+    registers: int  # the most a thread may have
 
 
 @dataclass(frozen=True, kw_only=True)
 class MmaConfig:
-    """Tile, programs along K, unrolled steps and pipeline of `linear_4bit_mma`."""
+    """Tile, pipeline and programs along K of `linear_4bit_mma`."""
 
-    block_m: int
-    block_n: int
-    split: int
-    unroll: int
+    block_m: int  # tokens of a tile
+    block_n: int  # rows of the weight in a tile
+    split: int  # programs along K
+    unroll: int  # dots in one iteration
     warps: int
-    stages: int
+    stages: int  # iterations whose loads are in flight
 
 
 @dataclass(frozen=True, kw_only=True)
-class GluonConfig:
-    """Tile, programs along K, steps of each, and pipeline of `linear_4bit_gluon`; `registers` caps a thread's."""
+class StagedConfig:
+    """Tile, pipeline and programs along K of `linear_4bit_staged`."""
 
-    block_m: int
-    block_n: int
-    split: int
-    steps_per_split: int
-    stages: int
+    block_m: int  # tokens of a tile
+    block_n: int  # rows of the weight in a tile
+    split: int  # programs along K
+    steps_per_split: int  # of 256 elements of K
+    stages: int  # steps in shared memory
     warps: int
-    registers: int | None
+    registers: int | None  # the most a thread may have; None leaves it to ptxas
 
 
 @dataclass(frozen=True, kw_only=True)
 class WgmmaConfig:
-    """Tile and programs along K of `linear_4bit_wgmma`; `registers` caps a thread's."""
+    """Tile and programs along K of `linear_4bit_wgmma`."""
 
-    block_m: int
-    block_n: int
-    split: int
+    block_m: int  # tokens of a tile
+    block_n: int  # rows of the weight in a tile: 16 a warp
+    split: int  # programs along K
     warps: int
-    registers: int | None
+    registers: int | None  # the most a thread may have; None leaves it to ptxas
 
 
 # fmt: off
 # By GPU, M, and chunks of 32 elements of K that a thread holds: (BLOCK_N, registers).
 DP4A = {HOPPER: {1: {1: (4, 128), 2: (2, 128), 3: (2, 168)}, 2: {1: (8, 255), 2: (4, 255)}}}
 # By GPU and BLOCK_M: (BLOCK_N, STAGES, warps, registers).
-GLUON: dict[tuple[int, int], dict[int, tuple[int, int, int, int | None]]] = {
+STAGED: dict[tuple[int, int], dict[int, tuple[int, int, int, int | None]]] = {
     HOPPER: {8: (64, 2, 4, None), 16: (64, 2, 4, None), 32: (64, 2, 4, None)},
 }
 # By GPU, shape and BLOCK_M: (BLOCK_N, SPLIT, UNROLL, warps, stages).
@@ -121,30 +119,14 @@ WGMMA: dict[tuple[int, int], dict[str, dict[int, tuple[int, int, int, int, int |
 UNALIGNED = {512: _W128, 1024: _W256}
 # fmt: on
 
-Row = TypeVar("Row")
-
-
-@cache
-def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    """(compute capability, multiprocessors); an H100's where there is no GPU, for the interpreter."""
-    if device.type != "cuda":
-        return HOPPER, 132
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
 
 def shape_class(n: int, k: int) -> str:
-    """What a weight of n rows has too little of: rows to fill a GPU with tiles, or nothing."""
+    """The name in SHAPES of a weight of n x k: by its rows, whose tiles fill a GPU or do not, and by K."""
     if n <= 2048:
         return "narrow"
     if k > 4096:
         return "deep" if n <= 4608 else "tall" if n <= 8192 else "large"
     return "middle" if n <= 8192 else "wide" if n <= 16384 else "vast"
-
-
-def _row(table: dict[tuple[int, int], dict[str, dict[int, Row]]], device: torch.device, n: int, k: int, m: int) -> Row:
-    capability, _ = _gpu(device)
-    return table.get(capability, table[HOPPER])[shape_class(n, k)][m]
 
 
 def block_m(m: int) -> int:
@@ -168,59 +150,36 @@ def row_blocks(blocks: int, multiprocessors: int, resident: int, overhead: float
     return ceil_div(blocks, multiprocessors * min(range(resident, resident // 2, -1), key=work))
 
 
-@cache
-def split_steps(tiles: int, steps: int, multiprocessors: int, overhead: float) -> tuple[int, int]:
-    """(programs along K, steps of each): the least work for the multiprocessor that gets most of it.
-
-    A program works for its steps plus `overhead` of one. Programs share a multiprocessor evenly, so how many the
-    busiest gets decides, not whether all fit at once: of 224 tiles with 16 steps over 132 multiprocessors it gets 2
-    programs of 16 steps, 4 of 8, or 7 of 4, which are 32, 32 and 28 steps; the 7 do not fit at once.
-    """
-    best = None
-    for per_split in range(min(MIN_STEPS, steps), steps + 1):
-        split = ceil_div(steps, per_split)
-        programs = ceil_div(tiles * split, multiprocessors)
-        lonely = programs < MIN_PROGRAMS
-        candidate = lonely, programs * (per_split + overhead), split, per_split
-        best = candidate if best is None else min(best, candidate)
-    assert best is not None
-    return best[2:]
-
-
-@cache
-def dp4a_config(device: torch.device, m: int, n: int, k: int) -> Dp4aConfig:
+def dp4a_config(gpu: Gpu, m: int, n: int, k: int) -> Dp4aConfig:
     """For m of 1 or 2 tokens and a weight of n x k, k <= MAX_DP4A_K."""
-    capability, multiprocessors = _gpu(device)
-    rows = DP4A.get(capability, DP4A[HOPPER])[m]
+    rows = DP4A.get(gpu.capability, DP4A[HOPPER])[m]
     covers = {warps: ceil_div(k, 1024 * warps) for warps in (8, 4, 2, 1, 16)}
     warps = min((w for w in covers if covers[w] in rows), key=lambda w: w * covers[w])  # the fewest idle threads
     block_n, registers = rows[covers[warps]]
     registers = min(registers, REGISTERS // (32 * warps))
     resident = REGISTERS // (32 * warps * registers)
-    blocks = row_blocks(ceil_div(n, block_n), multiprocessors, resident, SPLIT_ROWS / block_n)
+    blocks = row_blocks(ceil_div(n, block_n), gpu.multiprocessors, resident, SPLIT_ROWS / block_n)
     return Dp4aConfig(block_n=block_n, blocks=blocks, warps=warps, registers=registers)
 
 
-def mma_config(device: torch.device, m: int, n: int, k: int, groups: int) -> MmaConfig:
-    """For m <= 128 tokens and a weight of n x k in `groups` dots along K."""
+def mma_config(gpu: Gpu, m: int, n: int, k: int, block_size: int) -> MmaConfig:
+    """For m <= 128 tokens and a weight of n x k."""
     rows = block_m(m)
-    block_n, split, unroll, warps, stages = _row(MMA, device, n, k, rows)
+    block_n, split, unroll, warps, stages = MMA.get(gpu.capability, MMA[HOPPER])[shape_class(n, k)][rows]
     if n > 65536:
         split = 1
-    while split > 1 and groups < split * 8:
+    while split > 1 and ceil_div(k, min(block_size, 64)) < split * 8:  # 8 dots each at least
         split //= 2
     return MmaConfig(block_m=rows, block_n=block_n, split=split, unroll=unroll, warps=warps, stages=stages)
 
 
-@cache
-def gluon_config(device: torch.device, m: int, n: int, k: int) -> GluonConfig:
+def staged_config(gpu: Gpu, m: int, n: int, k: int) -> StagedConfig:
     """For 3 <= m <= 32 tokens and a weight of n x k."""
     rows = block_m(m)
-    capability, multiprocessors = _gpu(device)
-    block_n, stages, warps, registers = GLUON.get(capability, GLUON[HOPPER])[rows]
+    block_n, stages, warps, registers = STAGED.get(gpu.capability, STAGED[HOPPER])[rows]
     # A partial sum is written and read, which grows with the tokens: 16 tokens of 14336 x 4096 are faster without.
-    split, steps_per_split = split_steps(ceil_div(n, block_n), ceil_div(k, STEP), multiprocessors, rows / 16)
-    return GluonConfig(
+    split, steps_per_split = split_steps(ceil_div(n, block_n), ceil_div(k, STEP), gpu.multiprocessors, rows / 16)
+    return StagedConfig(
         block_m=rows,
         block_n=block_n,
         split=split,
@@ -231,16 +190,15 @@ def gluon_config(device: torch.device, m: int, n: int, k: int) -> GluonConfig:
     )
 
 
-def wgmma_config(device: torch.device, m: int, n: int, k: int) -> WgmmaConfig | None:
+def wgmma_config(gpu: Gpu, m: int, n: int, k: int) -> WgmmaConfig | None:
     """For m tokens and a weight of n x k; None where another way is faster, and on GPUs that are not Hopper."""
     if k % STEP:  # the kernel takes whole steps: with masks it took 70 us at 5000 x 4128 and 256 tokens, and bf16 27
         return None
-    capability, _ = _gpu(device)
     tokens = next_power_of_2(m)
-    row = WGMMA.get(capability, {}).get(shape_class(n, k), {}).get(tokens)
+    row = WGMMA.get(gpu.capability, {}).get(shape_class(n, k), {}).get(tokens)
     if tokens == 1024 and m < LEAST_OF_1024:
         row = None
-    if row is None and n % 8 and capability in WGMMA:
+    if row is None and n % 8 and gpu.capability in WGMMA:
         row = UNALIGNED.get(tokens)
     if row is None:
         return None

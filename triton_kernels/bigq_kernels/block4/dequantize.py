@@ -6,10 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.block4.absmax import load_absmax
+from bigq_kernels.block4.packed import Nested
 from bigq_kernels.block4.quantize import tile_shape
 from bigq_kernels.checks import as_floats, check_dequantize_4bit
+from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
-from bigq_kernels.tiles import ceil_div, code_table, device_features, lookup
+from bigq_kernels.tiles import ceil_div, code_table, lookup
 
 __all__ = ["dequantize_4bit"]
 
@@ -65,7 +67,7 @@ def dequantize_4bit(
     block_size: int,
     in_features: int,
     dtype: torch.dtype,
-    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
+    nested: Nested = (None, None, None),
 ) -> Tensor:
     """Packed uint8 [N, ceil(K/2)] and absmax [N, B], float32 or its bits as int32 -> [N, K] of `dtype`.
 
@@ -82,7 +84,7 @@ def dequantize_4bit(
         return out
     blocks = ceil_div(in_features, block_size)
     tile_blocks, tile_rows, warps = tile_shape(blocks, block_size)
-    _, pdl = device_features(weight.device)
+    pdl = Gpu.of(weight.device).pdl
     grid = (ceil_div(rows, tile_rows) * ceil_div(blocks, tile_blocks),)
     with torch.cuda.device_of(weight):
         launch(

@@ -1,9 +1,9 @@
 """Dot products of 4-bit codes and tokens, both as integers of two bytes: `dp4a` multiplies four bytes at a time.
 
-A GPU delivers codes faster than its logic pipe looks up their values, so what a code costs decides. Here it becomes a
-14-bit integer, two bytes looked up 8 codes at a time, and a token becomes 15-bit integers with one scale for 32
-elements, two bytes as well. `dp4a` multiplies them on another pipe: 3.4 instructions a code, where bfloat16 values and
-the tensor core take 4.6. The error, about 1e-4, is below half a rounding of bfloat16.
+Memory delivers codes faster than a GPU's logic pipe looks up their values, so the number of instructions for a code
+decides. Here a code becomes a 14-bit integer, two bytes looked up 8 codes at a time, and a token becomes 15-bit
+integers, two bytes as well, with one scale for 32 elements. `dp4a` multiplies them on another pipe: 3.4 instructions a
+code, where bfloat16 values and the tensor core take 4.6. The error is about 1e-4, below half a rounding of bfloat16.
 """
 
 import triton

@@ -1,7 +1,10 @@
-"""One or two tokens times a 4-bit weight, by byte dot products: the kernel behind `linear_4bit` that is bound by bytes.
+"""One or two tokens times a 4-bit weight, by byte dot products: the kernel behind `linear_4bit` that memory limits.
 
-A thread takes the same columns of all rows of its program, a chunk of 32 or up to three. So each program splits the
-tokens itself, once, and keeps them in registers: one launch, no workspace. `dot_bytes.py` has the arithmetic.
+- A thread takes the same 32, 64 or 96 columns of every row of its program. So each program splits the tokens into
+  integers itself, once, and keeps them in registers. That is about 290 instructions for 32 elements, as many as 2 to 3
+  rows take. There is one launch and no workspace. `dot_bytes.py` has the arithmetic.
+- On Hopper the kernel may start before the one ahead of it has ended. It then reads the first codes and waits for the
+  tokens. So a kernel that lets the next one start early must not write a weight.
 """
 
 import torch
@@ -10,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.block4.absmax import load_absmax
-from bigq_kernels.block4.configs import Dp4aConfig, dp4a_config
+from bigq_kernels.block4.configs import Dp4aConfig
 from bigq_kernels.block4.dot_bytes import BYTE_TABLES, dot_codes, split_token
+from bigq_kernels.block4.packed import Packed4
+from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
-from bigq_kernels.tiles import ceil_div, device_features
+from bigq_kernels.tiles import ceil_div
 
 __all__ = ["linear_4bit_dp4a"]
 
@@ -80,14 +85,7 @@ def _linear_4bit_dp4a_kernel(
     CHUNKS,
     B,
     BLOCKS,  # of rows that a program takes
-    table0,  # BYTE_TABLES: eight arguments, since the interpreter takes no tuple
-    table1,
-    table2,
-    table3,
-    table4,
-    table5,
-    table6,
-    table7,
+    t0, t1, t2, t3, t4, t5, t6, t7,  # BYTE_TABLES: eight arguments, since the interpreter takes no tuple
     QUANT_TYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,  # BLOCK_C times COVERS is all of K, and no more: no masks
@@ -98,10 +96,10 @@ def _linear_4bit_dp4a_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,  # a chunk a thread
     COVERS: tl.constexpr,  # chunks that a thread takes of each row
-):
+):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    tables = (table0, table1, table2, table3, table4, table5, table6, table7)
+    tables = (t0, t1, t2, t3, t4, t5, t6, t7)
     # The last blocks start early enough to be whole. A row that is computed twice gets the same bits.
     last = tl.maximum(N - BLOCK_N, 0)
     row = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
@@ -144,48 +142,20 @@ def _linear_4bit_dp4a_kernel(
         first = after
 
 
-def linear_4bit_dp4a(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
-    out: Tensor,
-    quant_type: str,
-    block_size: int,
-    config: Dp4aConfig | None = None,
-) -> None:
+def linear_4bit_dp4a(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: Dp4aConfig) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
     M <= 2, K % 32 == 0 and K <= MAX_DP4A_K.
     """
     m, k = x.shape
-    n, chunks = weight.shape[0], k // CHUNK.value
-    config = config or dp4a_config(x.device, m, n, k)
-    asm, pdl = device_features(x.device)
+    n, chunks = packed.weight.shape[0], k // CHUNK.value
+    gpu = Gpu.of(x.device)
     launch(
-        _linear_4bit_dp4a_kernel,
-        (ceil_div(n, config.block_n * config.blocks),),
-        x,
-        weight.view(torch.int32),
-        absmax,
-        bias,
-        *nested,
-        out,
-        n,
-        chunks,
-        absmax.shape[1],
-        config.blocks,
-        *BYTE_TABLES[quant_type],
-        QUANT_TYPE=quant_type,
-        BLOCK_SIZE=block_size,
-        EVEN_K=chunks % (32 * config.warps) == 0,
-        USE_ASM=asm,
-        PDL=pdl,
-        EARLY=pdl and weight.nbytes <= MAX_EARLY_NBYTES,
-        M=m,
-        BLOCK_N=config.block_n,
-        BLOCK_C=32 * config.warps,
-        COVERS=ceil_div(chunks, 32 * config.warps),
-        options={"num_warps": config.warps, "num_stages": 1, "maxnreg": config.registers, "launch_pdl": pdl},
-    )
+        _linear_4bit_dp4a_kernel, (ceil_div(n, config.block_n * config.blocks),),
+        x, packed.weight.view(torch.int32), packed.absmax, bias, *packed.nested, out,
+        n, chunks, packed.absmax.shape[1], config.blocks, *BYTE_TABLES[packed.quant_type],
+        QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size, EVEN_K=chunks % (32 * config.warps) == 0,
+        USE_ASM=gpu.ptx, PDL=gpu.pdl, EARLY=gpu.pdl and packed.weight.nbytes <= MAX_EARLY_NBYTES,
+        M=m, BLOCK_N=config.block_n, BLOCK_C=32 * config.warps, COVERS=ceil_div(chunks, 32 * config.warps),
+        options={"num_warps": config.warps, "num_stages": 1, "maxnreg": config.registers, "launch_pdl": gpu.pdl},
+    )  # fmt: skip

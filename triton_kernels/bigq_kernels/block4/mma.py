@@ -2,44 +2,24 @@
 
 - Swapped operands: the weight is the 64-row side of the MMA, the tokens its narrow side, so few tokens waste little.
 - Codes are looked up with PRMT straight into the operand's registers, and absmax scales the float32 sum of a block.
-- High nibbles are the even elements of K, low nibbles the odd ones: two products, so the tokens are split once before.
-- K is split over programs to fill the GPU. The program that finishes a tile last adds the partial sums in their order.
+- High nibbles are the even elements of K and low nibbles the odd ones: two products, so the tokens are split before.
+- K is split over programs to fill the GPU. The last to finish a tile adds the partial sums in their order.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.block4.absmax import load_absmax
-from bigq_kernels.block4.configs import MmaConfig, mma_config
+from bigq_kernels.block4.configs import MmaConfig
+from bigq_kernels.block4.packed import Packed4
+from bigq_kernels.block4.tokens import split_tokens
+from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
-from bigq_kernels.tiles import ceil_div, decode_pair, device_features
+from bigq_kernels.split_k import add_splits, split_workspace, store_split
+from bigq_kernels.tiles import ceil_div, decode_pair
 
 __all__ = ["linear_4bit_mma"]
-
-
-@triton.jit
-def _split_pairs_kernel(
-    x_ptr,  # [M, PAIRS] int32: two elements each
-    even_odd_ptr,  # [M, 2, PAIRS] int16
-    count_ptr,  # [tiles] int32: zeroed, for the kernel that follows
-    numel,
-    PAIRS,
-    tiles,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < numel
-    x = tl.load(x_ptr + index, mask=mask, other=0)
-    out = even_odd_ptr + index + index // PAIRS * PAIRS
-    tl.store(out, x.to(tl.int16), mask=mask)
-    tl.store(out + PAIRS, (x >> 16).to(tl.int16), mask=mask)
-    tl.store(count_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < tiles)
 
 
 @triton.jit(do_not_specialize=["M"])  # a new number of tokens compiles nothing
@@ -111,83 +91,33 @@ def _linear_4bit_mma_kernel(
     partial_ptrs += token[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     last = 0
     if SPLIT > 1:
-        tl.store(partial_ptrs + split * (BLOCK_M * BLOCK_N), total, mask=in_m)
-        tl.debug_barrier()  # the whole program has stored, then one thread publishes it
-        last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        last = store_split(total, partial_ptrs + split * (BLOCK_M * BLOCK_N), count_ptr + tile, in_m)
     if last == SPLIT - 1:
         if SPLIT > 1:
-            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for i in tl.static_range(SPLIT):
-                # .cg reads L2: another program wrote this after our L1 may have cached it.
-                total += tl.load(partial_ptrs + i * (BLOCK_M * BLOCK_N), mask=in_m, other=0.0, cache_modifier=".cg")
+            total = add_splits(partial_ptrs, BLOCK_M * BLOCK_N, SPLIT, in_m, tl.float32, UNROLL=True)
         n = first_row + tl.arange(0, BLOCK_N)
         if bias_ptr is not None:
             total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         tl.store(out_ptr + token.to(tl.int64)[None, :] * N + n[:, None], total.to(DTYPE), mask=in_m & (n < N)[:, None])
 
 
-def linear_4bit_mma(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
-    out: Tensor,
-    quant_type: str,
-    block_size: int,
-    config: MmaConfig | None = None,
-) -> None:
+def linear_4bit_mma(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: MmaConfig) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; M <= 128 and K % 32 == 0."""
     m, k = x.shape
-    n, pairs = weight.shape
-    group = min(block_size, 64)
+    n, pairs = packed.weight.shape
+    group = min(packed.block_size, 64)
     groups = ceil_div(k, group)
-    config = config or mma_config(x.device, m, n, k, groups)
     split = config.split
     groups_per_split = ceil_div(ceil_div(groups, split), config.unroll) * config.unroll
     tiles = ceil_div(n, config.block_n)
-    prmt, pdl = device_features(x.device)
-    even_odd = torch.empty(m, 2, pairs, dtype=x.dtype, device=x.device)
-    count = torch.empty(tiles, dtype=torch.int32, device=x.device)
-    numel = tiles * split * config.block_m * config.block_n if split > 1 else 0
-    partial = torch.empty(numel, dtype=torch.float32, device=x.device)
+    gpu = Gpu.of(x.device)
+    partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
     launch(
-        _split_pairs_kernel,
-        (ceil_div(max(m * pairs, tiles), 512),),
-        x.view(torch.int32),
-        even_odd.view(torch.int16),
-        count,
-        m * pairs,
-        pairs,
-        tiles,
-        BLOCK=512,
-        PDL=pdl,
-        options={"launch_pdl": pdl},
-    )
-    launch(
-        _linear_4bit_mma_kernel,
-        (tiles, split),
-        even_odd,
-        weight,
-        absmax,
-        bias,
-        *nested,
-        partial,
-        count,
-        out,
-        m,
-        n,
-        pairs,
-        absmax.shape[1],
-        groups_per_split,
-        QUANT_TYPE=quant_type,
-        BLOCK_SIZE=block_size,
-        EVEN_K=k % (group * groups_per_split) == 0 and groups % split == 0,
-        USE_PRMT=prmt,
-        PDL=pdl,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        SPLIT=split,
-        UNROLL=config.unroll,
-        options={"num_warps": config.warps, "num_stages": config.stages, "launch_pdl": pdl},
-    )
+        _linear_4bit_mma_kernel, (tiles, split),
+        split_tokens(x, count), packed.weight, packed.absmax, bias, *packed.nested, partial, count, out,
+        m, n, pairs, packed.absmax.shape[1], groups_per_split,
+        QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size,
+        EVEN_K=k % (group * groups_per_split) == 0 and groups % split == 0, USE_PRMT=gpu.ptx, PDL=gpu.pdl,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split, UNROLL=config.unroll,
+        options={"num_warps": config.warps, "num_stages": config.stages, "launch_pdl": gpu.pdl},
+    )  # fmt: skip

@@ -1,9 +1,13 @@
-"""Tokens in the tiles and the order of K in which `linear_4bit_wgmma` copies them to shared memory.
+"""Kernels that run ahead of a 4-bit product: they reorder its tokens and zero its counts of finished tiles.
 
-A lane of four holds 8 consecutive bytes of a row of codes, 16 elements of 64: one read of shared memory. wgmma gives
-that lane other columns of its operand, 2c, 2c + 1, 2c + 8 and 2c + 9 of each 16. Any order of K will do if weights and
-tokens agree, and hardware reads the tokens, so it is they that are moved: pair 8s + 4h + c of the 32 pairs of a slice
-is pair 8c + 2s + h of x. A tile of a slice is contiguous: what a program copies at a time is one piece of memory.
+On Hopper each may start before the kernel ahead of it has ended, and the product before this one has.
+
+- `split_tokens`, for mma: even elements of K, which are high nibbles, and odd ones are stored apart.
+- `tile_tokens`, for wgmma: the tiles and the order of K in which the product copies tokens to shared memory. A lane of
+  four holds 8 consecutive bytes of a row of codes, 16 elements of 64, which are one read of shared memory. wgmma gives
+  that lane other columns of its operand: 2c, 2c + 1, 2c + 8 and 2c + 9 of each 16. Any order of K is right if weights
+  and tokens agree. Hardware reads the tokens, so the tokens are moved: pair 8s + 4h + c of the 32 pairs of a slice is
+  pair 8c + 2s + h of x. A tile of a slice is contiguous, because a program copies it in one piece.
 """
 
 import torch
@@ -11,12 +15,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
-from bigq_kernels.tiles import ceil_div, device_features
+from bigq_kernels.tiles import ceil_div
 
-__all__ = ["tile_tokens"]
+__all__ = ["split_tokens", "tile_tokens"]
 
 _PAIRS = 1024  # of a row, a program
+
+
+@triton.jit
+def _split_pairs_kernel(
+    x_ptr,  # [M, PAIRS] int32: two elements each
+    even_odd_ptr,  # [M, 2, PAIRS] int16
+    count_ptr,  # [tiles] int32: zeroed, for the kernel that follows
+    numel,
+    PAIRS,
+    tiles,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < numel
+    x = tl.load(x_ptr + index, mask=mask, other=0)
+    out = even_odd_ptr + index + index // PAIRS * PAIRS
+    tl.store(out, x.to(tl.int16), mask=mask)
+    tl.store(out + PAIRS, (x >> 16).to(tl.int16), mask=mask)
+    tl.store(count_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < tiles)
+
+
+def split_tokens(x: Tensor, count: Tensor) -> Tensor:
+    """The even, then the odd elements of each row of x [M, K] of 16 bits, as [M, 2, K / 2]; zeroes count.
+
+    x contiguous. A kernel launched after it with `launch_pdl` may start meanwhile.
+    """
+    m, pairs, block = x.shape[0], x.shape[1] // 2, 512
+    pdl = Gpu.of(x.device).pdl
+    even_odd = torch.empty(m, 2, pairs, dtype=x.dtype, device=x.device)
+    launch(
+        _split_pairs_kernel,
+        (ceil_div(max(m * pairs, count.numel()), block),),
+        x.view(torch.int32),
+        even_odd.view(torch.int16),
+        count,
+        m * pairs,
+        pairs,
+        count.numel(),
+        BLOCK=block,
+        PDL=pdl,
+        options={"launch_pdl": pdl},
+    )
+    return even_odd
 
 
 @triton.jit(do_not_specialize=["M", "counts"])
@@ -56,7 +108,7 @@ def tile_tokens(x: Tensor, block_m: int, count: Tensor) -> Tensor:
     K % 64 == 0, x contiguous. A kernel launched after it with `launch_pdl` may start meanwhile.
     """
     m, k = x.shape
-    _, pdl = device_features(x.device)
+    pdl = Gpu.of(x.device).pdl
     tiles = torch.empty(ceil_div(m, block_m), k // 64, block_m, 64, dtype=x.dtype, device=x.device)
     launch(
         _tile_tokens_kernel,

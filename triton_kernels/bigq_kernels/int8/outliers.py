@@ -1,4 +1,8 @@
-"""Outlier columns for LLM.int8(), gathered from x and the weight by their list: see `tokens_int8.py`."""
+"""Outlier columns for LLM.int8(), gathered from x and from the weight by the list that `tokens.py` makes.
+
+Above 128 tokens one launch gathers the first 128 outlier columns for all tiles of the product. Each tile gathers any
+further ones itself, and for fewer tokens all of them.
+"""
 
 import torch
 import triton
@@ -140,28 +144,10 @@ def gather_outliers(
     total = torch.empty(1, dtype=torch.int32, device=x.device)
     rows = 64
     launch(
-        _gather_outliers_kernel,
-        (ceil_div(n, rows) + ceil_div(m, rows),),
-        x,
-        codes,
-        scale,
-        weight,
-        absmax,
-        counts,
-        columns,
-        rest,
-        dense,
-        total,
-        m,
-        n,
-        k,
-        counts.shape[0],
-        SEGMENT=columns.shape[1],
-        SEGMENTS=next_power_of_2(counts.shape[0]),
-        CAPACITY=capacity,
-        BLOCK_ROWS=rows,
-        BLOCK=block,
-        PDL=pdl,
+        _gather_outliers_kernel, (ceil_div(n, rows) + ceil_div(m, rows),),
+        x, codes, scale, weight, absmax, counts, columns, rest, dense, total, m, n, k, counts.shape[0],
+        SEGMENT=columns.shape[1], SEGMENTS=next_power_of_2(counts.shape[0]), CAPACITY=capacity,
+        BLOCK_ROWS=rows, BLOCK=block, PDL=pdl,
         options={"num_warps": 4, "launch_pdl": pdl},
-    )
+    )  # fmt: skip
     return rest, dense, total

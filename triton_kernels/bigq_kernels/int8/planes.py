@@ -1,6 +1,8 @@
-"""A few tokens for LLM.int8() as three int8 rows each: the codes, and the outlier columns in 15 bits, high and low.
+"""A few tokens for LLM.int8() as three int8 rows each: the codes, and the outlier columns as a high and a low byte.
 
-All three go through one integer product, so that outliers cost no gather: the weight streams by once.
+All three go through one integer product. So outlier columns need no list and no gathering, and the weight is read once.
+The two bytes hold 15 bits of the token's largest outlier. An Inf in x makes its row NaN. Up to 4096 columns this is one
+launch, with a program a token. Beyond, it is two with a program for 256 columns: one for the scales, one for the codes.
 """
 
 import torch
@@ -65,7 +67,7 @@ def _quantize_planes_kernel(
     BLOCK_K: tl.constexpr,  # at least K
     PDL: tl.constexpr,
 ):
-    """One program a token, which looks at the others for their outliers."""
+    """One program a token, which reads the others too for their outliers."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -165,55 +167,26 @@ def quantize_planes(
     tiles = 0 if arrived is None else arrived.numel()
     if k <= ONE_LAUNCH_COLUMNS:
         launch(
-            _quantize_planes_kernel,
-            (m,),
-            x,
-            codes,
-            scale,
-            arrived,
-            m,
-            k,
-            threshold,
-            tiles,
-            TOKENS=tokens,
-            BLOCK_K=next_power_of_2(max(k, 16)),
-            PDL=pdl,
-            # A cap that none reaches: without one the compiler keeps to 40 registers and to four loads in flight.
-            # see encode_int8
+            _quantize_planes_kernel, (m,),
+            x, codes, scale, arrived, m, k, threshold, tiles,
+            TOKENS=tokens, BLOCK_K=next_power_of_2(max(k, 16)), PDL=pdl,
+            # maxnreg: a cap that none reaches. Without one the compiler keeps to 40 registers and four loads in flight.
+            # enable_fp_fusion: see encode_int8.
             options={"num_warps": 16, "maxnreg": 128, "enable_fp_fusion": False, "launch_pdl": pdl},
-        )
+        )  # fmt: skip
         return codes, scale
     programs = ceil_div(k, BLOCK_K)
     largest = torch.empty(2, programs, tokens, dtype=torch.int32, device=x.device)
     launch(
-        _find_largest_kernel,
-        (programs,),
-        x,
-        largest,
-        arrived,
-        m,
-        k,
-        threshold,
-        tiles,
-        TOKENS=tokens,
-        BLOCK_K=BLOCK_K,
-        PDL=pdl,
+        _find_largest_kernel, (programs,),
+        x, largest, arrived, m, k, threshold, tiles,
+        TOKENS=tokens, BLOCK_K=BLOCK_K, PDL=pdl,
         options={"num_warps": 8, "launch_pdl": pdl},
-    )
+    )  # fmt: skip
     launch(
-        _quantize_columns_kernel,
-        (programs,),
-        x,
-        codes,
-        scale,
-        largest,
-        m,
-        k,
-        threshold,
-        TOKENS=tokens,
-        BLOCK_K=BLOCK_K,
-        PROGRAMS=next_power_of_2(programs),
-        PDL=pdl,
+        _quantize_columns_kernel, (programs,),
+        x, codes, scale, largest, m, k, threshold,
+        TOKENS=tokens, BLOCK_K=BLOCK_K, PROGRAMS=next_power_of_2(programs), PDL=pdl,
         options={"num_warps": 8, "enable_fp_fusion": False, "launch_pdl": pdl},
-    )
+    )  # fmt: skip
     return codes, scale

@@ -1,10 +1,11 @@
-"""Tokens for LLM.int8(): int8 codes with one scale a row, and their outlier columns, all in static shapes.
+"""Tokens for LLM.int8(): int8 codes with one scale a row, and the list of their outlier columns, in static shapes.
 
-An element beyond the threshold gets code 0. What the codes leave of an outlier column, its *rest*, is multiplied in the
-dtype of x: the outliers themselves, and the rounding errors of the others. So a row is quantized without a look at the
-other rows, and leaves a bit a column for the launch that lists them: x is read once.
+- One launch, a program a row, reads x once. An element beyond the threshold gets code 0 and sets a bit. So no row is
+  read for another. A second launch ORs the bits of all rows and lists the columns.
+- What the codes leave of an outlier column is its *rest*: the outliers themselves, and the rounding errors of the other
+  elements. It is multiplied in the dtype of x.
 
-Few tokens need no list: `planes_int8.py`.
+Few tokens need no list: see `planes.py`.
 """
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.int8.configs import MAX_SPLIT_TILES
+from bigq_kernels.int8.choose import MAX_SPLIT_TILES
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import absmax_bits, ceil_div, encode_int8, int8_inverse, next_power_of_2
 
@@ -139,39 +140,21 @@ def quantize_tokens(
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     marks = torch.empty(m, words, dtype=torch.int32, device=x.device) if words else None
     launch(
-        _quantize_tokens_kernel,
-        (m,),
-        x,
-        codes,
-        scale,
-        marks,
-        arrived,
-        k,
-        words,
-        threshold,
-        0 if arrived is None else arrived.numel(),
-        TILES=ceil_div(k, block_k),
-        BLOCK_K=block_k,
-        PDL=pdl,
-        # see encode_int8
+        _quantize_tokens_kernel, (m,),
+        x, codes, scale, marks, arrived, k, words, threshold, 0 if arrived is None else arrived.numel(),
+        TILES=ceil_div(k, block_k), BLOCK_K=block_k, PDL=pdl,
+        # enable_fp_fusion: see encode_int8.
         options={"num_warps": 16 if block_k > 8192 else 8, "enable_fp_fusion": False, "launch_pdl": pdl},
-    )
+    )  # fmt: skip
     if marks is None:
         return codes, scale, None, None
     counts = torch.empty(segments, dtype=torch.int32, device=x.device)
     columns = torch.empty(segments, SEGMENT, dtype=torch.int32, device=x.device)
     launch(
-        _list_outliers_kernel,
-        (segments,),
-        marks,
-        counts,
-        columns,
-        m,
-        SEGMENT=SEGMENT,
-        BLOCK_M=128,
-        LOADS=16,
-        PDL=pdl,
-        # A cap that none reaches: without one the compiler keeps to 32 registers and to a few loads in flight.
+        _list_outliers_kernel, (segments,),
+        marks, counts, columns, m,
+        SEGMENT=SEGMENT, BLOCK_M=128, LOADS=16, PDL=pdl,
+        # maxnreg: a cap that none reaches. Without one the compiler keeps to 32 registers and a few loads in flight.
         options={"num_warps": 4, "maxnreg": 128, "launch_pdl": pdl},
-    )
+    )  # fmt: skip
     return codes, scale, counts, columns

@@ -1,139 +1,82 @@
-"""When the Gluon kernels are taken, and that they compile for GPUs that are not here; values are in test_linear.py."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The kernel of Hopper's wgmma in Gluon: every shipped tile at shapes with partial tiles, against float64 products."""
 
 import pytest
 import torch
 
-from bigq_kernels.block4 import linear as launcher
-from bigq_kernels.block4.dp4a import linear_4bit_dp4a
-from bigq_kernels.block4.mma import linear_4bit_mma
+from bigq.ops import reference
+from bigq_kernels.block4.configs import WGMMA, WgmmaConfig
+from bigq_kernels.gpu import Gpu
+from linear_cases import assert_within_budget, packed4, quantized_4bit
+
+pytestmark = pytest.mark.gpu
+ROWS = sorted({row for rows in WGMMA[9, 0].values() for row in rows.values()}, key=str)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("block_size, taken", [(32, False), (64, True)], ids=["block-32", "block-64"])
-def test_which_kernel_takes_it(block_size, taken, device):
-    gluon = pytest.importorskip(
-        "bigq_kernels.block4.gluon.staged", exc_type=ImportError
-    )  # not on all releases of Triton
-    kernels = [launcher._fused_kernel(device, m, 1024, 4096, block_size) for m in (2, 3, 32, 33, 65)]
-    middle = gluon.linear_4bit_gluon if taken else linear_4bit_mma
-    assert kernels == [linear_4bit_dp4a, middle, middle, linear_4bit_mma, None]
+@pytest.fixture
+def wgmma(device):
+    """A function (x, Packed4, bias, config) -> [M, N]."""
+    gpu = Gpu.of(device)
+    if not gpu.gluon or gpu.capability != (9, 0):
+        pytest.skip("another release of Triton, or no Hopper GPU")
+    from bigq_kernels.block4.gluon.wgmma import linear_4bit_wgmma  # not on all releases of Triton
+
+    def run(x, packed, bias, config):
+        out = x.new_full((len(x), len(packed.weight)), torch.nan)
+        linear_4bit_wgmma(x, packed, bias, out, config)
+        return out
+
+    return run
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("m, taken", [(64, True), (256, True), (257, True), (513, False)])
-def test_wgmma_takes_wide_weights(m, taken, device):
-    wgmma = pytest.importorskip(
-        "bigq_kernels.block4.gluon.wgmma", exc_type=ImportError
-    )  # not on all releases of Triton
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("no Hopper GPU")
-    kernel = launcher._fused_kernel(device, m, 14336, 4096, 64)
-    assert (kernel is not None) is taken
-    assert kernel is None or kernel.func is wgmma.linear_4bit_wgmma
+@pytest.mark.parametrize(
+    "quant_type, nested, dtype",
+    [
+        pytest.param("nf4", False, torch.bfloat16, id="nf4-bfloat16"),
+        pytest.param("nf4", True, torch.bfloat16, id="nf4-nested-bfloat16"),
+        pytest.param("fp4", True, torch.float16, id="fp4-nested-float16"),
+    ],
+)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize(
+    "n, k, block_size",
+    [
+        pytest.param(1024, 4096, 64, id="whole-tiles"),
+        pytest.param(1003, 4352, 64, id="partial-tile-and-odd-steps"),
+        pytest.param(5, 256, 64, id="less-than-a-tile"),
+        pytest.param(256, 1024, 128, id="block-128"),
+        pytest.param(256, 4352, 4096, id="partial-block"),
+    ],
+)
+def test_tiles(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):
+    block_m, block_n, split, warps, registers = row
+    config = WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
+    quantized, dense = quantized_4bit(n, k, quant_type, block_size, nested, device)
+    packed, bias = packed4(quantized, quant_type, block_size), torch.randn(n, device=device)
+    for m in (block_m, block_m - 1, block_m + 1, 2 * block_m, 1):
+        x = torch.randn(m, k, device=device).to(dtype)
+        actual = wgmma(x, packed, bias, config)
+        baseline = reference.linear_4bit(x, quantized[0], quantized[1], bias, *quantized[2:], quant_type, block_size)
+        assert_within_budget(actual, x.double() @ dense.T + bias.double(), baseline)
+        assert torch.equal(wgmma(x, packed, bias, config), actual)
 
 
-def test_another_release_of_triton_or_no_gpu_takes_the_other_kernel(monkeypatch):
-    cpu = torch.device("cpu")
-    assert launcher._fused_kernel(cpu, 8, 4096, 4096, 64) is linear_4bit_mma
-    monkeypatch.setattr(launcher, "device_features", lambda device: (True, True))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for version, expected in (
-        ("3.5.1", False),
-        ("3.6.0", True),
-        ("3.7.1+git12", True),
-        ("3.8.0", False),
-        ("4.6.0", False),
-    ):
-        launcher._takes_gluon.cache_clear()
-        monkeypatch.setattr(launcher.triton, "__version__", version)
-        assert launcher._takes_gluon(cpu) is expected
-    monkeypatch.setattr(launcher.triton, "__version__", "3.6.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    launcher._takes_gluon.cache_clear()
-    assert not launcher._takes_gluon(cpu)
-    launcher._takes_gluon.cache_clear()
+def test_a_scale_beyond_half_precision(wgmma, device):
+    """A float32 weight may have an absmax that float16 has not, and products that float16 has."""
+    config = WgmmaConfig(block_m=64, block_n=128, split=1, warps=8, registers=None)
+    weight = torch.full((128, 256), 0x88, dtype=torch.uint8, device=device)  # the least positive code
+    absmax = torch.full((128, 8), 100000.0, device=device)
+    x = torch.zeros(33, 512, device=device, dtype=torch.float16)
+    x[:, 3] = 1
+    out = wgmma(x, packed4((weight, absmax, None, None)), None, config)
+    torch.testing.assert_close(out, torch.full_like(out, 100000.0 * 0.07958029955625534), rtol=2e-3, atol=0)
 
 
-BUILD = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import compile
-from triton.experimental.gluon._runtime import GluonASTSource
-
-def build(kernel, capability, quant_type, dtype, nested, constants, warps):
-    signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    signature |= dict.fromkeys(["M", "N", "PAIRS", "B", "steps_per_split", *(f"t{i}" for i in range(8))], "i32")
-    signature |= dict(x_ptr=dtype, weight_ptr="*u8", absmax_ptr="*u8" if nested else "*fp32", bias_ptr=dtype)
-    signature |= dict(partial_ptr="*fp32", count_ptr="*i32", out_ptr=dtype)
-    constants = dict(QUANT_TYPE=quant_type, BLOCK_SIZE=64) | constants
-    tables = ["nested_ptr", "offset_ptr", "code_ptr"]
-    if nested:
-        signature |= dict.fromkeys(tables, "*fp32")
-    else:
-        constants |= dict.fromkeys(tables)
-    place = kernel.arg_names.index
-    aligned = {(place(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*" or n == "PAIRS"}
-    source = GluonASTSource(kernel, signature, {(place(n),): v for n, v in constants.items()}, aligned)
-    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-"""
-GLUON = """
-from bigq_kernels.block4.gluon.staged import _linear_4bit_gluon_kernel as kernel
-
-for capability, block_m, *looks, even in ((90, 8, "nf4", "*bf16", False, True), (80, 32, "fp4", "*fp16", True, False)):
-    tile = dict(BLOCK_M=block_m, BLOCK_N=64, SPLIT=3, STAGES=2, PDL=capability >= 90, EVEN=even)
-    built = build(kernel, capability, *looks, tile, 4)
-    print(built.metadata.shared, built.asm["ptx"].count("mma.sync.aligned.m16n8k16"))
-"""
-WGMMA = """
-import pathlib, subprocess, tempfile, triton
-from bigq_kernels.block4.configs import WGMMA
-from bigq_kernels.block4.gluon.wgmma import _linear_4bit_wgmma_kernel as kernel
-
-ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-for block_m, block_n, split, warps, _ in {row for rows in WGMMA[9, 0].values() for row in rows.values()}:
-    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split)
-    built = build(kernel, 90, "nf4", "*bf16", False, tile, warps)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(built.asm["ptx"])
-        ptx.flush()
-        command = [ptxas, "-v", "-arch=sm_90a", ptx.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-    serialized = "serialized" in said.stdout + said.stderr
-    print(built.metadata.shared, built.asm["ptx"].count("wgmma.mma_async"), int(serialized))
-"""
-
-
-def compiled(script):
-    """What it prints, line by line."""
-    root = Path(__file__).parents[4]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(root / "triton_kernels")
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD + script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-
-
-@pytest.mark.slow
-def test_gluon_compiles_for_gpus_that_are_not_here():
-    shared, products = zip(*compiled(GLUON), strict=True)
-    assert shared == (
-        2 * (64 * 128 + 8 * 512),
-        2 * (64 * 128 + 32 * 512),
-    )  # two stages of codes and tokens: nothing else
-    assert products == (4 * 4, 4 * 4 * 4)  # 16 slices of K, for every 8 tokens
-
-
-@pytest.mark.slow
-def test_wgmma_compiles_and_its_products_overlap_with_decoding():
-    lines = compiled(WGMMA)
-    assert len(lines) >= 5
-    for shared, products, serialized in lines:
-        assert shared <= 227 * 1024  # of a multiprocessor
-        assert products == 4 * 4  # a step of 256 elements of K, 16 each
-        assert not serialized
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_row(value, wgmma, device):
+    config = WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128)
+    quantized, _ = quantized_4bit(200, 1024, "nf4", 64, False, device)
+    x = torch.randn(40, 1024, device=device).bfloat16()
+    x[1, 7] = value
+    finite = wgmma(x, packed4(quantized), None, config).isfinite().all(dim=1)
+    assert not finite[1]
+    assert finite.sum() == 39

@@ -1,14 +1,7 @@
-"""What the Gluon kernels share: the scales of rows, and the sum over programs that split K with its workspace."""
+"""Tile functions that the Gluon kernels share: the scales of rows, and the sum over programs that split K."""
 
-import torch
-import triton
-import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-from bigq_kernels.launch import launch
-from bigq_kernels.tiles import ceil_div
 
 __all__ = [
     "add_splits",
@@ -18,8 +11,6 @@ __all__ = [
     "scale_index",
     "scale_layout",
     "scales_of",
-    "split_workspace",
-    "zero_counts",
 ]
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
@@ -50,7 +41,7 @@ def _step_blocks(step, part, BLOCK_SIZE: gl.constexpr):
 
 @gluon.jit
 def scale_index(first, step, part, B, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr):
-    """Where in a tile's absmax a step's four scales of each row are, and that they are one load if they are.
+    """The places in a tile's absmax of the four scales that each row has in a step. Neighbours become one load.
 
     first: of each row, [N, 1]. part: 0 to 3, [1, 4]. EVEN: rows are whole steps.
     """
@@ -65,7 +56,7 @@ def scale_index(first, step, part, B, BLOCK_SIZE: gl.constexpr, EVEN: gl.constex
 
 @gluon.jit
 def load_scales(absmax_ptr, first, row, step, part, B, nested_ptr, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr):
-    """What `scales_of` takes to a step's four scales of each row: loads that do not wait for each other.
+    """Load what `scales_of` needs for the four scales of each row in a step. No load waits for another.
 
     first: of the tile, int64. row: [N, 1]. The others as in `scale_index`.
     """
@@ -83,7 +74,7 @@ def load_scales(absmax_ptr, first, row, step, part, B, nested_ptr, BLOCK_SIZE: g
 
 @gluon.jit
 def scales_of(value, nested, nested_ptr, offset_ptr, code_ptr):
-    """The scales from what `load_scales` loaded: nested ones are looked up as in `dequantize_absmax.load_absmax`."""
+    """The scales from what `load_scales` loaded: nested ones are decoded as in `absmax.load_absmax`."""
     if nested_ptr is None:
         return value
     else:
@@ -98,39 +89,6 @@ def quarters(t):
     q0, q2 = gl.split(even)
     q1, q3 = gl.split(odd)
     return q0, q1, q2, q3
-
-
-@triton.jit
-def _zero_counts_kernel(count_ptr, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Goes before a kernel that calls `add_splits`, which on Hopper starts meanwhile."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(count_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < tiles)
-
-
-def split_workspace(tiles: int, split: int, tile_numel: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(partial, count) for `add_splits` of all tiles, neither written; where split is 1, empty."""
-    if split == 1:
-        tiles = 0
-    partial = torch.empty(tiles * split * tile_numel, dtype=torch.float32, device=device)
-    return partial, torch.empty(tiles, dtype=torch.int32, device=device)
-
-
-def zero_counts(count: Tensor, pdl: bool) -> None:
-    """Zero the count of `split_workspace`; with pdl the kernel after may start meanwhile."""
-    tiles = count.numel()
-    if tiles:
-        launch(
-            _zero_counts_kernel,
-            (ceil_div(tiles, 1024),),
-            count,
-            tiles,
-            BLOCK=1024,
-            PDL=pdl,
-            options={"launch_pdl": pdl},
-        )
 
 
 @gluon.jit

@@ -3,12 +3,12 @@
 - A stage holds 128 bytes of each row, which is a line of memory and 256 elements of K, and the tokens they meet, copied
   by cp.async two stages deep. Triton's own pipeline of the same product waits for codes in registers.
 - Which element of K comes first is free as long as both operands agree. A lane of the MMA takes 8 consecutive bytes of
-  a row, 16 elements, so its codes are one 8-byte read and its tokens two 16-byte reads that are operands as they lie.
+  a row, 16 elements. So its codes are one read of 8 bytes, and its tokens two of 16 bytes that are operands as stored.
 - One table lookup decodes a word of 8 codes into four registers of two values. absmax scales the sum of a block.
-- K is split over programs (`gluon_config`); the one that finishes a tile last adds the partial sums in their order.
+- K is split over programs (`staged_config`). The last to finish a tile adds the partial sums in their order.
 
-Gluon promises no stability between releases of Triton: `linear_4bit` takes this kernel on those it was compiled with,
-and `linear_4bit_mma` on others. It has no interpreter either, so values are tested on a GPU only.
+Gluon promises no stability between releases of Triton: `choose` takes this kernel with those in GLUON_RELEASES, and
+`mma` with others. Gluon has no interpreter, so values are tested on a GPU only.
 """
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_wait
 
-from bigq_kernels.block4.configs import GluonConfig, gluon_config
+from bigq_kernels.block4.configs import StagedConfig
 from bigq_kernels.block4.gluon.operands import code_layout, code_tables, decode_words
 from bigq_kernels.block4.gluon.scales import (
     add_splits,
@@ -26,13 +26,14 @@ from bigq_kernels.block4.gluon.scales import (
     quarters,
     scale_layout,
     scales_of,
-    split_workspace,
-    zero_counts,
 )
+from bigq_kernels.block4.packed import Packed4
+from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
-from bigq_kernels.tiles import ceil_div, device_features
+from bigq_kernels.split_k import split_workspace, zero_counts
+from bigq_kernels.tiles import ceil_div
 
-__all__ = ["linear_4bit_gluon"]
+__all__ = ["linear_4bit_staged"]
 
 STEP_BYTES = gl.constexpr(128)  # of a row in one stage
 
@@ -67,7 +68,7 @@ def _copy_tokens(step, x_smem, x_ptrs, in_m, column, PAIRS, STAGES: gl.constexpr
 
 
 @gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
-def _linear_4bit_gluon_kernel(
+def _linear_4bit_staged_kernel(
     x_ptr,  # [M, K]
     weight_ptr,  # [N, PAIRS] uint8: element 2i in the high nibble
     absmax_ptr,  # [N, B] float32, or uint8 if nested
@@ -83,14 +84,7 @@ def _linear_4bit_gluon_kernel(
     PAIRS,
     B,
     steps_per_split,
-    t0,
-    t1,
-    t2,
-    t3,
-    t4,
-    t5,
-    t6,
-    t7,
+    t0, t1, t2, t3, t4, t5, t6, t7,  # code_tables
     QUANT_TYPE: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     EVEN: gl.constexpr,  # K divides into whole steps: no masks in the loop
@@ -99,7 +93,7 @@ def _linear_4bit_gluon_kernel(
     BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
-):
+):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
@@ -177,53 +171,22 @@ def _linear_4bit_gluon_kernel(
         gl.store(out_ptrs, total.to(DTYPE), mask=in_m & (n <= last_row)[:, None])
 
 
-def linear_4bit_gluon(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
-    out: Tensor,
-    quant_type: str,
-    block_size: int,
-    config: GluonConfig | None = None,
-) -> None:
+def linear_4bit_staged(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: StagedConfig) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
-    M <= 32, K % 32 == 0, block_size >= 64, x and weight aligned to 16 bytes; the configuration is the shipped one.
+    M <= 32, K % 32 == 0, block_size >= 64, x and weight aligned to 16 bytes.
     """
-    m, k = x.shape
-    n, pairs = weight.shape
-    config = config or gluon_config(x.device, m, n, k)
+    m, (n, pairs) = x.shape[0], packed.weight.shape
     tiles = ceil_div(n, config.block_n)
     split = config.split
-    _, pdl = device_features(x.device)
+    pdl = Gpu.of(x.device).pdl
     partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
     zero_counts(count, pdl)
     launch(
-        _linear_4bit_gluon_kernel,
-        (tiles, split),
-        x,
-        weight,
-        absmax,
-        bias,
-        *nested,
-        partial,
-        count,
-        out,
-        m,
-        n,
-        pairs,
-        absmax.shape[1],
-        config.steps_per_split,
-        *code_tables(quant_type, x.dtype),
-        QUANT_TYPE=quant_type,
-        BLOCK_SIZE=block_size,
-        EVEN=pairs % STEP_BYTES.value == 0,
-        PDL=pdl,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        SPLIT=split,
-        STAGES=config.stages,
+        _linear_4bit_staged_kernel, (tiles, split),
+        x, packed.weight, packed.absmax, bias, *packed.nested, partial, count, out,
+        m, n, pairs, packed.absmax.shape[1], config.steps_per_split, *code_tables(packed.quant_type, x.dtype),
+        QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size, EVEN=pairs % STEP_BYTES.value == 0, PDL=pdl,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split, STAGES=config.stages,
         options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": pdl},
-    )
+    )  # fmt: skip

@@ -1,14 +1,15 @@
 """Dozens to hundreds of tokens times a 4-bit weight by Hopper's wgmma, with weights decoded into registers, in Gluon.
 
-- The weight is the operand that comes from registers, 64 rows a warp group, and the tokens the one in shared memory, in
+- The weight is the operand that comes from registers, 64 rows a warp group. The tokens are the one in shared memory, in
   an order of K (`tile_tokens`) for which a lane reads 8 bytes of codes at once.
 - While the tensor cores multiply a slice of 64 elements of K, the warps decode the next one: two slices of weights are
   in registers. Triton's own pipeline does not overlap the two.
-- absmax is multiplied in after decoding, in 16 bits and with what 16 bits miss of it: scaling sums instead would take a
-  second set of sums, for which 128 tokens and more leave no registers.
-- K is split over programs where tiles are too few; the last to finish a tile adds the partial sums in their order.
+- absmax is multiplied in after decoding, as 16 bits and a 16-bit rest. Scaling sums instead would take a second set of
+  sums, for which 128 tokens and more leave no registers. The weight is rounded once more than `dequantize_4bit` rounds
+  it, so outputs may differ in their last bits from those of another way.
+- K is split over programs where tiles are too few. The last to finish a tile adds the partial sums in their order.
 
-For what Gluon promises, and where this kernel is taken, see `linear_4bit`; values are tested on a GPU only.
+`choose` says where this kernel runs. Gluon has no interpreter, so values are tested on a GPU only.
 """
 
 from torch import Tensor
@@ -28,10 +29,11 @@ from bigq_kernels.block4.gluon.scales import (
     scale_index,
     scale_layout,
     scales_of,
-    split_workspace,
 )
+from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.tokens import tile_tokens
 from bigq_kernels.launch import launch
+from bigq_kernels.split_k import split_workspace
 from bigq_kernels.tiles import ceil_div
 
 __all__ = ["linear_4bit_wgmma"]
@@ -69,20 +71,13 @@ def _linear_4bit_wgmma_kernel(
     PAIRS,
     B,
     steps_per_split,
-    t0,
-    t1,
-    t2,
-    t3,
-    t4,
-    t5,
-    t6,
-    t7,
+    t0, t1, t2, t3, t4, t5, t6, t7,  # code_tables
     QUANT_TYPE: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr,
-):
+):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
@@ -135,7 +130,8 @@ def _linear_4bit_wgmma_kernel(
 
     start = split * steps_per_split
     stop = gl.minimum(start + steps_per_split, PAIRS // STEP_BYTES)
-    gl.assume(start < stop)  # or a way past the loop sets the sums, for which ptxas serializes all products
+    # The loop runs at least once. Otherwise a second path initializes the sums, and ptxas serializes every product.
+    gl.assume(start < stop)
     for i in gl.static_range(2):
         if start + i < stop:
             _copy_weights(
@@ -210,49 +206,23 @@ def _linear_4bit_wgmma_kernel(
         gl.store(out_ptr + first_m * N + (m.to(gl.int64) * N + n), out, mask=(first_m + m < M) & (n < N))
 
 
-def linear_4bit_wgmma(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    nested: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
-    out: Tensor,
-    quant_type: str,
-    block_size: int,
-    config: WgmmaConfig,
-) -> None:
+def linear_4bit_wgmma(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: WgmmaConfig) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
     K % 256 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M.
     """
     m, _ = x.shape
-    n, pairs = weight.shape
+    n, pairs = packed.weight.shape
     tiles = ceil_div(n, config.block_n) * ceil_div(m, config.block_m)
     steps = pairs // STEP_BYTES.value
     steps_per_split = ceil_div(steps, config.split)
     split = ceil_div(steps, steps_per_split)
     partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
     launch(
-        _linear_4bit_wgmma_kernel,
-        (tiles, split),
-        tile_tokens(x, config.block_m, count),
-        weight,
-        absmax,
-        bias,
-        *nested,
-        partial,
-        count,
-        out,
-        m,
-        n,
-        pairs,
-        absmax.shape[1],
-        steps_per_split,
-        *code_tables(quant_type, x.dtype),
-        QUANT_TYPE=quant_type,
-        BLOCK_SIZE=block_size,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        SPLIT=split,
+        _linear_4bit_wgmma_kernel, (tiles, split),
+        tile_tokens(x, config.block_m, count), packed.weight, packed.absmax, bias, *packed.nested, partial, count, out,
+        m, n, pairs, packed.absmax.shape[1], steps_per_split, *code_tables(packed.quant_type, x.dtype),
+        QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split,
         options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": True},
-    )
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""Which kernel multiplies by a 4-bit weight, and the one sentence that says why."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bigq_kernels.block4.choose import choose
+from bigq_kernels.block4.configs import MAX_DP4A_K, Dp4aConfig, MmaConfig, StagedConfig, WgmmaConfig
+from bigq_kernels.gpu import Gpu
+
+H100 = Gpu.named("h100")
+CONFIGS = {
+    "dp4a": Dp4aConfig,
+    "staged": StagedConfig,
+    "wgmma": WgmmaConfig,
+    "mma": MmaConfig,
+    "dequantize": type(None),
+}
+
+
+def way(m, n=4096, k=4096, block_size=64, dtype=torch.bfloat16, gpu=H100):
+    choice = choose(gpu, m, n, k, block_size, dtype)
+    assert isinstance(choice.config, CONFIGS[choice.way])
+    return choice.way
+
+
+@pytest.mark.parametrize(
+    "given, expected, why",
+    [
+        pytest.param({"m": 1, "k": MAX_DP4A_K}, "dp4a", "For 1 token and K up to 32768", id="one-token"),
+        pytest.param({"m": 1, "k": MAX_DP4A_K + 32}, "staged", "Up to 32 tokens", id="one-token-too-long"),
+        pytest.param({"m": 2}, "dp4a", "For 2 tokens and K up to 4096", id="two-tokens"),
+        pytest.param({"m": 2, "k": 4128}, "staged", "Up to 32 tokens", id="two-tokens-too-long"),
+        pytest.param({"m": 32}, "staged", "Up to 32 tokens", id="staged"),
+        pytest.param({"m": 33}, "wgmma", "a row for 33 tokens and the shape class 'middle'", id="wgmma"),
+        pytest.param({"m": 257}, "dequantize", "Above 128 tokens", id="cublas"),
+        pytest.param({"m": 33, "n": 2048}, "mma", "Up to 64 tokens .* more than 32 tokens.* no row", id="narrow"),
+        pytest.param({"m": 65, "n": 2048}, "dequantize", "Above 64 tokens .* no row", id="too-many-of-narrow"),
+        pytest.param({"m": 65, "k": 4128}, "dequantize", "Above 64 tokens", id="partial-step"),
+        pytest.param({"m": 3, "block_size": 32}, "mma", "blocks of 64 or more, not 32", id="block-32"),
+        pytest.param({"m": 128, "block_size": 32}, "mma", "Up to 128 tokens", id="most-of-mma"),
+        pytest.param({"m": 129, "block_size": 32}, "dequantize", "Above 128 tokens", id="too-many-of-mma"),
+        pytest.param({"m": 1, "dtype": torch.float32}, "dequantize", r"x is torch\.float32", id="float32"),
+        pytest.param({"m": 1, "k": 4100}, "dequantize", "K = 4100 is no multiple of 32", id="odd-columns"),
+        pytest.param({"m": 0}, "dequantize", "output is empty: 0 x 4096", id="no-tokens"),
+        pytest.param({"m": 1, "n": 0}, "dequantize", "output is empty: 1 x 0", id="no-rows"),
+    ],
+)
+def test_way_and_why(given, expected, why):
+    given = {"n": 4096, "k": 4096, "block_size": 64, "dtype": torch.bfloat16} | given
+    choice = choose(H100, **given)
+    assert choice.way == expected
+    assert isinstance(choice.config, CONFIGS[expected])
+    assert re.search(why, choice.why), choice.why
+    assert choice.why.endswith(".")
+
+
+@pytest.mark.parametrize("m", [3, 33, 128])
+def test_without_gluon_mma_takes_what_the_gluon_kernels_would(m):
+    choice = choose(replace(H100, gluon=False), m, 4096, 4096, 64, torch.float16)
+    assert choice.way == "mma"
+    assert "Gluon kernels do not run" in choice.why
+
+
+def test_the_interpreter_has_no_gluon():
+    assert way(8, gpu=torch.device("cpu")) == "mma"
+
+
+def test_gpus_that_are_not_hopper_have_no_wgmma():
+    assert [way(m, gpu=Gpu.named("a100")) for m in (2, 32, 33, 128, 129)] == [
+        "dp4a", "staged", "mma", "mma", "dequantize",
+    ]  # fmt: skip
+
+
+def test_a_question_is_answered_once():
+    choice = choose(H100, 7, 4096, 4096, 64, torch.bfloat16)
+    assert choose(Gpu.named("h200"), 7, 4096, 4096, 64, torch.bfloat16) is choice  # the same numbers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size, few", [(32, "mma"), (64, "staged")], ids=["block-32", "block-64"])
+def test_this_gpu_takes_what_it_should(block_size, few, device):
+    gpu = Gpu.of(device)
+    if not gpu.gluon:
+        few = "mma"
+    ways = [way(m, 1024, block_size=block_size, gpu=device) for m in (2, 3, 32, 33, 65)]
+    assert ways == ["dp4a", few, few, "mma", "dequantize"]
+    if gpu.gluon and gpu.capability == (9, 0) and block_size == 64:
+        assert [way(m, 14336, gpu=device) for m in (64, 256, 257, 513)] == ["wgmma"] * 3 + ["dequantize"]

@@ -1,0 +1,17 @@
+"""Choice: which kernel multiplies by a weight, its configuration, and why."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+__all__ = ["Choice"]
+
+Config = TypeVar("Config", covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Generic[Config]):
+    """What `choose` of a family of kernels decides from shapes, dtypes and the GPU alone."""
+
+    way: str  # the name of the kernel
+    config: Config  # its tiles, pipeline and programs
+    why: str  # the limit or number that decided, in one sentence
