@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from bigq.checkpoint import Checkpoint
+from bigq.checkpoint import Checkpoint, Source
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
 from bigq.integrations.bitsandbytes_configs import as_config, is_config
 from bigq.integrations.bitsandbytes_models import refuse_bitsandbytes
 from bigq.integrations.parameter_count import count_weights
+from bigq.integrations.transformers_names import with_transformers_names
 from bigq.loading.destinations import Destinations
 from bigq.loading.extra_state import ExtraStates
 from bigq.loading.fill import fill
@@ -23,6 +24,7 @@ from bigq.loading.stream import Budget
 from bigq.loading.timings import Timings
 from bigq.loading.warm_up import WarmUp
 from bigq.model.in_place import ModelTensors
+from bigq.model.own_names import with_own_names
 from bigq.model.transaction import Snapshot, restored_on_error
 from bigq.model.tree import ModelTree
 from bigq.offload.dispatch import dispatch, keep_float32_callable
@@ -102,7 +104,8 @@ def load_and_quantize_model(
 
     Returns:
         `model` itself, in the same training mode. It has new attributes: `quantization_report` (see
-        QuantizationReport), `hf_device_map`, `quantization_method` and `is_loaded_in_8bit`.
+        QuantizationReport), `quantization_method` and `is_loaded_in_8bit`; and `hf_device_map`, if anything is
+        offloaded or on another GPU.
 
     Raises:
         CheckpointError: a file is missing or damaged, its tensors do not fit the model, or a weight holds NaN or Inf.
@@ -130,9 +133,12 @@ def load_and_quantize_model(
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
     refuse_bitsandbytes(tree)
     with timings.timed("plan"):
-        source: ModelTensors | ExtraStates = ModelTensors(model)
+        source: Source = ModelTensors(model)
+        extra_states: ExtraStates | None = None
         if weights_location is not None:
-            source = ExtraStates(Checkpoint.open(weights_location, strict=strict), tree.modules, strict=strict)
+            checkpoint = Checkpoint.open(weights_location, strict=strict)
+            extra_states = ExtraStates(checkpoint, tree.modules, strict=strict)
+            source = with_own_names(tree, with_transformers_names(tree, extra_states))
     with _collector_paused(), WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
             plan, places = plan_and_place(
@@ -159,8 +165,8 @@ def load_and_quantize_model(
         with timings.timed("commit"):
             for job in jobs:
                 job.commit(modules)
-        if isinstance(source, ExtraStates):
-            source.hand_over()
+        if extra_states is not None:
+            extra_states.hand_over()
         finish()
     return model
 

@@ -23,7 +23,7 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     again = namespace["load_and_quantize_model"]
     with namespace["init_empty_weights"]():
         skeleton = namespace["BertModel"](namespace["BertConfig"].from_pretrained(namespace["MODEL_DIR"]))
-    assert again(skeleton, "minilm-nf4").hf_device_map
+    assert again(skeleton, "minilm-nf4").quantization_method == "bigq"
 
 
 def test_the_two_commands():

@@ -1,23 +1,34 @@
 """Checkpoints as they come: where their files are, which tensors they hold, and the tensors one by one."""
 
-from bigq.checkpoint.adapters import Adapter, Renamed, Stacked
+from bigq.checkpoint.adapters import Adapter, Conversion, Converted, Renamed
 from bigq.checkpoint.foreign import FLOAT8, is_scaled
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
-from bigq.checkpoint.source import ByteSource, ReadError, Source, Span, StoredTensor, read_tensor, refuse_unknown
+from bigq.checkpoint.source import (
+    ByteSource,
+    ReadError,
+    Source,
+    Span,
+    StoredTensor,
+    cut_out,
+    read_tensor,
+    refuse_unknown,
+)
 
 __all__ = [
     "FLOAT8",
     "Adapter",
     "ByteSource",
     "Checkpoint",
+    "Conversion",
+    "Converted",
     "LocalFile",
     "ReadError",
     "Renamed",
     "Source",
     "Span",
-    "Stacked",
     "StoredTensor",
+    "cut_out",
     "is_scaled",
     "read_tensor",
     "refuse_unknown",

@@ -1,17 +1,19 @@
-"""Adapters: a source whose tensors have other names, or are stacked. The bytes stay where they are."""
+"""Adapters: a source whose tensors have other names, or are made of others. Bytes stay where they are if they can."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bigq.checkpoint.source import Source, Span, StoredTensor, refuse_unknown
+from bigq.checkpoint.source import Source, Span, StoredTensor, cut_out, refuse_unknown
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
 
-__all__ = ["Adapter", "Renamed", "Stacked"]
+__all__ = ["Adapter", "Conversion", "Converted", "Renamed"]
 
 
 class Adapter:
@@ -32,18 +34,20 @@ class Adapter:
 class Renamed(Adapter):
     """`source` with other names: `names` says {name in the source: new name}, and what it leaves out keeps its name.
 
-    Names may be exchanged. Raises CheckpointError where `source` does not hold a name, or two tensors get the same.
+    A tensor whose new name is None is left out. Names may be exchanged. Raises CheckpointError where `source` does not
+    hold a name, or two tensors get the same.
     """
 
-    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+    def __init__(self, source: Source, names: Mapping[str, str | None]) -> None:
         super().__init__(source)
         refuse_unknown(names, source.tensors, "the source to rename tensors of")
-        self._new_names = dict(names)
         self._old_names: dict[str, str] = {}
         tensors: dict[str, StoredTensor] = {}
         clashes: list[str] = []
         for old, stored in source.tensors.items():
-            new = self._new_names.get(old, old)
+            new = names.get(old, old)
+            if new is None:
+                continue
             if new in tensors:
                 clashes.append(f"{new!r} for {self._old_names[new]!r} and {old!r}")
                 continue
@@ -56,96 +60,153 @@ class Renamed(Adapter):
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (new name, tensor) as `source` reads them."""
         refuse_unknown(names, self.tensors, "the renamed source")
-        arriving = self._source.read([self._old_names[name] for name in names])
-        return ((self._new_names.get(old, old), tensor) for old, tensor in arriving)
+        new_names = {self._old_names[name]: name for name in names}
+        return ((new_names[old], tensor) for old, tensor in self._source.read(list(new_names)))
 
 
-class Stacked(Adapter):
-    """`source` with tensors put together: `stacks` says {new name: names of E tensors that look alike}.
+class Conversion(NamedTuple):
+    """`convert` makes the tensors called `names` of those called `members`, both in these orders.
 
-    A stack has the shape [E, ...] and its members in the order of the list; they are no tensors of their own any more.
-    It stands where the last of them stood, so that one pass over `source` completes one stack after the other. Raises
-    CheckpointError where `source` does not hold a member, members differ in shape or dtype, one is in two stacks, or
-    the new name is taken.
+    `moves_rows` says that it does nothing but put whole rows (along the last dimension) in another order, as stacking,
+    concatenating and splitting do.
     """
 
-    def __init__(self, source: Source, stacks: Mapping[str, Sequence[str]]) -> None:
+    members: tuple[str, ...]
+    names: tuple[str, ...]
+    convert: Callable[[list[Tensor]], list[Tensor]]
+    moves_rows: bool = False
+
+
+class Converted(Adapter):
+    """`source` with tensors that are made of others: stacked, split, transposed.
+
+    The members of a conversion are no tensors of their own any more. What is made of them stands where the last of them
+    stood, so that one pass over `source` completes one conversion after the other. It has spans where its bytes are
+    those of its members in at most as many pieces as there are members. Raises CheckpointError where `source` does not
+    hold a member, one is in two conversions, a new name is taken, or `convert` raises for tensors on meta.
+    """
+
+    def __init__(self, source: Source, conversions: Sequence[Conversion]) -> None:
         super().__init__(source)
-        self._members = {name: tuple(members) for name, members in stacks.items()}
-        self._places: dict[str, tuple[str, int]] = {}  # {member: (stack, position)}
-        for name, members in self._members.items():
-            refuse_unknown(members, source.tensors, f"the source of the stack {name!r}")
-            for position, member in enumerate(members):
-                if member in self._places:
-                    raise CheckpointError(f"{member!r} is twice in stacks: in {self._places[member][0]!r} and {name!r}")
-                self._places[member] = name, position
-        made = {name: _stack(name, [source.tensors[m] for m in members]) for name, members in self._members.items()}
-        taken = [name for name in made if name in source.tensors and name not in self._places]
-        if taken:
-            raise CheckpointError(f"the source holds tensors with names of stacks: {shortlist(taken)}")
-        missing = {name: len(members) for name, members in self._members.items()}
+        self._of: dict[str, Conversion] = {}  # by each member
+        self._maker: dict[str, Conversion] = {}  # by each new name
+        for conversion in conversions:
+            made = shortlist([repr(name) for name in conversion.names])
+            refuse_unknown(conversion.members, source.tensors, f"the source to make {made} of")
+            members = dict.fromkeys(conversion.members, conversion)
+            if not members:
+                raise CheckpointError(f"{made} would be made of no tensors")
+            if len(members) < len(conversion.members) or not members.keys().isdisjoint(self._of):
+                raise CheckpointError(f"to make {made}, a tensor is taken twice, of {shortlist(conversion.members)}")
+            self._of |= members
+            self._maker |= dict.fromkeys(conversion.names, conversion)
+        taken = [name for name in self._maker if name in source.tensors and name not in self._of]
+        if taken or len(self._maker) < sum(len(conversion.names) for conversion in conversions):
+            raise CheckpointError(f"tensors to be made have names that are taken: {shortlist(taken or [*self._maker])}")
+        missing = {id(conversion): len(conversion.members) for conversion in conversions}
         tensors: dict[str, StoredTensor] = {}
         for name, stored in source.tensors.items():
-            if name not in self._places:
+            member_of = self._of.get(name)
+            if member_of is None:
                 tensors[name] = stored
                 continue
-            stack, _ = self._places[name]
-            missing[stack] -= 1
-            if not missing[stack]:
-                tensors[stack] = made[stack]
+            missing[id(member_of)] -= 1
+            if not missing[id(member_of)]:
+                tensors |= _made(member_of, [source.tensors[member] for member in member_of.members])
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) in order, in one pass over `source`; a stack is a copy of its members."""
-        refuse_unknown(names, self.tensors, "the stacked source")
-        wanted = [member for name in dict.fromkeys(names) for member in self._members.get(name, (name,))]
-        return self._put_together(self._source.read(wanted))
+        """Yield (name, tensor) in order, in one pass over `source`; what is made of members is a copy of them."""
+        refuse_unknown(names, self.tensors, "the converted source")
+        wanted = {
+            member: None for name in names for member in (self._maker[name].members if name in self._maker else (name,))
+        }
+        return self._convert(self._source.read(list(wanted)), set(names))
 
-    def _put_together(self, arriving: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        stacks: dict[str, Tensor] = {}
-        missing: dict[str, int] = {}
+    def _convert(self, arriving: Iterator[tuple[str, Tensor]], wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
+        waiting: dict[int, dict[str, Tensor]] = {}
         for name, tensor in arriving:
-            if name not in self._places:
+            conversion = self._of.get(name)
+            if conversion is None:
                 yield name, tensor
                 continue
-            stack, position = self._places[name]
-            if stack not in stacks:
-                stored = self.tensors[stack]
-                stacks[stack] = torch.empty(stored.shape, dtype=stored.dtype, device=tensor.device)
-                missing[stack] = stored.shape[0]
-            stacks[stack][position] = tensor  # at once: it may be a view of a file, good until the next step
-            missing[stack] -= 1
-            if not missing[stack]:
-                yield stack, stacks.pop(stack)
+            members = waiting.setdefault(id(conversion), {})
+            members[name] = tensor.clone()  # it may be a view of a file, good until the next step
+            if len(members) == len(conversion.members):
+                del waiting[id(conversion)]
+                made = conversion.convert([members[member] for member in conversion.members])
+                del members
+                for new, result in zip(conversion.names, made, strict=True):
+                    if new in wanted:
+                        yield new, result
 
 
-def _stack(name: str, members: Sequence[StoredTensor]) -> StoredTensor:
-    """The description of `members` as one tensor; without spans if one of them has none."""
-    if not members:
-        raise CheckpointError(f"the stack {name!r} has no members")
-    first = members[0]
-    unlike = [member for member in members if (member.shape, member.dtype) != (first.shape, first.dtype)]
-    if unlike:
-        raise CheckpointError(
-            f"the stack {name!r} needs tensors that look alike: {first.name!r} is {first.dtype} {list(first.shape)}, "
-            f"{unlike[0].name!r} in {unlike[0].where} is {unlike[0].dtype} {list(unlike[0].shape)}"
-        )
-    return StoredTensor(
-        name=name,
-        shape=torch.Size([len(members), *first.shape]),
-        dtype=first.dtype,
-        where=shortlist(list(dict.fromkeys(member.where for member in members)), limit=2),
-        spans=_joined(members) if all(member.spans for member in members) else (),
-    )
+def _made(conversion: Conversion, members: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
+    """The descriptions of what `conversion` makes of `members`, by name."""
+    try:
+        tensors = conversion.convert([torch.empty(m.shape, dtype=m.dtype, device="meta") for m in members])
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        held = [f"{m.name!r} is {m.dtype} {list(m.shape)} in {m.where}" for m in members]
+        names = shortlist([repr(name) for name in conversion.names])
+        raise CheckpointError(f"cannot make {names}: {error}; {shortlist(held, limit=3)}") from error
+    spans = _spans(conversion, members, tensors)
+    where = shortlist(list(dict.fromkeys(member.where for member in members)), limit=2)
+    return {
+        name: StoredTensor(name=name, shape=tensor.shape, dtype=tensor.dtype, where=where, spans=own)
+        for name, tensor, own in zip(conversion.names, tensors, spans, strict=True)
+    }
 
 
-def _joined(members: Sequence[StoredTensor]) -> tuple[Span, ...]:
-    """The spans of all members; those that adjoin are one, so that a stack that lies in one piece is read as one."""
-    joined: list[Span] = []
-    for span in (span for member in members for span in member.spans):
-        last = joined[-1] if joined else None
-        if last is not None and last.source is span.source and last.offset + last.nbytes == span.offset:
-            joined[-1] = last._replace(nbytes=last.nbytes + span.nbytes)
-        elif last is None or span.nbytes:
-            joined.append(span)
-    return tuple(joined)
+def _spans(
+    conversion: Conversion, members: Sequence[StoredTensor], made: Sequence[Tensor]
+) -> Sequence[tuple[Span, ...]]:
+    """The spans of each tensor that is `made`; none where its bytes are not those of `members`, in a few pieces.
+
+    Found by converting the numbers of the members' rows: those of the result say which row comes from where.
+    """
+    none = [()] * len(made)
+    kinds = {(m.dtype, m.shape[-1:] if len(m.shape) > 1 else None) for m in members}
+    if not conversion.moves_rows or len(kinds) > 1 or not all(m.spans for m in members):
+        return none
+    is_flat = len(members[0].shape) < 2  # then a row is a single number
+    numbers, first_rows, end = [], [], 0
+    for member in members:
+        shape = member.shape if is_flat else torch.Size([*member.shape[:-1], 1])
+        numbers.append(torch.arange(end, end + shape.numel()).view(shape))
+        first_rows.append(end)
+        end += shape.numel() + 1  # rows of two members never follow each other
+    try:
+        moved = conversion.convert(numbers)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+        return none
+    row_nbytes = members[0].dtype.itemsize * (1 if is_flat else members[0].shape[-1])
+    return [
+        _pieces(rows.reshape(-1), members, first_rows, row_nbytes)
+        if rows.shape == (tensor.shape if is_flat else torch.Size([*tensor.shape[:-1], 1]))
+        and tensor.dtype == members[0].dtype
+        else ()
+        for rows, tensor in zip(moved, made, strict=True)
+    ]
+
+
+def _pieces(
+    rows: Tensor, members: Sequence[StoredTensor], first_rows: Sequence[int], row_nbytes: int
+) -> tuple[Span, ...]:
+    """The spans of the `rows` of `members`, of which the first have the numbers `first_rows`."""
+    if not len(rows):
+        return members[0].spans[:1]
+    starts = [0, *(torch.nonzero(rows.diff() != 1).flatten() + 1).tolist()]
+    if len(starts) > len(members):
+        return ()
+    spans: list[Span] = []
+    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        row = int(rows[start])
+        member = bisect_right(first_rows, row) - 1
+        cut = cut_out(members[member].spans, (row - first_rows[member]) * row_nbytes, (stop - start) * row_nbytes)
+        for span in cut:
+            last = spans[-1] if spans else None
+            if last is not None and last.source is span.source and last.offset + last.nbytes == span.offset:
+                spans[-1] = last._replace(nbytes=last.nbytes + span.nbytes)
+            else:
+                spans.append(span)
+    return tuple(spans)

@@ -13,7 +13,7 @@ from bigq.system.files import FileIdentity
 from bigq.system.memory import memory_of
 from bigq.system.text import shortlist
 
-__all__ = ["ByteSource", "ReadError", "Source", "Span", "StoredTensor", "read_tensor", "refuse_unknown"]
+__all__ = ["ByteSource", "ReadError", "Source", "Span", "StoredTensor", "cut_out", "read_tensor", "refuse_unknown"]
 
 
 class ReadError(CheckpointError):
@@ -172,3 +172,14 @@ def refuse_unknown(names: Collection[str], tensors: Mapping[str, StoredTensor], 
     unknown = sorted(name for name in names if name not in tensors)
     if unknown:
         raise CheckpointError(f"{holder} does not hold {shortlist([repr(name) for name in unknown])}")
+
+
+def cut_out(spans: tuple[Span, ...], start: int, nbytes: int) -> tuple[Span, ...]:
+    """The spans of `nbytes` bytes from `start` on, counted over all of `spans`."""
+    cut, before = [], 0  # bytes of the spans before this one
+    for source, offset, length in spans:
+        first, last = max(start - before, 0), min(start + nbytes - before, length)
+        if first < last:
+            cut.append(Span(source, offset + first, last - first))
+        before += length
+    return tuple(cut)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bigq.checkpoint import ByteSource, Span, StoredTensor
+from bigq.checkpoint import ByteSource, Span, StoredTensor, cut_out
 from bigq.system.interrupts import Latch
 
 __all__ = ["Chunk", "Piece", "Run", "Target", "make_runs", "take_turns"]
@@ -201,21 +201,10 @@ def _parts(stored: StoredTensor, target: Target, limit: int) -> list[tuple[Part,
     return [
         (
             Part(stored, start, (count, *shape[1:]), count * row_nbytes),
-            _cut_out(stored.spans, start * row_nbytes, count * row_nbytes),
+            cut_out(stored.spans, start * row_nbytes, count * row_nbytes),
         )
         for start, count in counts.items()
     ]
-
-
-def _cut_out(spans: tuple[Span, ...], start: int, nbytes: int) -> tuple[Span, ...]:
-    """The spans of `nbytes` bytes from `start` on, counted over all of `spans`."""
-    cut, before = [], 0  # bytes of the spans before this one
-    for source, offset, length in spans:
-        first, last = max(start - before, 0), min(start + nbytes - before, length)
-        if first < last:
-            cut.append(Span(source, offset + first, last - first))
-        before += length
-    return tuple(cut)
 
 
 def take_turns(runs: Iterable[Run]) -> Iterator[Run]:

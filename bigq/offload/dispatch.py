@@ -34,8 +34,10 @@ def dispatch(
 ) -> None:
     """Hook a model whose tensors are where `device_map` says, so that it runs.
 
-    A model on one device gets no hooks. Otherwise the root moves inputs in and outputs back, each offloaded block
-    has copies of its tensors while it runs, and with several GPUs each block moves its own inputs.
+    A model on one device gets no hooks, and no `hf_device_map`, by which other libraries know one that is offloaded or
+    on several devices: saving would warn, and PEFT look for its GPU. Otherwise the root moves inputs in and outputs
+    back, each offloaded block has copies of its tensors while it runs, and with several GPUs each block moves its own
+    inputs.
 
     Args:
         skip_keys: keyword arguments that are not moved (default: what the model's `_skip_keys_device_placement` says).
@@ -44,11 +46,12 @@ def dispatch(
     Raises:
         PlacementError: the model is a ScriptModule and needs hooks.
     """
-    model.hf_device_map = as_user_map(device_map)  # type: ignore[assignment]
+    vars(model).pop("hf_device_map", None)
     runs_on = execution_device(device_map)
     gpus = {place for place in device_map.values() if is_gpu(place)}
     if len(set(device_map.values())) == 1 and "disk" not in device_map.values():
         return
+    model.hf_device_map = as_user_map(device_map)  # type: ignore[assignment]
     if isinstance(model, torch.jit.ScriptModule):
         raise PlacementError("a ScriptModule cannot carry the hooks of a device_map: pass one device")
     if skip_keys is None:

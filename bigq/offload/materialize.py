@@ -21,7 +21,7 @@ __all__ = ["materialize"]
 def materialize(model: nn.Module) -> nn.Module:
     """Move every offloaded tensor of `model` to where it runs, so that it needs no hooks, and can be moved or cast.
 
-    `model.hf_device_map` then says where everything is. A model on several GPUs keeps the hooks that move its inputs.
+    A model on several GPUs keeps the hooks that move its inputs, and its `hf_device_map`.
 
     Args:
         model: one that `load_and_quantize_model` returned.
@@ -34,6 +34,8 @@ def materialize(model: nn.Module) -> nn.Module:
     """
     device_map = getattr(model, "hf_device_map", None)
     if not isinstance(device_map, dict):
+        if getattr(model, "quantization_method", None) == "bigq":
+            return model  # on one device
         raise PlacementError(
             f"{type(model).__name__} has no hf_device_map: it was not loaded by load_and_quantize_model"
         )

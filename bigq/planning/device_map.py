@@ -10,6 +10,7 @@ from difflib import get_close_matches
 import torch
 
 from bigq.errors import PlacementError
+from bigq.planning.mismatch import SHOWN, listed
 
 __all__ = [
     "STRATEGIES",
@@ -96,14 +97,26 @@ def check_device_map(device_map: DeviceMap, modules: Iterable[str], tensors: Ite
     """
     tensors = list(tensors)
     known = {*modules, *(name for names in tensors for name in names)}
-    problems = []
-    for name in device_map:
-        if name not in known:
-            near = ", ".join(get_close_matches(name, known, n=3))
-            problems.append(f"  key {name!r} names no module or parameter" + (f"; near: {near}" if near else ""))
+    unknown = [name for name in device_map if name not in known]
+    near = {name: get_close_matches(name, known, n=3) for name in unknown[:SHOWN]}
     everywhere = "" in device_map
     unplaced = [n for n in tensors if not everywhere and all(place_of(device_map, name) is None for name in n)]
-    problems += [f"  {names[0]} has no place" for names in unplaced]
+    sections = [
+        (
+            f"{len(unknown)} of {len(device_map)} keys name no module or parameter"
+            + (", the map of another model?" if len(unknown) == len(device_map) else ""),
+            [
+                f"  key {name!r} names no module or parameter"
+                + (f"; near: {', '.join(near[name])}" if near.get(name) else "")
+                for name in unknown
+            ],
+        ),
+        (
+            f"{len(unplaced)} of {len(tensors)} tensors have no place",
+            [f"  {names[0]} has no place" for names in unplaced],
+        ),
+    ]
+    problems = [f"{title}:\n{listed(lines)}" for title, lines in sections if lines]
     if problems:
         raise PlacementError("device_map does not fit the model:\n" + "\n".join(problems))
 

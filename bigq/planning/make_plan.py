@@ -89,17 +89,17 @@ def _chosen(
     )
     groups = {group.names[0]: group for group in tree.tensors}
     kept, described, sources, rules = dict(selection.kept), {}, {}, {}
-    alike: dict[tuple[object, ...], Description] = {}  # equal descriptions are one object
+    alike: dict[tuple[object, ...], Description] = {}  # equal ones are one object, if they are read in one dtype
     for name, chosen in selection.weights.items():
         if unquantized(name):
             kept[name.rpartition(".")[0]] = "offloaded with its dtype"
             continue
         own = groups[name].tensor
         source = next(filter(tensors.__contains__, chosen.names), name)
-        found = tensors[source].dtype if source in tensors else own.dtype
-        found = own.dtype if found in FLOAT8 else found  # a plain cast: what it was cast from is not said
+        read = tensors[source].dtype if source in tensors else own.dtype
+        found = own.dtype if read in FLOAT8 else read  # a plain cast: what it was cast from is not said
         shape = tuple(own.mT.shape if chosen.transposed else own.shape)
-        key = id(chosen.format), shape, config.dtype or found, chosen.transposed
+        key = id(chosen.format), shape, config.dtype or found, chosen.transposed, read
         if key not in alike:
             alike[key] = Description(
                 format=chosen.format,

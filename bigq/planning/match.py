@@ -12,6 +12,7 @@ from bigq.formats import TensorSpec, dtype_name
 from bigq.model.float32_names import float32_names
 from bigq.model.patterns import match_patterns
 from bigq.model.tree import ModelTree, TensorGroup, find_owner
+from bigq.planning.mismatch import describe_mismatch
 from bigq.planning.plan import PlannedTensor, PlannedWeight
 
 __all__ = ["Match"]
@@ -34,7 +35,8 @@ class Match:
         self.tree, self.tensors, self.config = tree, tensors, config
         self.offload_dtype, self.strict = offload_dtype, strict
         self.claimed: set[str] = set()
-        self.missing: list[str] = []
+        self.found = 0
+        self.missing: dict[str, str] = {}
         self.misfits: list[str] = []
         patterns = config.keep_in_fp32_modules if config is not None else ()
         self.in_fp32 = set(match_patterns("keep_in_fp32_modules", patterns, tree.names()))
@@ -75,7 +77,7 @@ class Match:
             hint = "" if own.is_meta else " (strict=False keeps the model's own)"
             if not group.persistent:
                 hint = "; it is not persistent: build the model with init_empty_weights"
-            self.missing.append(f"  {group.names[0]}: {expected}{hint}")
+            self.missing[group.names[0]] = f"  {group.names[0]}: {expected}{hint}"
             return None
         else:
             info = self._check(source, tuple(own.shape), own.dtype)
@@ -131,8 +133,9 @@ class Match:
         """What the checkpoint says of `source`, if it fits a tensor of the model of that shape and dtype."""
         info = self.tensors.get(source)
         if info is None:
-            self.missing.append(f"  {source}: expected {list(shape)}")
+            self.missing[source] = f"  {source}: expected {list(shape)}"
             return None
+        self.found += 1
         if tuple(info.shape) != tuple(shape):
             self.misfits.append(f"  {source} in {info.where}: expected shape {list(shape)}, found {list(info.shape)}")
             return None
@@ -156,26 +159,16 @@ class Match:
             for name, info in self.tensors.items()
             if name not in self.claimed and not any(pattern.search(name) for pattern in ignored)
         }
-        sections = [("missing from the checkpoint", self.missing), ("of the wrong shape or kind", self.misfits)]
-        if self.strict:
-            sections.append(("unexpected (strict=False ignores them)", list(unexpected.values())))
-        lines = [f"{len(found)} {title}:\n" + "\n".join(found) for title, found in sections if found]
-        if lines:
-            hint = _prefix_hint([line.strip().partition(":")[0] for line in self.missing], list(unexpected))
-            raise CheckpointError(
-                f"the checkpoint does not fit {type(self.tree.model).__name__}:\n" + "\n".join(lines) + hint
-            )
-
-
-def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
-    """A hint for the last line of the error, if adding or dropping one prefix would make the names agree."""
-    for longer, shorter, what in ((unexpected, missing, "the checkpoint's"), (missing, unexpected, "the model's")):
-        for name in longer[:1] if shorter else []:
-            for other in shorter:
-                prefix = name.removesuffix(other)
-                if prefix != name and prefix.endswith(".") and {prefix + x for x in shorter} & set(longer):
-                    return f"\nhint: {what} names begin with {prefix!r} and the other's do not"
-    return ""
+        words = describe_mismatch(
+            self.tree.model,
+            found=self.found,
+            missing=self.missing,
+            misfits=self.misfits,
+            unexpected=unexpected,
+            strict=self.strict,
+        )
+        if words is not None:
+            raise CheckpointError(words)
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -1,16 +1,17 @@
-"""Renamed and Stacked: the same values under other names and in other shapes, however they are read."""
+"""Renamed and Converted: the same values under other names and in other shapes, however they are read."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bigq.checkpoint import Checkpoint, Renamed, Stacked
+from bigq.checkpoint import Checkpoint, Conversion, Converted, Renamed
 from bigq.errors import CheckpointError
 from bigq.loading.runs import Target
 from bigq.loading.stream import Budget, stream
 from bigq.loading.timings import Timings
 from bigq.model.in_place import ModelTensors
+from sources import stacked
 
 AMPLE = Budget(threads=2, nbytes=8 << 20)
 SMALL = Budget(threads=3, nbytes=1 << 15)  # runs of 8 KiB in chunks of 2.7 kB
@@ -83,12 +84,12 @@ def test_stacked_tensors_are_those_that_torch_stacks(checkpoint, tensors):
     stacks = {leaf: [f"experts.{i}.{leaf}" for i in range(E)] for leaf in ("up", "bias", "scale", "none")}
     stacks["up"] = stacks["up"][::-1]  # the order of the list, not that of the file
     expected = {name: torch.stack([tensors[member] for member in members]) for name, members in stacks.items()}
-    assert_holds(Stacked(checkpoint, stacks), {"embed": tensors["embed"], "head": tensors["head"], **expected})
+    assert_holds(stacked(checkpoint, stacks), {"embed": tensors["embed"], "head": tensors["head"], **expected})
 
 
 def test_adapters_adapt_each_other(checkpoint, tensors):
     renamed = Renamed(checkpoint, {name: name.replace("experts", "mlp") for name in STACK})
-    source = Renamed(Stacked(renamed, {"all": [name.replace("experts", "mlp") for name in STACK]}), {"all": "w"})
+    source = Renamed(stacked(renamed, {"all": [name.replace("experts", "mlp") for name in STACK]}), {"all": "w"})
     assert torch.equal(dict(source.read(["w"]))["w"], torch.stack([tensors[name] for name in STACK]))
     assert torch.equal(streamed(source, SMALL)["w"], torch.stack([tensors[name] for name in STACK]))
 
@@ -96,7 +97,7 @@ def test_adapters_adapt_each_other(checkpoint, tensors):
 def test_a_stack_whose_members_lie_side_by_side_is_one_span(tmp_path):
     stored = {f"{i}": torch.randn(4, 4) for i in range(6)}
     save_file(stored, tmp_path / "model.safetensors")
-    source = Stacked(Checkpoint.open(tmp_path), {"in order": ["1", "2", "3"], "not in order": ["5", "4", "0"]})
+    source = stacked(Checkpoint.open(tmp_path), {"in order": ["1", "2", "3"], "not in order": ["5", "4", "0"]})
     assert [len(source.tensors[name].spans) for name in ("in order", "not in order")] == [1, 3]
     assert_holds(
         source,
@@ -114,21 +115,21 @@ def test_members_that_adjoin_by_offset_but_lie_in_two_files_are_two_spans(tmp_pa
     checkpoint = Checkpoint.open(tmp_path)
     (first,), (second,) = checkpoint.tensors["a"].spans, checkpoint.tensors["d"].spans
     assert first.offset + first.nbytes == second.offset
-    source = Stacked(checkpoint, {"ad": ["a", "d"], "bc": ["b", "c"]})
+    source = stacked(checkpoint, {"ad": ["a", "d"], "bc": ["b", "c"]})
     assert_holds(source, {"ad": torch.stack([stored["a"], stored["d"]]), "bc": torch.stack([stored["b"], stored["c"]])})
 
 
 def test_a_stack_of_which_one_member_lies_in_no_plain_bytes_is_read_as_a_copy(tmp_path):
     stored = {"plain": torch.randn(4, 4), "view": torch.randn(4, 4).t()}
     torch.save(stored, tmp_path / "weights.pt")
-    source = Stacked(Checkpoint.open(tmp_path), {"both": ["view", "plain"]})
+    source = stacked(Checkpoint.open(tmp_path), {"both": ["view", "plain"]})
     assert source.tensors["both"].spans == ()
     assert_holds(source, {"both": torch.stack([stored["view"], stored["plain"]])})
 
 
 def test_a_stack_comes_where_its_last_member_is_stored_and_the_source_is_read_once(tmp_path, monkeypatch):
     save_file({name: torch.randn(2, 2) for name in "abcdef"}, tmp_path / "model.safetensors")
-    source = Stacked(Checkpoint.open(tmp_path), {"ce": ["e", "c"], "bd": ["b", "d"]})
+    source = stacked(Checkpoint.open(tmp_path), {"ce": ["e", "c"], "bd": ["b", "d"]})
     assert list(source.tensors) == ["a", "bd", "ce", "f"]
     passes, plain = [], Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, names: passes.append(sorted(names)) or plain(self, names))
@@ -136,23 +137,66 @@ def test_a_stack_comes_where_its_last_member_is_stored_and_the_source_is_read_on
     assert passes == [["b", "c", "d", "e", "f"]]
 
 
+def test_a_tensor_without_a_new_name_is_left_out(checkpoint, tensors):
+    source = Renamed(checkpoint, {"embed": None, "head": "embed"})
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ("embed", "head")}
+    assert_holds(source, {**kept, "embed": tensors["head"]})
+
+
+def moved(rows, convert, names=("made",), **options):
+    """A Conversion of the experts' up projections."""
+    return Conversion(tuple(STACK[:rows]), tuple(names), convert, **options)
+
+
+@pytest.mark.parametrize("checkpoint", ["safetensors"], indirect=True)
+@pytest.mark.parametrize(
+    "conversion, spans",
+    [
+        pytest.param(moved(4, lambda t: [torch.cat(t)], moves_rows=True), [4], id="concatenated"),
+        pytest.param(
+            moved(4, lambda t: [torch.cat([torch.stack(t[:2]), torch.stack(t[2:])], dim=1)], moves_rows=True),
+            [4],
+            id="stacked and concatenated",
+        ),
+        pytest.param(
+            moved(1, lambda t: list(t[0].split([7, 13, 10])), names="abc", moves_rows=True), [1, 1, 1], id="split"
+        ),
+        pytest.param(moved(2, lambda t: [torch.cat(t, dim=1)], moves_rows=True), [0], id="concatenated along rows"),
+        pytest.param(moved(1, lambda t: [t[0].mT], moves_rows=True), [0], id="transposed"),
+        pytest.param(moved(1, lambda t: [t[0].view(15, 2, K).mT], moves_rows=True), [0], id="cut across rows"),
+        pytest.param(
+            moved(1, lambda t: [t[0].view(15, 2, K).transpose(0, 1).reshape(N, K)], moves_rows=True),
+            [0],
+            id="in more pieces than members",
+        ),
+        pytest.param(moved(2, lambda t: [t[0] + t[1]]), [0], id="computed"),
+    ],
+)
+def test_what_is_made_of_others_is_read_where_they_lie_if_its_rows_are_theirs(checkpoint, tensors, conversion, spans):
+    source = Converted(checkpoint, [conversion])
+    assert [len(source.tensors[name].spans) for name in conversion.names] == spans
+    made = conversion.convert([tensors[member] for member in conversion.members])
+    kept = {name: tensor for name, tensor in tensors.items() if name not in conversion.members}
+    assert_holds(source, {**kept, **dict(zip(conversion.names, made, strict=True))})
+
+
 def test_a_stack_may_have_the_name_of_a_member(tmp_path):
     stored = {name: torch.randn(2, 2) for name in "ab"}
     save_file(stored, tmp_path / "model.safetensors")
-    assert_holds(Stacked(Checkpoint.open(tmp_path), {"a": ["a", "b"]}), {"a": torch.stack(list(stored.values()))})
+    assert_holds(stacked(Checkpoint.open(tmp_path), {"a": ["a", "b"]}), {"a": torch.stack(list(stored.values()))})
 
 
 def test_a_model_in_memory_is_adapted_too():
     model = nn.Sequential(*(nn.Linear(3, 4) for _ in range(3)))
     stacks = {"w": [f"{i}.weight" for i in range(3)], "b": [f"{i}.bias" for i in range(3)]}
-    source = Renamed(Stacked(ModelTensors(model), stacks), {"b": "bias"})
+    source = Renamed(stacked(ModelTensors(model), stacks), {"b": "bias"})
     assert source.in_place
     expected = {
         "w": torch.stack([layer.weight for layer in model]),
         "bias": torch.stack([layer.bias for layer in model]),
     }
     assert_holds(source, {name: tensor.detach() for name, tensor in expected.items()})
-    for adapter in (Renamed(ModelTensors(model.to("meta")), {}), Stacked(ModelTensors(model.to("meta")), {})):
+    for adapter in (Renamed(ModelTensors(model.to("meta")), {}), stacked(ModelTensors(model.to("meta")), {})):
         with pytest.raises(CheckpointError, match="6 tensors of Sequential are on meta"):
             adapter.check()
 
@@ -166,24 +210,22 @@ def test_a_model_in_memory_is_adapted_too():
         pytest.param(
             lambda c: Renamed(c, {"embed": "x", "head": "x"}), "'x' for '(embed|head)' and", id="one name for two"
         ),
-        pytest.param(lambda c: Stacked(c, {"x": ["gone"]}), "stack 'x' does not hold 'gone'", id="a member not there"),
-        pytest.param(lambda c: Stacked(c, {"x": []}), "stack 'x' has no members", id="no members"),
         pytest.param(
-            lambda c: Stacked(c, {"x": ["experts.0.up", "embed"]}),
-            r"look alike: 'experts.0.up' is torch.float32 \[30, 41\], 'embed' in .* is torch.float32 \[20, 41\]",
+            lambda c: stacked(c, {"x": ["gone"]}), "make 'x' of does not hold 'gone'", id="a member not there"
+        ),
+        pytest.param(lambda c: stacked(c, {"x": []}), "'x' would be made of no tensors", id="no members"),
+        pytest.param(
+            lambda c: stacked(c, {"x": ["experts.0.up", "embed"]}),
+            r"cannot make 'x': .*'experts.0.up' is torch.float32 \[30, 41\] in .*'embed' is torch.float32 \[20, 41\]",
             id="another shape",
         ),
         pytest.param(
-            lambda c: Stacked(c, {"x": ["embed", "head"]}), r"'head' in .* is torch.bfloat16", id="another dtype"
+            lambda c: stacked(c, {"x": ["embed"], "y": ["embed"]}), "make 'y', a tensor is taken twice", id="two"
         ),
-        pytest.param(
-            lambda c: Stacked(c, {"x": ["embed"], "y": ["embed"]}),
-            "'embed' is twice in stacks: in 'x' and 'y'",
-            id="two",
-        ),
-        pytest.param(lambda c: Stacked(c, {"head": ["embed"]}), "names of stacks: head", id="a stack's name is taken"),
+        pytest.param(lambda c: stacked(c, {"x": ["embed", "embed"]}), "make 'x', a tensor is taken twice", id="one"),
+        pytest.param(lambda c: stacked(c, {"head": ["embed"]}), "names that are taken: head", id="a new name is taken"),
         pytest.param(lambda c: Renamed(c, {"embed": "x"}).read(["embed"]), "does not hold 'embed'", id="an old name"),
-        pytest.param(lambda c: Stacked(c, {"x": STACK}).read(STACK[:1]), "not hold 'experts.0.up'", id="a member"),
+        pytest.param(lambda c: stacked(c, {"x": STACK}).read(STACK[:1]), "not hold 'experts.0.up'", id="a member"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_read(checkpoint, adapt, message):

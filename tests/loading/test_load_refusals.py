@@ -139,6 +139,15 @@ class TestRefusals:
         config = QuantizationConfig("nf4")
         self.refused(empty(tiny), 3, config, error=CheckpointError, words="weights_location is 3; expected a path")
 
+    def test_float8_without_a_scale_is_a_cast_beside_others(self, tiny, empty, tmp_path, config):
+        state = tiny().state_dict()
+        state["blocks.0.up.weight"] = state["blocks.0.up.weight"].to(torch.float8_e4m3fn)
+        model = load_and_quantize_model(empty(tiny), self.write(tmp_path / "fp8", state), config, "cpu")
+        expected = tiny()
+        expected.load_state_dict(state)
+        expected = load_and_quantize_model(expected, None, config, "cpu").state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
     def test_no_config_for_plain_weights(self, tiny, empty, checkpoint):
         self.refused(empty(tiny), checkpoint, error=ConfigError, words="pass a quantization_config")
 

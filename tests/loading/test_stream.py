@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 
 import bigq.loading.stream
 from bigq import CheckpointError, ConfigError
-from bigq.checkpoint import Checkpoint, Stacked
+from bigq.checkpoint import Checkpoint
 from bigq.loading.runs import Target
 from bigq.loading.stream import Budget, stream
 from bigq.loading.timings import Timings
 from bigq.model.in_place import ModelTensors
 from bigq.testing import FaultyBytes, with_bytes
+from sources import stacked
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
@@ -265,7 +266,7 @@ def test_stacked_tensors_arrive_as_one_split_or_whole(tmp_path, device, own):
     stored = {f"{i}": torch.randn(30, 37) for i in range(37)}
     save_file(stored, tmp_path / "model.safetensors")
     members = [f"{i * 7 % 37}" for i in range(37)]
-    source = Stacked(Checkpoint.open(tmp_path), {"all": members})
+    source = stacked(Checkpoint.open(tmp_path), {"all": members})
     assert len(source.tensors["all"].spans) > 30
     expected = {"all": torch.stack([stored[name] for name in members])}
     for budget in (SMALL, BUDGET):
@@ -344,10 +345,10 @@ def test_an_error_in_a_later_span_names_the_stack(tmp_path):
     checkpoint = Checkpoint.open(tmp_path)
     offset = checkpoint.tensors["c"].spans[0].offset
     source = with_bytes(checkpoint, lambda source: FaultyBytes(source, fail_at=offset))
-    stacked = Stacked(source, {"stack": ["d", "a", "c"]})
-    assert len(list(stream(stacked, targets(stacked, names=["b"]), BUDGET, Timings()))) == 1
+    adapted = stacked(source, {"stack": ["d", "a", "c"]})
+    assert len(list(stream(adapted, targets(adapted, names=["b"]), BUDGET, Timings()))) == 1
     with pytest.raises(CheckpointError, match=r"cannot read tensor 'stack' of .*model\.safetensors"):
-        list(stream(stacked, targets(stacked), BUDGET, Timings()))
+        list(stream(adapted, targets(adapted), BUDGET, Timings()))
 
 
 def test_slow_reads_that_end_out_of_order_come_in_order(checkpoint, tensors):

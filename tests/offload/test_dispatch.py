@@ -369,7 +369,7 @@ class TestGpu:
 
     def test_a_single_device_map_needs_no_hooks(self, tiny, checkpoint, empty, ids):
         model = load_and_quantize_model(empty(tiny), checkpoint, CONFIGS["int8"])
-        assert model.hf_device_map == {"": torch.cuda.current_device()}
+        assert not hasattr(model, "hf_device_map")
         assert {p.device.type for p in model.parameters()} == {"cuda"}
         assert model(ids.cuda()).isfinite().all()
 

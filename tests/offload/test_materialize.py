@@ -57,7 +57,7 @@ def test_the_model_computes_the_same_without_hooks(load, config, device_map, ids
     assert not [module for module in model.modules() if hasattr(module, "_hf_hook") or module._forward_hooks]
     assert {t.device.type for t in model.state_dict().values()} == {"cuda" if GPU else "cpu"}
     assert not any(is_file_backed(t) for t in model.state_dict().values())
-    assert set(model.hf_device_map.values()) == {RUNS_ON}
+    assert not hasattr(model, "hf_device_map")
     assert model.is_loaded_in_8bit is True
     assert torch.equal(model(ids.to(model.gain.device)).cpu(), expected)
     for name, tensor in model.state_dict().items():

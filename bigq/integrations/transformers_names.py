@@ -1,0 +1,117 @@
+"""transformers_names: a checkpoint under the names and in the shapes that transformers gives it while it loads.
+
+transformers 5 renames, merges and splits the tensors of some architectures, and undoes that when it saves: its models
+and its files do not agree. What it does is private to it, so all that knows of it is here.
+"""
+
+import sys
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from bigq.checkpoint import Conversion, Converted, Renamed, Source, StoredTensor
+from bigq.formats import NF4, QUANT_STATE, state_name
+from bigq.model.tree import ModelTree, tensor_name
+
+__all__ = ["with_transformers_names"]
+
+_MOVE_ROWS = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split", "SplitModulelist"}
+
+
+def with_transformers_names(tree: ModelTree, source: Source) -> Source:
+    """`source` as transformers would load it into the model of `tree`; itself where all of its names fit already.
+
+    A model of another library is left alone, and so is a source that is the model. Warns and returns `source` where the
+    installed transformers does not work as those from 5.17 to 5.23 do.
+    """
+    kind: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if source.in_place or kind is None or not isinstance(tree.model, kind):
+        return source
+    expected = _expected(tree, source.tensors)
+    if expected.keys() >= source.tensors.keys():
+        return source
+    try:
+        names, conversions = _planned(tree.model, source.tensors, expected)
+    except (ImportError, AttributeError, TypeError, NameError) as error:
+        warnings.warn(
+            f"transformers {sys.modules['transformers'].__version__} does not convert checkpoints as bigq knows it "
+            f"({error}): the names of the checkpoint are taken as they are",
+            stacklevel=2,
+        )
+        return source
+    return Renamed(Converted(source, conversions) if conversions else source, names)
+
+
+def _expected(tree: ModelTree, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
+    """{name: True} of the tensors that a state dict of the model has, and of those that weights quantized here have."""
+    expected = {name: True for group in tree.tensors if group.persistent for name in group.names}
+    if any(name.rpartition(".")[2] == QUANT_STATE for name in tensors):
+        parts = NF4(double_quant=True).state_spec((64, 64))  # of all formats: others have some of these
+        quantized = {state_name(name, part): True for name in expected for part in parts}
+        expected |= quantized | {tensor_name(module, QUANT_STATE): True for module in tree.modules}
+    return expected
+
+
+def _planned(
+    model: Any, tensors: Mapping[str, StoredTensor], expected: dict[str, bool]
+) -> tuple[dict[str, str], list[Conversion]]:
+    """{old name: new name} of what is renamed alone, and what is made of several tensors."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    names: dict[str, str] = {}
+    merged: dict[str, list[tuple[str, str]]] = {}  # by the first new name: the members, and their patterns
+    taken: set[str] = set()
+    for name in sorted(tensors, key=dot_natural_key):
+        new, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        if new not in expected and name in expected:
+            new, pattern = rename_source_key(name, [], [], prefix, expected)
+        if new not in expected:
+            continue  # nothing waits for it: it keeps its name, by which errors call it
+        if pattern is not None:
+            merged.setdefault(new, []).append((name, pattern))
+        elif new not in taken:
+            taken.add(new)
+            if new != name:
+                names[name] = new
+    conversions = [
+        _conversion(model, by_pattern[members[0][1]], new, members, tensors) for new, members in merged.items()
+    ]
+    return names, conversions
+
+
+def _conversion(
+    model: Any, converter: Any, new: str, members: list[tuple[str, str]], tensors: Mapping[str, StoredTensor]
+) -> Conversion:
+    """What `converter` of transformers makes of `members`, (name, pattern); `new` is the first of its results."""
+    import torch
+
+    convert = partial(_convert, model, converter, new, members)
+    on_meta = [torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta") for name, _ in members]
+    results = tuple(convert(on_meta))
+    return Conversion(
+        tuple(name for name, _ in members),
+        results,
+        lambda held: [made[name] for made in [convert(held)] for name in results],
+        all(type(operation).__name__ in _MOVE_ROWS for operation in converter.operations),
+    )
+
+
+def _convert(
+    model: nn.Module, converter: Any, new: str, members: list[tuple[str, str]], held: list[Tensor]
+) -> dict[str, Tensor]:
+    """The results by name."""
+    own = deepcopy(converter)
+    for (name, pattern), tensor in zip(members, held, strict=True):
+        own.add_tensor(new, name, pattern, tensor)
+    made: dict[str, Any] = own.convert(new, model=model, config=model.config)
+    return {name: result[0] if isinstance(result, list) else result for name, result in made.items()}

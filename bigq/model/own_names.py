@@ -1,0 +1,101 @@
+"""own_names: a checkpoint under the names that the modules of a model give to the tensors of old files.
+
+torch lets a module change a state dict before it is loaded: by a hook, or by `_load_from_state_dict`. Both are run on
+tensors on meta, so only what they do to names is known: what they would compute is not.
+"""
+
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bigq.checkpoint import Renamed, Source
+from bigq.model.transaction import Snapshot
+from bigq.model.tree import ModelTree, tensor_name
+
+__all__ = ["with_own_names"]
+
+# Names that no module converts: LayerNorm's in files from TensorFlow, and weight norm's of torch 2.1 and later.
+_OTHER_NAMES = [
+    (re.compile(r"(?:^|(?<=\.))gamma$"), "weight"),
+    (re.compile(r"(?:^|(?<=\.))beta$"), "bias"),
+    (re.compile(r"parametrizations\.(\w+)\.original0$"), r"\1_g"),
+    (re.compile(r"parametrizations\.(\w+)\.original1$"), r"\1_v"),
+]
+
+
+def with_own_names(tree: ModelTree, source: Source) -> Source:
+    """`source` as the model of `tree` renames it, without what the model throws away; itself where that is nothing."""
+    if source.in_place:
+        return source
+    names = _after_hooks(tree, source)
+    expected = {name for group in tree.tensors for name in group.names}
+    held = {names.get(name, name) for name in source.tensors}
+    for name in source.tensors:
+        now = names.get(name, name)
+        if now is None or now in expected:
+            continue
+        for pattern, other in _OTHER_NAMES:
+            new = pattern.sub(other, now)
+            if new != now and new in expected and new not in held:
+                names[name] = new
+    return Renamed(source, names) if names else source
+
+
+def _after_hooks(tree: ModelTree, source: Source) -> dict[str, str | None]:
+    """{name: new name, or None of what is thrown away} of the tensors of `source` that modules rename."""
+    asked = [(module, aliases) for module, aliases in tree.aliases.items() if _has_hooks(module) or _overrides(module)]
+    if not asked:
+        return {}
+    stored = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in source.tensors.items()}
+    names_of = {id(tensor): name for name, tensor in stored.items()}
+    state = dict(stored)
+    for module, aliases in asked:
+        for alias in aliases:
+            prefix = tensor_name(alias, "")
+            before = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+            after = _loaded(module, before, prefix)
+            kept = {name: tensor for name, tensor in after.items() if id(tensor) in names_of}
+            if len(kept) < len(after):  # something is computed: what of is not known, so all of the old names stay
+                held = {id(tensor) for tensor in kept.values()}
+                kept |= {name: tensor for name, tensor in before.items() if id(tensor) not in held}
+            state = {**{name: tensor for name, tensor in state.items() if name not in before}, **kept}
+    new_names: dict[str, str | None] = dict.fromkeys(stored)
+    new_names |= {names_of[id(tensor)]: name for name, tensor in state.items()}
+    return {name: new for name, new in new_names.items() if new != name}
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(vars(module).get("_load_state_dict_pre_hooks"))
+
+
+def _overrides(module: nn.Module) -> bool:
+    """Whether its class loads a state dict in its own way. torch's own do not rename; batch norms add a count."""
+    return type(module)._load_from_state_dict.__module__.partition(".")[0] not in ("torch", "bigq")
+
+
+def _loaded(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """`state` as `module` changes it before it is loaded; `module` stays as it was."""
+    changed, before = OrderedDict(state), Snapshot([module])
+    try:
+        if _overrides(module):
+            for table in ("_parameters", "_buffers"):  # what it copies goes into these
+                own = vars(module)[table].items()
+                vars(module)[table] = {leaf: None if t is None else t.detach().to("meta") for leaf, t in own}
+            module._load_from_state_dict(changed, prefix, {}, True, [], [], [])
+        else:
+            for hook in module._load_state_dict_pre_hooks.values():
+                hook(changed, prefix, {}, True, [], [], [])
+    except Exception as error:  # it is the model's code, and may need numbers
+        warnings.warn(
+            f"{type(module).__name__} at {prefix!r} does not load tensors on meta ({error!r}): the names of the "
+            "checkpoint are taken as they are",
+            stacklevel=2,
+        )
+        return dict(state)
+    finally:
+        before.restore()
+    return dict(changed)
