@@ -68,7 +68,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         if mapped:
             _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except CheckpointError:
+    except (CheckpointError, Warning):  # a warning of torch's that the user made an error
         raise
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from functools import cached_property
-from operator import methodcaller
-from sys import getrefcount
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,10 +19,9 @@ from torch import Tensor, nn
 from bigq.model.tree import assign_tensor, tensor_table
 from bigq.offload.saved_tensors import saved_at_rest
 from bigq.offload.transfer import Layout, Transfer
+from bigq.system.internals import can_hook_saved_tensors, count_holders
 
 __all__ = ["Block", "Prefetcher"]
-
-_USE_COUNT = methodcaller("_use_count")
 
 
 class Block:
@@ -87,14 +84,14 @@ class _Slot:
         self._uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
         self._lendable: WeakKeyDictionary[Layout, list[Tensor]] = WeakKeyDictionary()
         self._tensors: list[Tensor] = []  # what is lent
-        self._holders = self._count_holders()
+        self._holders = count_holders(self.buffer, self._tensors)
 
     def lend(self, layout: Layout) -> list[Tensor]:
         """Frozen tensors over the buffer; the same ones each time, since compiled code and replays know them again."""
         if layout not in self._lendable:
             self._lendable[layout] = self._make_tensors(layout)
         self.lent, self._tensors = True, self._lendable[layout]
-        self._holders = self._count_holders()
+        self._holders = count_holders(self.buffer, self._tensors)
         return self._tensors
 
     def mark_used(self, stream: torch.cuda.Stream) -> None:
@@ -132,14 +129,9 @@ class _Slot:
                     made[id(own)] = nn.Parameter(view, requires_grad=False) if isinstance(own, nn.Parameter) else view
         return [made[id(own)] for own in layout.tensors]
 
-    def _count_holders(self) -> tuple[int, list[int], list[int]]:
-        """How many hold the memory, such as views, and each of the tensors that are lent: in Python, and in C++."""
-        owners: int = torch._C._storage_Use_Count(self.buffer.untyped_storage()._cdata)
-        return owners, list(map(getrefcount, self._tensors)), list(map(_USE_COUNT, self._tensors))
-
     def has_escaped(self) -> bool:
-        """Whether anything that was lent, or a view of it, outlives the call."""
-        return self._count_holders() != self._holders
+        """Whether anything that was lent, or a view of it, outlives the call, or may do so."""
+        return self._holders is None or count_holders(self.buffer, self._tensors) != self._holders
 
 
 class Prefetcher:
@@ -207,7 +199,7 @@ class Prefetcher:
             except BaseException:
                 self.leave(block)
                 raise
-        if torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() and can_hook_saved_tensors():
             return saved_at_rest(slot.buffer, layout, self._transfer)
         return None
 

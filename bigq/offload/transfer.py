@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from bigq.formats import TensorSpec
 from bigq.offload.space import ALIGNMENT, FileMap, OffloadSpace, align, locate
+from bigq.system.internals import edits_of, version_of
 from bigq.system.machine import usable_cores
 
-__all__ = ["Layout", "Transfer", "version_of"]
+__all__ = ["Layout", "Transfer"]
 
 _CHUNK_NBYTES = 4 << 20  # of a file at a time: all threads end a block at nearly the same time
 _STAGES = 2  # pinned chunks a thread: one is filled while the other is copied
@@ -50,7 +51,7 @@ class Layout:
         self.on_host = all(tensor.device.type == "cpu" for tensor in tensors)
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._versions = [tensor._version for tensor in self._versioned]
+        self._versions = list(map(edits_of, self._versioned))
         self.runs: list[_Run] = []
         self.nbytes = 0
         starts: dict[int, int] = {}
@@ -66,7 +67,7 @@ class Layout:
         return (  # in C loops: it is asked twice a call of a block, which may have hundreds of tensors
             all(map(is_, tensors, self.tensors))
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
-            and list(map(_VERSION, self._versioned)) == self._versions
+            and list(map(edits_of, self._versioned)) == self._versions
         )
 
     def _add(self, tensor: Tensor, place: tuple[mmap.mmap, int] | None) -> int:
@@ -154,14 +155,6 @@ def _read_chunk(
 def _new_stage() -> tuple[Tensor, torch.cuda.Event]:
     pinned = torch.empty(_CHUNK_NBYTES, dtype=torch.uint8, pin_memory=True)
     return pinned, torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-_VERSION = attrgetter("_version")
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often torch has seen `tensor` edited; 0 for one made in inference mode, of which it keeps no count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _in_order_of_rest(tensors: Sequence[Tensor]) -> list[tuple[Tensor, tuple[mmap.mmap, int] | None]]:

@@ -1,6 +1,7 @@
 """Which pickles are state dicts, and how the others are refused."""
 
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -72,10 +73,17 @@ def test_views_are_read_through_their_strides(tmp_path, save):
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # by torch 2.11, when it loads a sparse tensor
+@pytest.mark.filterwarnings("ignore:.*(Sparse invariant|Validating sparse)")  # by torch, when it loads a sparse tensor
 def test_what_is_no_flat_state_dict(tmp_path, save, content, message):
     save(content, tmp_path / "weights.pt")
     refused(tmp_path / "weights.pt", message)
+
+
+def test_a_warning_that_is_made_an_error_is_no_damage(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(2)}, tmp_path / "weights.pt")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: warnings.warn("torch has news", stacklevel=1))
+    with pytest.raises(UserWarning, match="torch has news"):
+        Checkpoint.open(tmp_path / "weights.pt")
 
 
 def test_the_way_out_of_a_nested_dict_works(tmp_path, monkeypatch):

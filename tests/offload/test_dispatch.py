@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import warnings
 from concurrent.futures import wait
 from pathlib import Path
 
@@ -257,21 +256,19 @@ class TestHooks:
         assert kwargs["cache"] is x
 
 
-def scripted(module):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is on its way out
-        return torch.jit.script(module)
-
-
 class Scripted(nn.Module):
     """A model that calls modules of TorchScript, one of them inside of a block."""
 
     def __init__(self):
         super().__init__()
         self.up, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
-        self.scripted = scripted(nn.Linear(32, 32))
-        self.nested = scripted(nn.Sequential(nn.Linear(32, 32), nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 32))))
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), scripted(nn.Linear(32, 32))) for _ in range(3))
+        self.scripted = torch.jit.script(nn.Linear(32, 32))
+        self.nested = torch.jit.script(
+            nn.Sequential(nn.Linear(32, 32), nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 32)))
+        )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 32), torch.jit.script(nn.Linear(32, 32))) for _ in range(3)
+        )
 
     def forward(self, x):
         x = self.nested(torch.relu(self.scripted(self.up(x))))

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["dense_linear", "launch", "observed"]
+from bigq_kernels.internals import starter
 
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+__all__ = ["dense_linear", "in_product", "launch", "observed"]
+
+_COMPILED: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 _THREAD = local()
 
 Observer = Callable[[Any, tuple[int, ...], tuple[Any, ...]], None]
@@ -51,13 +52,15 @@ def launch(
     key = (id(kernel), first.device, looks, *constants.values(), *options.values())
     whole_grid = (*grid, 1, 1)[:3]
     if key in _COMPILED:
-        compiled, values = _COMPILED[key]
-        compiled[whole_grid](*args, *values)
+        compiled, start, values = _COMPILED[key]
+        start(whole_grid)(*args, *values)
     else:
+        options = {"enable_fp_fusion": True, **options}  # Triton 3.10 has another default, and 3.9 warns of it
         compiled = kernel[grid](*args, **constants, **options)
         values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        if compiled is not None:  # the interpreter compiles nothing
-            _COMPILED[key] = compiled, values
+        start = None if compiled is None else starter(compiled, whole_grid)  # the interpreter compiles nothing
+        if start is not None:
+            _COMPILED[key] = compiled, start, values
     observer: Observer | None = getattr(_THREAD, "observer", None)
     if observer is not None:
         observer(compiled, whole_grid, (*args, *values))
@@ -68,10 +71,18 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     observer: Observer | None = getattr(_THREAD, "observer", None)
     if observer is None:
         return F.linear(x, weight, bias)
-    with _disable_current_modes():  # one step, not the aten ops it is made of
+    _THREAD.in_product = True
+    try:
         out = F.linear(x, weight, bias)
+    finally:
+        _THREAD.in_product = False
     observer(F.linear, (), (x, weight, bias, out))
     return out
+
+
+def in_product() -> bool:
+    """Whether this thread is in a `dense_linear` that is observed: one step, not the aten ops it is made of."""
+    return getattr(_THREAD, "in_product", False)
 
 
 @contextmanager

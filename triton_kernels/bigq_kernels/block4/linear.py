@@ -14,6 +14,7 @@ from bigq_kernels.block4.dp4a import linear_4bit_dp4a
 from bigq_kernels.block4.mma import linear_4bit_mma
 from bigq_kernels.block4.quantize_absmax import nested_code
 from bigq_kernels.checks import as_floats, check_linear_4bit
+from bigq_kernels.internals import TESTED_TRITON
 from bigq_kernels.launch import dense_linear
 from bigq_kernels.tiles import device_features
 
@@ -26,10 +27,7 @@ MAX_GLUON_M = 32  # at 64, 51 us against 45 of the kernel without shared memory 
 MAX_MMA_M = 128  # above, the bf16 GEMM of cuBLAS after one dequantization is faster...
 MAX_MMA_M_PARTIAL = 64  # ...and already here if N is too small to fill the GPU, or K leaves a partial step
 NARROW_N = 2048
-GLUON_RELEASES = (
-    (3, 6),
-    (3, 7),
-)  # of Triton, that the Gluon kernels were compiled with: no other is promised to take them
+GLUON_RELEASES = TESTED_TRITON  # no other is promised to take the Gluon kernels
 
 Kernel = Callable[..., None]
 
