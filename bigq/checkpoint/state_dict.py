@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 
 from bigq.errors import CheckpointError
+from bigq.system.internals import EXTRA_STATE
 from bigq.system.text import shortlist
 
 __all__ = ["EXTRA_STATE", "StateDict", "find_state_dict"]
