@@ -289,7 +289,11 @@ class TestRefusals:
             self.refused(
                 empty(tiny), checkpoint, QuantizationConfig("nf4"), error=CheckpointError, words="Input/output error"
             )
-        assert len(os.listdir("/proc/self/task")) == tasks
+        for _ in range(100):  # a thread ends a moment after its work
+            if len(os.listdir("/proc/self/task")) <= tasks:
+                break
+            time.sleep(0.01)
+        assert len(os.listdir("/proc/self/task")) <= tasks
 
     @pytest.mark.parametrize("name", ["read_threads", "read_budget"])
     def test_budgets(self, tiny, checkpoint, empty, name):
