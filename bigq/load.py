@@ -22,6 +22,7 @@ from bigq.loading.fill import fill
 from bigq.loading.report import make_report
 from bigq.loading.stream import Budget
 from bigq.loading.timings import Timings
+from bigq.loading.unload import is_loaded, unloaded
 from bigq.loading.warm_up import WarmUp
 from bigq.model.in_place import ModelTensors
 from bigq.model.own_names import with_own_names
@@ -77,6 +78,8 @@ def load_and_quantize_model(
     first, including whether the model accepts hooks and attributes. An interrupt after that (Ctrl-C) leaves some
     layers quantized, because keeping the old weights would need memory for both.
 
+    A model that was loaded before is loaded again: its old weights are replaced, and take memory until it is done.
+
     accelerate's order of the arguments (model, config, weights) works too.
 
     Args:
@@ -92,7 +95,7 @@ def load_and_quantize_model(
             declares as `_no_split_modules`.
         max_memory: {GPU index or "cpu": bytes, or a string such as "20GiB"} for an automatic map.
         offload_folder: folder for tensors on "disk". They are stored there in one unnamed file, which the operating
-            system frees with the model.
+            system frees with the model. None: the folder for temporary files; an automatic map then uses no disk.
         offload: how weights on "cpu" or "disk" are stored; overrides `QuantizationConfig.offload`.
         skip_keys: names of keyword arguments that hooks do not move between devices, such as a KV cache.
         strict: refuse tensors that are missing from the checkpoint, and unexpected ones. False: ignore unexpected
@@ -111,7 +114,7 @@ def load_and_quantize_model(
         CheckpointError: a file is missing or damaged, its tensors do not fit the model, or a weight holds NaN or Inf.
         ConfigError: the config contradicts the model or the checkpoint.
         PlacementError: the device map does not fit the model or this machine, or there is too little memory.
-        UnsupportedError: the model has no weight to quantize, or is quantized already.
+        UnsupportedError: the model has no weight to quantize, or is quantized already and `weights_location` is None.
 
     Example:
         >>> import tempfile
@@ -130,6 +133,23 @@ def load_and_quantize_model(
         Linear(in_features=64, out_features=8, bias=True)
     """
     weights_location, config = _arguments(model, weights_location, quantization_config, bnb_quantization_config)
+    if weights_location is not None and is_loaded(model):
+        with unloaded(model):
+            return load_and_quantize_model(
+                model,
+                weights_location,
+                config,
+                device_map,
+                no_split_module_classes=no_split_module_classes,
+                max_memory=max_memory,
+                offload_folder=offload_folder,
+                offload=offload,
+                skip_keys=skip_keys,
+                strict=strict,
+                progress=progress,
+                read_threads=read_threads,
+                read_budget=read_budget,
+            )
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
     refuse_bitsandbytes(tree)
     with timings.timed("plan"):
