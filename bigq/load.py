@@ -24,8 +24,10 @@ from bigq.loading.stream import Budget
 from bigq.loading.timings import Timings
 from bigq.loading.unload import is_loaded, unloaded
 from bigq.loading.warm_up import WarmUp
+from bigq.model.aliases import aliases_of, followed
 from bigq.model.in_place import ModelTensors
 from bigq.model.own_names import with_own_names
+from bigq.model.strays import refuse_strays
 from bigq.model.transaction import Snapshot, restored_on_error
 from bigq.model.tree import ModelTree
 from bigq.offload.dispatch import dispatch, keep_float32_callable
@@ -133,8 +135,9 @@ def load_and_quantize_model(
         Linear(in_features=64, out_features=8, bias=True)
     """
     weights_location, config = _arguments(model, weights_location, quantization_config, bnb_quantization_config)
-    if weights_location is not None and is_loaded(model):
-        with unloaded(model):
+    budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
+    if weights_location is not None and is_loaded(tree):
+        with unloaded(tree):
             return load_and_quantize_model(
                 model,
                 weights_location,
@@ -150,7 +153,6 @@ def load_and_quantize_model(
                 read_threads=read_threads,
                 read_budget=read_budget,
             )
-    budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
     refuse_bitsandbytes(tree)
     with timings.timed("plan"):
         source: Source = ModelTensors(model)
@@ -172,6 +174,8 @@ def load_and_quantize_model(
                 offload=offload,
                 strict=strict,
             )
+            refuse_strays(tree, {n for weight in plan.weights for n in weight.names}, in_place=source.in_place)
+            aliases = aliases_of(tree)
             destinations = Destinations.open(plan, places, offload_folder, source)
         modules = tree.modules
         del tree  # it keeps all tensors alive; if the model holds its weights, they have to be freed one by one
@@ -187,7 +191,8 @@ def load_and_quantize_model(
                 job.commit(modules)
         if extra_states is not None:
             extra_states.hand_over()
-        finish()
+        with followed(aliases, modules):
+            finish()
     return model
 
 

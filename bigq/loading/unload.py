@@ -17,23 +17,22 @@ __all__ = ["is_loaded", "unloaded"]
 _OWN_HOOKS = (PlacementHook, Float32Hook)
 
 
-def is_loaded(model: nn.Module) -> bool:
-    """Whether `model` holds quantized weights."""
-    return any(isinstance(module, QuantizedModule) for module in model.modules())
+def is_loaded(tree: ModelTree) -> bool:
+    """Whether the model of `tree` holds quantized weights."""
+    return any(isinstance(module, QuantizedModule) for module in tree.modules.values())
 
 
 @contextmanager
-def unloaded(model: nn.Module) -> Iterator[None]:
-    """Take the quantized weights and the hooks of a load from `model`, and give them back if the block raises.
+def unloaded(tree: ModelTree) -> Iterator[None]:
+    """Take the quantized weights and the hooks of a load from a model, and give them back if the block raises.
 
     Its quantized weights are Parameters on meta meanwhile; everything else stays, so what was offloaded stays frozen.
     The old tensors are kept until the block ends, so both take memory.
     """
-    modules = ModelTree(model).modules
-    with restored_on_error(modules):
-        allow_moves(model)
+    with restored_on_error(tree.modules):
+        allow_moves(tree.model)
         weights: dict[int, nn.Parameter] = {}
-        for module in dict.fromkeys(modules.values()):
+        for module in tree.aliases:
             if any(isinstance(hook, _OWN_HOOKS) for hook in hooks_of(module)):
                 detach(module, _OWN_HOOKS)
             if isinstance(module, QuantizedModule):

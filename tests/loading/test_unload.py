@@ -57,9 +57,8 @@ def test_a_second_load_is_that_of_a_new_skeleton(
 
 
 def test_a_quantized_checkpoint_replaces_too(tiny, checkpoint, empty, ids, other, tmp_path):
-    save_file(
-        load(empty(tiny), other, CONFIGS["nf4"], "cpu", tmp_path).state_dict(), tmp_path / "quantized.safetensors"
-    )
+    quantized = load(empty(tiny), other, CONFIGS["nf4"], "cpu", tmp_path)
+    save_file(quantized.state_dict(), tmp_path / "quantized.safetensors")
     model = load(empty(tiny), checkpoint, CONFIGS["int8, and more of it"], "cpu", tmp_path)
     load(model, tmp_path / "quantized.safetensors", None, "cpu", tmp_path)
     assert_same(model, quantized, ids)
