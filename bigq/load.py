@@ -22,9 +22,12 @@ from bigq.loading.fill import fill
 from bigq.loading.report import make_report
 from bigq.loading.stream import Budget
 from bigq.loading.timings import Timings
+from bigq.loading.unload import is_loaded, unloaded
 from bigq.loading.warm_up import WarmUp
+from bigq.model.aliases import aliases_of, followed
 from bigq.model.in_place import ModelTensors
 from bigq.model.own_names import with_own_names
+from bigq.model.strays import refuse_strays
 from bigq.model.transaction import Snapshot, restored_on_error
 from bigq.model.tree import ModelTree
 from bigq.offload.dispatch import dispatch, keep_float32_callable
@@ -77,6 +80,8 @@ def load_and_quantize_model(
     first, including whether the model accepts hooks and attributes. An interrupt after that (Ctrl-C) leaves some
     layers quantized, because keeping the old weights would need memory for both.
 
+    A model that was loaded before is loaded again: its old weights are replaced, and take memory until it is done.
+
     accelerate's order of the arguments (model, config, weights) works too.
 
     Args:
@@ -92,7 +97,7 @@ def load_and_quantize_model(
             declares as `_no_split_modules`.
         max_memory: {GPU index or "cpu": bytes, or a string such as "20GiB"} for an automatic map.
         offload_folder: folder for tensors on "disk". They are stored there in one unnamed file, which the operating
-            system frees with the model.
+            system frees with the model. None: the folder for temporary files; an automatic map then uses no disk.
         offload: how weights on "cpu" or "disk" are stored; overrides `QuantizationConfig.offload`.
         skip_keys: names of keyword arguments that hooks do not move between devices, such as a KV cache.
         strict: refuse tensors that are missing from the checkpoint, and unexpected ones. False: ignore unexpected
@@ -111,7 +116,7 @@ def load_and_quantize_model(
         CheckpointError: a file is missing or damaged, its tensors do not fit the model, or a weight holds NaN or Inf.
         ConfigError: the config contradicts the model or the checkpoint.
         PlacementError: the device map does not fit the model or this machine, or there is too little memory.
-        UnsupportedError: the model has no weight to quantize, or is quantized already.
+        UnsupportedError: the model has no weight to quantize, or is quantized already and `weights_location` is None.
 
     Example:
         >>> import tempfile
@@ -131,6 +136,23 @@ def load_and_quantize_model(
     """
     weights_location, config = _arguments(model, weights_location, quantization_config, bnb_quantization_config)
     budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
+    if weights_location is not None and is_loaded(tree):
+        with unloaded(tree):
+            return load_and_quantize_model(
+                model,
+                weights_location,
+                config,
+                device_map,
+                no_split_module_classes=no_split_module_classes,
+                max_memory=max_memory,
+                offload_folder=offload_folder,
+                offload=offload,
+                skip_keys=skip_keys,
+                strict=strict,
+                progress=progress,
+                read_threads=read_threads,
+                read_budget=read_budget,
+            )
     refuse_bitsandbytes(tree)
     with timings.timed("plan"):
         source: Source = ModelTensors(model)
@@ -152,6 +174,8 @@ def load_and_quantize_model(
                 offload=offload,
                 strict=strict,
             )
+            refuse_strays(tree, {n for weight in plan.weights for n in weight.names}, in_place=source.in_place)
+            aliases = aliases_of(tree)
             destinations = Destinations.open(plan, places, offload_folder, source)
         modules = tree.modules
         del tree  # it keeps all tensors alive; if the model holds its weights, they have to be freed one by one
@@ -167,7 +191,8 @@ def load_and_quantize_model(
                 job.commit(modules)
         if extra_states is not None:
             extra_states.hand_over()
-        finish()
+        with followed(aliases, modules):
+            finish()
     return model
 
 

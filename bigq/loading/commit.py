@@ -39,6 +39,15 @@ def commit_tensor(modules: Mapping[str, nn.Module], planned: PlannedTensor, tens
     if value is not None and tensor_key(value) == tensor_key(tensor) and value.device == tensor.device:
         value.requires_grad_(requires_grad)  # where nothing moved, the object stays: an optimizer may hold it
     else:
-        value = tensor if planned.is_buffer else nn.Parameter(tensor, requires_grad=requires_grad)
+        value = tensor if planned.is_buffer else _parameter(value, tensor, requires_grad)
     for name in planned.names:
         assign_tensor(*find_owner(modules, name), value)
+
+
+def _parameter(old: Tensor | None, tensor: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A Parameter of `tensor`, of the class and with the attributes of `old`."""
+    if not isinstance(old, nn.Parameter) or (type(old) is nn.Parameter and not vars(old)):
+        return nn.Parameter(tensor, requires_grad=requires_grad)
+    new = tensor.detach().as_subclass(type(old)).requires_grad_(requires_grad)
+    vars(new).update(vars(old))
+    return new

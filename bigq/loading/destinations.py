@@ -1,6 +1,7 @@
 """Destinations: where each tensor of a plan is to be stored, and the memory for it."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bigq.checkpoint import Source
-from bigq.errors import PlacementError
 from bigq.formats import TensorSpec
 from bigq.offload.space import CheckpointMap, OffloadSpace
 from bigq.planning.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
@@ -54,9 +54,7 @@ class Destinations:
                 offloaded[place] |= {names[0]: spec for names, spec in weight.specs().items()}
         spaces = {}
         if offloaded.get("disk"):
-            if offload_folder is None:
-                raise PlacementError("device_map sends modules to 'disk': pass offload_folder, where they are kept")
-            spaces["disk"] = OffloadSpace.in_file(offload_folder, offloaded["disk"])
+            spaces["disk"] = OffloadSpace.in_file(offload_folder or tempfile.gettempdir(), offloaded["disk"])
         if offloaded.get("cpu"):
             spaces["cpu"] = OffloadSpace.pinned(offloaded["cpu"])
         return cls(places=places, runs_on=runs_on, spaces=spaces, in_checkpoint=in_checkpoint)

@@ -26,6 +26,7 @@ _OTHER_NAMES = [
     (re.compile(r"parametrizations\.(\w+)\.original0$"), r"\1_g"),
     (re.compile(r"parametrizations\.(\w+)\.original1$"), r"\1_v"),
 ]
+_OTHER_ENDS = ("gamma", "beta", "original0", "original1")
 
 
 def with_own_names(tree: ModelTree, source: Source) -> Source:
@@ -33,9 +34,10 @@ def with_own_names(tree: ModelTree, source: Source) -> Source:
     if source.in_place:
         return source
     names = _after_hooks(tree, source)
-    expected = {name for group in tree.tensors for name in group.names}
-    held = {names.get(name, name) for name in source.tensors}
-    for name in source.tensors:
+    others = [name for name in source.tensors if name.endswith(_OTHER_ENDS)]
+    expected = {name for group in tree.tensors for name in group.names} if others else set()
+    held = {names.get(name, name) for name in source.tensors} if others else set()
+    for name in others:
         now = names.get(name, name)
         if now is None or now in expected:
             continue
@@ -48,7 +50,8 @@ def with_own_names(tree: ModelTree, source: Source) -> Source:
 
 def _after_hooks(tree: ModelTree, source: Source) -> dict[str, str | None]:
     """{name: new name, or None of what is thrown away} of the tensors of `source` that modules rename."""
-    asked = [(module, aliases) for module, aliases in tree.aliases.items() if _has_hooks(module) or _overrides(module)]
+    own = {kind for kind in set(map(type, tree.aliases)) if _overrides(kind)}
+    asked = [(module, aliases) for module, aliases in tree.aliases.items() if type(module) in own or _has_hooks(module)]
     if not asked:
         return {}
     stored = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in source.tensors.items()}
@@ -73,16 +76,16 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(vars(module).get("_load_state_dict_pre_hooks"))
 
 
-def _overrides(module: nn.Module) -> bool:
-    """Whether its class loads a state dict in its own way. torch's own do not rename; batch norms add a count."""
-    return type(module)._load_from_state_dict.__module__.partition(".")[0] not in ("torch", "bigq")
+def _overrides(kind: type[nn.Module]) -> bool:
+    """Whether a class loads a state dict in its own way. torch's own do not rename; batch norms add a count."""
+    return kind._load_from_state_dict.__module__.partition(".")[0] not in ("torch", "bigq")
 
 
 def _loaded(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """`state` as `module` changes it before it is loaded; `module` stays as it was."""
     changed, before = OrderedDict(state), Snapshot([module])
     try:
-        if _overrides(module):
+        if _overrides(type(module)):
             for table in ("_parameters", "_buffers"):  # what it copies goes into these
                 own = vars(module)[table].items()
                 vars(module)[table] = {leaf: None if t is None else t.detach().to("meta") for leaf, t in own}

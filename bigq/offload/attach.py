@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module
+from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 from bigq.errors import PlacementError
 
-__all__ = ["SurroundingHook", "allow_moves", "attach", "outside_of_graphs", "refuse_moves"]
+__all__ = ["SurroundingHook", "allow_moves", "attach", "detach", "hooks_of", "outside_of_graphs", "refuse_moves"]
 
 _METHODS = ("to", "cuda", "cpu", "half", "float", "double", "bfloat16")
 
@@ -85,6 +85,23 @@ def attach(module: nn.Module, hook: ModelHook) -> None:
     add_hook_to_module(module, hook, append=True)
     if "forward" in module.__dict__:  # accelerate gives a GraphModule's class the new forward
         module.forward = HookedForward(module)
+
+
+def hooks_of(module: nn.Module) -> list[ModelHook]:
+    """The hooks that `module` has, in their order."""
+    hook: ModelHook | None = vars(module).get("_hf_hook")
+    return list(hook.hooks) if isinstance(hook, SequentialHook) else [] if hook is None else [hook]
+
+
+def detach(module: nn.Module, kinds: tuple[type[ModelHook], ...]) -> None:
+    """Remove the hooks of `module` that are of these `kinds`; the others stay, in their order."""
+    hooks = hooks_of(module)
+    remove_hook_from_module(module)
+    if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+        del module.forward  # accelerate leaves the method there, which looks like a patch
+    for hook in hooks:
+        if not isinstance(hook, kinds):
+            attach(module, hook)
 
 
 def outside_of_graphs(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,14 +1,11 @@
 """materialize: move the offloaded tensors of a model to the device that runs them, and remove its hooks."""
 
-from typing import Any
-
 import torch
-from accelerate.hooks import ModelHook, SequentialHook, remove_hook_from_module
 from torch import Tensor, nn
 
 from bigq.errors import PlacementError
 from bigq.model.transaction import restored_on_error
-from bigq.offload.attach import attach
+from bigq.offload.attach import detach, hooks_of
 from bigq.offload.dispatch import dispatch
 from bigq.offload.hooks import PlacementHook
 from bigq.offload.space import read_stored
@@ -41,7 +38,7 @@ def materialize(model: nn.Module) -> nn.Module:
         )
     places = normalize_device_map(device_map)
     runs_on = execution_device(places)
-    hooked = {module: _hooks(module) for module in model.modules() if hasattr(module, "_hf_hook")}
+    hooked = {module: hooks_of(module) for module in model.modules() if hasattr(module, "_hf_hook")}
     placements = [hook for hooks in hooked.values() for hook in hooks if isinstance(hook, PlacementHook)]
     wanted: dict[int, tuple[Tensor, torch.device]] = {
         id(tensor): (tensor, hook.device) for hook in placements if hook.block for tensor in hook.block.tensors()
@@ -57,11 +54,8 @@ def materialize(model: nn.Module) -> nn.Module:
         for hook in placements:
             if hook.block is not None:
                 hook.block.assign([moved[id(tensor)] for tensor in hook.block.tensors()])
-        for module, hooks in hooked.items():
-            remove_hook_from_module(module)
-            for other in hooks:
-                if not isinstance(other, PlacementHook):
-                    attach(module, other)
+        for module in hooked:
+            detach(module, (PlacementHook,))
         dispatch(
             model,
             {name: str(runs_on) if is_offloaded(place, runs_on) else place for name, place in places.items()},
@@ -69,11 +63,6 @@ def materialize(model: nn.Module) -> nn.Module:
         )
         model.is_loaded_in_8bit = True  # type: ignore[assignment]  # see load_and_quantize_model
     return model
-
-
-def _hooks(module: nn.Module) -> list[ModelHook]:
-    hook: Any = module._hf_hook
-    return list(hook.hooks) if isinstance(hook, SequentialHook) else [hook]
 
 
 def _refuse_what_does_not_fit(wanted: list[tuple[Tensor, torch.device]]) -> None:

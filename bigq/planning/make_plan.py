@@ -54,7 +54,7 @@ def make_plan(
         UnsupportedError: the model is quantized already, or has no weight to quantize.
     """
     if any(isinstance(module, QuantizedModule) for module in tree.aliases):
-        raise UnsupportedError("the model already holds quantized modules: load into a newly built model")
+        raise UnsupportedError("the model is quantized already: pass weights_location to load it again")
     if quantized:
         described, sources = _held_quantized(tree, tensors, quantized, config)
         kept: Mapping[str, str] = {}

@@ -32,6 +32,7 @@ __all__ = [
     "count_holders",
     "cut",
     "edits_of",
+    "has_forward_pre_hooks",
     "load_hooks",
     "may_write",
     "saved_tensor_hooks",
@@ -301,6 +302,11 @@ ATTENTION_OUTPUT = _attention_output()
 def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks of `load_state_dict` of this module itself: hook(state_dict, prefix, metadata, strict, ...)."""
     return list(getattr(module, "_load_state_dict_pre_hooks", {}).values())
+
+
+def has_forward_pre_hooks(module: nn.Module) -> bool:
+    """Whether something runs before each call of this module; True where that is not known."""
+    return bool(getattr(module, "_forward_pre_hooks", True))
 
 
 EXTRA_STATE: str = getattr(nn.modules.module, "_EXTRA_STATE_KEY_SUFFIX", "_extra_state")  # the last part of its name

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from bigq.formats import QUANT_STATE, Description, state_name
 from bigq.weight.linear import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear
 from bigq.weight.quantized_module import QuantizedModule, weight_property
 
-__all__ = ["convert", "is_transposed_linear"]
+__all__ = ["convert", "is_transposed_linear", "revert"]
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -49,8 +50,32 @@ def convert(module: nn.Module, leaf: str, description: Description, state: Mappi
     module._describe(leaf, description)  # type: ignore[operator]
 
 
+def revert(module: QuantizedModule, weights: dict[int, nn.Parameter]) -> None:
+    """Make `module` the module that `convert` was given, with Parameters on meta in place of its quantized weights.
+
+    Args:
+        module: changed.
+        weights: the Parameters that other modules got, by the id of what they stand for, so that ties stay; added to.
+    """
+    parameters: dict[str, nn.Parameter | None] = {}
+    for name, parameter in module._parameters.items():
+        leaf = module.weight_of(name)
+        if leaf == name:
+            parameters[name] = parameter
+        elif name != QUANT_STATE and leaf not in parameters:
+            description = module.descriptions[leaf]
+            weight = nn.Parameter(torch.empty(description.weight_shape, dtype=description.dtype, device="meta"))
+            parameters[leaf] = weights.setdefault(id(module._parameters[state_name(leaf, "packed")]), weight)
+    kind, _ = _made_for(type(module))
+    module._forget()
+    object.__setattr__(module, "__class__", kind)
+    vars(module)["_parameters"] = parameters
+
+
 def _made_for(kind: type[nn.Module]) -> tuple[type[nn.Module], tuple[str, ...]]:
     """The arguments of the `quantized_class` call that made `kind`; (kind, ()) if none did."""
+    if kind is QuantizedLinear:
+        return nn.Linear, ("weight",)
     made_for: tuple[type[nn.Module], tuple[str, ...]] = getattr(kind, "_made_for", (kind, ()))
     return made_for
 

@@ -66,6 +66,11 @@ class QuantizedMatrix(QuantizedModule):
                 _tensor_names=names,
             )
 
+    def _forget(self) -> None:
+        super()._forget()
+        for name in ("format", "compute_dtype", "_product", "_tensor_names"):
+            vars(self).pop(name, None)
+
     def extra_repr(self) -> str:
         settings = [f"{name}={value}" for name, value in self.format.describe().items()]
         return ", ".join(filter(None, [super(QuantizedModule, self).extra_repr(), *settings]))

@@ -174,6 +174,10 @@ class QuantizedModule(nn.Module):
         """Set the description of the weight `leaf`, without nn.Module's setattr, which takes 3 us an attribute."""
         vars(self)["_quantized"] = {**vars(self).get("_quantized", {}), leaf: description}
 
+    def _forget(self) -> None:
+        """Drop what `_describe` notes, before the module is none of this class any more."""
+        del vars(self)["_quantized"]
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vars(self).get("_quantized", ()):  # nn.Module would register a Parameter of that name
             self.assign_weight(name, value)

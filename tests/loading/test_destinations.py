@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,13 @@ def test_they_are_not_read_at_load(load, checkpoint):
     assert read.nbytes == sum(tensor.nbytes for name, tensor in state.items() if not name.startswith("blocks."))
 
 
-def test_quantized_tensors_need_a_folder(load):
-    with pytest.raises(PlacementError, match="pass offload_folder"):
-        load(offload="quantized")
+def test_without_a_folder_it_is_the_one_for_temporary_files(load, tmp_path, monkeypatch, ids):
+    folder = tmp_path / "temporary"
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    model = load(offload="quantized")
+    assert f"the unnamed file in {folder}" in files_of(model)
+    assert list(folder.iterdir()) == [], "it has no name, and goes with the model"
+    assert torch.equal(model(ids), load(offload="quantized", offload_folder=tmp_path / "off")(ids))
 
 
 def test_a_zipped_state_dict_is_rested_in_too(load, checkpoint, ids, tmp_path):
@@ -60,12 +65,12 @@ def test_a_zipped_state_dict_is_rested_in_too(load, checkpoint, ids, tmp_path):
     assert torch.equal(model(ids), load()(ids))
 
 
-def test_legacy_pickles_need_a_folder(load, checkpoint, ids, tmp_path):
+def test_legacy_pickles_are_copied(load, checkpoint, ids, tmp_path):
     state = load_file(checkpoint / "model.safetensors")
     torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(PlacementError, match="pass offload_folder"):
-        load(tmp_path / "model.pt")
-    assert torch.equal(load(tmp_path / "model.pt", offload_folder=tmp_path / "off")(ids), load()(ids))
+    model = load(tmp_path / "model.pt", offload_folder=tmp_path / "off")
+    assert files_of(model) == {f"the unnamed file in {tmp_path / 'off'}"}
+    assert torch.equal(model(ids), load()(ids))
 
 
 def test_edits_are_used_and_do_not_reach_the_checkpoint(load, checkpoint, ids):
@@ -121,11 +126,10 @@ def test_an_unaligned_tensor_is_copied(empty, tmp_path, ids):
     )  # data from an odd offset on: valid, if unusual
     device_map = {**ON_DISK, "kept": "disk"}
     del device_map["blocks"]
-    with pytest.raises(PlacementError, match="pass offload_folder"):
-        load_and_quantize_model(empty(Odd), tmp_path, QuantizationConfig("nf4"), device_map)
     model = load_and_quantize_model(
         empty(Odd), tmp_path, QuantizationConfig("nf4"), device_map, offload_folder=tmp_path / "off"
     )
+    assert mapping_of(model.kept.weight)[0].path == f"the unnamed file in {tmp_path / 'off'}"
     assert torch.equal(model.kept.weight, plain.kept.weight)
     assert model(torch.randn(2, 64)).isfinite().all()
 

@@ -1,0 +1,113 @@
+"""aliases: whoever refers to a Parameter or buffer of a model refers to the loaded one after a load.
+
+A list, a closure or an optimizer may hold the object itself. A load makes a new tensor, so the contents of the two are
+exchanged then: the object stays, and holds what was loaded.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bigq.model.tree import ModelTree, TensorGroup, assign_tensor, find_owner, tensor_key, tensor_table
+from bigq.system.interrupts import to_the_end
+
+__all__ = ["Alias", "aliases_of", "followed"]
+
+
+class Alias(NamedTuple):
+    """A parameter or buffer that something beside its modules refers to, and its names."""
+
+    names: tuple[str, ...]
+    tensor: Tensor
+
+
+def aliases_of(tree: ModelTree) -> list[Alias]:
+    """The tensors of the model of `tree` to which more refers than its modules and `tree`, by counts of references.
+
+    Those of an RNN are left out: its list of them is one of its own, and `assign_tensor` keeps it.
+    """
+    usual = _usual_counts()
+    found = []
+    for group in tree.tensors:  # a model may have 19,000
+        if len(group.names) == 1 and sys.getrefcount(group.tensor) <= usual[0]:
+            continue
+        for names, tensor, count in _objects(tree, group):
+            if count > usual[1] and not isinstance(find_owner(tree.modules, names[0])[0], nn.RNNBase):
+                found.append(Alias(names, tensor))
+    return found
+
+
+def _usual_counts() -> tuple[int, int]:
+    """What `getrefcount` of a group's tensor, and `_objects`, say of a tensor to which nothing else refers."""
+    alone = nn.Module()
+    alone.register_buffer("buffer", torch.empty(0))
+    tree = ModelTree(alone)
+    count = next(sys.getrefcount(group.tensor) for group in tree.tensors)
+    return count, next(_objects(tree, tree.tensors[0]))[2]
+
+
+def _objects(tree: ModelTree, group: TensorGroup) -> Iterator[tuple[tuple[str, ...], Tensor, int]]:
+    """(names, object, references to it but for those of modules and of `group`) of each object in `group`.
+
+    `init_empty_weights` makes several objects of a tied tensor.
+    """
+    places: dict[int, dict[tuple[nn.Module, str], str]] = {}
+    for name in group.names:
+        owner, leaf = find_owner(tree.modules, name)
+        places.setdefault(id(tensor_table(owner, leaf)[leaf]), {})[owner, leaf] = name
+    for held in places.values():
+        owner, leaf = next(iter(held))
+        tensor = tensor_table(owner, leaf)[leaf]
+        yield tuple(held.values()), tensor, sys.getrefcount(tensor) - len(held) - (tensor is group.tensor)
+
+
+class followed:  # noqa: N801 - a context manager, and no generator: it ends in few steps
+    """Give the objects of `aliases` the contents of what is in their places in `modules`; undo it if the block raises.
+
+    One that torch cannot exchange, such as one with weak references, stays as it was, and is no part of the model.
+    """
+
+    def __init__(self, aliases: Sequence[Alias], modules: Mapping[str, nn.Module]) -> None:
+        self._aliases, self._modules = aliases, modules
+        self._exchanged: list[tuple[Tensor, Tensor, object]] = []  # the object, the other, and the key of what came
+
+    def __enter__(self) -> None:
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in dict.fromkeys(self._modules.values()) if self._aliases else ():
+            for table in (module._parameters, module._buffers):
+                for leaf, tensor in table.items():
+                    places.setdefault(id(tensor), []).append((module, leaf))
+        try:
+            for names, tensor in self._aliases:
+                self._follow(names, tensor, places)
+        except BaseException:
+            to_the_end(self._undo)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        if kind is not None:
+            to_the_end(self._undo)
+
+    def _follow(
+        self, names: Sequence[str], tensor: Tensor, places: Mapping[int, Sequence[tuple[nn.Module, str]]]
+    ) -> None:
+        owner, leaf = find_owner(self._modules, names[0])
+        new = owner._parameters.get(leaf, owner._buffers.get(leaf))
+        if new is None or new is tensor or type(new) is not type(tensor):
+            return  # quantized, the same object, or none that could stand for it
+        self._exchanged.append((tensor, new, tensor_key(new)))
+        try:
+            torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return
+        for module, own in places[id(new)]:
+            assign_tensor(module, own, tensor)
+
+    def _undo(self) -> None:
+        """Safe to repeat: an object whose contents are back is left alone. The tables are put back by a Snapshot."""
+        for tensor, new, key in reversed(self._exchanged):
+            if tensor_key(tensor) == key:
+                torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
