@@ -13,7 +13,15 @@ from bigq_kernels import gpu, internals, launch, replay
 from renamed_internals import NAMES, ROOT, renamed
 
 NAME = "bigq_kernels.internals"
+pytestmark = pytest.mark.skipif(
+    internals.__spec__ is None, reason="all are renamed: tests/support/renamed_internals.py"
+)
 START = (3, 1, 1, 11, 7, ("metadata",), None, None, None)
+
+
+def test_this_triton_has_all_that_is_private():
+    assert internals.IS_COMPLETE
+    assert internals.is_tested()
 
 
 def launcher_of_triton(monkeypatch, scratch=0):
@@ -130,6 +138,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(launch, "_COMPILED", {})
     active = SimpleNamespace(get_current_stream=lambda device_index: 11)
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
+    monkeypatch.setattr(internals.knobs.runtime, "interpret", False)
     monkeypatch.setattr(replay, "_works", None)
     monkeypatch.setattr(replay, "_multiply_kernel", Multiply())
     return replay.can_replay
@@ -203,13 +212,15 @@ def test_a_renamed_part_leaves_all_to_the_launcher(asked, monkeypatch, name):
     assert torch.equal(replay._multiply_twice(x, factor), 4 * x)
 
 
-@pytest.mark.parametrize("moment", ["capture", "trace", "listener"])
+@pytest.mark.parametrize("moment", ["capture", "trace", "listener", "interpreter"])
 def test_where_it_cannot_be_tried_nothing_is_decided(asked, monkeypatch, moment):
     with monkeypatch.context() as patch:
         if moment == "capture":
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         elif moment == "trace":
             patch.setattr(replay, "is_compiling", lambda: True)
+        elif moment == "interpreter":
+            patch.setattr(internals.knobs.runtime, "interpret", True)
         else:
             patch.setattr(internals.knobs.runtime, "launch_exit_hook", print)
         assert asked() is False

@@ -149,8 +149,8 @@ _works: bool | None = None  # whether a replay had the bits of its launcher; Non
 def can_replay() -> bool:
     """Whether replays have the bits of their launchers here, which is tried once, on a tiny kernel.
 
-    While a graph is captured, code is traced or someone listens to launches it is not tried, and the answer is no.
-    Warns, once, where replays do not work.
+    While a graph is captured, code is traced, kernels are interpreted or someone listens to launches, it is not tried,
+    and the answer is no. Warns, once, where replays do not work.
     """
     global _works
     if _works is None:
@@ -162,7 +162,9 @@ def can_replay() -> bool:
             why = "parts of Triton or torch that they use are not there"
         else:
             try:
-                if is_compiling() or torch.cuda.is_current_stream_capturing() or internals.has_launch_hooks():
+                if is_compiling() or torch.cuda.is_current_stream_capturing():
+                    return False
+                if internals.has_launch_hooks() or triton.knobs.runtime.interpret:
                     return False
                 if not _has_the_bits_of_its_launcher("cuda"):
                     why = "one gave other numbers than its launcher"
@@ -196,8 +198,8 @@ def _multiply_twice(x: Tensor, factor: Tensor) -> Tensor:
 def _has_the_bits_of_its_launcher(device: str) -> bool:
     """Whether a replay repeats a launcher of ours on other inputs, and both give what torch does."""
     inputs = [
-        (torch.arange(start, start + 100.0, device=device), torch.tensor([factor], device=device))
-        for start, factor in ((1.0, 3.0), (5.0, 7.0))
+        (torch.arange(start, start + 100, device=device).float(), torch.tensor([factor], device=device).float())
+        for start, factor in ((1, 3), (5, 7))
     ]
     (x, factor), (other, other_factor) = inputs
     out, kept = record(_multiply_twice, (x, factor), ())
