@@ -172,9 +172,8 @@ def _kind_of(choice: Choice) -> _Kind:
 
 def _choose_unindexed(listing: Listing, kind: _Kind, files: list[str]) -> Choice:
     sets = {match.group("stem", "total", "suffix") if (match := _SHARD.fullmatch(file)) else file for file in files}
-    if (
-        len(sets) > 1 and SAFETENSORS_SUFFIX not in kind.suffixes
-    ):  # to compare their tensors would be to unpickle them all
+    if len(sets) > 1 and SAFETENSORS_SUFFIX not in kind.suffixes:
+        # To find pickles disjoint would be to unpickle them all.
         raise CheckpointError(
             f"{listing.place} holds several state dicts and no index: {shortlist(files)}; "
             "pass the path of the file to load"

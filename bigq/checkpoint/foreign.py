@@ -73,6 +73,8 @@ def is_scaled(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
 
 def _read_config(path: Path) -> dict[str, object]:
     """The object in a JSON file; an empty one where there is none, or no such file."""
+    if not path.is_file():  # a pipe by that name would never end
+        return {}
     try:
         content, _ = parse_json(path.read_bytes())
     except (OSError, ValueError):

@@ -12,6 +12,7 @@ from bigq.checkpoint.archive import ZIP_MAGIC, MappedFile, read_records
 from bigq.checkpoint.source import ByteSource, Span, StoredTensor
 from bigq.checkpoint.state_dict import StateDict, find_state_dict
 from bigq.errors import CheckpointError
+from bigq.system.internals import sparse_parts
 from bigq.system.text import shortlist
 
 __all__ = ["PickleFile"]
@@ -79,7 +80,7 @@ def _open(path: Path) -> tuple[StateDict, dict[str, int]]:
             if mapped is not None:
                 return mapped
             found = find_state_dict(path, _load(path, mmap=False))
-    except CheckpointError:
+    except (CheckpointError, Warning):  # a warning of torch's that the user made an error
         raise
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error
@@ -127,7 +128,7 @@ def _mapped(path: Path, found: StateDict, records: dict[int, int]) -> tuple[Stat
 def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensors with a storage that `tensor` consists of."""
     if tensor.layout == torch.sparse_coo:
-        return tensor._indices(), tensor._values()
+        return sparse_parts(tensor)
     if tensor.layout == torch.sparse_csr:
         return tensor.crow_indices(), tensor.col_indices(), tensor.values()
     return (tensor,)

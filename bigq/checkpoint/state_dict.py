@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 
 from bigq.errors import CheckpointError
+from bigq.system.internals import EXTRA_STATE
 from bigq.system.text import shortlist
 
-__all__ = ["StateDict", "find_state_dict"]
+__all__ = ["EXTRA_STATE", "StateDict", "find_state_dict"]
 
 _DEPTH = 2  # dicts deep that a state dict is looked for
 

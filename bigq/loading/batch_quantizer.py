@@ -34,10 +34,11 @@ class BatchQuantizer:
                 quantizes. Those of one Description, the same object, are quantized in one launch where their format
                 allows it.
         """
-        alike: dict[tuple[int, str], list[_Item]] = {}
+        alike: dict[tuple[int, str, torch.dtype], list[_Item]] = {}
         for item in items:
-            weight, _ = item  # by identity: to hash a Description takes a microsecond
-            alike.setdefault((id(weight.description), weight.method), []).append(item)
+            weight, piece = item  # by identity: to hash a Description takes a microsecond
+            # Those of one description may be stored in different dtypes, where a config says what they stand for.
+            alike.setdefault((id(weight.description), weight.method, piece.tensor.dtype), []).append(item)
         for group in alike.values():
             weight_format = group[0][0].description.format
             apart = weight_format.measures or any(_count(item) % weight_format.row_group for item in group)

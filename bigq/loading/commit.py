@@ -1,8 +1,8 @@
 """commit: put what a load made into a model."""
 
 from collections.abc import Mapping
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from bigq.formats import QUANT_STATE, state_name
@@ -49,6 +49,6 @@ def _parameter(old: Tensor | None, tensor: Tensor, requires_grad: bool) -> nn.Pa
     """A Parameter of `tensor`, of the class and with the attributes of `old`."""
     if not isinstance(old, nn.Parameter) or (type(old) is nn.Parameter and not vars(old)):
         return nn.Parameter(tensor, requires_grad=requires_grad)
-    new = torch.Tensor._make_subclass(type(old), tensor, requires_grad)
+    new = cast(nn.Parameter, tensor.detach().as_subclass(type(old)).requires_grad_(requires_grad))
     vars(new).update(vars(old))
     return new

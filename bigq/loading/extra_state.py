@@ -4,9 +4,9 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 
 from bigq.checkpoint import Adapter, Checkpoint, StoredTensor
+from bigq.checkpoint.state_dict import EXTRA_STATE
 from bigq.errors import CheckpointError
 from bigq.model.tree import tensor_name
 from bigq.system.text import shortlist

@@ -5,7 +5,6 @@ So what is done for a run is not done for each of 19,000 small tensors.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate, chain, groupby, zip_longest
 from threading import Lock
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bigq.checkpoint import ByteSource, Span, StoredTensor, cut_out
+from bigq.system.internals import cut
 from bigq.system.interrupts import Latch
 
 __all__ = ["Chunk", "Piece", "Run", "Target", "make_runs", "take_turns"]
@@ -152,24 +152,10 @@ class Run:
         for dtype, parts in groupby(self.parts, key=lambda part: part.info.dtype):
             alike = list(parts)
             nbytes = sum(part.nbytes for part in alike)
-            tensors = _cut(self._bytes[at : at + nbytes].view(dtype), [part.shape for part in alike])
+            tensors = cut(self._bytes[at : at + nbytes].view(dtype), [part.shape for part in alike])
             pieces += [Piece(part.info, part.start, tensor) for part, tensor in zip(alike, tensors, strict=True)]
             at += nbytes
         return pieces
-
-
-def _cut(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """Views of `flat` in these shapes, one after the other.
-
-    In one call of torch's: each lets go of Python's lock, for which the reading threads wait.
-    """
-    views = torch._C._nn.unflatten_dense_tensors(flat, [_of_shape(shape) for shape in shapes])
-    return [view if view.numel() else view.view(shape) for view, shape in zip(views, shapes, strict=True)]
-
-
-@cache
-def _of_shape(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, device="meta")
 
 
 def make_runs(tensors: Iterable[StoredTensor], targets: Mapping[str, Target], limit: int) -> Iterator[Run]:

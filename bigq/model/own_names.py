@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bigq.checkpoint import Renamed, Source
 from bigq.model.transaction import Snapshot
 from bigq.model.tree import ModelTree, tensor_name
+from bigq.system.internals import load_hooks
 
 __all__ = ["with_own_names"]
 
@@ -90,7 +91,7 @@ def _loaded(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict
                 vars(module)[table] = {leaf: None if t is None else t.detach().to("meta") for leaf, t in own}
             module._load_from_state_dict(changed, prefix, {}, True, [], [], [])
         else:
-            for hook in module._load_state_dict_pre_hooks.values():
+            for hook in load_hooks(module):
                 hook(changed, prefix, {}, True, [], [], [])
     except Exception as error:  # it is the model's code, and may need numbers
         warnings.warn(

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bigq.errors import ConfigError
 from bigq.formats import Format
 from bigq.model.float32_names import float32_names
 from bigq.model.patterns import match_patterns
 from bigq.model.tree import ModelTree, TensorGroup, tensor_name
+from bigq.system.internals import ATTENTION_OUTPUT
 from bigq.weight.convert import is_transposed_linear
 
 __all__ = ["Chosen", "Selection", "output_head", "select_weights"]
@@ -151,7 +151,7 @@ def _candidates(module: nn.Module) -> tuple[str, ...]:
 
 def _why_left_alone(module: nn.Module) -> str | None:
     """Why a linear of this kind is not quantized unless the config names it."""
-    if type(module) is NonDynamicallyQuantizableLinear:
+    if type(module) is ATTENTION_OUTPUT:
         return "part of nn.MultiheadAttention, whose fused paths need a plain weight"
     return None
 

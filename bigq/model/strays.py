@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bigq.errors import UnsupportedError
 from bigq.model.tree import ModelTree, tensor_name
+from bigq.system.internals import has_forward_pre_hooks
 from bigq.system.text import shortlist
 
 __all__ = ["refuse_strays"]
@@ -75,4 +76,4 @@ def _is_computed(module: nn.Module, attribute: str) -> bool:
 
     So do torch's old weight_norm and spectral_norm, and its pruning.
     """
-    return bool(module._forward_pre_hooks) and any(name.startswith(f"{attribute}_") for name in module._parameters)
+    return has_forward_pre_hooks(module) and any(name.startswith(f"{attribute}_") for name in module._parameters)

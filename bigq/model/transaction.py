@@ -40,7 +40,9 @@ class Snapshot:
         ]
         kinds = {kind for _, kind, _ in self._modules if "GraphModuleImpl" in str(kind)}  # accelerate's own test
         self._forwards = [(kind, vars(kind)["forward"]) for kind in kinds if "forward" in vars(kind)]
-        self._lists = [(of["_flat_weights"], [*of["_flat_weights"]]) for of in attributes if "_flat_weights" in of]
+        # An RNN keeps a second list of its weights.
+        of_rnns = [of for module, _, of in self._modules if isinstance(module, nn.RNNBase)]
+        self._lists = [(held, [*held]) for of in of_rnns for held in of.values() if isinstance(held, list)]
 
     def restore(self) -> None:
         """Put everything back. Dicts and lists are the same objects as before, with their old contents."""

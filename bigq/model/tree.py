@@ -103,8 +103,7 @@ def find_owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, 
 
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
     """A key that all names of a tensor share, also on meta, where `init_empty_weights` makes new Parameters."""
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+    return tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def tensor_table(module: nn.Module, leaf: str) -> dict[str, Any]:
@@ -120,12 +119,12 @@ def tensor_table(module: nn.Module, leaf: str) -> dict[str, Any]:
 def assign_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:
     """Make `tensor` the parameter or buffer `leaf` of `module`.
 
-    setattr is not used, because `init_empty_weights` patches what it calls. An RNN keeps a second list of its weights,
-    which is updated too.
+    setattr alone does not do it, because `init_empty_weights` patches what it calls. An RNN keeps a second list of its
+    weights, which only setattr updates.
     """
+    if isinstance(module, nn.RNNBase):
+        setattr(module, leaf, tensor)
     tensor_table(module, leaf)[leaf] = tensor
-    if isinstance(module, nn.RNNBase) and leaf in module._flat_weights_names:
-        module._flat_weights[module._flat_weights_names.index(leaf)] = tensor
 
 
 class _ScriptedTensors:

@@ -23,6 +23,7 @@ from bigq.model.tree import assign_tensor, tensor_table
 from bigq.offload.saved_tensors import saved_offloaded
 from bigq.offload.slot import DeviceSlot
 from bigq.offload.transfer import Layout, Transfer
+from bigq.system.internals import can_hook_saved_tensors, saved_tensor_hooks
 from bigq.system.interrupts import to_the_end
 
 __all__ = ["Call", "OffloadedBlock", "Prefetcher"]
@@ -109,7 +110,7 @@ class Call:
     def end_saving(self) -> None:
         """Undo `begin`; does nothing the second time, or where an interrupt came before `begin`."""
         if self.saving is not None:
-            top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            top = saved_tensor_hooks()
             if top is not None and top[0] is self.saving.pack_hook:
                 self.saving.__exit__()
             self.saving = None
@@ -188,7 +189,7 @@ class Prefetcher:
                 slot.wait_for_copies()
                 if block.ahead:
                     self._follow(block)
-                if torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+                if torch.is_grad_enabled() and can_hook_saved_tensors():
                     call.saving = saved_offloaded(slot.buffer, layout, self._transfer)
             except BaseException:
                 to_the_end(partial(self._end, call))

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
+from weakref import finalize
 
-from bigq.system.interrupts import Latch
+from bigq.system.interrupts import Latch, Worker
 from bigq.system.machine import usable_cores
 
 __all__ = ["Read", "Readers"]
@@ -47,16 +49,41 @@ def _nothing() -> None:
 
 
 class Readers:
-    """Threads that start with the first read and end with this object; a forked process starts its own."""
+    """Threads that start with the first read and end with this object; a forked process starts its own.
+
+    No executor of the standard library: its semaphore is Python code, which an interrupt can leave locked for good.
+    """
 
     def __init__(self) -> None:
-        self._process = os.getpid()
-        self._pool: ThreadPoolExecutor | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process, self._threads = os.getpid(), 0
+        self._queue: SimpleQueue[Read | None] = SimpleQueue()
+        finalize(self, self._queue.put, None).atexit = False
 
     def start(self, reads: Iterable[Read]) -> None:
-        """Have threads run `reads`, in their order. Where this raises, some of them may be under way."""
-        if self._pool is None or self._process != os.getpid():  # threads do not survive a fork
-            self._process = os.getpid()
-            self._pool = ThreadPoolExecutor(min(8, usable_cores()), thread_name_prefix="bigq-read")
+        """Have threads run `reads`, in their order. Where this raises, some of them may be under way.
+
+        Raises:
+            RuntimeError: the system has no thread left, and none runs yet.
+        """
+        if self._process != os.getpid():  # threads do not survive a fork
+            self._begin()
+        while self._threads < min(8, usable_cores()):
+            try:
+                Worker(partial(_work, self._queue)).start()
+            except RuntimeError:
+                if not self._threads:
+                    raise
+                break  # those that run do all of it
+            self._threads += 1
         for read in reads:
-            self._pool.submit(read.run)
+            self._queue.put(read)
+
+
+def _work(queue: "SimpleQueue[Read | None]") -> None:
+    while (read := queue.get()) is not None:
+        read.run()
+        del read  # an idle thread would keep its file open
+    queue.put(None)  # for the next thread

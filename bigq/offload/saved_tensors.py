@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from bigq.offload.space import version_of
 from bigq.offload.transfer import Layout, Transfer
+from bigq.system.internals import saved_tensor_hooks, version_of
 
 __all__ = ["saved_offloaded"]
 
@@ -51,12 +51,12 @@ def saved_offloaded(buffer: Tensor, layout: Layout, transfer: Transfer) -> saved
 
     Other tensors go to the hooks that are in force already, such as those of activation checkpointing.
     """
-    storage = buffer.untyped_storage()._cdata
+    storage = buffer.untyped_storage()
     starts = sorted((start, index) for index, start in enumerate(layout.starts) if layout.tensors[index].numel())
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer = saved_tensor_hooks()
 
     def pack(tensor: Tensor) -> object:
-        if tensor.layout != torch.strided or tensor.untyped_storage()._cdata != storage:
+        if tensor.layout != torch.strided or tensor.untyped_storage() is not storage:
             return (
                 _Packed(outer[0](tensor), outer[1]) if outer is not None else _Kept(tensor.detach(), version_of(tensor))
             )
@@ -102,5 +102,5 @@ def _refuse_edit(tensor: Tensor, version: int) -> None:
     if version_of(tensor) != version:
         raise RuntimeError(
             f"a tensor of shape {tuple(tensor.shape)} that the backward pass of an offloaded block needs was modified "
-            f"in place after the forward pass: it is at version {tensor._version}, expected version {version}"
+            f"in place after the forward pass: it is at version {version_of(tensor)}, expected version {version}"
         )

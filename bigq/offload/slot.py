@@ -6,8 +6,6 @@ interrupted before all of it was queued is spoiled: nobody knows what will yet b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import methodcaller
-from sys import getrefcount
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,10 +13,9 @@ from torch import Tensor, nn
 
 from bigq.offload.readers import Read
 from bigq.offload.transfer import Layout, Transfer
+from bigq.system.internals import count_holders
 
 __all__ = ["DeviceSlot"]
-
-_USE_COUNT = methodcaller("_use_count")
 
 
 @dataclass(kw_only=True)
@@ -45,7 +42,7 @@ class DeviceSlot:
         self._uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
         self._made: WeakKeyDictionary[Layout, list[Tensor]] = WeakKeyDictionary()
         self._tensors: list[Tensor] = []  # over the buffer, of the layout in use
-        self._holders = self._count_holders()
+        self._holders = count_holders(self.buffer, self._tensors)
 
     @property
     def is_spoiled(self) -> bool:
@@ -101,7 +98,7 @@ class DeviceSlot:
         if layout not in self._made:
             self._made[layout] = self._make_tensors(layout)
         self._tensors = self._made[layout]
-        self._holders = self._count_holders()
+        self._holders = count_holders(self.buffer, self._tensors)
         return self._tensors
 
     def mark_used(self, stream: torch.cuda.Stream) -> None:
@@ -113,8 +110,8 @@ class DeviceSlot:
         self._used[stream] = self._uses[stream]
 
     def has_escaped(self) -> bool:
-        """Whether a tensor over the buffer, or a view of one, outlives the call."""
-        return self._count_holders() != self._holders
+        """Whether a tensor over the buffer, or a view of one, outlives the call, or may do so."""
+        return self._holders is None or count_holders(self.buffer, self._tensors) != self._holders
 
     def _mark_copied(self) -> None:
         """Note that the buffer is filled once the copies queued so far are done."""
@@ -130,8 +127,3 @@ class DeviceSlot:
                     view = self.buffer[start : start + own.nbytes].view(own.dtype).view(own.shape)
                     made[id(own)] = nn.Parameter(view, requires_grad=False) if isinstance(own, nn.Parameter) else view
         return [made[id(own)] for own in layout.tensors]
-
-    def _count_holders(self) -> tuple[int, list[int], list[int]]:
-        """How many owners the memory has, such as views, and each tensor over it: in Python, and in C++."""
-        owners: int = torch._C._storage_Use_Count(self.buffer.untyped_storage()._cdata)
-        return owners, list(map(getrefcount, self._tensors)), list(map(_USE_COUNT, self._tensors))

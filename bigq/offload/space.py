@@ -24,6 +24,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError, PlacementError
 from bigq.formats import TensorSpec
 from bigq.system.files import FileIdentity, open_unchanged, read_into
+from bigq.system.internals import version_of
 from bigq.system.memory import ALIGNMENT, align, memory_of
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "is_file_backed",
     "mapping_of",
     "read_stored",
-    "version_of",
 ]
 
 _MAP_NORESERVE = 0x4000  # Linux: a private map may be larger than RAM and swap; nothing writes to most of it
@@ -211,11 +211,6 @@ def read_stored(tensor: Tensor) -> Tensor:
 def is_edited(tensor: Tensor, mapping: mmap.mmap) -> bool:
     """Whether edits of `tensor`, which lies in `mapping`, are in memory only."""
     return isinstance(mapping, FileMap) and mapping.is_private and version_of(tensor) > 0
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often torch has seen `tensor` edited; 0 for one made in inference mode, of which it keeps no count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _unnamed_file(folder: Path) -> FileIO:

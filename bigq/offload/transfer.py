@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter, is_
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from bigq.formats import TensorSpec
 from bigq.offload.readers import Read, Readers
 from bigq.offload.space import FileMap, OffloadSpace, is_edited, mapping_of
+from bigq.system.internals import edits_of
 from bigq.system.memory import ALIGNMENT, align
 
 __all__ = ["Layout", "Transfer"]
@@ -51,7 +52,7 @@ class Layout:
         self.on_host = all(tensor.device.type == "cpu" for tensor in tensors)
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._versions = [tensor._version for tensor in self._versioned]
+        self._versions = list(map(edits_of, self._versioned))
         self.extents: list[_Extent] = []
         self.nbytes = 0
         starts: dict[int, int] = {}
@@ -69,7 +70,7 @@ class Layout:
         return (  # in C loops: it is asked twice a call of a block, which may have hundreds of tensors
             all(map(is_, tensors, self.tensors))
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
-            and list(map(_VERSION, self._versioned)) == self._versions
+            and list(map(edits_of, self._versioned)) == self._versions
         )
 
     def _add(self, tensor: Tensor, place: tuple[mmap.mmap, int] | None) -> int:
@@ -170,9 +171,6 @@ def _read_chunk(
 def _new_chunk() -> tuple[Tensor, torch.cuda.Event]:
     pinned = torch.empty(_CHUNK_NBYTES, dtype=torch.uint8, pin_memory=True)
     return pinned, torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-_VERSION = attrgetter("_version")
 
 
 def _in_stored_order(tensors: Sequence[Tensor]) -> list[tuple[Tensor, tuple[mmap.mmap, int] | None]]:

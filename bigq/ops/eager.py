@@ -5,37 +5,15 @@ that need no gradient, with no mode, transform, trace or profiler active, an op 
 else goes through the dispatcher.
 """
 
-from collections.abc import Callable
-from operator import attrgetter
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from bigq.ops import library
 from bigq.ops.replays import Settings, State, run
+from bigq.system.internals import something_listens
 
 __all__ = ["linear"]
-
-# What acts between a call and its kernel, by the functions that tell. A torch without one of them takes the dispatcher.
-_TELLTALES = (
-    "_len_torch_function_stack",
-    "_len_torch_dispatch_stack",
-    "_functorch.maybe_current_level",
-    "_get_tracing_state",
-    "_autograd._profiler_enabled",
-)
-
-
-def _telltales() -> tuple[Callable[[], Any], ...] | None:
-    try:
-        return tuple(attrgetter(name)(torch._C) for name in _TELLTALES)
-    except AttributeError:
-        return None
-
-
-_TELL = _telltales()
 
 
 def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
@@ -49,7 +27,4 @@ def _is_plain(x: Tensor, state: State) -> bool:
     """Whether no gradient is needed and nothing listens to, or changes, calls of ops."""
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in state)):
         return False
-    if _TELL is None:
-        return False
-    functions, dispatches, transform, trace, profiler = _TELL
-    return not (functions() or dispatches() or transform() is not None or trace() is not None or profiler())
+    return not something_listens()

@@ -20,6 +20,7 @@ from torch import Tensor
 from bigq.errors import UnsupportedError
 from bigq.ops import checks, reference
 from bigq.ops.replays import run
+from bigq.system.internals import check
 
 __all__ = [
     "cuda_implementation",
@@ -104,7 +105,7 @@ def _(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]
 
 @torch.library.register_fake("bigq::dequantize_4bit", lib=_LIBRARY)
 def _(weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    checks.check_dequantize_4bit(weight, absmax, None, None, block_size, in_features, torch._check)
+    checks.check_dequantize_4bit(weight, absmax, None, None, block_size, in_features, check)
     return weight.new_empty(weight.shape[0], in_features, dtype=dtype)
 
 
@@ -117,7 +118,7 @@ def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("bigq::dequantize_absmax", lib=_LIBRARY)
 def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
-    checks.check_dequantize_absmax(codes, nested_absmax, nested_offset, torch._check)
+    checks.check_dequantize_absmax(codes, nested_absmax, nested_offset, check)
     return torch.empty_like(codes, dtype=torch.float32)
 
 
@@ -133,9 +134,7 @@ def _(
     block_size: int,
     in_features: int | None = None,
 ) -> Tensor:
-    checks.check_linear_4bit(
-        x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, torch._check
-    )
+    checks.check_linear_4bit(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, check)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -146,13 +145,13 @@ def _(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("bigq::dequantize_int8", lib=_LIBRARY)
 def _(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    checks.check_dequantize_int8(weight, absmax, torch._check)
+    checks.check_dequantize_int8(weight, absmax, check)
     return torch.empty_like(weight, dtype=dtype)
 
 
 @torch.library.register_fake("bigq::linear_int8", lib=_LIBRARY)
 def _(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    checks.check_linear_int8(x, weight, absmax, bias, torch._check)
+    checks.check_linear_int8(x, weight, absmax, bias, check)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

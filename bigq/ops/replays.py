@@ -1,7 +1,8 @@
-"""replays: run a linear on CUDA tensors, by repeating the launches of an earlier call on tensors that look alike.
+"""replays: run a linear on CUDA tensors, by repeating the launches of an earlier call on tensors of the same signature.
 
 A linear of few tokens takes the GPU less time than it takes Python to start it. A launcher's second call on tensors of
-the same looks is recorded; from then on its launches are repeated without its Python.
+the same signature (shape, strides, dtype, device, alignment) is recorded. From then on its launches are repeated
+without its Python.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ MAX_KEPT = 1 << 15  # bound calls: 300 linears at 100 numbers of tokens
 
 _CALLS: dict[Any, "_Call"] = {}
 _REPLAYS: dict[Any, "Replay | None"] = {}  # None: has no replay
-_SEEN: set[Any] = set()  # looks that ran once: their kernels are compiled and their tables made
+_SEEN: set[Any] = set()  # signatures that ran once: their kernels are compiled and their tables made
 
 
 class _Call:
@@ -79,23 +80,25 @@ def _first_calls(
     few = 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
     if not (few and x.is_contiguous() and x.data_ptr() % 16 == 0):
         return launcher(*tensors, *settings)
-    looks = (name, settings, *(None if tensor is None else _looks(tensor) for tensor in tensors))
-    if looks not in _SEEN:
+    signature = (name, settings, *(None if tensor is None else _signature(tensor) for tensor in tensors))
+    if signature not in _SEEN:
         if len(_SEEN) >= MAX_KEPT:
             _SEEN.clear()
             _REPLAYS.clear()
-        _SEEN.add(looks)
+        _SEEN.add(signature)
         return launcher(*tensors, *settings)
-    if looks not in _REPLAYS:
-        from bigq_kernels.replay import record
+    if signature not in _REPLAYS:
+        from bigq_kernels.replay import can_replay, record
 
-        out, _REPLAYS[looks] = record(launcher, tensors, settings)
+        if not can_replay():
+            return launcher(*tensors, *settings)
+        out, _REPLAYS[signature] = record(launcher, tensors, settings)
         return out
     if len(_CALLS) >= MAX_KEPT:
         _CALLS.clear()
-    _CALLS[key] = _Call(key, _REPLAYS[looks], state, settings)
+    _CALLS[key] = _Call(key, _REPLAYS[signature], state, settings)
     return run(find, name, x, state, settings)
 
 
-def _looks(tensor: Tensor) -> Any:
+def _signature(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16 == 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import ConfigError, UnsupportedError
+from bigq.system.internals import SEES_EDITS, version_of, wrapper
 from bigq.weight.stored import Stored
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ class LazyWeight(Tensor):
         strides: Iterable[int] | None = None,
         **attributes: Any,
     ) -> "Self":
-        weight = Tensor._make_wrapper_subclass(
-            cls, tuple(shape), strides=None if strides is None else tuple(strides), dtype=dtype, device=device
-        )
+        weight: Self = wrapper(cls, tuple(shape), None if strides is None else tuple(strides), dtype, device)
         vars(weight).update(attributes)
         return weight
 
@@ -101,9 +100,9 @@ class LazyWeight(Tensor):
         operand = self.operand()
         if operand is None:
             return type(self)(self.shape, dtype, device, numbers=self.dequantize().to(device).to(dtype))
-        if device == self.device:
+        if device == self.device and SEES_EDITS:
             return type(self)(self.shape, dtype, device, root=operand, versions=_versions(operand))
-        moved = replace(operand, state={part: tensor.detach().to(device) for part, tensor in operand.state.items()})
+        moved = replace(operand, state={part: t.detach().to(device, copy=True) for part, t in operand.state.items()})
         return type(self)(self.shape, dtype, device, root=moved)
 
     # Views: writing to one writes to the weight
@@ -185,7 +184,4 @@ def plain(value: Any) -> Any:
 
 def _versions(stored: Stored) -> list[tuple[int, int]]:
     """Version counter and address of each tensor: they change if the tensor does."""
-    return [
-        (0 if tensor.is_inference() else tensor._version, 0 if tensor.is_meta else tensor.data_ptr())
-        for tensor in stored.state.values()
-    ]
+    return [(version_of(tensor), 0 if tensor.is_meta else tensor.data_ptr()) for tensor in stored.state.values()]

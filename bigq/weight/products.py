@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bigq.system.internals import GROUPED_PRODUCTS
 from bigq.weight.lazy_weight import LazyWeight
 from bigq.weight.stored import Stored
 
@@ -92,9 +93,7 @@ PRODUCTS: dict[Function, Function] = {
     Tensor.bmm: _bmm,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
-    torch._grouped_mm: _grouped_mm,
     F.embedding: _embedding,
     torch.embedding: lambda weight, indices, *rest: _embedding(indices, weight),
+    **dict.fromkeys(GROUPED_PRODUCTS, _grouped_mm),
 }
-if hasattr(F, "grouped_mm"):  # since torch 2.10
-    PRODUCTS[F.grouped_mm] = _grouped_mm

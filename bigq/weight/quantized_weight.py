@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from bigq.errors import UnsupportedError
+from bigq.system.internals import as_plain_tensor, may_write
 from bigq.weight.lazy_weight import LazyWeight, plain
 from bigq.weight.products import PRODUCTS
 from bigq.weight.views import VIEWS, get_item, reversed_dimensions, set_item, views, without_numbers
@@ -56,8 +56,7 @@ class QuantizedWeight(LazyWeight):
         """
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if func in _DESCRIBING or name in _DESCRIBING_NAMES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return as_plain_tensor(super().__torch_function__, func, types, args, kwargs)
         if func in PRODUCTS:
             out = PRODUCTS[func](*args, **kwargs)
             if out is not None:
@@ -83,7 +82,7 @@ class QuantizedWeight(LazyWeight):
         """Serve calls that come from torch's C++ code and do not pass `__torch_function__`."""
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
-        written = [args[0]] if func._schema.is_mutable and isinstance(args[0], QuantizedWeight) else []
+        written = [args[0]] if isinstance(args[0], QuantizedWeight) and may_write(func) else []
         return _dense(func, written, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -139,7 +138,7 @@ def _cast(func: Function, args: Arguments, kwargs: Keywords) -> Any:
         return torch.empty(0, dtype=value.dtype, device=value.device) if is_weight else value
 
     first, *others = args
-    others, kwargs = tree_map(empty, others), tree_map(empty, dict(kwargs))
+    others, kwargs = _mapped(empty, others), _mapped(empty, dict(kwargs))
     if not isinstance(first, QuantizedWeight):
         return func(first, *others, **kwargs)
     like = empty(first)
@@ -202,7 +201,19 @@ def _written(name: str, args: Arguments, kwargs: Keywords) -> list[QuantizedWeig
     written = [kwargs.get("out")]
     if (name.endswith("_") and not name.startswith("__")) or name in _IN_PLACE_OPERATORS or kwargs.get("inplace"):
         written += args[:1] or list(kwargs.values())[:1]  # torch.nn.init passes all by name
-    return [weight for weight in tree_leaves(written) if isinstance(weight, QuantizedWeight)]
+    leaves: list[Any] = []
+    _mapped(leaves.append, written)
+    return [weight for weight in leaves if isinstance(weight, QuantizedWeight)]
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `function` of what its lists, tuples and dicts hold, at any depth, in place of that."""
+    if isinstance(value, dict):
+        return {key: _mapped(function, inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        inner = [_mapped(function, item) for item in value]
+        return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
+    return function(value)
 
 
 def _dense(func: Function, written: list[QuantizedWeight], args: Arguments, kwargs: Keywords) -> Any:
@@ -218,7 +229,7 @@ def _dense(func: Function, written: list[QuantizedWeight], args: Arguments, kwar
     def numbers(value: Any) -> Any:
         return dense[id(value)] if id(value) in dense else plain(value)
 
-    head, others, keywords = (tree_map(numbers, given) for given in (args[:1], args[1:], dict(kwargs)))
+    head, others, keywords = (_mapped(numbers, given) for given in (args[:1], args[1:], dict(kwargs)))
     out = func(*head, *others, **keywords)
     for weight in written:
         weight.write(dense[id(weight)])

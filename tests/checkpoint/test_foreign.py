@@ -1,6 +1,7 @@
 """Adapters and weights that others have quantized are refused as what they are; float8 without scales is a cast."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -60,6 +61,12 @@ def test_a_config_that_says_nothing_is_no_obstacle(tmp_path, content):
     assert len(Checkpoint.open(tmp_path).tensors) == 2
 
 
+def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path):
+    save_file(CODES, tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "config.json")
+    assert len(Checkpoint.open(tmp_path).tensors) == 2
+
+
 def test_plain_weights_are_plain_whatever_a_config_says(tmp_path):
     """A model that was dequantized and saved may have kept its config."""
     tensors = {"q.weight": torch.ones(2, 2, dtype=torch.bfloat16), "ids": torch.arange(3)}
@@ -94,7 +101,7 @@ CONFIG = QuantizationConfig("nf4", block_size=32)
 def load(path, build=Net, **kwargs):
     with init_empty_weights():
         model = build()
-    return load_and_quantize_model(model, path, kwargs.pop("config", CONFIG), "cpu", progress=False)
+    return load_and_quantize_model(model, path, kwargs.pop("config", CONFIG), "cpu", progress=False, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -112,6 +119,16 @@ def test_float8_without_a_scale_is_a_cast(tmp_path, dtype):
         assert torch.equal(tensor, expected.state_dict()[name]), name
     half = load(tmp_path / "float8.safetensors", config=QuantizationConfig("nf4", dtype="fp16"))
     assert (half.a.weight.dtype, half.norm.weight.dtype) == (torch.float16, torch.float16)
+
+
+def test_one_weight_among_others_may_be_float8(tmp_path):
+    tensors = {**Net().state_dict(), "c": torch.ones(1)}
+    tensors["head.weight"] = tensors["head.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "a.safetensors")
+    config = QuantizationConfig("nf4", block_size=32, skip_defaults=False)
+    model = load(tmp_path, config=config, strict=False)
+    packed = config.weight_format().quantize(tensors["head.weight"].float())["packed"]
+    assert torch.equal(model.head.weight_packed, packed)
 
 
 @pytest.mark.parametrize("scale", ["a.weight_scale", "a.weight_scale_inv", "a.scale_weight", "a.weight_scales"])

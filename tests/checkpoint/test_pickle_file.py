@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import traceback
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -81,6 +82,13 @@ def test_what_is_no_flat_state_dict(tmp_path, save, content, message):
     refused(tmp_path / "weights.pt", message)
 
 
+def test_a_warning_that_is_made_an_error_is_no_damage(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(2)}, tmp_path / "weights.pt")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: warnings.warn("torch has news", stacklevel=1))
+    with pytest.raises(UserWarning, match="torch has news"):
+        Checkpoint.open(tmp_path / "weights.pt")
+
+
 def test_the_way_out_of_a_nested_dict_works(tmp_path, monkeypatch):
     torch.save({"x": {"model": {"a": torch.ones(2)}}, "ema": {"a": torch.ones(2)}}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="extract one with") as info:
@@ -144,6 +152,7 @@ def test_nobody_is_told_to_let_a_pickle_run(tmp_path, save, content):
 @pytest.mark.parametrize(
     "content", [pickle.dumps({"a": 1}, protocol=4), pickle.dumps([1.5], protocol=2), b"\x80\x02x."]
 )
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_nor_where_torch_cannot_read_it(tmp_path, content):
     (tmp_path / "model.bin").write_bytes(content)
     with pytest.raises(CheckpointError) as info:

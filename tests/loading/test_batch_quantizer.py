@@ -5,8 +5,11 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from torch.nn import functional as F
 
+from bigq import QuantizationConfig, load_and_quantize_model
 from bigq.checkpoint import StoredTensor
 from bigq.formats import FP4, NF4, Description, Format, Int8, Rows, TensorSpec, decode_quant_state
 from bigq.loading.batch_quantizer import BatchQuantizer
@@ -203,3 +206,24 @@ def test_how_a_weight_arrives_suits_its_format(weight_format, shape, transposed,
     planned = PlannedWeight(names=("a.weight",), refs=(), description=description, source="a.weight")
     target = Batch().target(torch.device("cpu"), planned)
     assert (target.may_split, target.row_group) == (splits, row_group)
+
+
+def test_weights_stored_in_different_dtypes_are_not_taken_for_one_matrix(tmp_path):
+    """Between them lies a tensor of just the size that a matrix of the first one's dtype would have there."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.head = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 3)
+            self.register_buffer("b", torch.full((64,), 9.0))
+
+    torch.manual_seed(0)
+    tensors = {name: tensor if name == "a.weight" else tensor.half() for name, tensor in Model().state_dict().items()}
+    save_file(tensors, tmp_path / "m.safetensors")  # a.weight in float32, then b, c.weight and so on in float16
+    with torch.device("meta"):
+        model = Model()
+    config = QuantizationConfig("nf4", dtype="float32")
+    load_and_quantize_model(model, tmp_path / "m.safetensors", config, "cpu", progress=False)
+    for name in ("a", "c"):
+        packed = NF4().quantize(tensors[f"{name}.weight"].float())["packed"]
+        assert torch.equal(model.get_submodule(name).weight_packed, packed), name

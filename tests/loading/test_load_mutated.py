@@ -128,6 +128,7 @@ def pickle(request):
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle(pickle, data):
     content, is_zip = pickle
     content = changed(content, data.draw(changes(len(content))))

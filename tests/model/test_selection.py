@@ -321,7 +321,6 @@ def test_a_linear_that_says_is_transposed_is_no_fused_experts():
     assert not any(weight.transposed for weight in select_weights(ModelTree(model), NF4()).weights.values())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_module_cannot_be_named():
     model = nn.Sequential(nn.Linear(64, 64), torch.jit.script(nn.Linear(64, 64)))
     with pytest.raises(ConfigError, match="ScriptModule"):

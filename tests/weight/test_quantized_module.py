@@ -272,7 +272,6 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_is_taken(reason, 
     assert same_state(module, before)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_compiling_and_exporting_a_module_that_reads_its_weights(weight_format):
     case = Case("two-weights", weight_format)
     module = case.quantized()

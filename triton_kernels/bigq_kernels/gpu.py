@@ -6,10 +6,11 @@ from functools import cache
 import torch
 import triton
 
+from bigq_kernels.internals import TESTED_TRITON
+
 __all__ = ["GLUON_RELEASES", "Gpu"]
 
-# Of Triton, that the Gluon kernels are tested with. No other has to compile them.
-GLUON_RELEASES = ((3, 6), (3, 7))
+GLUON_RELEASES = TESTED_TRITON  # no other has to compile the Gluon kernels
 _KIB = 1 << 10
 _NAMED = {  # compute capability, multiprocessors, shared memory of a program
     "h100": ((9, 0), 132, 227 * _KIB),

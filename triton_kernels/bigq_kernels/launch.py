@@ -1,8 +1,9 @@
 """launch: start a kernel without Triton's own binding of arguments after the first time.
 
 Triton inspects, specializes and hashes every argument on each call, which for the 30 arguments of a linear takes longer
-than the kernel. Here a call that looks like one before goes straight to the compiled kernel: 71 to 102 us of host time
-a linear instead of about 160, on the host of an H200. `replay` saves the rest of a launcher's Python too: 15 to 24 us.
+than the kernel. Here a call with the signature of an earlier one goes straight to the compiled kernel: 71 to 102 us of
+host time a linear instead of about 160, on the host of an H200. `replay` saves the rest of a launcher's Python too: 15
+to 24 us.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["dense_linear", "launch", "observed"]
+from bigq_kernels.internals import starter
 
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+__all__ = ["dense_linear", "in_product", "launch", "observed"]
+
+_COMPILED: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 _THREAD = local()
 
 Observer = Callable[[Any, tuple[int, ...], tuple[Any, ...]], None]
@@ -40,7 +42,7 @@ def launch(
     args = (first, *others)
     # All that Triton specializes on: dtype and alignment of pointers; of integers whether they are 1, divide by 16, or
     # need 64 bits.
-    looks = tuple(
+    signature = tuple(
         (arg.dtype, arg.data_ptr() % 16 == 0)
         if isinstance(arg, Tensor)
         else (arg % 16 == 0, arg == 1, arg < 2**31)
@@ -48,16 +50,18 @@ def launch(
         else type(arg)
         for arg in args
     )
-    key = (id(kernel), first.device, looks, *constants.values(), *options.values())
+    key = (id(kernel), first.device, signature, *constants.values(), *options.values())
     whole_grid = (*grid, 1, 1)[:3]
     if key in _COMPILED:
-        compiled, values = _COMPILED[key]
-        compiled[whole_grid](*args, *values)
+        compiled, start, values = _COMPILED[key]
+        start(whole_grid)(*args, *values)
     else:
+        options = {"enable_fp_fusion": True, **options}  # Triton 3.10 has another default, and 3.9 warns of it
         compiled = kernel[grid](*args, **constants, **options)
         values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        if compiled is not None:  # the interpreter compiles nothing
-            _COMPILED[key] = compiled, values
+        start = None if compiled is None else starter(compiled, whole_grid)  # the interpreter compiles nothing
+        if start is not None:
+            _COMPILED[key] = compiled, start, values
     observer: Observer | None = getattr(_THREAD, "observer", None)
     if observer is not None:
         observer(compiled, whole_grid, (*args, *values))
@@ -68,10 +72,18 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     observer: Observer | None = getattr(_THREAD, "observer", None)
     if observer is None:
         return F.linear(x, weight, bias)
-    with _disable_current_modes():  # one step, not the aten ops it is made of
+    _THREAD.in_product = True
+    try:
         out = F.linear(x, weight, bias)
+    finally:
+        _THREAD.in_product = False
     observer(F.linear, (), (x, weight, bias, out))
     return out
+
+
+def in_product() -> bool:
+    """Whether this thread is in a `dense_linear` that is observed: one step, not the aten ops it is made of."""
+    return getattr(_THREAD, "in_product", False)
 
 
 @contextmanager

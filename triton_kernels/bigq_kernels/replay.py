@@ -1,28 +1,27 @@
-"""Replay: the launches of one launcher call, repeated on other tensors of the same looks without the launcher's Python.
+"""Replay: repeat the launches of one launcher call on other tensors of the same signature, without its Python.
 
-What a launcher does follows from its tensors' looks (shape, strides, dtype, device, alignment): it allocates, takes
-views and launches, and may end with a `dense_linear`. `record` watches one call do that and keeps what it launched,
-with a source for each pointer. A call that does anything else, such as a copy, has no replay.
+What a launcher does follows from the signatures of its tensors (shape, strides, dtype, device, alignment): it
+allocates, takes views and launches, and may end with a `dense_linear`. `record` watches one call do that and keeps what
+it launched, with a source for each pointer. A call that does anything else, such as a copy, has no replay.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton import knobs
-from triton.runtime import driver
 
-from bigq_kernels.launch import observed
+from bigq_kernels import internals
+from bigq_kernels.launch import in_product, launch, observed
 
-__all__ = ["BoundReplay", "Replay", "record"]
+__all__ = ["BoundReplay", "Replay", "can_replay", "record"]
 
 _ALIGNMENT = 256  # bytes between workspaces: more than any vector load or TMA descriptor asks for
 _ALLOCATIONS = {
@@ -41,7 +40,7 @@ class _Source(NamedTuple):
     place: int = 0
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(internals.DispatchMode):  # type: ignore[misc]
     """Notes what a launcher allocates, and whether it runs anything but allocations and views."""
 
     def __init__(self) -> None:
@@ -53,14 +52,13 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if in_product():
+            return out
         if func in _ALLOCATIONS:
             self.allocated.append(out)
         elif not func.is_view:
             self.pure = False
         return out
-
-
-_Launch = tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...]]  # call first(*second, third) or first(*second)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class Replay:
     device_index: int
     out_shape: tuple[int, ...]
     workspace_numel: int  # in elements of input 0's dtype
-    launches: tuple[_Launch, ...]
+    launches: tuple[internals.Launch, ...]
     constants: tuple[Tensor, ...]  # tables of the launcher's own, kept alive for their addresses
     multiplies: bool = False
     bias: int | None = None
@@ -94,7 +92,7 @@ class BoundReplay:
     def __init__(self, replay: Replay, pointers: Sequence[int | None]) -> None:
         self._replay = replay
         self._device_index = replay.device_index
-        self._current_stream = driver.active.get_current_stream
+        self._current_stream = internals.current_stream_getter()
         arguments = [argument for _, args, last in replay.launches for argument in args + last]
         self._offsets = sorted({a.place for a in arguments if isinstance(a, _Source) and a.kind == "workspace"})
         self._fixed: list[Any] = []
@@ -124,7 +122,7 @@ class BoundReplay:
             address % 16 != 0
             or not x.is_contiguous()
             or not self._device_index == x.get_device() == torch.cuda.current_device()
-            or _hooked()
+            or internals.has_launch_hooks()
         ):
             return None
         out = x.new_empty(*self._replay.out_shape)
@@ -145,29 +143,70 @@ class BoundReplay:
         return out
 
 
-def _direct(run: Any, start: tuple[Any, ...], args: tuple[Any, ...]) -> _Launch:
-    """What Triton's launcher calls in C for run(*start, *args), so that its Python, about 1 us, is not run each time.
+_works: bool | None = None  # whether a replay had the bits of its launcher; None: not tried yet
 
-    Versions of Triton differ in the order of arguments, so a copy of the launcher is asked. One that allocates scratch
-    memory, or is no such object, is called itself.
+
+def can_replay() -> bool:
+    """Whether replays have the bits of their launchers here, which is tried once, on a tiny kernel.
+
+    While a graph is captured, code is traced or someone listens to launches it is not tried, and the answer is no.
+    Warns, once, where replays do not work.
     """
-    if getattr(run, "global_scratch_size", None) != 0 or getattr(run, "profile_scratch_size", None) != 0:
-        return run, start + args, ()
-    taken: list[tuple[Any, ...]] = []
-    probe = copy(run)
-    probe.launch = lambda *arguments: taken.append(arguments)
-    probe(*start, *args)
-    if len(taken) != 1:
-        return run, start + args, ()
-    (arguments,) = taken
-    return (run.launch, arguments[:-1], args) if arguments[-1:] == (args,) else (run.launch, arguments, ())
+    global _works
+    if _works is None:
+        why = None
+        if not internals.is_tested():
+            tested = ", ".join(f"{major}.{minor}" for major, minor in internals.TESTED_TRITON)
+            why = f"Triton {triton.__version__} is not one of {tested}"
+        elif not internals.IS_COMPLETE:
+            why = "parts of Triton or torch that they use are not there"
+        else:
+            try:
+                if is_compiling() or torch.cuda.is_current_stream_capturing() or internals.has_launch_hooks():
+                    return False
+                if not _has_the_bits_of_its_launcher("cuda"):
+                    why = "one gave other numbers than its launcher"
+            except Exception as error:
+                why = f"one raised {type(error).__name__}: {error}"
+        _works = why is None
+        if why is not None:
+            warnings.warn(
+                f"launches are not replayed with this Triton, so linears of few tokens take up to 160 us of host time "
+                f"each, not 24 or less: {why}. Install a release of Triton that bigq is tested with.",
+                stacklevel=2,
+            )
+    return _works
 
 
-def _hooked() -> bool:
-    """Whether someone listens to Triton's launches, which a replay would not tell of."""
-    runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # a chain of hooks, one hook or None
+@triton.jit
+def _multiply_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index, mask=index < n, other=0.0)
+    tl.store(out_ptr + index, x * tl.load(factor_ptr), mask=index < n)
+
+
+def _multiply_twice(x: Tensor, factor: Tensor) -> Tensor:
+    """A launcher with a workspace. The numbers are small and whole, so every way gives the same bits."""
+    once, twice = x.new_empty(x.shape), x.new_empty(x.shape)
+    for source, out in ((x, once), (once, twice)):
+        launch(_multiply_kernel, (1,), source, factor, out, x.numel(), BLOCK=128, options={"num_warps": 1})
+    return twice
+
+
+def _has_the_bits_of_its_launcher(device: str) -> bool:
+    """Whether a replay repeats a launcher of ours on other inputs, and both give what torch does."""
+    inputs = [
+        (torch.arange(start, start + 100.0, device=device), torch.tensor([factor], device=device))
+        for start, factor in ((1.0, 3.0), (5.0, 7.0))
+    ]
+    (x, factor), (other, other_factor) = inputs
+    out, kept = record(_multiply_twice, (x, factor), ())
+    if kept is None:
+        return False
+    replayed = kept.bind([other_factor.data_ptr()])(other, (other_factor,))
+    expected = [x * factor * factor for x, factor in inputs]
+    outs = [out, replayed, *(_multiply_twice(*pair) for pair in inputs)]
+    return all(out is not None and torch.equal(out, right) for out, right in zip(outs, expected * 2, strict=True))
 
 
 def record(
@@ -175,7 +214,7 @@ def record(
 ) -> tuple[Tensor, Replay | None]:
     """Run launcher(*tensors, *settings) once; its output, and its Replay if it did nothing that one cannot repeat."""
     seen: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
-    with _Watch() as watch, observed(lambda *launch: seen.append(launch)), _counted_launches() as count:
+    with _Watch() as watch, observed(lambda *launch: seen.append(launch)), internals.counted_launches() as count:
         out = launcher(*tensors, *settings)
     product = seen.pop()[2] if seen and seen[-1][0] is F.linear else None
     if not watch.pure or count() != len(seen):  # a kernel started without `launch` was not seen
@@ -188,25 +227,6 @@ def record(
         return out, None
     replay = _replay(dense, tensors, watch, seen)
     return out, replay and replace(replay, multiplies=True, bias=place)
-
-
-@contextmanager
-def _counted_launches() -> Iterator[Callable[[], int]]:
-    """How many kernels of Triton's this thread has started in the context so far."""
-    threads: list[int] = []
-    hooks = knobs.runtime.launch_enter_hook
-
-    def note(_: Any) -> None:
-        threads.append(get_ident())
-
-    if not hasattr(hooks, "add"):  # someone put a hook of their own in the chain's place
-        yield lambda: -1
-        return
-    hooks.add(note)
-    try:
-        yield lambda: threads.count(get_ident())
-    finally:
-        hooks.remove(note)
 
 
 def _replay(
@@ -245,8 +265,7 @@ def _replay(
                     if value.untyped_storage().data_ptr() in storages:  # starts inside of an input or a workspace
                         return None
                     constants.append(value)
-        start = (*grid, _Source("stream"), compiled.function, compiled.packed_metadata)
-        launches.append(_direct(compiled.run, (*start, None, None, None), tuple(args)))  # no launch metadata, no hooks
+        launches.append(internals.launch_of(compiled, grid, _Source("stream"), tuple(args)))
         written |= _Source("out") in args
     if not written:
         return None

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bigq_kernels.block4.choose import choose
 from bigq_kernels.block4.configs import MAX_DP4A_K, Dp4aConfig, MmaConfig, StagedConfig, WgmmaConfig
@@ -27,7 +29,7 @@ def way(m, n=4096, k=4096, block_size=64, dtype=torch.bfloat16, gpu=H100):
 
 
 @pytest.mark.parametrize(
-    "given, expected, why",
+    "question, expected, why",
     [
         pytest.param({"m": 1, "k": MAX_DP4A_K}, "dp4a", "For 1 token and K up to 32768", id="one-token"),
         pytest.param({"m": 1, "k": MAX_DP4A_K + 32}, "staged", "Up to 32 tokens", id="one-token-too-long"),
@@ -48,9 +50,9 @@ def way(m, n=4096, k=4096, block_size=64, dtype=torch.bfloat16, gpu=H100):
         pytest.param({"m": 1, "n": 0}, "dequantize", "output is empty: 1 x 0", id="no-rows"),
     ],
 )
-def test_way_and_why(given, expected, why):
-    given = {"n": 4096, "k": 4096, "block_size": 64, "dtype": torch.bfloat16} | given
-    choice = choose(H100, **given)
+def test_way_and_why(question, expected, why):
+    question = {"n": 4096, "k": 4096, "block_size": 64, "dtype": torch.bfloat16} | question
+    choice = choose(H100, **question)
     assert choice.way == expected
     assert isinstance(choice.config, CONFIGS[expected])
     assert re.search(why, choice.why), choice.why
@@ -72,6 +74,31 @@ def test_gpus_that_are_not_hopper_have_no_wgmma():
     assert [way(m, gpu=Gpu.named("a100")) for m in (2, 32, 33, 128, 129)] == [
         "dp4a", "staged", "mma", "mma", "dequantize",
     ]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    gpu=st.sampled_from([H100, Gpu.named("a100"), Gpu.named("rtx4090"), Gpu.of(torch.device("cpu"))]),
+    m=st.integers(0, 3000),
+    n=st.integers(0, 200_000),
+    k=st.integers(1, 1100).map(lambda words: 32 * words) | st.integers(0, 40_000),
+    block_size=st.sampled_from([2**power for power in range(5, 13)]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_every_question_has_an_answer_that_its_kernel_can_run(gpu, m, n, k, block_size, dtype):
+    chosen = way(m, n, k, block_size, dtype, gpu)
+    if chosen != "dequantize":
+        assert m > 0
+        assert n > 0
+        assert k % 32 == 0
+        assert dtype != torch.float32
+    if chosen in ("staged", "wgmma"):
+        assert gpu.gluon
+        assert block_size >= 64
+    assert chosen != "dp4a" or m <= 2
+    assert chosen != "staged" or m <= 32
+    assert chosen != "mma" or m <= 128
+    assert chosen != "wgmma" or (k % 256 == 0 and gpu.capability == (9, 0))
 
 
 def test_a_question_is_answered_once():

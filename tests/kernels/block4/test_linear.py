@@ -12,12 +12,20 @@ from bigq.ops import reference
 from bigq_kernels.block4.choose import MAX_MMA_M
 from bigq_kernels.block4.linear import linear_4bit
 from bigq_kernels.int8.linear import linear_int8
-from linear_cases import DTYPES, assert_within_budget, check_linear_4bit, int8_case, quantized_4bit
+from linear_cases import assert_within_budget, check_linear_4bit, int8_case, quantized_4bit
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    "quant_type, nested, dtype",
+    [  # every pair of two of them
+        pytest.param("nf4", False, torch.float16, id="nf4-float16"),
+        pytest.param("nf4", True, torch.float32, id="nf4-nested-float32"),
+        pytest.param("fp4", False, torch.float32, id="fp4-float32"),
+        pytest.param("fp4", True, torch.float16, id="fp4-nested-float16"),
+        pytest.param("nf4", True, torch.bfloat16, id="nf4-nested-bfloat16", marks=pytest.mark.gpu),
+        pytest.param("fp4", False, torch.bfloat16, id="fp4-bfloat16", marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize(
     "m, n, k, block_size",
     [
@@ -88,8 +96,8 @@ def test_linear_4bit_of_views(device):
 @pytest.mark.parametrize("stride", [0, 2], ids=["expanded", "strided"])
 @pytest.mark.parametrize("m", [1, 9, MAX_MMA_M + 1], ids=["dp4a", "mma", "not-fused"])
 def test_linear_4bit_of_strided_bias_and_scales(m, stride, device):
-    (weight, codes, nested, offset), _ = quantized_4bit(24, 1024, "nf4", 32, True, device)
-    x, memory = torch.randn(m, 1024, device=device).half(), torch.randn(2 * 24, device=device)
+    (weight, codes, nested, offset), _ = quantized_4bit(24, 512, "nf4", 32, True, device)
+    x, memory = torch.randn(m, 512, device=device).half(), torch.randn(2 * 24, device=device)
     bias = memory.as_strided((24,), (stride,))
     strided = torch.stack([nested, torch.zeros_like(nested)], dim=1)[:, 0]
     out = linear_4bit(x, weight, codes, bias, strided, offset, "nf4", 32)

@@ -21,14 +21,13 @@ def expected_tiles(x, block_m):
     return pairs.permute(0, 2, 1, 3, 4).reshape(tiles, k // 64, block_m, 64)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "m, k, block_m, counts",
+    "m, k, block_m, counts, dtype",
     [
-        pytest.param(64, 256, 64, 0, id="whole-tile"),
-        pytest.param(67, 4352, 64, 5, id="partial-tile-and-program"),
-        pytest.param(1, 64, 16, 1, id="one-slice"),
-        pytest.param(3, 128, 32, 5000, id="more-counts-than-a-round-of-programs"),
+        pytest.param(64, 256, 64, 0, torch.float16, id="whole-tile"),
+        pytest.param(67, 4352, 64, 5, torch.bfloat16, id="partial-tile-and-program"),
+        pytest.param(1, 64, 16, 1, torch.bfloat16, id="one-slice"),
+        pytest.param(3, 128, 32, 5000, torch.float16, id="more-counts-than-a-round-of-programs"),
     ],
 )
 def test_tile_tokens(m, k, block_m, counts, dtype, device):
@@ -41,13 +40,12 @@ def test_tile_tokens(m, k, block_m, counts, dtype, device):
     assert not count.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "m, k, counts",
+    "m, k, counts, dtype",
     [
-        pytest.param(3, 96, 7, id="one-program"),
-        pytest.param(5, 1056, 0, id="no-counts"),
-        pytest.param(1, 32, 5000, id="more-counts-than-pairs"),
+        pytest.param(3, 96, 7, torch.float16, id="one-program"),
+        pytest.param(5, 1056, 0, torch.bfloat16, id="no-counts"),
+        pytest.param(1, 32, 5000, torch.float16, id="more-counts-than-pairs"),
     ],
 )
 def test_split_tokens(m, k, counts, dtype, device):

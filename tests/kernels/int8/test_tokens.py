@@ -24,18 +24,20 @@ def codes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x * inverse[:, None]).round().nan_to_num(0.0).to(torch.int8), scale
 
 
-SHAPES = [
-    pytest.param(1, 16, id="one-short-token"),
-    pytest.param(3, 97, id="odd-columns"),
-    pytest.param(20, 300, id="several-segments"),
-    pytest.param(129, 1000, id="many-tokens"),
-    pytest.param(2050, 130, id="more-tokens-than-a-tile", marks=pytest.mark.gpu),  # a minute in the interpreter
-    pytest.param(2, 17000, id="more-columns-than-a-tile"),
-]
+B, H, F = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("m, k", SHAPES)
+@pytest.mark.parametrize(
+    "m, k, dtype",
+    [
+        *(pytest.param(1, 16, dtype, id=f"one-short-token-{dtype}") for dtype in (B, H, F)),
+        *(pytest.param(3, 97, dtype, id=f"odd-columns-{dtype}") for dtype in (B, H, F)),
+        pytest.param(20, 300, H, id="several-segments"),
+        pytest.param(129, 300, F, id="many-tokens"),
+        pytest.param(2050, 130, B, id="more-tokens-than-a-tile", marks=pytest.mark.gpu),  # a minute in the interpreter
+        pytest.param(2, 17000, B, id="more-columns-than-a-tile"),
+    ],
+)
 def test_codes_and_outlier_columns(m, k, dtype, device):
     x = tokens(m, k, dtype, device)
     codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, False)
@@ -81,9 +83,11 @@ def test_inf_is_an_outlier_and_nan_is_none(device):
     assert codes[3, 7] == codes[5, 299] == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("m", [1, 5, 16], ids="tokens={}".format)
-@pytest.mark.parametrize("k", [97, 4100, 8200], ids="columns={}".format)
+@pytest.mark.parametrize(
+    "m, k, dtype",
+    [(1, 97, B), (5, 97, H), (16, 97, B), (1, 4096, H), (5, 4096, B), (16, 4096, H), (1, 4100, B), (16, 8200, H)],
+    ids=str,
+)
 def test_planes(m, k, dtype, device):
     x = tokens(m, k, dtype, device)
     codes, scale = quantize_planes(x, THRESHOLD, max(4, 1 << (m - 1).bit_length()), None, False)

@@ -84,5 +84,6 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
             BLOCKS=tile_blocks,
             ROWS=tile_rows,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
     return packed, absmax

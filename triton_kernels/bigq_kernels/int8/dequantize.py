@@ -46,6 +46,13 @@ def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
     grid = (ceil_div(rows, block_n) * ceil_div(columns, block_k),)
     with torch.cuda.device_of(weight):
         _dequantize_int8_kernel[grid](
-            weight.contiguous(), absmax.contiguous(), out, rows, columns, BLOCK_N=block_n, BLOCK_K=block_k
+            weight.contiguous(),
+            absmax.contiguous(),
+            out,
+            rows,
+            columns,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            enable_fp_fusion=True,
         )
     return out

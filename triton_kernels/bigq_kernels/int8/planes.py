@@ -78,7 +78,7 @@ def _quantize_planes_kernel(
     x = tl.load(x_ptr + row * K + column, mask=mask, other=0.0).to(tl.float32)
     found = tl.abs(x) >= threshold
     for token in tl.static_range(TOKENS):  # unrolled: a loop would wait for one load after another
-        other = tl.load(x_ptr + token * K + column, mask=mask & (token < M), other=0.0)
+        other = tl.load(x_ptr + token * K + column, mask=mask & (tl.full((BLOCK_K,), token, tl.int32) < M), other=0.0)
         found |= tl.abs(other.to(tl.float32)) >= threshold
     regular, outlier = _largest(x, found, threshold, 0)
     scale, outlier_scale = regular.to(tl.float32, bitcast=True), outlier.to(tl.float32, bitcast=True)

@@ -27,7 +27,7 @@ def zero_arrivals(arrived_ptr, tiles):
     """The first program zeroes the counters [tiles] of the product that follows; None where it has none."""
     if arrived_ptr is not None:
         tile = tl.arange(0, MAX_SPLIT_TILES)
-        tl.store(arrived_ptr + tile, tl.zeros_like(tile), mask=(tile < tiles) & (tl.program_id(0) == 0))
+        tl.store(arrived_ptr + tile, tl.zeros_like(tile), mask=tile < tl.where(tl.program_id(0) == 0, tiles, 0))
 
 
 @triton.jit

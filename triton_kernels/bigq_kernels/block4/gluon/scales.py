@@ -2,18 +2,24 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 __all__ = [
     "add_splits",
     "barrier",
+    "copy_async",
     "load_scales",
     "quarters",
+    "reinterpret",
     "scale_index",
     "scale_layout",
     "scales_of",
 ]
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # renamed in 3.8
+_memory = gl.shared_memory_descriptor
+reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret  # renamed in 3.9
 
 
 @gluon.constexpr_function

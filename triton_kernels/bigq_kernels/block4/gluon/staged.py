@@ -22,8 +22,10 @@ from bigq_kernels.block4.gluon.operands import code_layout, code_tables, decode_
 from bigq_kernels.block4.gluon.scales import (
     add_splits,
     barrier,
+    copy_async,
     load_scales,
     quarters,
+    reinterpret,
     scale_layout,
     scales_of,
 )
@@ -53,10 +55,10 @@ def _copy_weights(step, w_smem, w_ptrs, byte, PAIRS, STAGES: gl.constexpr, EVEN:
     """Start the copies of STEP_BYTES of every row."""
     w_ptrs += step * STEP_BYTES
     if EVEN:
-        async_copy.async_copy_global_to_shared(w_smem.index(step % STAGES), w_ptrs, eviction_policy="evict_first")
+        copy_async(w_smem.index(step % STAGES), w_ptrs, eviction_policy="evict_first")
     else:
         in_row = byte + step * STEP_BYTES < PAIRS
-        async_copy.async_copy_global_to_shared(w_smem.index(step % STAGES), w_ptrs, mask=in_row)
+        copy_async(w_smem.index(step % STAGES), w_ptrs, mask=in_row)
 
 
 @gluon.jit
@@ -64,7 +66,7 @@ def _copy_tokens(step, x_smem, x_ptrs, in_m, column, PAIRS, STAGES: gl.constexpr
     """Start the copies of the tokens that a step's weights meet."""
     if not EVEN:
         in_m = in_m & (column + step * (2 * STEP_BYTES) < PAIRS * 2)
-    async_copy.async_copy_global_to_shared(x_smem.index(step % STAGES), x_ptrs + step * (2 * STEP_BYTES), mask=in_m)
+    copy_async(x_smem.index(step % STAGES), x_ptrs + step * (2 * STEP_BYTES), mask=in_m)
 
 
 @gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
@@ -106,7 +108,7 @@ def _linear_4bit_staged_kernel(
         gl.uint8, [STAGES, BLOCK_N, STEP_BYTES], gl.SwizzledSharedLayout(32, 1, 4, order=[1, 0])
     )
     x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 4 * BLOCK_M, 64], gl.SwizzledSharedLayout(8, 1, 2, order=[1, 0]))
-    x_blocks = x_smem._reinterpret(DTYPE, [STAGES * 4, 64, BLOCK_M], _token_layout(BLOCK_M))
+    x_blocks = reinterpret(x_smem, DTYPE, [STAGES * 4, 64, BLOCK_M], _token_layout(BLOCK_M))
 
     tile = gl.program_id(0).to(gl.int64)
     split = gl.program_id(1)

@@ -24,6 +24,7 @@ from bigq_kernels.block4.gluon.operands import code_layout, code_tables, decode_
 from bigq_kernels.block4.gluon.scales import (
     add_splits,
     barrier,
+    copy_async,
     load_scales,
     quarters,
     scale_index,
@@ -46,12 +47,10 @@ W_STAGES = gl.constexpr(3)
 def _copy_weights(step, w_smem, absmax_smem, w_ptrs, absmax_ptr, row, part, B, nested_ptr, BLOCK_SIZE: gl.constexpr):
     """Start the copies of one step: STEP_BYTES of every row, and its four scales if these are plain."""
     stage = step % W_STAGES
-    async_copy.async_copy_global_to_shared(
-        w_smem.index(stage), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first"
-    )
+    copy_async(w_smem.index(stage), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first")
     if nested_ptr is None:
         index = scale_index(row * B, step, part, B, BLOCK_SIZE, True)
-        async_copy.async_copy_global_to_shared(absmax_smem.index(stage), absmax_ptr + index)
+        copy_async(absmax_smem.index(stage), absmax_ptr + index)
 
 
 @gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
@@ -151,7 +150,7 @@ def _linear_4bit_wgmma_kernel(
             absmax_smem.index((start + i) % W_STAGES).store(scales)
     gdc_wait()  # for the tokens, and the counts
     for i in gl.static_range(2):
-        async_copy.async_copy_global_to_shared(x_smem[i], x_ptrs + (start * 4 + i) * SLICE)
+        copy_async(x_smem[i], x_ptrs + (start * 4 + i) * SLICE)
         async_copy.commit_group()
         async_copy.commit_group()  # as in the loop
     total = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, MMA)
@@ -164,7 +163,7 @@ def _linear_4bit_wgmma_kernel(
             barrier()  # the slice has landed for all, and nobody reads the stages that are filled next
             ahead = step * 4 + i + 2
             if ahead < stop * 4:
-                async_copy.async_copy_global_to_shared(x_smem[(i + 2) % 4], x_ptrs + ahead * SLICE)
+                copy_async(x_smem[(i + 2) % 4], x_ptrs + ahead * SLICE)
             async_copy.commit_group()
             if i == 0 and step + 2 < stop:
                 _copy_weights(

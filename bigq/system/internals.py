@@ -1,0 +1,320 @@
+"""Internals: the private names of torch that bigq uses, each with a public way that is slower and as right.
+
+No other file names them, nor those of Triton, which `bigq_kernels.internals` holds. A private way is tried on a tiny
+tensor when this file is imported, and taken if it does there what it is taken for. So a release of torch that renames
+or changes one costs time. It never costs a right result.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import count
+from operator import attrgetter, methodcaller
+from sys import getrefcount
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.nn import functional as F
+
+__all__ = [
+    "ATTENTION_OUTPUT",
+    "COUNTS_HOLDERS",
+    "EXTRA_STATE",
+    "GROUPED_PRODUCTS",
+    "SEES_EDITS",
+    "TELLS_HOOKS",
+    "TELLS_LISTENERS",
+    "as_plain_tensor",
+    "can_hook_saved_tensors",
+    "check",
+    "count_holders",
+    "cut",
+    "edits_of",
+    "has_forward_pre_hooks",
+    "load_hooks",
+    "may_write",
+    "saved_tensor_hooks",
+    "something_listens",
+    "sparse_parts",
+    "version_of",
+    "wrapper",
+]
+
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+def _holds(claim: Callable[[], object]) -> bool:
+    """Whether `claim` is true of this torch; an error says that it is not."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            return bool(claim())
+    except Exception:
+        return False
+
+
+# What acts between the call of an op and its kernel: past the dispatcher a linear takes 15 to 24 us of host time, and
+# through it about 25 more. Without an answer all calls take the dispatcher.
+
+_TELLTALES = (
+    "_len_torch_function_stack",
+    "_len_torch_dispatch_stack",
+    "_functorch.maybe_current_level",
+    "_get_tracing_state",
+    "_autograd._profiler_enabled",
+)
+
+
+def _listener_check() -> Callable[[], bool]:
+    functions, dispatches, transform, trace, profiler = attrgetter(*_TELLTALES)(torch._C)
+
+    def something_listens() -> bool:
+        """Whether a mode, transform, trace or profiler hears or changes calls of ops; True where it is not known."""
+        return bool(functions() or dispatches() or transform() is not None or trace() is not None or profiler())
+
+    return something_listens
+
+
+TELLS_LISTENERS = _holds(lambda: _listener_check()() in (True, False))
+something_listens = _listener_check() if TELLS_LISTENERS else lambda: True
+
+
+# Versions of tensors, which count what torch sees of edits. Without them every tensor looks edited each time: an
+# offloaded block is laid out and copied anew for each call, through the memory map where a checkpoint's file holds it,
+# and a copy of a quantized weight has memory of its own.
+
+
+def _versions_count() -> bool:
+    tensor = torch.tensor([0.0], device="cpu")
+    before: int = tensor._version
+    tensor.add_(1)
+    return tensor._version == before + 1
+
+
+SEES_EDITS = _holds(_versions_count)
+_EDITS = count(1)
+# of a tensor that was not made in inference mode
+edits_of: Callable[[Tensor], int] = attrgetter("_version") if SEES_EDITS else lambda _: next(_EDITS)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often torch has seen `tensor` edited; 0 for one made in inference mode, of which it keeps no count."""
+    return 0 if tensor.is_inference() else edits_of(tensor)
+
+
+# Holders of memory. The tensors over a device slot are used again if nothing else holds them after a call: new ones
+# cost 0.9 ms of host time a block of an 8B model, and compiled code and replays know only the old ones. Where holders
+# are not counted, as with free-threaded Python, whose counts are not exact, a slot is used once.
+
+_use_count = methodcaller("_use_count")
+
+
+def _holders(buffer: Tensor, tensors: Sequence[Tensor]) -> tuple[int, list[int], list[int]]:
+    owners: int = torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)
+    return owners, list(map(getrefcount, tensors)), list(map(_use_count, tensors))
+
+
+def _holders_count() -> bool:
+    buffer = torch.tensor([0.0, 0.0], device="cpu")
+    tensors, weight = [buffer.view(2)], torch.tensor(1.0, device="cpu", requires_grad=True)
+    alone, counted = _holders(buffer, tensors), []
+    holds: list[Callable[[], Tensor]] = [lambda: buffer[:1], lambda: tensors[0], lambda: tensors[0] * weight]
+    for hold in holds:
+        held = hold()
+        counted.append(_holders(buffer, tensors))
+        del held
+    return alone == _holders(buffer, tensors) and alone not in counted
+
+
+COUNTS_HOLDERS = getattr(sys, "_is_gil_enabled", lambda: True)() and _holds(_holders_count)
+
+
+def count_holders(buffer: Tensor, tensors: Sequence[Tensor]) -> tuple[int, list[int], list[int]] | None:
+    """How many hold the memory of `buffer`, such as views, and each of `tensors`, in Python and in C++.
+
+    None where that is not known: anyone may hold them.
+    """
+    return _holders(buffer, tensors) if COUNTS_HOLDERS else None
+
+
+# Hooks for what autograd saves. With them it saves the offloaded tensor in place of its copy. Where it is not known
+# which hooks are in force, none are set: autograd holds the copies, so each block of a graph takes memory of its own.
+# The gradients are those of the weights as they were copied, also where one was edited since, which is an error
+# otherwise.
+
+
+def _top_hooks() -> Hooks | None:
+    return cast(Hooks | None, torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+def _hooks_enabled() -> bool:
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+
+
+def _hooks_are_told() -> bool:
+    def unchanged(value: Tensor) -> Tensor:
+        return value
+
+    with saved_tensors_hooks(unchanged, unchanged):
+        told = _top_hooks() == (unchanged, unchanged) and _hooks_enabled()
+    with disable_saved_tensors_hooks("bigq asks whether this is seen"):
+        return told and not _hooks_enabled()
+
+
+TELLS_HOOKS = SEES_EDITS and _holds(_hooks_are_told)  # an offloaded tensor that was edited has to be refused
+
+
+def can_hook_saved_tensors() -> bool:
+    """Whether hooks for saved tensors can be set now, and those in force are known."""
+    return TELLS_HOOKS and _hooks_enabled()
+
+
+def saved_tensor_hooks() -> Hooks | None:
+    """The (pack, unpack) in force; ask only where `can_hook_saved_tensors`."""
+    return _top_hooks()
+
+
+# Cutting memory: in one call of torch's, each of which lets go of Python's lock, for which the reading threads wait.
+
+
+@cache
+def _of_shape(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def _cut_at_once(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    views = torch._C._nn.unflatten_dense_tensors(flat, [_of_shape(shape) for shape in shapes])
+    return [view if view.numel() else view.view(shape) for view, shape in zip(views, shapes, strict=True)]
+
+
+def _cut_one_by_one(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    parts = flat.split([_of_shape(shape).numel() for shape in shapes])  # type: ignore[no-untyped-call]
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _cut_is_right() -> bool:
+    flat, shapes = torch.tensor([1, 2, 3], device="cpu"), [(2,), (0, 4), (1, 1)]
+    cuts = [cut(flat, shapes) for cut in (_cut_at_once, _cut_one_by_one)]
+    seen = [[(view.shape, view.tolist(), view.data_ptr()) for view in views if view.numel()] for views in cuts]
+    return seen[0] == seen[1] and [view.shape for view in cuts[0]] == [view.shape for view in cuts[1]]
+
+
+cut = _cut_at_once if _holds(_cut_is_right) else _cut_one_by_one  # (flat, shapes): its views, one after the other
+
+
+# A tensor without memory whose functions are those of its class. The public way takes the memory for a moment.
+
+
+def _wrapper_at_once(
+    kind: type[Tensor], shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: torch.dtype, device: Any
+) -> Any:
+    return Tensor._make_wrapper_subclass(kind, shape, strides=strides, dtype=dtype, device=device)
+
+
+def _wrapper_of_freed(
+    kind: type[Tensor], shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: torch.dtype, device: Any
+) -> Any:
+    if strides is None:
+        strides = torch.empty(shape, device="meta").stride()
+    tensor = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    tensor.untyped_storage().resize_(0)
+    return tensor.as_subclass(kind)
+
+
+class _Wrapped(Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return func
+
+
+def _wraps() -> bool:
+    made = _wrapper_at_once(_Wrapped, (2, 3), (1, 2), torch.float16, "cpu")
+    found = (type(made), made.shape, made.stride(), made.dtype, made.device.type)
+    return found == (_Wrapped, (2, 3), (1, 2), torch.float16, "cpu")
+
+
+wrapper = _wrapper_at_once if _holds(_wraps) else _wrapper_of_freed
+
+
+# Reading what a subclass of Tensor describes, such as its shape: 8 us, and 15 the way that Tensor has for subclasses.
+
+
+def _as_plain_tensor(default: Any, func: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():  # "Extending PyTorch" documents it
+        return func(*args, **kwargs)
+
+
+def _by_default(default: Any, func: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
+    return default(func, types, args, kwargs)
+
+
+# (the class's default __torch_function__, and what that takes): what `func` gives without the class's own
+as_plain_tensor = _as_plain_tensor if _holds(lambda: _as_plain_tensor(None, int, (), ("1",), {}) == 1) else _by_default
+
+
+# What an op says of itself. `may_write` is asked where torch's C++ calls one with a quantized weight: where it does not
+# know, the weight is compared with what it was.
+
+
+def _is_mutable(op: Any) -> bool:
+    return bool(op._schema.is_mutable)
+
+
+def _mutability_is_told() -> bool:
+    aten = torch.ops.aten
+    return [_is_mutable(op) for op in (aten.add.Tensor, aten.add_.Tensor, aten.add.out)] == [False, True, True]
+
+
+may_write: Callable[[Any], bool] = _is_mutable if _holds(_mutability_is_told) else lambda _: True
+
+
+# Functions and classes under names that come and go.
+
+
+def _check(condition: Any, message: Callable[[], str]) -> None:
+    """torch._check, which tells torch.export too that `condition` holds."""
+    if not condition:
+        raise RuntimeError(message())
+
+
+check: Callable[[Any, Callable[[], str]], object] = getattr(torch, "_check", _check)  # a trial takes seconds of imports
+
+# The products of groups of rows with the weights of a stack; without an entry, that weight is dequantized.
+GROUPED_PRODUCTS: tuple[Callable[..., Any], ...] = tuple(
+    product for product in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if product is not None
+)
+
+
+def _attention_output() -> type[nn.Module] | None:
+    """The class of the linear that nn.MultiheadAttention ends with, which nothing else uses."""
+    kind = getattr(nn.modules.linear, "NonDynamicallyQuantizableLinear", None)
+    kind = kind or type(nn.MultiheadAttention(1, 1, device="meta").out_proj)
+    return None if kind is nn.Linear else kind
+
+
+ATTENTION_OUTPUT = _attention_output()
+
+
+# What a module's load_state_dict does with names before it looks at them.
+
+
+def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks of `load_state_dict` of this module itself: hook(state_dict, prefix, metadata, strict, ...)."""
+    return list(getattr(module, "_load_state_dict_pre_hooks", {}).values())
+
+
+def has_forward_pre_hooks(module: nn.Module) -> bool:
+    """Whether something runs before each call of this module; True where that is not known."""
+    return bool(getattr(module, "_forward_pre_hooks", True))
+
+
+EXTRA_STATE: str = getattr(nn.modules.module, "_EXTRA_STATE_KEY_SUFFIX", "_extra_state")  # the last part of its name
+
+
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values of a sparse COO tensor as they are stored; the public way copies one that is not coalesced."""
+    if hasattr(tensor, "_indices") and hasattr(tensor, "_values"):
+        return tensor._indices(), tensor._values()
+    tensor = tensor.coalesce()
+    return tensor.indices(), tensor.values()

@@ -1,0 +1,197 @@
+"""Each private name of torch has a public way that gives the same results, and is taken where torch has renamed it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.nn import functional as F
+
+from bigq.system import internals
+from renamed_internals import NAMES, ROOT, renamed
+
+NAME = "bigq.system.internals"
+# What tells that a public way is taken, for each private name.
+PUBLIC = {
+    "DisableTorchFunctionSubclass": lambda module: module.as_plain_tensor is module._by_default,
+    "NonDynamicallyQuantizableLinear": lambda module: True,  # the class is found on another way
+    "_check": lambda module: module.check is module._check,
+    "_grouped_mm": lambda module: (F.grouped_mm,) == module.GROUPED_PRODUCTS,
+    "_make_wrapper_subclass": lambda module: module.wrapper is module._wrapper_of_freed,
+    "_schema": lambda module: module.may_write(torch.ops.aten.add.Tensor),
+    "_version": lambda module: not module.SEES_EDITS,
+    "unflatten_dense_tensors": lambda module: module.cut is module._cut_one_by_one,
+    **dict.fromkeys(
+        ("_storage_Use_Count", "_use_count", "_cdata"), lambda module: module.count_holders(torch.ones(1), []) is None
+    ),
+    **dict.fromkeys(
+        ("_saved_tensors_hooks_is_enabled", "_top_saved_tensors_default_hooks"),
+        lambda module: not module.can_hook_saved_tensors(),
+    ),
+    **dict.fromkeys(
+        (
+            "_functorch",
+            "_get_tracing_state",
+            "_len_torch_dispatch_stack",
+            "_len_torch_function_stack",
+            "_profiler_enabled",
+        ),
+        lambda module: module.something_listens(),
+    ),
+}
+
+
+@pytest.fixture(params=[(), NAMES[NAME]], ids=["as-it-is", "all-renamed"], scope="module")
+def module(request):
+    return renamed(NAME, *request.param)
+
+
+@pytest.mark.skipif(internals.__spec__ is None, reason="all are renamed: tests/support/renamed_internals.py")
+def test_this_torch_has_all_that_is_private():
+    assert [name for name, is_public in PUBLIC.items() if is_public(internals)] == ["NonDynamicallyQuantizableLinear"]
+
+
+@pytest.mark.parametrize("name", NAMES[NAME])
+def test_a_renamed_one_is_done_without(name):
+    assert PUBLIC[name](renamed(NAME, name))
+
+
+class _Functions(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_listener_is_never_missed(module):
+    with _Functions():
+        assert module.something_listens()
+
+
+def test_an_edit_is_never_missed(module):
+    tensor = torch.zeros(2)
+    before = module.version_of(tensor), module.edits_of(tensor)
+    assert not module.SEES_EDITS or before == (module.version_of(tensor), module.edits_of(tensor))
+    tensor.view(1, 2).add_(1)
+    assert before[0] != module.version_of(tensor)
+    assert before[1] != module.edits_of(tensor)
+
+
+def test_of_a_tensor_made_in_inference_mode_no_edits_are_counted(module):
+    with torch.inference_mode():
+        assert module.version_of(torch.zeros(2).add_(1)) == 0
+
+
+HOLDERS = {
+    "view": lambda buffer, lent: buffer[:1],
+    "name": lambda buffer, lent: lent,
+    "closure": lambda buffer, lent: lambda: lent,
+    "graph": lambda buffer, lent: lent * torch.ones(2, requires_grad=True),
+    "storage": lambda buffer, lent: lent.untyped_storage(),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS.keys())
+def test_a_holder_is_never_missed(module, hold):
+    buffer = torch.zeros(2)
+    lent = [nn.Parameter(buffer.view(2), requires_grad=False)]
+    alone = module.count_holders(buffer, lent)
+    assert module.count_holders(buffer, lent) == alone
+    held = hold(buffer, lent[0])
+    assert alone is None or hold is HOLDERS["storage"] or module.count_holders(buffer, lent) != alone
+    del held
+    assert module.count_holders(buffer, lent) == alone
+
+
+def test_hooks_in_force_are_told_or_none_are_set(module):
+    def unchanged(tensor):
+        return tensor
+
+    if module.can_hook_saved_tensors():
+        assert module.saved_tensor_hooks() is None
+        with saved_tensors_hooks(unchanged, unchanged):
+            assert module.saved_tensor_hooks() == (unchanged, unchanged)
+    with disable_saved_tensors_hooks("not here"):
+        assert not module.can_hook_saved_tensors()
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3), (), (0, 4), (5,)], [(12,)], []], ids=str)
+def test_cuts_memory_into_views(module, shapes):
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    flat = torch.arange(numel, dtype=torch.int16)
+    views = module.cut(flat, shapes)
+    assert [tuple(view.shape) for view in views] == shapes
+    assert [value for view in views for value in view.flatten().tolist()] == list(range(numel))
+    assert {view.untyped_storage().data_ptr() for view in views if view.numel()} <= {flat.data_ptr()}
+
+
+class _Hears(torch.Tensor):
+    """A subclass as QuantizedWeight is one."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return cls.module.as_plain_tensor(super().__torch_function__, func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.heard.append(func)
+        return torch.tensor(7.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("strides", [None, (1, 2)], ids=["contiguous", "transposed"])
+def test_a_wrapper_has_looks_and_no_memory(module, device, strides):
+    _Hears.module, _Hears.heard = module, []
+    made = module.wrapper(_Hears, (2, 2), strides, torch.bfloat16, torch.device(device))
+    looks = type(made), made.shape, made.stride(), made.dtype, made.device.type, made.requires_grad
+    assert looks == (_Hears, (2, 2), strides or (2, 1), torch.bfloat16, device, False)
+    assert _Hears.heard == []
+    torch.mm(made, made)
+    assert _Hears.heard[:1] == [torch.ops.aten.mm.default]  # what reaches torch's C++ comes back to the class
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_wrapper_of_a_large_weight_costs_no_memory(module):
+    def resident_nbytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    _Hears.module, _Hears.heard = module, []
+    before = resident_nbytes()
+    made = [module.wrapper(_Hears, (1 << 14, 1 << 12), None, torch.float32, torch.device("cpu")) for _ in range(4)]
+    assert len(made) == 4
+    assert resident_nbytes() - before < 64 << 20  # of 1 GiB
+
+
+def test_an_op_that_writes_is_never_missed(module):
+    aten = torch.ops.aten
+    assert all(map(module.may_write, (aten.add_.Tensor, aten.add.out, aten.copy_.default, aten.fill_.Scalar)))
+
+
+def test_a_failed_check_raises_what_it_says(module):
+    module.check(True, lambda: "right")
+    with pytest.raises(RuntimeError, match="these do not fit"):
+        module.check(False, lambda: "these do not fit")
+
+
+def test_finds_the_linear_of_an_attention(module):
+    assert module.ATTENTION_OUTPUT is type(nn.MultiheadAttention(2, 1).out_proj)
+    assert module.ATTENTION_OUTPUT is not nn.Linear
+
+
+@pytest.mark.slow
+def test_the_suite_passes_with_all_of_them_renamed():
+    """A part of it that uses each: what differs is time."""
+    files = ("offload/test_prefetch.py", "weight/test_weight_views.py", "loading/test_runs.py")
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "triton_kernels", "tests/support"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "renamed_internals"]
+    done = subprocess.run(
+        [*command, *(str(Path("tests") / file) for file in files)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
