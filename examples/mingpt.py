@@ -21,7 +21,8 @@ parser.add_argument("--prompt", help="text, for which minGPT downloads GPT-2's v
 parser.add_argument("--prompt-ids", nargs="+", type=int, default=[15496, 11, 616, 1438, 318], help="without --prompt")
 args = parser.parse_args()
 
-sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]  # where "mingpt" is this script
+own_folder = Path(__file__).resolve().parent  # where "mingpt" is this script
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != own_folder]
 try:
     from mingpt.model import GPT
 except ModuleNotFoundError:

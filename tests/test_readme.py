@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,6 +21,8 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "packed" in printed
     assert "'disk'" in printed
+    model, ids = namespace["model"], torch.arange(12)[None]
+    assert torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state), "the model is in eval mode"
     again = namespace["load_and_quantize_model"]
     with namespace["init_empty_weights"]():
         skeleton = namespace["BertModel"](namespace["BertConfig"].from_pretrained(namespace["MODEL_DIR"]))

@@ -3,8 +3,10 @@
 import importlib
 import importlib.util
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from huggingface_hub import constants, save_torch_state_dict
 
 import bigq
 
-STANDIN = Path(__file__).parent / "standin"
+ROOT = Path(__file__).resolve().parents[2]
+STANDIN = Path(__file__).resolve().parent / "standin"
 TEXT = "the quick brown fox jumps over the lazy dog. "
 SIZES = (2, 4, 96)  # 96 columns: a block of 64 and half a block
 VOCAB_SIZE, BLOCK_SIZE = 128, 64
@@ -183,6 +186,23 @@ def test_it_says_how_to_install_mingpt(message, monkeypatch):
     monkeypatch.setitem(sys.modules, "mingpt", None)
     monkeypatch.setitem(sys.modules, "mingpt.model", None)
     assert message() == "minGPT is missing: pip install git+https://github.com/karpathy/minGPT"
+
+
+@pytest.mark.parametrize("start", ["its folder", "a path with ..", "a link"])
+def test_it_finds_mingpt_wherever_it_is_started(examples, tmp_path, start):
+    """The script has the package's name, and its own folder is on the path under whatever spelling."""
+    (tmp_path / "link.py").symlink_to(examples / "mingpt.py")
+    script, cwd = {
+        "its folder": ("mingpt.py", examples),
+        "a path with ..": (examples / ".." / "examples" / "mingpt.py", tmp_path),
+        "a link": ("link.py", tmp_path),
+    }[start]
+    own = [examples, examples / ".." / "examples", "."]  # as a user may have them in PYTHONPATH
+    path = os.pathsep.join(map(str, [*own, STANDIN, ROOT, ROOT / "triton_kernels"]))
+    command = [sys.executable, str(script), "--weights", "absent.bin", *map(str, SHAPE), "--prompt-ids", "1"]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stderr.startswith("--weights absent.bin: ")
 
 
 @pytest.mark.usefixtures("gpt")
