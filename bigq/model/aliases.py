@@ -95,7 +95,8 @@ class followed:  # noqa: N801 - a context manager, and no generator: it ends in 
         self, names: Sequence[str], tensor: Tensor, places: Mapping[int, Sequence[tuple[nn.Module, str]]]
     ) -> None:
         owner, leaf = find_owner(self._modules, names[0])
-        new = owner._parameters.get(leaf, owner._buffers.get(leaf))
+        tables = (owner._parameters, owner._buffers)  # those of a ScriptModule are no dicts
+        new = next((table[leaf] for table in tables if leaf in table), None)
         if new is None or new is tensor or type(new) is not type(tensor):
             return  # quantized, the same object, or none that could stand for it
         self._exchanged.append((tensor, new, tensor_key(new)))
