@@ -59,7 +59,7 @@ def choose(
         return _dequantize(f"The output is empty: {m} x {n}.")
     tokens = "1 token" if m == 1 else f"{m} tokens"
     longest = DP4A_MAX_K.get(m, 0)
-    if k <= longest:
+    if 0 < k <= longest:
         why = f"For {tokens} and K up to {longest}, byte dot products are fastest."
         return Choice(way="dp4a", config=dp4a_config(gpu, m, n, k), why=why)
     if not gpu.gluon:
