@@ -18,13 +18,11 @@ __all__ = ["linear"]
 
 def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
     """The op `name` of x [..., K], the tensors of a quantized weight with the bias among them, and its settings."""
-    if type(x) is Tensor and x.is_cuda and not is_compiling() and _is_plain(x, state):
-        return run(library.cuda_implementation, name, x, state, settings)
+    if type(x) is Tensor and x.is_cuda and not is_compiling() and not something_listens():
+        if not torch.is_grad_enabled() or not _needs_gradient(x, state):
+            return run(library.cuda_implementation, name, x, state, settings)
     return getattr(library, name)(x, *state, *settings)  # type: ignore[no-any-return]
 
 
-def _is_plain(x: Tensor, state: State) -> bool:
-    """Whether no gradient is needed and nothing listens to, or changes, calls of ops."""
-    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in state)):
-        return False
-    return not something_listens()
+def _needs_gradient(x: Tensor, state: State) -> bool:
+    return x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in state)

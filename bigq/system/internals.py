@@ -69,9 +69,9 @@ _TELLTALES = (
 def _listener_check() -> Callable[[], bool]:
     functions, dispatches, transform, trace, profiler = attrgetter(*_TELLTALES)(torch._C)
 
-    def something_listens() -> bool:
+    def something_listens() -> Any:
         """Whether a mode, transform, trace or profiler hears or changes calls of ops; True where it is not known."""
-        return bool(functions() or dispatches() or transform() is not None or trace() is not None or profiler())
+        return functions() or dispatches() or transform() is not None or trace() is not None or profiler()
 
     return something_listens
 
