@@ -8,7 +8,7 @@ from torch import nn
 
 from bigq.config import QuantizationConfig
 from bigq.errors import PlacementError
-from bigq.integrations.bitsandbytes_configs import as_config
+from bigq.interop.bitsandbytes_configs import as_config
 from bigq.model.in_place import ModelTensors
 from bigq.model.tree import ModelTree
 from bigq.planning.automatic import automatic_map

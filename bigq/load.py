@@ -12,10 +12,10 @@ from torch import nn
 from bigq.checkpoint import Checkpoint, Source
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
-from bigq.integrations.bitsandbytes_configs import as_config, is_config
-from bigq.integrations.bitsandbytes_models import refuse_bitsandbytes
-from bigq.integrations.parameter_count import count_weights
-from bigq.integrations.transformers_names import with_transformers_names
+from bigq.interop.bitsandbytes_configs import as_config, is_config
+from bigq.interop.bitsandbytes_models import refuse_bitsandbytes
+from bigq.interop.parameter_count import count_weights
+from bigq.interop.transformers_names import with_transformers_names
 from bigq.loading.destinations import Destinations
 from bigq.loading.extra_state import ExtraStates
 from bigq.loading.fill import fill

@@ -9,7 +9,7 @@ from torch import Tensor
 from bigq.config import QuantizationConfig
 from bigq.errors import ConfigError
 from bigq.formats import Description
-from bigq.integrations.bitsandbytes_configs import as_config
+from bigq.interop.bitsandbytes_configs import as_config
 
 __all__ = ["QuantizedTensor", "dequantize_tensor", "quantize_tensor"]
 

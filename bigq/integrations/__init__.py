@@ -1,1 +1,1 @@
-"""Integrations: what accelerate and transformers expect of a model, and their configs. No other code knows these."""
+"""Integrations: bigq behind the entry points of other libraries. Each file is imported by its user, and by no other."""

@@ -16,7 +16,7 @@ from bigq import (
     load_and_quantize_model,
 )
 from bigq.formats import FP4, NF4, Int8
-from bigq.integrations.bitsandbytes_configs import as_config, is_config
+from bigq.interop.bitsandbytes_configs import as_config, is_config
 
 
 def test_accelerate_config():

@@ -76,7 +76,7 @@ def test_a_file_of_the_base_model(empty, tmp_path):
 
 def test_experts_are_read_where_they_lie(empty, tmp_path):
     from bigq.checkpoint import Checkpoint
-    from bigq.integrations.transformers_names import with_transformers_names
+    from bigq.interop.transformers_names import with_transformers_names
     from bigq.model.tree import ModelTree
 
     MODELS["experts in one"]().save_pretrained(tmp_path)
