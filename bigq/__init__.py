@@ -6,6 +6,7 @@ from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
 from bigq.formats import FP4, NF4, Int8
 from bigq.infer_device_map import infer_device_map
 from bigq.load import load_and_quantize_model
+from bigq.loading.dequantize import dequantize
 from bigq.loading.report import QuantizationReport
 from bigq.offload.materialize import materialize
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedTensor",
     "QuantizedWeight",
     "UnsupportedError",
+    "dequantize",
     "dequantize_tensor",
     "infer_device_map",
     "load_and_quantize_model",

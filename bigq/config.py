@@ -1,13 +1,16 @@
 """QuantizationConfig: which weights to quantize, and into which format. All checks of a configuration are here."""
 
+import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, fields
+from importlib import import_module
 from typing import Any, cast
 
 import torch
 
 from bigq.errors import ConfigError
-from bigq.formats import FORMATS, METHODS, Format, make_format
+from bigq.formats import FORMATS, METHODS, Format, dtype_name, make_format
 
 __all__ = ["QuantizationConfig", "check_offload"]
 
@@ -21,6 +24,8 @@ _DTYPES = {
     for name in names
 }
 
+
+_METHOD = "bigq"  # the quant_method of a config.json
 
 _FOREIGN = {  # settings of bitsandbytes' configs and others: what is written here
     "load_in_4bit": "QuantizationConfig('nf4')",
@@ -121,6 +126,53 @@ class QuantizationConfig:
     def weight_format(self) -> Format:
         """The format of the quantized weights."""
         return cast(Format, self.format)
+
+    @property
+    def quant_method(self) -> str:
+        """ "bigq": the name by which transformers finds what loads a model with this config.
+
+        transformers asks for it in `from_pretrained`, and bigq registers itself there then.
+        """
+        if "transformers.quantizers.auto" in sys.modules:
+            import_module("bigq.integrations.transformers")
+        return _METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON can hold it, with the key "quant_method"; config.json of a saved model holds this.
+
+        Example:
+            >>> from bigq import QuantizationConfig
+            >>> saved = QuantizationConfig("nf4", compute_dtype="bf16").to_dict()
+            >>> saved["quant_method"], saved["format"], saved["block_size"], saved["compute_dtype"]
+            ('bigq', 'nf4', 64, 'bfloat16')
+            >>> QuantizationConfig.from_dict(saved) == QuantizationConfig("nf4", compute_dtype="bf16")
+            True
+        """
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "format"}
+        values = {name: dtype_name(v) if isinstance(v, torch.dtype) else v for name, v in own.items()}
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return {"quant_method": _METHOD, **self.weight_format().describe(), **values, **lists}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "QuantizationConfig":
+        """The config that `to_dict` gave.
+
+        Raises:
+            ConfigError: it is the config of another library, or a value or a name is unknown.
+        """
+        settings = dict(saved)
+        method = settings.pop("quant_method", None)
+        if method != _METHOD:
+            raise ConfigError(f"quant_method is {method!r}; expected {_METHOD!r}")
+        known = {*inspect.signature(cls.__init__).parameters} - {"self"}
+        unknown = sorted(settings.keys() - known)
+        if unknown or "format" not in settings:
+            raise ConfigError(
+                f"the saved config has {unknown} that this bigq does not know" if unknown else "it names no format"
+            )
+        if settings.get("offload") == "float32":
+            settings["offload"] = torch.float32
+        return cls(settings.pop("format"), **settings)
 
 
 def _refuse_foreign(settings: Mapping[str, object]) -> None:

@@ -4,18 +4,19 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
 
-from bigq.checkpoint import Checkpoint, Source
+from bigq.checkpoint import Source
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
 from bigq.interop.bitsandbytes_configs import as_config, is_config
 from bigq.interop.bitsandbytes_models import refuse_bitsandbytes
 from bigq.interop.parameter_count import count_weights
-from bigq.interop.transformers_names import with_transformers_names
+from bigq.interop.transformers_model import introduce
 from bigq.loading.destinations import Destinations
 from bigq.loading.extra_state import ExtraStates
 from bigq.loading.fill import fill
@@ -26,11 +27,11 @@ from bigq.loading.unload import is_loaded, unloaded
 from bigq.loading.warm_up import WarmUp
 from bigq.model.aliases import aliases_of, followed
 from bigq.model.in_place import ModelTensors
-from bigq.model.own_names import with_own_names
 from bigq.model.strays import refuse_strays
 from bigq.model.transaction import Snapshot, restored_on_error
 from bigq.model.tree import ModelTree
 from bigq.offload.dispatch import dispatch, keep_float32_callable
+from bigq.open_source import open_source, with_own_tensors
 from bigq.planning.device_map import DeviceMap, execution_device, is_offloaded
 from bigq.planning.places import expected_device, plan_and_place
 from bigq.planning.plan import Plan
@@ -135,32 +136,68 @@ def load_and_quantize_model(
         Linear(in_features=64, out_features=8, bias=True)
     """
     weights_location, config = _arguments(model, weights_location, quantization_config, bnb_quantization_config)
-    budget, timings, tree = Budget.of_machine(read_threads, read_budget), Timings(), ModelTree(model)
-    if weights_location is not None and is_loaded(tree):
-        with unloaded(tree):
-            return load_and_quantize_model(
-                model,
-                weights_location,
-                config,
-                device_map,
-                no_split_module_classes=no_split_module_classes,
-                max_memory=max_memory,
-                offload_folder=offload_folder,
-                offload=offload,
-                skip_keys=skip_keys,
-                strict=strict,
-                progress=progress,
-                read_threads=read_threads,
-                read_budget=read_budget,
-            )
+    options = LoadOptions(
+        no_split_module_classes=no_split_module_classes,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        offload=offload,
+        skip_keys=skip_keys,
+        strict=strict,
+        progress=progress,
+        budget=Budget.of_machine(read_threads, read_budget),
+    )
+    tree = ModelTree(model)
+    if weights_location is None:
+        refuse_bitsandbytes(tree)
+        return load_source(tree, ModelTensors(model), None, config, device_map, options=options, timings=Timings())
+    if not is_loaded(tree):
+        return _load_checkpoint(tree, weights_location, config, device_map, options)
+    with unloaded(tree):
+        return _load_checkpoint(ModelTree(model), weights_location, config, device_map, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """The arguments of `load_and_quantize_model` that say how a model is placed and read."""
+
+    no_split_module_classes: Iterable[str] | None = None
+    max_memory: Mapping[int | str, int | str] | None = None
+    offload_folder: str | os.PathLike[str] | None = None
+    offload: str | torch.dtype | None = None
+    skip_keys: str | list[str] | None = None
+    strict: bool = True
+    progress: bool | None = None
+    budget: Budget = field(default_factory=Budget.of_machine)
+
+
+def _load_checkpoint(
+    tree: ModelTree,
+    weights_location: str | os.PathLike[str],
+    config: QuantizationConfig | None,
+    device_map: object,
+    options: LoadOptions,
+) -> nn.Module:
+    timings = Timings()
     refuse_bitsandbytes(tree)
     with timings.timed("plan"):
-        source: Source = ModelTensors(model)
-        extra_states: ExtraStates | None = None
-        if weights_location is not None:
-            checkpoint = Checkpoint.open(weights_location, strict=strict)
-            extra_states = ExtraStates(checkpoint, tree.modules, strict=strict)
-            source = with_own_names(tree, with_transformers_names(tree, extra_states))
+        source, extra_states = open_source(tree, weights_location, strict=options.strict)
+        if not options.strict:
+            source = with_own_tensors(tree, source)
+    return load_source(tree, source, extra_states, config, device_map, options=options, timings=timings)
+
+
+def load_source(
+    tree: ModelTree,
+    source: Source,
+    extra_states: ExtraStates | None,
+    config: QuantizationConfig | None,
+    device_map: object,
+    *,
+    options: LoadOptions,
+    timings: Timings,
+) -> nn.Module:
+    """Load `source` into the model of `tree`: plan, read and quantize, commit, attach hooks. Returns the model."""
+    model, modules = tree.model, tree.modules
     with _collector_paused(), WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
             plan, places = plan_and_place(
@@ -168,22 +205,28 @@ def load_and_quantize_model(
                 source,
                 config,
                 device_map,
-                no_split_module_classes=no_split_module_classes,
-                max_memory=max_memory,
-                offload_folder=offload_folder,
-                offload=offload,
-                strict=strict,
+                no_split_module_classes=options.no_split_module_classes,
+                max_memory=options.max_memory,
+                offload_folder=options.offload_folder,
+                offload=options.offload,
+                strict=options.strict,
             )
             refuse_strays(tree, {n for weight in plan.weights for n in weight.names}, in_place=source.in_place)
             aliases = aliases_of(tree)
-            destinations = Destinations.open(plan, places, offload_folder, source)
-        modules = tree.modules
-        del tree  # it keeps all tensors alive; if the model holds its weights, they have to be freed one by one
-        finish = partial(_finish, model, plan, places, destinations, timings, skip_keys)
+            destinations = Destinations.open(plan, places, options.offload_folder, source)
+        tree.forget_tensors()  # if the model holds its weights, they have to be freed one by one
+        finish = partial(_finish, model, plan, places, destinations, timings, options.skip_keys, config)
         if source.in_place:
             _rehearse(modules, finish)
         jobs = fill(
-            modules, plan, source, destinations, budget=budget, timings=timings, warm_up=warm_up, progress=progress
+            modules,
+            plan,
+            source,
+            destinations,
+            budget=options.budget,
+            timings=timings,
+            warm_up=warm_up,
+            progress=options.progress,
         )
     with restored_on_error(modules), _collector_paused():
         with timings.timed("commit"):
@@ -203,6 +246,7 @@ def _finish(
     destinations: Destinations,
     timings: Timings,
     skip_keys: str | list[str] | None,
+    config: QuantizationConfig | None,
     *,
     is_placed: bool = True,
 ) -> None:
@@ -212,9 +256,16 @@ def _finish(
     model.quantization_method = "bigq"  # type: ignore[assignment]
     model.quantization_report = make_report(plan, destinations.places, timings)  # type: ignore[assignment]
     count_weights(model)
+    introduce(model, config or _found_config(plan))
     # PEFT and TRL recognize a k-bit model by this flag. accelerate refuses to prepare an offloaded model that has it.
     runs_on = execution_device(places)
     model.is_loaded_in_8bit = not any(is_offloaded(place, runs_on) for place in places.values())  # type: ignore[assignment]
+
+
+def _found_config(plan: Plan) -> QuantizationConfig:
+    """The config by which the weights of a checkpoint may have been quantized: that of the first."""
+    description = plan.weights[0].description
+    return QuantizationConfig(description.format, compute_dtype=description.compute_dtype)
 
 
 def _rehearse(modules: Mapping[str, nn.Module], finish: Callable[..., None]) -> None:

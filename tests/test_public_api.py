@@ -23,6 +23,7 @@ PUBLIC = {
     "QuantizedTensor",
     "QuantizedWeight",
     "UnsupportedError",
+    "dequantize",
     "dequantize_tensor",
     "infer_device_map",
     "load_and_quantize_model",

@@ -1,6 +1,6 @@
 """Checkpoints as they come: where their files are, which tensors they hold, and the tensors one by one."""
 
-from bigq.checkpoint.adapters import Adapter, Conversion, Converted, Renamed
+from bigq.checkpoint.adapters import Adapter, Completed, Conversion, Converted, Renamed
 from bigq.checkpoint.foreign import FLOAT8, is_scaled
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
@@ -20,6 +20,7 @@ __all__ = [
     "Adapter",
     "ByteSource",
     "Checkpoint",
+    "Completed",
     "Conversion",
     "Converted",
     "LocalFile",

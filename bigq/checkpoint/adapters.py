@@ -13,7 +13,7 @@ from bigq.checkpoint.source import Source, Span, StoredTensor, cut_out, refuse_u
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
 
-__all__ = ["Adapter", "Conversion", "Converted", "Renamed"]
+__all__ = ["Adapter", "Completed", "Conversion", "Converted", "Renamed"]
 
 
 class Adapter:
@@ -62,6 +62,23 @@ class Renamed(Adapter):
         refuse_unknown(names, self.tensors, "the renamed source")
         new_names = {self._old_names[name]: name for name in names}
         return ((new_names[old], tensor) for old, tensor in self._source.read(list(new_names)))
+
+
+class Completed(Adapter):
+    """`source`, and the tensors `names` of `other`, which `source` must not hold."""
+
+    def __init__(self, source: Source, other: Source, names: Collection[str]) -> None:
+        super().__init__(source)
+        refuse_unknown(names, other.tensors, "the source to complete another from")
+        self._other, self._own = other, frozenset(names)
+        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(
+            {**source.tensors, **{name: other.tensors[name] for name in names}}
+        )
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor): first those of `source`, then those of the other."""
+        yield from self._source.read([name for name in names if name not in self._own])
+        yield from self._other.read([name for name in names if name in self._own])
 
 
 class Conversion(NamedTuple):

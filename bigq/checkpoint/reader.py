@@ -1,7 +1,7 @@
 """A checkpoint: all its tensors described and validated, then read one at a time."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -49,7 +49,15 @@ class Checkpoint:
         wrong. No tensor is read, except from pickles in the format from before torch 1.6. `strict` also refuses a
         state dict that holds anything beside tensors.
         """
-        location = locate(weights_location)
+        return cls._of(locate(weights_location), str(weights_location), strict)
+
+    @classmethod
+    def open_files(cls, files: Sequence[Path], *, strict: bool = True) -> "Checkpoint":
+        """Open a checkpoint of these files, as `open` opens those that it has found."""
+        return cls._of(Location(files=tuple(files)), ", ".join(map(str, files)), strict)
+
+    @classmethod
+    def _of(cls, location: Location, title: str, strict: bool) -> "Checkpoint":
         described: dict[Path, list[StoredTensor]] = {}
         sources: dict[str, LocalFile] = {}
         extra_states: dict[str, object] = {}
@@ -76,7 +84,7 @@ class Checkpoint:
         problems = [*map(str, errors), *problems]
         if problems:
             listed = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
-            raise CheckpointError(f"cannot open the checkpoint {weights_location}:\n  - " + "\n  - ".join(listed))
+            raise CheckpointError(f"cannot open the checkpoint {title}:\n  - " + "\n  - ".join(listed))
         refuse_foreign((location.index or location.files[0]).parent, tensors)
         return cls(
             files=location.files,

@@ -6,7 +6,7 @@ and its files do not agree. What it does is private to it, so all that knows of 
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -17,13 +17,15 @@ from bigq.checkpoint import Conversion, Converted, Renamed, Source, StoredTensor
 from bigq.formats import NF4, QUANT_STATE, state_name
 from bigq.model.tree import ModelTree, tensor_name
 
-__all__ = ["with_transformers_names"]
+__all__ = ["expected_names", "with_transformers_names"]
 
 _MOVE_ROWS = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split", "SplitModulelist"}
 
 
-def with_transformers_names(tree: ModelTree, source: Source) -> Source:
+def with_transformers_names(tree: ModelTree, source: Source, mapping: Sequence[object] | None = None) -> Source:
     """`source` as transformers would load it into the model of `tree`; itself where all of its names fit already.
+
+    `mapping` holds the renamings and converters that it uses; None stands for those of the model's class.
 
     A model of another library is left alone, and so is a source that is the model. Warns and returns `source` where the
     installed transformers does not work as those from 5.17 to 5.23 do.
@@ -31,11 +33,11 @@ def with_transformers_names(tree: ModelTree, source: Source) -> Source:
     kind: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if source.in_place or kind is None or not isinstance(tree.model, kind):
         return source
-    expected = _expected(tree, source.tensors)
+    expected = expected_names(tree, source.tensors)
     if expected.keys() >= source.tensors.keys():
         return source
     try:
-        names, conversions = _planned(tree.model, source.tensors, expected)
+        names, conversions = _planned(tree.model, source.tensors, expected, mapping)
     except (ImportError, AttributeError, TypeError, NameError) as error:
         warnings.warn(
             f"transformers {sys.modules['transformers'].__version__} does not convert checkpoints as bigq knows it "
@@ -46,7 +48,7 @@ def with_transformers_names(tree: ModelTree, source: Source) -> Source:
     return Renamed(Converted(source, conversions) if conversions else source, names)
 
 
-def _expected(tree: ModelTree, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
+def expected_names(tree: ModelTree, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
     """{name: True} of the tensors that a state dict of the model has, and of those that weights quantized here have."""
     expected = {name: True for group in tree.tensors if group.persistent for name in group.names}
     if any(name.rpartition(".")[2] == QUANT_STATE for name in tensors):
@@ -57,13 +59,14 @@ def _expected(tree: ModelTree, tensors: Mapping[str, StoredTensor]) -> dict[str,
 
 
 def _planned(
-    model: Any, tensors: Mapping[str, StoredTensor], expected: dict[str, bool]
+    model: Any, tensors: Mapping[str, StoredTensor], expected: dict[str, bool], mapping: Sequence[object] | None
 ) -> tuple[dict[str, str], list[Conversion]]:
     """{old name: new name} of what is renamed alone, and what is made of several tensors."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    mapping = get_model_conversion_mapping(model)
+    if mapping is None:
+        mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -42,7 +42,7 @@ class Budget:
     nbytes: int
 
     @classmethod
-    def of_machine(cls, threads: int | None, nbytes: int | None) -> "Budget":
+    def of_machine(cls, threads: int | None = None, nbytes: int | None = None) -> "Budget":
         """`threads` and `nbytes`, or what suits the machine where they are None.
 
         Twelve threads read 24 GB/s from the page cache (8: 17, 10: 21; one H100, whose link does 47 GB/s).

@@ -37,7 +37,7 @@ def tensor_name(module_name: str, leaf: str) -> str:
 class ModelTree:
     """The modules and tensors of `model` by all of their names. The model is walked once, so it must not change.
 
-    The tree keeps the tensors alive: delete it before they are replaced one by one.
+    The tree keeps the tensors alive until `forget_tensors`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,6 +78,10 @@ class ModelTree:
                         names, persistent = (*groups[key].names, name), groups[key].persistent or persistent
                     groups[key] = TensorGroup(names, tensor, table is module._buffers, persistent)
         return list(groups.values())
+
+    def forget_tensors(self) -> None:
+        """Let go of the tensors, so that the model may free them one by one."""
+        vars(self).pop("tensors", None)
 
     def names(self) -> Iterator[str]:
         """The names of all modules but the model itself, then those of all tensors."""

@@ -18,9 +18,9 @@ __all__ = ["linear"]
 
 def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
     """The op `name` of x [..., K], the tensors of a quantized weight with the bias among them, and its settings."""
-    if type(x) is Tensor and x.is_cuda and not is_compiling() and not something_listens():
-        if not torch.is_grad_enabled() or not _needs_gradient(x, state):
-            return run(library.cuda_implementation, name, x, state, settings)
+    is_plain = type(x) is Tensor and x.is_cuda and not is_compiling() and not something_listens()
+    if is_plain and not (torch.is_grad_enabled() and _needs_gradient(x, state)):
+        return run(library.cuda_implementation, name, x, state, settings)
     return getattr(library, name)(x, *state, *settings)  # type: ignore[no-any-return]
 
 

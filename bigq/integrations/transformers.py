@@ -1,0 +1,203 @@
+"""transformers: `from_pretrained` with a QuantizationConfig, or of a folder that bigq has saved, loads with bigq.
+
+Importing this file registers bigq's quantizer. transformers asks a QuantizationConfig for its `quant_method`, which
+imports it too; so only a folder that is quantized already needs the import:
+
+    import bigq.integrations.transformers
+
+transformers chooses the class, makes the skeleton, finds the files and initializes what they lack. Then bigq reads the
+files, in place of transformers: that makes one pass over them, with its own readers and kernels, and understands
+device maps with "cpu" and "disk". Works with transformers 5.17 to 5.23.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.loading_report import LoadStateDictInfo
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bigq.checkpoint import Renamed, Source
+from bigq.config import QuantizationConfig
+from bigq.errors import UnsupportedError
+from bigq.formats import state_name
+from bigq.interop.bitsandbytes_configs import as_config
+from bigq.interop.hf_quantizer import HfQuantizer
+from bigq.interop.transformers_names import expected_names
+from bigq.load import LoadOptions, load_source
+from bigq.loading.timings import Timings
+from bigq.model.tree import ModelTree
+from bigq.open_source import open_source, with_own_tensors
+from bigq.planning.device_map import execution_device, normalize_device_map
+from bigq.planning.make_plan import quant_states
+
+__all__ = ["LoadingQuantizer", "SavedConfig", "use_as_bitsandbytes"]
+
+_OWN = transformers.PreTrainedModel  # the class whose steps are taken over
+_STEPS = {  # what transformers does between the skeleton and `eval`, and the arguments that it passes
+    "_load_pretrained_model": ("model", "state_dict", "checkpoint_files", "load_config"),
+    "_finalize_model_loading": ("model", "load_config", "loading_info"),
+}
+_EMPTY: dict[str, type] = {"error_msgs": list, "conversion_errors": dict}  # fields of its report that are no sets
+
+
+class SavedConfig(QuantizationConfigMixin):
+    """Reads the `quantization_config` of a config.json."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The QuantizationConfig that was saved."""
+        config = QuantizationConfig.from_dict(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+class LoadingQuantizer(HfQuantizer):
+    """The quantizer of one `from_pretrained`: it keeps where the model is to go, and loads it.
+
+    transformers sees a device map of one device, so it attaches no hooks. bigq gets the map that the user wrote.
+    """
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        config: Any = as_config(quantization_config)
+        super().__init__(config, **kwargs)
+        self._asked = quantization_config
+        self._device_map: object = None
+        self._max_memory: Mapping[int | str, int | str] | None = None
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Keep the user's map, and return one by which transformers places nothing."""
+        self._device_map = device_map
+        return "sequential" if isinstance(device_map, str) else {"": "cpu"}
+
+    def adjust_max_memory(self, max_memory: Any) -> Any:
+        """Keep the limits of an automatic map, and return one by which transformers' own map has one place."""
+        self._max_memory = dict(max_memory)
+        return {"cpu": 1 << 62}
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if _ORIGINALS is None:
+            raise UnsupportedError(
+                f"transformers {transformers.__version__} does not load as 5.17 to 5.23 do: build the model from its "
+                "config, and pass it and the folder to bigq.load_and_quantize_model"
+            )
+
+    def load(self, model: Any, files: Sequence[str] | None, load_config: Any) -> LoadStateDictInfo:
+        """Fill the skeleton `model` from `files`. What they lack is initialized first, as the model's class does it."""
+        if not files:
+            raise UnsupportedError("a state_dict cannot be quantized by from_pretrained: pass a folder or a repo id")
+        if load_config.device_mesh is not None:
+            raise UnsupportedError("quantizing into the shards of a device mesh is not supported: pass a device_map")
+        timings = Timings()
+        with timings.timed("plan"):
+            tree = ModelTree(model)
+            opened, extra_states = open_source(
+                tree, [Path(file) for file in files], strict=False, conversions=load_config.weight_mapping
+            )
+            info, source = _compare(tree, opened, load_config.ignore_mismatched_sizes)
+            _finalize(model, replace(load_config, device_map={"": "cpu"}), info)
+            tree = ModelTree(model)  # weights are tied now
+            source = with_own_tensors(tree, source)
+        config = as_config(self._asked, model)
+        config = replace(config, dtype=config.dtype or load_config.dtype)
+        self.quantization_config = config
+        load_source(
+            tree,
+            source,
+            extra_states,
+            None if quant_states(source.tensors) else config,
+            self._device_map,
+            options=LoadOptions(
+                max_memory=self._max_memory, offload_folder=load_config.disk_offload_folder, strict=False
+            ),
+            timings=timings,
+        )
+        load_config.device_map.clear()  # ours, by `update_device_map`
+        load_config.device_map[""] = _runs_on(model)  # where transformers puts adapters
+        return info
+
+
+def _compare(tree: ModelTree, source: Source, ignore_mismatched_sizes: bool) -> tuple[LoadStateDictInfo, Source]:
+    """What `source` lacks and what it holds in addition, and `source` without tensors of a shape that is ignored.
+
+    Marks the tensors that it holds, so that transformers does not initialize them.
+    """
+    info = LoadStateDictInfo(**{field.name: _EMPTY.get(field.name, set)() for field in fields(LoadStateDictInfo)})
+    for names, tensor, _, persistent in tree.tensors:
+        if not persistent:
+            continue
+        held = [name for name in names if name in source.tensors]
+        other = [name for name in held if source.tensors[name].shape != tensor.shape]
+        if other and ignore_mismatched_sizes:
+            mismatched: set[Any] = {(name, source.tensors[name].shape, tensor.shape) for name in other}
+            info.mismatched_keys |= mismatched
+        elif held or any(state_name(name, "packed") in source.tensors for name in names):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        else:
+            info.missing_keys.update(names)
+    info.unexpected_keys.update(source.tensors.keys() - expected_names(tree, source.tensors).keys())
+    if info.mismatched_keys:
+        source = Renamed(source, {name: None for name, *_ in info.mismatched_keys})
+    return info, source
+
+
+def _runs_on(model: nn.Module) -> torch.device:
+    places = getattr(model, "hf_device_map", None)
+    return execution_device(normalize_device_map(places)) if places else next(model.parameters()).device
+
+
+def _finalize(model: nn.Module, load_config: Any, loading_info: LoadStateDictInfo) -> Any:
+    assert _ORIGINALS is not None
+    return _ORIGINALS["_finalize_model_loading"](model, load_config, loading_info)
+
+
+def _take_over() -> dict[str, Callable[..., Any]] | None:
+    """Make the steps of transformers' loading ask for a LoadingQuantizer; what they were, or None if they differ.
+
+    Its quantizers see one tensor at a time, after it was read and moved. There is no public way to read otherwise.
+    """
+    originals: dict[str, Callable[..., Any]] = {name: getattr(_OWN, name, lambda: None) for name in _STEPS}
+    if any(tuple(inspect.signature(originals[n]).parameters)[: len(names)] != names for n, names in _STEPS.items()):
+        return None
+
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None) -> Any:
+        quantizer = load_config.hf_quantizer
+        if not isinstance(quantizer, LoadingQuantizer) or expected_keys is not None:  # those of an adapter
+            own = originals["_load_pretrained_model"]
+            return own(model, state_dict, checkpoint_files, load_config, expected_keys)
+        return quantizer.load(model, checkpoint_files, load_config), None
+
+    def finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
+        if not isinstance(load_config.hf_quantizer, LoadingQuantizer):
+            return originals["_finalize_model_loading"](model, load_config, loading_info)
+        return loading_info  # `load` has done it, before it read anything
+
+    _OWN._load_pretrained_model = staticmethod(load)
+    _OWN._finalize_model_loading = staticmethod(finalize)
+    return originals
+
+
+def use_as_bitsandbytes() -> None:
+    """Let bigq load what asks for bitsandbytes: BitsAndBytesConfig, `load_in_4bit` recipes and repositories.
+
+    bitsandbytes need not be installed. It holds for the process, and cannot be undone.
+
+    Example:
+        >>> import bigq.integrations.transformers
+        >>> bigq.integrations.transformers.use_as_bitsandbytes()
+    """
+    AUTO_QUANTIZER_MAPPING.update(bitsandbytes_4bit=LoadingQuantizer, bitsandbytes_8bit=LoadingQuantizer)
+
+
+_ORIGINALS = _take_over()
+register_quantization_config("bigq")(SavedConfig)
+register_quantizer("bigq")(LoadingQuantizer)

@@ -1,0 +1,32 @@
+"""introduce: the attributes by which transformers knows that one of its models is quantized."""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+__all__ = ["introduce", "is_transformers_model"]
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether `model` is one of transformers, which is not imported for it."""
+    kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    return kind is not None and isinstance(model, kind)
+
+
+def introduce(model: nn.Module, config: Any) -> None:
+    """Tell transformers that `model`, if it is one of its models, is quantized as `config`, a QuantizationConfig, says.
+
+    `save_pretrained` then writes `quantization_config` into config.json, Trainer refuses to train the model without
+    adapters, and `model.dequantize()` works. Saved tensors have the names of the model, because transformers converts
+    none that it does not know.
+    """
+    if not is_transformers_model(model):
+        return
+    from bigq.interop.hf_quantizer import HfQuantizer
+
+    known: Any = model
+    known.hf_quantizer = HfQuantizer(config, pre_quantized=True)
+    known.is_quantized = True
+    known._weight_conversions = []
+    known.config.quantization_config = config

@@ -1,0 +1,64 @@
+"""open_source: a checkpoint under the names of a model's tensors."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigq.checkpoint import Checkpoint, Completed, Renamed, Source
+from bigq.formats import state_name
+from bigq.interop.placeholders import is_placeholder
+from bigq.interop.transformers_names import with_transformers_names
+from bigq.loading.extra_state import ExtraStates
+from bigq.model.in_place import ModelTensors
+from bigq.model.own_names import with_own_names
+from bigq.model.tree import ModelTree
+from bigq.planning.make_plan import quant_states
+
+__all__ = ["open_source", "with_own_tensors"]
+
+
+def open_source(
+    tree: ModelTree,
+    weights_location: str | os.PathLike[str] | Sequence[Path],
+    *,
+    strict: bool,
+    conversions: Sequence[object] | None = None,
+) -> tuple[Source, ExtraStates]:
+    """Open a checkpoint for the model of `tree`: its tensors as the model names them, and its extra states.
+
+    Args:
+        weights_location: as in `load_and_quantize_model`, or the files.
+        strict: also refuse what is neither a tensor nor an extra state that the model takes.
+        conversions: transformers' renamings and converters; None: those of the model's class.
+    """
+    if isinstance(weights_location, Sequence) and not isinstance(weights_location, str):
+        checkpoint = Checkpoint.open_files(weights_location, strict=strict)
+    else:
+        checkpoint = Checkpoint.open(weights_location, strict=strict)
+    extra_states = ExtraStates(checkpoint, tree.modules, strict=strict)
+    source = _without_placeholders(extra_states)
+    return with_own_names(tree, with_transformers_names(tree, source, conversions)), extra_states
+
+
+def with_own_tensors(tree: ModelTree, source: Source) -> Source:
+    """`source`, completed with the model's own weights of two or more dimensions where it lacks one.
+
+    Other tensors that are missing stay in the model as they are; a weight may have to be quantized.
+    """
+    missing = [
+        group.names[0]
+        for group in tree.tensors
+        if group.tensor.ndim > 1
+        and not group.is_buffer
+        and not group.tensor.is_meta
+        and not any(name in source.tensors or state_name(name, "packed") in source.tensors for name in group.names)
+    ]
+    return Completed(source, ModelTensors(tree.model), missing) if missing else source
+
+
+def _without_placeholders(source: Source) -> Source:
+    """`source` without the empty tensors that `save_pretrained` puts in the place of quantized weights."""
+    if not quant_states(source.tensors):
+        return source
+    empty = [name for name, stored in source.tensors.items() if is_placeholder(stored.shape, stored.dtype)]
+    return Renamed(source, dict.fromkeys(empty)) if empty else source
