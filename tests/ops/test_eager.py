@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigq import QuantizedLinear, ops
@@ -18,6 +19,10 @@ FORMATS = [
     Int8(),
     Int8(threshold=0.0),
 ]
+
+
+def is_plain(x, state):
+    return not eager.something_listens() and not (torch.is_grad_enabled() and eager._needs_gradient(x, state))
 
 
 @pytest.fixture(autouse=True)
@@ -50,22 +55,23 @@ def test_this_torch_can_tell_what_listens():
     [
         pytest.param(_Counter, id="dispatch-mode"),
         pytest.param(_Functions, id="function-mode"),
+        pytest.param(forward_ad.dual_level, id="dual-level"),
         pytest.param(lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), id="profiler"),
     ],
 )
 def test_a_listener_hears_every_call(listener):
     x = torch.randn(2, 4)
-    assert eager._is_plain(x, (None,))
+    assert is_plain(x, (None,))
     with listener():
-        assert not eager._is_plain(x, (None,))
-    assert eager._is_plain(x, (None,))
+        assert not is_plain(x, (None,))
+    assert is_plain(x, (None,))
 
 
 def test_transforms_and_traces_go_through_the_dispatcher():
     heard = []
 
     def function(x):
-        heard.append(eager._is_plain(x, (None,)))
+        heard.append(is_plain(x, (None,)))
         return x * 2
 
     x = torch.randn(3, 4)
@@ -77,10 +83,40 @@ def test_transforms_and_traces_go_through_the_dispatcher():
 
 def test_gradients_go_through_the_dispatcher():
     x, bias = torch.randn(2, 4), nn.Parameter(torch.randn(4))
-    assert not eager._is_plain(x, (None, bias))
-    assert not eager._is_plain(x.clone().requires_grad_(), (None,))
+    assert not is_plain(x, (None, bias))
+    assert not is_plain(x.clone().requires_grad_(), (None,))
     with torch.no_grad():
-        assert eager._is_plain(x, (None, bias))
+        assert is_plain(x, (None, bias))
+
+
+def _dual(module, x, dx):
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(module(forward_ad.make_dual(x, dx))))
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+def test_forward_mode_has_the_derivatives_of_the_decoded_weight(weight_format, has_bias):
+    torch.manual_seed(0)
+    description = Description(format=weight_format, shape=(6, 128), dtype=torch.float32)
+    module = QuantizedLinear(description, bias=torch.float32 if has_bias else None, device="cpu")
+    module.load_state_dict({**module.quantize(torch.randn(6, 128)), **({"bias": torch.ones(6)} if has_bias else {})})
+    x, dx, dense = torch.randn(3, 128), torch.randn(3, 128), module.dequantize()
+    expected = dx @ dense.T
+    with torch.no_grad():
+        for out, change in (
+            torch.func.jvp(module, (x,), (dx,)),
+            _dual(module, x, dx),
+        ):
+            assert torch.equal(out, module(x))
+            assert (change - expected).norm() <= 1e-5 * expected.norm()
+        jacobian = torch.func.jacfwd(module)(x[0])
+    assert (jacobian - dense).norm() <= 1e-5 * dense.norm()
+    if has_bias:
+        _, change = torch.func.jvp(
+            lambda bias: torch.func.functional_call(module, {"bias": bias}, (x,)), (module.bias,), (torch.ones(6),)
+        )
+        assert torch.equal(change, torch.ones(3, 6))
 
 
 class _Launched:
