@@ -26,6 +26,7 @@ def introduce(model: nn.Module, config: Any) -> None:
     from bigq.interop.hf_quantizer import HfQuantizer
 
     known: Any = model
+    known.quantization_method = config.quant_method  # to ask for it registers bigq with transformers
     known.hf_quantizer = HfQuantizer(config, pre_quantized=True)
     known.is_quantized = True
     known._weight_conversions = []
