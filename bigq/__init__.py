@@ -8,6 +8,7 @@ from bigq.infer_device_map import infer_device_map
 from bigq.load import load_and_quantize_model
 from bigq.loading.dequantize import dequantize
 from bigq.loading.report import QuantizationReport
+from bigq.model_card import model_card
 from bigq.offload.materialize import materialize
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
 from bigq.weight.linear import QuantizedLinear
@@ -36,6 +37,7 @@ __all__ = [
     "load_and_quantize_model",
     "materialize",
     "memory_footprint",
+    "model_card",
     "num_parameters",
     "quantize_tensor",
 ]

@@ -21,6 +21,7 @@ LAYERS = [  # from the lowest to the highest; a folder, or a file beside them
     "planning",
     "offload",
     "footprint",
+    "model_card",
     "loading",
     "interop",
     "quantize",

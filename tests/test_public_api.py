@@ -29,6 +29,7 @@ PUBLIC = {
     "load_and_quantize_model",
     "materialize",
     "memory_footprint",
+    "model_card",
     "num_parameters",
     "quantize_tensor",
 }

@@ -29,5 +29,6 @@ def introduce(model: nn.Module, config: Any) -> None:
     known.quantization_method = config.quant_method  # to ask for it registers bigq with transformers
     known.hf_quantizer = HfQuantizer(config, pre_quantized=True)
     known.is_quantized = True
+    known.add_model_tags(["bigq"])  # of the page on the Hub
     known._weight_conversions = []
     known.config.quantization_config = config
