@@ -236,11 +236,12 @@ def test_a_tensor_in_sparse_blocks_is_refused(tmp_path, save):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_a_sparse_tensor_with_indices_outside_is_refused_when_it_is_read(tmp_path, save):
+def test_a_sparse_tensor_with_indices_outside_is_refused(tmp_path, save):
     bad = torch.sparse_coo_tensor(torch.tensor([[0, 9]]), torch.ones(2), (10,))
     bad._indices()[0, 1] = 11
     save({"s": bad}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"cannot read tensor 's' of .*weights\.pt"):
+    # torch 2.15 looks at the indices when it opens the file
+    with pytest.raises(CheckpointError, match=r"(cannot read tensor 's' of|cannot load) .*weights\.pt"):
         Checkpoint.open(tmp_path).get("s")
 
 

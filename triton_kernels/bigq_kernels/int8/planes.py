@@ -150,7 +150,7 @@ def _quantize_columns_kernel(
     scale, outlier_scale = regular.to(tl.float32, bitcast=True), outlier.to(tl.float32, bitcast=True)
     inverse, outlier_inverse = int8_inverse(scale)[:, None], int8_inverse(outlier_scale)[:, None]
     _store_planes(codes_ptr, offset, x, found, mask, M * K, inverse, outlier_inverse)
-    _store_scales(scale_ptr, token, scale, outlier_scale, (token < M) & (tl.program_id(0) == 0), M)
+    _store_scales(scale_ptr, token, scale, outlier_scale, token < tl.where(tl.program_id(0) == 0, M, 0), M)
 
 
 def quantize_planes(
