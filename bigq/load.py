@@ -180,7 +180,7 @@ def _load_checkpoint(
     timings = Timings()
     refuse_bitsandbytes(tree)
     with timings.timed("plan"):
-        source, extra_states = open_source(tree, weights_location, strict=options.strict)
+        source, extra_states = open_source(tree, weights_location, strict=options.strict, config=config)
         if not options.strict:
             source = with_own_tensors(tree, source)
     return load_source(tree, source, extra_states, config, device_map, options=options, timings=timings)

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from bigq.checkpoint import Checkpoint, Completed, Renamed, Source
+from bigq.checkpoint import Checkpoint, Completed, Renamed, Source, with_bitsandbytes
+from bigq.config import QuantizationConfig
 from bigq.formats import state_name
 from bigq.interop.placeholders import is_placeholder
 from bigq.interop.transformers_names import with_transformers_names
@@ -13,6 +15,7 @@ from bigq.model.in_place import ModelTensors
 from bigq.model.own_names import with_own_names
 from bigq.model.tree import ModelTree
 from bigq.planning.make_plan import quant_states
+from bigq.weight.convert import is_transposed_linear
 
 __all__ = ["open_source", "with_own_tensors"]
 
@@ -23,6 +26,7 @@ def open_source(
     *,
     strict: bool,
     conversions: Sequence[object] | None = None,
+    config: QuantizationConfig | None = None,
 ) -> tuple[Source, ExtraStates]:
     """Open a checkpoint for the model of `tree`: its tensors as the model names them, and its extra states.
 
@@ -30,13 +34,19 @@ def open_source(
         weights_location: as in `load_and_quantize_model`, or the files.
         strict: also refuse what is neither a tensor nor an extra state that the model takes.
         conversions: transformers' renamings and converters; None: those of the model's class.
+        config: what the load was given; its threshold is that of int8 weights whose file does not say it.
     """
     if isinstance(weights_location, Sequence) and not isinstance(weights_location, str):
         checkpoint = Checkpoint.open_files(weights_location, strict=strict)
     else:
         checkpoint = Checkpoint.open(weights_location, strict=strict)
     extra_states = ExtraStates(checkpoint, tree.modules, strict=strict)
-    source = _without_placeholders(extra_states)
+    source = with_bitsandbytes(
+        _without_placeholders(extra_states),
+        checkpoint.files[0].parent,
+        is_transposed=partial(_is_transposed, tree),
+        threshold=None if config is None else getattr(config.weight_format(), "threshold", None),
+    )
     return with_own_names(tree, with_transformers_names(tree, source, conversions)), extra_states
 
 
@@ -62,3 +72,13 @@ def _without_placeholders(source: Source) -> Source:
         return source
     empty = [name for name, stored in source.tensors.items() if is_placeholder(stored.shape, stored.dtype)]
     return Renamed(source, dict.fromkeys(empty)) if empty else source
+
+
+def _is_transposed(tree: ModelTree, name: str) -> bool:
+    """Whether the model holds the weight `name` of a checkpoint as [K, N], under that name or one that is converted.
+
+    transformers adds the prefix of the base model to names, or drops it.
+    """
+    owner, prefix = name.rpartition(".")[0], f"{getattr(tree.model, 'base_model_prefix', '')}."
+    names = (owner, prefix + owner, owner.removeprefix(prefix))
+    return any(is_transposed_linear(tree.modules[found]) for found in names if found in tree.modules)

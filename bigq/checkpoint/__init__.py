@@ -1,6 +1,8 @@
 """Checkpoints as they come: where their files are, which tensors they hold, and the tensors one by one."""
 
 from bigq.checkpoint.adapters import Adapter, Completed, Conversion, Converted, Renamed
+from bigq.checkpoint.bitsandbytes_settings import BitsandbytesSettings
+from bigq.checkpoint.bitsandbytes_source import with_bitsandbytes
 from bigq.checkpoint.foreign import FLOAT8, is_scaled
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
@@ -18,6 +20,7 @@ from bigq.checkpoint.source import (
 __all__ = [
     "FLOAT8",
     "Adapter",
+    "BitsandbytesSettings",
     "ByteSource",
     "Checkpoint",
     "Completed",
@@ -33,4 +36,5 @@ __all__ = [
     "is_scaled",
     "read_tensor",
     "refuse_unknown",
+    "with_bitsandbytes",
 ]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from bigq.checkpoint.model_config import read_config
 from bigq.checkpoint.source import StoredTensor
 from bigq.errors import CheckpointError
-from bigq.system.json_text import parse_json
+from bigq.formats.bitsandbytes import is_bitsandbytes
 from bigq.system.text import shortlist
 
 __all__ = ["FLOAT8", "is_scaled", "refuse_foreign"]
@@ -26,9 +27,6 @@ _METHODS = {  # quant_method in a config.json: what the format is called
 _LEAVES = {  # names of tensors that one of them writes beside its codes
     "qweight": "GPTQ or AWQ",
     "W_q": "HQQ",
-    "SCB": "bitsandbytes (int8)",
-    "bitsandbytes__nf4": "bitsandbytes (NF4)",
-    "bitsandbytes__fp4": "bitsandbytes (FP4)",
 }
 _CODES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu}
 # Numbers by themselves where no scale is beside them: then they are a plain cast, as torch makes it.
@@ -42,17 +40,17 @@ def refuse_foreign(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     config.json is believed only where there are tensors that can be codes: it may stay when a model is dequantized.
     """
     if tensors and all("lora_" in name for name in tensors):
-        base = _read_config(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_config(folder / "adapter_config.json").get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
         raise CheckpointError(
             f"{folder} holds a LoRA adapter{of} and no model: load the weights of the base model, "
             f"then add the adapter to it with peft's PeftModel.from_pretrained(model, {str(folder)!r})"
         )
     leaves = {name.rpartition(".")[2] for name in tensors}
-    if _OWN in leaves:
+    if _OWN in leaves or is_bitsandbytes(tensors):
         return
     found = next((method for leaf, method in _LEAVES.items() if leaf in leaves), None)
-    said = _read_config(folder / "config.json").get("quantization_config")
+    said = read_config(folder / "config.json").get("quantization_config")
     if isinstance(said, dict) and any(stored.dtype in _CODES | FLOAT8 for stored in tensors.values()):
         method = said.get("quant_method", "bitsandbytes")  # transformers left it out before it knew a second one
         found = _METHODS.get(str(method), str(method))
@@ -69,14 +67,3 @@ def is_scaled(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
     prefix = f"{module}." if module else ""
     beside = (f"{leaf}_scale", f"{leaf}_scale_inv", f"{leaf}.scale", f"scale_{leaf}", f"{leaf}_scales", "scale")
     return any(prefix + scale in tensors for scale in beside)
-
-
-def _read_config(path: Path) -> dict[str, object]:
-    """The object in a JSON file; an empty one where there is none, or no such file."""
-    if not path.is_file():  # a pipe by that name would never end
-        return {}
-    try:
-        content, _ = parse_json(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -20,6 +20,7 @@ from bigq.system.json_text import parse_json
 
 __all__ = [
     "QUANT_STATE",
+    "WEIGHT_DTYPES",
     "Description",
     "check_quant_state",
     "decode_quant_state",
@@ -33,13 +34,13 @@ QUANT_STATE = "quant_state"  # its name in a module
 _VERSION = 2
 _RECORD_NBYTES = 256
 _MAX_RECORDS = 4096
-_WEIGHT_DTYPES = {
+WEIGHT_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-_COMPUTE_DTYPES = {name: dtype for name, dtype in _WEIGHT_DTYPES.items() if name != "float64"}
+_COMPUTE_DTYPES = {name: dtype for name, dtype in WEIGHT_DTYPES.items() if name != "float64"}
 _FIELDS = ("bigq", "leaf", "format", "shape", "dtype", "compute_dtype", "transposed")  # beside the format's settings
 
 
@@ -171,7 +172,7 @@ def _parsed(record: bytes) -> tuple[str, Description]:
     return leaf, Description(
         format=make_format(name, **fields),
         shape=tuple(shape),
-        dtype=_dtype("dtype", dtype, _WEIGHT_DTYPES),
+        dtype=_dtype("dtype", dtype, WEIGHT_DTYPES),
         compute_dtype=None if compute_dtype is None else _dtype("compute_dtype", compute_dtype, _COMPUTE_DTYPES),
         transposed=transposed,
     )

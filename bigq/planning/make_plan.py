@@ -56,7 +56,7 @@ def make_plan(
     if any(isinstance(module, QuantizedModule) for module in tree.aliases):
         raise UnsupportedError("the model is quantized already: pass weights_location to load it again")
     if quantized:
-        described, sources = _held_quantized(tree, tensors, quantized, config)
+        described, sources = _held_quantized(tree, tensors, quantized, config, strict)
         kept: Mapping[str, str] = {}
         rules: Mapping[str, str] = {}
     elif config is None:
@@ -121,8 +121,12 @@ def _held_quantized(
     tensors: Mapping[str, StoredTensor],
     quantized: Described,
     config: QuantizationConfig | None,
+    strict: bool,
 ) -> tuple[dict[str, Description], dict[str, str]]:
-    """Descriptions of the weights that the checkpoint holds quantized, by first name, and no sources."""
+    """Descriptions of the weights that the checkpoint holds quantized, by first name, and no sources.
+
+    Those that the model does not have are left out if `strict` is False.
+    """
     if config is not None:
         for field in ("skip_modules", "keep_in_fp32_modules"):
             for name, pattern in match_patterns(field, getattr(config, field), tree.names()).items():
@@ -137,6 +141,8 @@ def _held_quantized(
         for leaf, description in weights.items():
             name = tensor_name(module, leaf)
             group = groups.get(name)
+            if group is None and not strict:
+                continue
             if group is None:
                 problems.append(f"  {name} is quantized in the checkpoint, but the model has no such parameter")
                 continue
@@ -149,6 +155,8 @@ def _held_quantized(
             if config is not None and config.compute_dtype is not None:
                 description = replace(description, compute_dtype=config.compute_dtype)
             described[group.names[0]] = description
+    if not described and not problems:
+        problems.append(f"  {type(tree.model).__name__} has none of the weights that the checkpoint holds quantized")
     if problems:
         raise CheckpointError("the quantized checkpoint does not fit the model:\n" + "\n".join(problems))
     return described, {}

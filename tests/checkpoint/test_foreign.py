@@ -80,8 +80,6 @@ def test_plain_weights_are_plain_whatever_a_config_says(tmp_path):
     [
         ("qweight", "GPTQ or AWQ"),
         ("W_q", "HQQ"),
-        ("SCB", r"bitsandbytes \(int8\)"),
-        ("weight.quant_state.bitsandbytes__nf4", r"bitsandbytes \(NF4\)"),
     ],
 )
 def test_a_file_whose_names_say_how_it_is_quantized(tmp_path, leaf, name):
