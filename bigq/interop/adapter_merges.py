@@ -57,6 +57,8 @@ class _Merge:
         layer = self._layer()
         assert layer is not None
         method = getattr(type(layer), self._name)
+        if not isinstance(layer.base_layer, QuantizedModule):  # it was replaced since
+            return method(layer, *args, **kwargs)
         return (_merge if self._name == "merge" else _unmerge)(layer, method, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Merge":
