@@ -19,7 +19,7 @@ __all__ = ["MergeError", "merge_errors"]
 class MergeError:
     """What a merge does to one weight. Both numbers are Frobenius norms, divided by that of the weight.
 
-    A rounding above the change means that the merged weight is further from the sum than the weight without the adapter.
+    If the rounding is above the change, the weight without the adapter is closer to the sum than the merged weight is.
 
     Args:
         change: of what the adapter adds to the weight.
