@@ -5,6 +5,7 @@ from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError,
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
 from bigq.formats import FP4, NF4, Int8
 from bigq.infer_device_map import infer_device_map
+from bigq.interop.adapter_merges import watch_adapters as _watch_adapters
 from bigq.load import load_and_quantize_model
 from bigq.loading.dequantize import dequantize
 from bigq.loading.report import QuantizationReport
@@ -43,3 +44,5 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_watch_adapters()

@@ -1,0 +1,101 @@
+"""merge_errors: what merging an adapter of PEFT would do to quantized weights, before it is done."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigq.errors import ConfigError
+from bigq.weight.convert import revert
+from bigq.weight.quantized_module import QuantizedModule
+
+__all__ = ["MergeError", "merge_errors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeError:
+    """What a merge does to one weight. Both numbers are Frobenius norms, divided by that of the weight.
+
+    If the rounding is above the change, the weight without the adapter is closer to the sum than the merged weight is.
+
+    Args:
+        change: of what the adapter adds to the weight.
+        rounding: of what quantizing the sum adds to it.
+    """
+
+    change: float
+    rounding: float
+
+
+def merge_errors(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, MergeError]:
+    """Compute what merging adapters would change in each quantized weight, and what quantizing the sums would add.
+
+    Nothing is changed. One weight at a time is dequantized, on its device.
+
+    Args:
+        model: a PEFT model whose adapters are not merged.
+        adapter_names: those that would be merged, as in PEFT's `merge_adapter`. None: the active ones.
+
+    Returns:
+        {name of the adapted module: its MergeError}, for modules with quantized weights.
+
+    Raises:
+        ConfigError: an adapter is merged, or no adapter is on a quantized module.
+
+    Example:
+        >>> import bigq, peft, torch
+        >>> from bigq.integrations.peft import merge_errors
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> model = bigq.load_and_quantize_model(model, None, bigq.QuantizationConfig("nf4"), device_map="cpu")
+        >>> model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+        >>> errors = merge_errors(model)
+        >>> list(errors)
+        ['base_model.model.0']
+        >>> 0 < errors["base_model.model.0"].rounding < errors["base_model.model.0"].change
+        True
+    """
+    errors = {}
+    for name, layer in _adapted(model):
+        if layer.merged:
+            raise ConfigError(f"the adapter of {name} is merged already: call the model's unmerge_adapter() first")
+        errors[name] = _merge_error(layer, adapter_names)
+    if not errors:
+        raise ConfigError(
+            f"{type(model).__name__} has no adapter on a quantized module that can be merged; expected a model from "
+            "peft.get_peft_model or peft.PeftModel.from_pretrained"
+        )
+    return errors
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The tuner layers over quantized modules, by name."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), QuantizedModule) and hasattr(module, "merge"):
+            yield name, module
+
+
+def _merge_error(layer: Any, adapter_names: Sequence[str] | None) -> MergeError:
+    base: QuantizedModule = layer.base_layer
+    plain = copy.copy(base)
+    revert(plain, {})
+    before = {leaf: base.stored_weight(leaf).dequantize(own.dtype) for leaf, own in base.descriptions.items()}
+    for leaf, weight in before.items():
+        plain.register_parameter(leaf, nn.Parameter(weight.clone(), requires_grad=False))
+    merged_layer = copy.deepcopy(layer, {id(base): plain})  # the same adapters on the plain module
+    merged_layer.merge(adapter_names=None if adapter_names is None else list(adapter_names))
+    size = change = rounding = 0.0
+    for leaf, weight in before.items():
+        merged, stored = plain.get_parameter(leaf).detach(), base.stored_weight(leaf)
+        size += _square(weight.float())
+        change += _square(merged.float() - weight.float())
+        if not torch.equal(merged, weight):  # equal numbers keep their codes
+            rounded = replace(stored, state=stored.quantize(merged)).dequantize(torch.float32)
+            rounding += _square(rounded - merged.float())
+    return MergeError(change=(change / size) ** 0.5, rounding=(rounding / size) ** 0.5)
+
+
+def _square(numbers: torch.Tensor) -> float:
+    return float(numbers.norm()) ** 2
