@@ -172,8 +172,8 @@ def _take_over() -> dict[str, Callable[..., Any]] | None:
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None) -> Any:
         quantizer = load_config.hf_quantizer
         if not isinstance(quantizer, LoadingQuantizer) or expected_keys is not None:  # those of an adapter
-            own = originals["_load_pretrained_model"]
-            return own(model, state_dict, checkpoint_files, load_config, expected_keys)
+            step = originals["_load_pretrained_model"]
+            return step(model, state_dict, checkpoint_files, load_config, expected_keys)
         return quantizer.load(model, checkpoint_files, load_config), None
 
     def finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -181,8 +181,9 @@ def _take_over() -> dict[str, Callable[..., Any]] | None:
             return originals["_finalize_model_loading"](model, load_config, loading_info)
         return loading_info  # `load` has done it, before it read anything
 
-    _OWN._load_pretrained_model = staticmethod(load)
-    _OWN._finalize_model_loading = staticmethod(finalize)
+    own: Any = _OWN
+    own._load_pretrained_model = staticmethod(load)
+    own._finalize_model_loading = staticmethod(finalize)
     return originals
 
 

@@ -1,6 +1,7 @@
 """introduce: the attributes by which transformers knows that one of its models is quantized."""
 
 import sys
+from copy import copy
 from typing import Any
 
 from torch import nn
@@ -31,4 +32,9 @@ def introduce(model: nn.Module, config: Any) -> None:
     known.is_quantized = True
     known.add_model_tags(["bigq"])  # of the page on the Hub
     known._weight_conversions = []
-    known.config.quantization_config = config
+    own = known.config
+    described = copy(own)  # its owner may build other models with it
+    described.quantization_config = config
+    for module in model.modules():  # they share it, so that a change of it holds for all
+        if vars(module).get("config") is own:
+            vars(module)["config"] = described

@@ -24,8 +24,8 @@ def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
     is_plain = type(x) is Tensor and x.is_cuda and not something_listens()
     if is_plain and not (torch.is_grad_enabled() and _needs_gradient(x, state)):
         return run(library.cuda_implementation, name, x, state, settings)
-    primal, tangent = unpack_dual(x)
-    bias, bias_tangent = (None, None) if state[2] is None else unpack_dual(state[2])
+    primal, tangent = unpack_dual(x)  # type: ignore[no-untyped-call]
+    bias, bias_tangent = (None, None) if state[2] is None else unpack_dual(state[2])  # type: ignore[no-untyped-call]
     if tangent is None and bias_tangent is None:
         return getattr(library, name)(x, *state, *settings)  # type: ignore[no-any-return]
     # torch.library takes no rule for forward mode, and would drop the tangents.
@@ -33,7 +33,7 @@ def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
     change = None if tangent is None else _times_weight(name, tangent, state, settings)
     if bias_tangent is not None:
         change = bias_tangent.expand_as(out) if change is None else change + bias_tangent
-    return make_dual(out, change)  # type: ignore[no-any-return]
+    return make_dual(out, change)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _times_weight(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:

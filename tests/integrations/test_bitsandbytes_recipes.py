@@ -15,6 +15,7 @@ import bigq.integrations.transformers as integration  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules"),
     pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter"),
 ]
 IDS = torch.arange(4, 13)[None]
@@ -31,7 +32,7 @@ def _in_place_of_bitsandbytes(monkeypatch):
 def opt(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=64, hidden_size=64, num_hidden_layers=2, ffn_dim=96, num_attention_heads=4, word_embed_proj_dim=64
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, ffn_dim=128, num_attention_heads=4, word_embed_proj_dim=64
     )
     path = tmp_path_factory.mktemp("opt")
     transformers.OPTForCausalLM(config).half().save_pretrained(path)
@@ -63,6 +64,17 @@ def flan_t5(tmp_path_factory):
     )
     transformers.T5ForConditionalGeneration(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module", params=[{"load_in_8bit": True}, {"load_in_4bit": True}], ids=["int8", "4-bit"])
+def repository(request, opt, tmp_path_factory):
+    """A folder that transformers has saved with bitsandbytes, and the bits of one weight."""
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(**request.param, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(opt, quantization_config=config, device_map="cpu")
+    path = tmp_path_factory.mktemp("repository")
+    model.save_pretrained(path, save_original_format=False)
+    return path, model.model.decoder.layers[0].fc1.weight.detach()
 
 
 def formats(model):
@@ -169,6 +181,22 @@ def test_bloom_saved_and_loaded_again(bloom, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("placement", ["auto", "cpu", {"": "cpu", "model.decoder.layers.1": "disk"}], ids=str)
+def test_a_repository_of_theirs_loads_with_the_same_bits(repository, tmp_path, placement):
+    folder, codes = repository
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=placement, offload_folder=tmp_path / "offload")
+    fc1 = model.model.decoder.layers[0].fc1
+    assert isinstance(fc1, QuantizedLinear)
+    assert torch.equal(fc1.weight_packed.flatten(), codes.flatten())
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.config.quantization_config.quant_method == "bigq"
+    assert torch.equal(again.model.decoder.layers[0].fc1.weight_packed, fc1.weight_packed)
 
 
 @pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=["int8", "4-bit"])
