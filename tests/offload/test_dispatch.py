@@ -219,6 +219,15 @@ class TestHooks:
         model(ids.to(model.head.weight.device))
         assert seen == [torch.bfloat16]
 
+    def test_a_module_with_quantized_weights_does_not_become_float32(self):
+        """All floating parameters of the inner module are float32 by the rule, but its quantized linear is not."""
+        inner = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64))
+        model = nn.Sequential(inner, nn.LayerNorm(64), nn.Linear(64, 8))
+        config = QuantizationConfig("nf4", dtype="bf16", keep_in_fp32_modules=["0.1"])
+        load_and_quantize_model(model, None, config, "cpu")
+        assert isinstance(inner[0], QuantizedLinear)
+        assert list(hooks_of(model)) == ["0.1"]
+
     def test_no_casting_hooks_in_a_float32_model(self, tiny, checkpoint, empty):
         config = QuantizationConfig("nf4", keep_in_fp32_modules=["norm"])
         assert not hooks_of(load_and_quantize_model(empty(tiny), checkpoint, config, RUNS_ON))
