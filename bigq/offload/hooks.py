@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bigq.offload.attach import SurroundingHook, allow_moves, outside_of_graphs
 from bigq.offload.containers import first_tensor, map_tensors
+from bigq.offload.newcomers import latest_registration, settle
 from bigq.offload.prefetch import Call, OffloadedBlock, Prefetcher
 
 __all__ = ["Float32Hook", "PlacementHook"]
@@ -41,10 +42,20 @@ class PlacementHook(SurroundingHook):
         self.prefetcher = prefetcher
         self.io_same_device = io_same_device
         self.skip_keys = skip_keys
+        self._module: nn.Module | None = None
+        self._settled: int | None = None  # the registration up to which newcomers of the module are on its device
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        self._module = module
+        return super().init_hook(module)
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         allow_moves(module)
+        self._module = None
         return super().detach_hook(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_settled": None}  # another process counts registrations anew
 
     def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs, input_device = self._bring(args, kwargs)
@@ -63,6 +74,9 @@ class PlacementHook(SurroundingHook):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], torch.device | None]:
         """The inputs on the device, and where the first of them came from if the outputs go back there."""
+        if self._settled != (latest := latest_registration()) and self._module is not None:
+            settle(self._module, () if self.block is None else self.block.members, self.device)
+            self._settled = latest
         input_device = None
         if self.io_same_device and (first := first_tensor((args, kwargs))) is not None:
             input_device = first.device
