@@ -16,16 +16,23 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+try:
+    import transformers
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZER_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+    from transformers.utils.loading_report import LoadStateDictInfo
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError as error:
+    raise ImportError(
+        f"bigq.integrations.transformers works with transformers 5.17 to 5.23, and {error}: "
+        "pip install 'transformers>=5.17'"
+    ) from error
+
 import torch
-import transformers
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.utils.loading_report import LoadStateDictInfo
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bigq.checkpoint import Renamed, Source
 from bigq.config import QuantizationConfig

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["introduce", "is_transformers_model"]
+__all__ = ["SINCE", "introduce", "is_transformers_model"]
+
+SINCE = (5, 17)  # the first release of transformers whose quantizers are known here
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -22,7 +24,7 @@ def introduce(model: nn.Module, config: Any) -> None:
     adapters, and `model.dequantize()` works. Saved tensors have the names of the model, because transformers converts
     none that it does not know.
     """
-    if not is_transformers_model(model):
+    if not is_transformers_model(model) or _release() < SINCE:
         return
     from bigq.interop.hf_quantizer import HfQuantizer
 
@@ -38,3 +40,7 @@ def introduce(model: nn.Module, config: Any) -> None:
     for module in model.modules():  # they share it, so that a change of it holds for all
         if vars(module).get("config") is own:
             vars(module)["config"] = described
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in sys.modules["transformers"].__version__.split(".")[:2])

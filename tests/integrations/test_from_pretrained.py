@@ -358,3 +358,21 @@ def test_a_config_says_what_it_cannot_read():
 )
 def test_a_config_survives_json(config):
     assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("version", [None, "4.57.1"], ids=["absent", "too-old"])
+def test_a_transformers_that_does_not_do_is_named(tmp_path, version):
+    if version is None:
+        fake = "raise ModuleNotFoundError(\"No module named 'transformers'\", name='transformers')"
+    else:
+        (tmp_path / "transformers" / "quantizers").mkdir(parents=True)
+        (tmp_path / "transformers" / "quantizers" / "__init__.py").touch()
+        (tmp_path / "transformers" / "quantizers" / "auto.py").touch()
+        fake = f"__version__ = {version!r}"
+    (tmp_path / "transformers").mkdir(exist_ok=True)
+    (tmp_path / "transformers" / "__init__.py").write_text(fake)
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'triton_kernels'}", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", "import bigq; import bigq.integrations.transformers"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "pip install 'transformers>=5.17'" in done.stderr.splitlines()[-1]

@@ -308,6 +308,7 @@ def test_nothing_grows_from_pass_to_pass(tiny, checkpoint, empty, ids, tmp_path)
 
 
 def test_packed_weights_are_in_memory_in_two_slots_and_no_more(tiny, checkpoint, empty, ids, tmp_path):
+    gc.collect()  # models of tests before hold such tensors too
     model = load_and_quantize_model(
         empty(tiny), checkpoint, CONFIGS["int8"], {"": "cpu", "blocks": "disk"}, offload_folder=tmp_path
     )
