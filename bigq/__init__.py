@@ -10,6 +10,7 @@ from bigq.loading.dequantize import dequantize
 from bigq.loading.report import QuantizationReport
 from bigq.offload.materialize import materialize
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
+from bigq.saving.save_quantized import save_quantized
 from bigq.weight.linear import QuantizedLinear
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -38,6 +39,7 @@ __all__ = [
     "memory_footprint",
     "num_parameters",
     "quantize_tensor",
+    "save_quantized",
 ]
 
 __version__ = "0.1.0"

@@ -23,6 +23,7 @@ LAYERS = [  # from the lowest to the highest; a folder, or a file beside them
     "footprint",
     "loading",
     "interop",
+    "saving",
     "quantize",
     "infer_device_map",
     "open_source",

@@ -31,6 +31,7 @@ PUBLIC = {
     "memory_footprint",
     "num_parameters",
     "quantize_tensor",
+    "save_quantized",
 }
 
 
