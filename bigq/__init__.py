@@ -12,6 +12,7 @@ from bigq.loading.report import QuantizationReport
 from bigq.model_card import model_card
 from bigq.offload.materialize import materialize
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
+from bigq.saving.save_quantized import save_quantized
 from bigq.weight.linear import QuantizedLinear
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -41,6 +42,7 @@ __all__ = [
     "model_card",
     "num_parameters",
     "quantize_tensor",
+    "save_quantized",
 ]
 
 __version__ = "0.1.0"

@@ -24,6 +24,7 @@ LAYERS = [  # from the lowest to the highest; a folder, or a file beside them
     "model_card",
     "loading",
     "interop",
+    "saving",
     "quantize",
     "infer_device_map",
     "open_source",

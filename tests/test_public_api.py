@@ -32,6 +32,7 @@ PUBLIC = {
     "model_card",
     "num_parameters",
     "quantize_tensor",
+    "save_quantized",
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from bigq.errors import UnsupportedError
 from bigq.formats.base import State, as_bits
 from bigq.formats.block4 import Block4
+from bigq.formats.int8 import Int8
 from bigq.formats.quant_state import WEIGHT_DTYPES, Description, dtype_name
 from bigq.formats.registry import make_format
 from bigq.ops import reference
@@ -34,12 +35,14 @@ __all__ = [
     "QUANT_MAP",
     "QUANT_STATES",
     "Flat4",
+    "bitsandbytes_settings",
     "bitsandbytes_tensors",
     "flat4",
     "is_bitsandbytes",
     "offset_bits",
     "table",
     "table_bytes",
+    "unsupported_by_bitsandbytes",
 ]
 
 # What follows the name of a 4-bit weight, whose own name is that of its codes.
@@ -155,6 +158,44 @@ def _offset(fields: Mapping[str, object]) -> float:
     return float(offset)  # type: ignore[arg-type]
 
 
+def unsupported_by_bitsandbytes(description: Description) -> str | None:
+    """Why bitsandbytes cannot store a weight; None if it can."""
+    weight_format, shape = description.format, description.shape
+    if isinstance(weight_format, Int8):
+        return None if len(shape) == 2 else f"int8 of {len(shape)} dimensions; expected a matrix"
+    if not isinstance(weight_format, Block4):
+        return f"it has no format {weight_format.name!r}"
+    if shape[-1] % weight_format.block_size and math.prod(shape[:-1]) > 1:
+        return (
+            f"a row has {shape[-1]} numbers, which is no multiple of the block size, {weight_format.block_size}, and "
+            "blocks of bitsandbytes run on into the next row"
+        )
+    return None
+
+
+def bitsandbytes_settings(description: Description) -> dict[str, object]:
+    """What config.json says of all weights that are stored as `description` says: transformers' keys and defaults."""
+    weight_format, compute_dtype = description.format, torch.float32
+    block4 = weight_format if isinstance(weight_format, Block4) else None
+    if block4 is not None:
+        compute_dtype = description.compute_dtype or description.dtype
+    return {
+        "_load_in_4bit": block4 is not None,
+        "_load_in_8bit": block4 is None,
+        "bnb_4bit_compute_dtype": dtype_name(compute_dtype),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "fp4" if block4 is None else block4.name,
+        "bnb_4bit_use_double_quant": block4 is not None and block4.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": weight_format.threshold if isinstance(weight_format, Int8) else 6.0,
+        "load_in_4bit": block4 is not None,
+        "load_in_8bit": block4 is None,
+        "quant_method": "bitsandbytes",
+    }
+
+
 def bitsandbytes_tensors(name: str, description: Description, state: State) -> dict[str, Tensor]:
     """The tensors that bitsandbytes stores for the quantized weight `name`: views of `state` where they can be.
 
@@ -166,12 +207,13 @@ def bitsandbytes_tensors(name: str, description: Description, state: State) -> d
     Raises:
         UnsupportedError: bitsandbytes cannot store it.
     """
+    reason = unsupported_by_bitsandbytes(description)
+    if reason is not None:
+        raise UnsupportedError(f"{name}: {reason}")
     weight_format, shape = description.format, description.shape
     if isinstance(weight_format, Block4):
         return _flat(name, weight_format, description, state)
-    owner, _, leaf = name.rpartition(".")
-    if leaf != "weight":
-        raise UnsupportedError(f"{name}: bitsandbytes stores int8 for parameters that are called 'weight' only")
+    owner = name.rpartition(".")[0]
     prefix = f"{owner}." if owner else ""
     return {
         name: state["packed"],
@@ -181,17 +223,12 @@ def bitsandbytes_tensors(name: str, description: Description, state: State) -> d
 
 
 def _flat(name: str, weight_format: Block4, description: Description, state: State) -> dict[str, Tensor]:
-    shape, block_size, quant_type = description.shape, weight_format.block_size, weight_format.name
-    if shape[-1] % block_size and math.prod(shape[:-1]) > 1:
-        raise UnsupportedError(
-            f"{name}: its rows of {shape[-1]} are no multiple of the block size, {block_size}, and blocks of "
-            "bitsandbytes run on into the next row: name it in skip_modules, or choose a block_size that divides it"
-        )
+    quant_type = weight_format.name
     fields: dict[str, object] = {
         "quant_type": quant_type,
-        "blocksize": block_size,
+        "blocksize": weight_format.block_size,
         "dtype": dtype_name(description.dtype),
-        "shape": list(shape),
+        "shape": list(description.shape),
     }
     absmax = state["absmax"].reshape(-1)
     tensors = {

@@ -11,7 +11,7 @@ from bigq.formats import QUANT_STATE, Description, state_name
 from bigq.weight.linear import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear
 from bigq.weight.quantized_module import QuantizedModule, weight_property
 
-__all__ = ["convert", "is_transposed_linear", "revert"]
+__all__ = ["convert", "is_transposed_linear", "original_class", "revert"]
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -70,6 +70,11 @@ def revert(module: QuantizedModule, weights: dict[int, nn.Parameter]) -> None:
     module._forget()
     object.__setattr__(module, "__class__", kind)
     vars(module)["_parameters"] = parameters
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that `module` had before `convert` changed it; its class if `convert` did not."""
+    return _made_for(type(module))[0]
 
 
 def _made_for(kind: type[nn.Module]) -> tuple[type[nn.Module], tuple[str, ...]]:

@@ -1,12 +1,16 @@
-"""Files of bitsandbytes itself, written by transformers: every part that is loaded has the bits that they hold."""
+"""Files of bitsandbytes, both ways: each library loads what the other wrote, and every part keeps its bits."""
 
+import json
 import warnings
 
 import pytest
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import load_file
+from torch import nn
 
 import bigq
+from bigq import QuantizationConfig
 from bigq.formats import QUANT_STATE
 
 transformers = pytest.importorskip("transformers")
@@ -159,3 +163,89 @@ def test_tied_embeddings(tmp_path):
     loaded = ours(folder, tied)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert_holds_the_bits_of(loaded, model.state_dict())
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS)[0]
+
+
+def read(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(bits(tensor), bits(other[name])), name
+
+
+@pytest.mark.parametrize(
+    "name, model_config",
+    [(name, LLAMA) for name in ("nf4", "fp4-double", "as-bfloat16", "skip", "int8")]
+    + [(name, GPT2) for name in ("double", "int8")],
+    ids=lambda value: value if isinstance(value, str) else value.model_type,
+)
+def test_what_they_wrote_is_written_again_as_it_was(tmp_path, name, model_config):
+    folder, _ = saved_by_them(tmp_path, CONFIGS[name], model_config)
+    bigq.save_quantized(ours(folder, model_config), tmp_path / "again", layout="bitsandbytes")
+    assert_same_bits(read(tmp_path / "again"), read(folder))
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again"))
+    skipped = [f"model.layers.{i}.mlp.up_proj" for i in range(2)] if name == "skip" else []
+    said = {"llm_int8_skip_modules": [*skipped, "lm_head"], "bnb_4bit_quant_storage": "uint8"}
+    before["quantization_config"] |= said
+    assert after == before
+    assert (tmp_path / "again" / "generation_config.json").exists()
+    again = theirs(tmp_path / "again")
+    assert torch.equal(logits(again), logits(theirs(folder)))
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "double", "int8"])
+def test_they_load_and_save_what_was_quantized_here(tmp_path, name):
+    config = QuantizationConfig(
+        {"nf4": bigq.NF4(), "fp4": bigq.FP4(block_size=32), "double": bigq.NF4(double_quant=True)}.get(name, "int8"),
+        compute_dtype=None if name == "int8" else "bf16",
+    )
+    plain().save_pretrained(tmp_path / "plain")
+    model = ours(tmp_path / "plain", config=config)
+    bigq.save_quantized(model, tmp_path / "ours", layout="bitsandbytes")
+    loaded = theirs(tmp_path / "ours")
+    kind = bnb.nn.Linear8bitLt if name == "int8" else bnb.nn.Linear4bit
+    assert type(loaded.model.layers[0].mlp.up_proj) is kind
+    assert type(loaded.lm_head) is nn.Linear
+    assert_same_bits({key: loaded.state_dict()[key] for key in read(tmp_path / "ours")}, read(tmp_path / "ours"))
+    loaded.save_pretrained(tmp_path / "theirs", save_original_format=False)
+    again = ours(tmp_path / "theirs")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    torch.testing.assert_close(logits(model), logits(loaded), rtol=0.05, atol=0.02)
+
+
+def test_a_folder_in_bigqs_layout_is_that_of_save_pretrained(tmp_path):
+    plain().save_pretrained(tmp_path / "plain")
+    model = ours(tmp_path / "plain", config=QuantizationConfig("nf4"))
+    bigq.save_quantized(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    assert_same_bits(read(tmp_path / "ours"), read(tmp_path / "theirs"))
+    for file in ("config.json", "generation_config.json"):
+        assert (tmp_path / "ours" / file).read_text() == (tmp_path / "theirs" / file).read_text()
+
+
+def test_tied_embeddings_are_written_once(tmp_path):
+    tied = transformers.LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": True})
+    folder, _ = saved_by_them(tmp_path, CONFIGS["nf4"], tied)
+    bigq.save_quantized(ours(folder, tied), tmp_path / "again", layout="bitsandbytes")
+    assert "lm_head.weight" not in read(tmp_path / "again")
+    assert torch.equal(logits(theirs(tmp_path / "again")), logits(theirs(folder)))
+
+
+def test_a_subclass_that_transformers_leaves_alone_is_refused(tmp_path):
+    class Own(nn.Linear):
+        pass
+
+    model = plain()
+    model.model.layers[0].mlp.up_proj.__class__ = Own
+    model = bigq.load_and_quantize_model(model, None, "nf4", "cpu")
+    with pytest.raises(bigq.UnsupportedError, match=r"layers\.0\.mlp\.up_proj\.weight: transformers leaves Own alone"):
+        bigq.save_quantized(model, tmp_path, layout="bitsandbytes")
