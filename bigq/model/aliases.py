@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigq.model.tree import ModelTree, TensorGroup, assign_tensor, find_owner, tensor_key, tensor_table
+from bigq.model.tree import ModelTree, TensorGroup, assign_tensor, find_owner, is_dense, tensor_key, tensor_table
 from bigq.system.interrupts import to_the_end
 
 __all__ = ["Alias", "aliases_of", "followed"]
@@ -27,7 +27,8 @@ class Alias(NamedTuple):
 def aliases_of(tree: ModelTree) -> list[Alias]:
     """The tensors of the model of `tree` to which more refers than its modules and `tree`, by counts of references.
 
-    Those of an RNN are left out: its list of them is one of its own, and `assign_tensor` keeps it.
+    Those of an RNN are left out: its list of them is one of its own, and `assign_tensor` keeps it. So are those of a
+    ScriptModule, which torch cannot exchange, because they are held in C++ too; and those that are not dense.
     """
     usual = _usual_counts()
     found = []
@@ -35,7 +36,8 @@ def aliases_of(tree: ModelTree) -> list[Alias]:
         if len(group.names) == 1 and sys.getrefcount(group.tensor) <= usual[0]:
             continue
         for names, tensor, count in _objects(tree, group):
-            if count > usual[1] and not isinstance(find_owner(tree.modules, names[0])[0], nn.RNNBase):
+            owner, _ = find_owner(tree.modules, names[0])
+            if count > usual[1] and not isinstance(owner, (nn.RNNBase, torch.jit.ScriptModule)) and is_dense(tensor):
                 found.append(Alias(names, tensor))
     return found
 

@@ -6,13 +6,16 @@ from torch import Tensor, nn
 
 from bigq.checkpoint import StoredTensor, refuse_unknown
 from bigq.errors import CheckpointError
-from bigq.model.tree import ModelTree, find_owner
+from bigq.model.tree import ModelTree, find_owner, is_dense
 
 __all__ = ["ModelTensors"]
 
 
 class ModelTensors:
-    """A Source of a model's persistent parameters and buffers, each once under its first name, in module order."""
+    """A Source of a model's persistent parameters and buffers, each once under its first name, in module order.
+
+    Those that are not dense are left out: nothing is done with them.
+    """
 
     in_place = True
 
@@ -28,7 +31,7 @@ class ModelTensors:
                 where=f"<{self._kind}>",
             )
             for group in tree.tensors
-            if group.persistent
+            if group.persistent and is_dense(group.tensor)
         }
 
     def check(self) -> None:

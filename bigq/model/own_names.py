@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bigq.checkpoint import Renamed, Source
 from bigq.model.transaction import Snapshot
-from bigq.model.tree import ModelTree, tensor_name
+from bigq.model.tree import ModelTree, is_dense, shape_of, tensor_name
 from bigq.system.internals import load_hooks
 
 __all__ = ["with_own_names"]
@@ -33,9 +33,9 @@ def with_own_names(tree: ModelTree, source: Source) -> Source:
     """`source` as the model of `tree` renames it, without what the model throws away; itself where that is nothing."""
     if source.in_place:
         return source
+    expected = {name for group in tree.tensors for name in group.names}  # first: hooks give lazy parameters a shape
     names = _after_hooks(tree, source)
     others = [name for name in source.tensors if name.endswith(_OTHER_ENDS)]
-    expected = {name for group in tree.tensors for name in group.names} if others else set()
     held = {names.get(name, name) for name in source.tensors} if others else set()
     for name in others:
         now = names.get(name, name)
@@ -81,6 +81,12 @@ def _overrides(kind: type[nn.Module]) -> bool:
     return kind._load_from_state_dict.__module__.partition(".")[0] not in ("torch", "bigq")
 
 
+def _on_meta(tensor: Tensor) -> Tensor:
+    if is_dense(tensor):
+        return tensor.detach().to("meta")
+    return torch.empty(shape_of(tensor), dtype=tensor.dtype, device="meta")
+
+
 def _loaded(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """`state` as `module` changes it before it is loaded; `module` stays as it was."""
     changed, before = OrderedDict(state), Snapshot([module])
@@ -88,7 +94,7 @@ def _loaded(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict
         if _overrides(type(module)):
             for table in ("_parameters", "_buffers"):  # what it copies goes into these
                 own = vars(module)[table].items()
-                vars(module)[table] = {leaf: None if t is None else t.detach().to("meta") for leaf, t in own}
+                vars(module)[table] = {leaf: None if t is None else _on_meta(t) for leaf, t in own}
             module._load_from_state_dict(changed, prefix, {}, True, [], [], [])
         else:
             for hook in load_hooks(module):

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from bigq.errors import ConfigError
 from bigq.formats import Format
 from bigq.model.float32_names import float32_names
 from bigq.model.patterns import match_patterns
-from bigq.model.tree import ModelTree, TensorGroup, tensor_name
+from bigq.model.tree import ModelTree, TensorGroup, is_dense, tensor_name
 from bigq.system.internals import ATTENTION_OUTPUT
 from bigq.weight.convert import is_transposed_linear
 
@@ -77,10 +78,13 @@ def select_weights(
             for asked_for in (name, tensor_name(name, leaf)):
                 if asked_for in asked:
                     return asked[asked_for]
-        if module._parameters.get(leaf) is None:
+        weight = module._parameters.get(leaf)
+        if weight is None:
             return "its weight is computed from other parameters"
         if "forward" in vars(module):
             return "its forward is patched"
+        if not is_dense(weight):
+            return "its weight is not dense"
         names = groups[tensor_name(aliases[0], leaf)].names
         for name in names if in_float32 else ():
             if name in in_float32:
@@ -153,6 +157,8 @@ def _why_left_alone(module: nn.Module) -> str | None:
     """Why a linear of this kind is not quantized unless the config names it."""
     if type(module) is ATTENTION_OUTPUT:
         return "part of nn.MultiheadAttention, whose fused paths need a plain weight"
+    if isinstance(module, LazyModuleMixin):
+        return "a lazy module, which gets another class when it is called first"
     return None
 
 
@@ -168,7 +174,8 @@ def _named_matrices(tree: ModelTree, named: Mapping[str, str]) -> Iterator[Tenso
     found: set[str] = set()
     for group in tree.tensors:
         hits = [named[name] for name in group.names if name in named]
-        if hits and not group.is_buffer and group.tensor.dim() >= 2 and group.tensor.is_floating_point():
+        tensor = group.tensor
+        if hits and not group.is_buffer and tensor.dim() >= 2 and tensor.is_floating_point() and is_dense(tensor):
             found.update(hits)
             for name in group.names:
                 if isinstance(tree.modules[name.rpartition(".")[0]], torch.jit.ScriptModule):
@@ -178,7 +185,9 @@ def _named_matrices(tree: ModelTree, named: Mapping[str, str]) -> Iterator[Tenso
                     )
             yield group
     for pattern in sorted(set(named.values()) - found):
-        raise ConfigError(f"also_quantize {pattern!r} matches no floating-point parameter of two or more dimensions")
+        raise ConfigError(
+            f"also_quantize {pattern!r} matches no floating-point parameter of two or more dimensions that is dense"
+        )
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -6,6 +6,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from bigq.errors import UnsupportedError
+from bigq.system.text import shortlist
 
 __all__ = [
     "ModelTree",
@@ -13,7 +17,9 @@ __all__ = [
     "assign_tensor",
     "find_owner",
     "is_called",
+    "is_dense",
     "is_stack",
+    "shape_of",
     "tensor_key",
     "tensor_name",
     "tensor_table",
@@ -64,7 +70,29 @@ class ModelTree:
 
     @cached_property
     def tensors(self) -> list[TensorGroup]:
-        """Every parameter and buffer once, in module order."""
+        """Every parameter and buffer once, in module order.
+
+        Raises:
+            UnsupportedError: a lazy module has not been called yet, so its parameters have no shapes.
+        """
+        try:
+            return self._groups()
+        except ValueError as error:  # torch's, of the first of them
+            lazy = [
+                tensor_name(path, leaf)
+                for path, module in self.modules.items()
+                for table in (module._parameters, module._buffers)
+                for leaf, tensor in table.items()
+                if tensor is not None and is_lazy(tensor)
+            ]
+            if not lazy:
+                raise
+            raise UnsupportedError(
+                f"{len(lazy)} tensors of {type(self.model).__name__} have no shapes before its first call: "
+                f"{shortlist(lazy)}; call the model once, so that its lazy modules know their sizes"
+            ) from error
+
+    def _groups(self) -> list[TensorGroup]:
         groups: dict[object, TensorGroup] = {}
         for path, module in self.modules.items():
             for table in (module._parameters, module._buffers):
@@ -106,8 +134,24 @@ def find_owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, 
 
 
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
-    """A key that all names of a tensor share, also on meta, where `init_empty_weights` makes new Parameters."""
-    return tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    """A key that all names of a tensor share, also on meta, where `init_empty_weights` makes new Parameters.
+
+    That of a tensor without one storage and one shape, such as a sparse or nested one, is that of the object.
+    """
+    try:
+        return tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    except RuntimeError:
+        return (id(tensor),)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the numbers of `tensor` lie in one memory, as strides say: not if it is sparse, mkldnn or nested."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of `tensor`; of a nested one, whose members differ in theirs, the number of its elements."""
+    return torch.Size([tensor.numel()]) if tensor.is_nested else tensor.shape
 
 
 def tensor_table(module: nn.Module, leaf: str) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class CheckpointMap:
 
 def mapping_of(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
     """The mapping that a contiguous CPU tensor lies in and its offset there; None if it lies elsewhere."""
-    if tensor.device.type != "cpu" or not tensor.numel():
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
         return None
     address = tensor.data_ptr()
     for reference, addresses in list(_MAPS.values()):  # one step for other threads, which may add to it

@@ -37,6 +37,7 @@ def make_plan(
     unquantized: Callable[[str], bool] = lambda name: False,
     offload_dtype: Callable[[str], torch.dtype | None] = lambda name: None,
     strict: bool = True,
+    in_place: bool = False,
 ) -> Plan:
     """Decide what becomes of every tensor of the model in `tree`. Reads nothing and changes nothing.
 
@@ -47,6 +48,7 @@ def make_plan(
         unquantized: whether a weight is kept because of its place, by its name.
         offload_dtype: the dtype that a tensor has because of its place, or None, by its name.
         strict: also refuse tensors that only the checkpoint has, and tensors that only the model has.
+        in_place: `tensors` are those of the model, without those that are not dense.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or have a wrong shape; one error lists all of them.
@@ -64,7 +66,9 @@ def make_plan(
     else:
         described, sources, kept, rules = _chosen(tree, tensors, config, unquantized)
     weights = _planned(tree, described, sources, "absmax" if config is None else config.method)
-    fit = Match(tree=tree, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict)
+    fit = Match(
+        tree=tree, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict, in_place=in_place
+    )
     for weight in weights:
         fit.claim(weight)
     planned_tensors = tuple(fit.tensors_outside(weights))

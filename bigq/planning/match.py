@@ -11,7 +11,7 @@ from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
 from bigq.model.float32_names import float32_names
 from bigq.model.patterns import match_patterns
-from bigq.model.tree import ModelTree, TensorGroup, find_owner
+from bigq.model.tree import ModelTree, TensorGroup, find_owner, is_dense, shape_of
 from bigq.planning.mismatch import describe_mismatch
 from bigq.planning.plan import PlannedTensor, PlannedWeight
 
@@ -31,9 +31,10 @@ class Match:
         config: QuantizationConfig | None,
         offload_dtype: Callable[[str], torch.dtype | None],
         strict: bool,
+        in_place: bool = False,
     ) -> None:
         self.tree, self.tensors, self.config = tree, tensors, config
-        self.offload_dtype, self.strict = offload_dtype, strict
+        self.offload_dtype, self.strict, self.in_place = offload_dtype, strict, in_place
         self.claimed: set[str] = set()
         self.found = 0
         self.missing: dict[str, str] = {}
@@ -69,18 +70,26 @@ class Match:
     def _kept(self, group: TensorGroup) -> PlannedTensor | None:
         source = next((name for name in group.names if name in self.tensors and not self._is_the_models(name)), None)
         self.claimed.update(group.names)
-        own = group.tensor
-        if source is None and (not group.persistent or not self.strict) and not own.is_meta:
-            found = TensorSpec(shape=tuple(own.shape), dtype=own.dtype)
+        own, shape = group.tensor, shape_of(group.tensor)
+        may_stay = not group.persistent or not self.strict or (self.in_place and not is_dense(own))
+        if source is None and may_stay and not own.is_meta:
+            found = TensorSpec(shape=tuple(shape), dtype=own.dtype)
         elif source is None:
-            expected = f"expected {list(own.shape)} {dtype_name(own.dtype)}"
+            expected = f"expected {list(shape)} {dtype_name(own.dtype)}"
             hint = "" if own.is_meta else " (strict=False keeps the model's own)"
             if not group.persistent:
                 hint = "; it is not persistent: build the model with init_empty_weights"
             self.missing[group.names[0]] = f"  {group.names[0]}: {expected}{hint}"
             return None
+        elif not is_dense(own):
+            layout = "nested" if own.is_nested else str(own.layout)
+            self.misfits.append(
+                f"  {source} in {self.tensors[source].where}: expected a dense tensor of the model to load it into, "
+                f"found one that is {layout} (make it dense, or register it with persistent=False)"
+            )
+            return None
         else:
-            info = self._check(source, tuple(own.shape), own.dtype)
+            info = self._check(source, tuple(shape), own.dtype)
             if info is None:
                 return None
             found = TensorSpec(shape=tuple(info.shape), dtype=own.dtype if info.dtype in FLOAT8 else info.dtype)

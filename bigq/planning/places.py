@@ -100,6 +100,7 @@ def plan_at(
         unquantized=lambda name: kept and any_away and is_away(names_of[name]),
         offload_dtype=lambda name: dtype if any_away and dtype is not None and is_away(names_of[name]) else None,
         strict=strict,
+        in_place=source.in_place,
     )
 
 

@@ -54,6 +54,21 @@ def test_the_way_follows_from_the_threshold_the_tokens_and_the_dtype():
             assert choice.config.block_m >= 4 * m, (m, n, k, dtype)
 
 
+@pytest.mark.parametrize("outliers", [True, False], ids="outliers={}".format)
+@pytest.mark.parametrize("gpu", [H100, torch.device("cpu")], ids=["h100", "interpreter"])
+@pytest.mark.parametrize(
+    "m, n, k, why",
+    [
+        pytest.param(0, 4096, 4096, "The output is empty: 0 x 4096.", id="no-tokens"),
+        pytest.param(3, 0, 4096, "The output is empty: 3 x 0.", id="no-rows"),
+        pytest.param(3, 4096, 0, "K = 0: the output is the bias.", id="no-columns"),
+    ],
+)
+def test_an_empty_product_is_answered(m, n, k, why, gpu, outliers):
+    choice = choose(gpu, m, n, k, torch.float16, outliers)
+    assert (choice.way, choice.config, choice.why) == ("dequantize", None, why)
+
+
 @pytest.mark.parametrize(
     "m, n, k, split",
     [

@@ -98,6 +98,31 @@ def test_linear_int8_bias_and_leading_shape(bias_dtype, device):
     assert linear_int8(x[0], weight, absmax, bias, 6.0).shape == (24,)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 6.0], ids="threshold={:g}".format)
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 70, 0), (0, 0)], ids=str)
+def test_linear_int8_without_columns_gives_the_bias(shape, bias_dtype, threshold, device):
+    weight, absmax = reference.quantize_int8(torch.randn(24, 0, device=device))
+    x = torch.randn(shape, device=device, dtype=torch.float16)
+    bias = None if bias_dtype is None else torch.randn(24, device=device).to(bias_dtype)
+    expected = torch.zeros(*shape[:-1], 24, device=device, dtype=x.dtype)
+    if bias is not None:
+        expected += bias.to(x.dtype)
+    for linear in (linear_int8, reference.linear_int8):
+        out = linear(x, weight, absmax, bias, threshold)
+        assert out.dtype == x.dtype
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0], ids="threshold={:g}".format)
+def test_linear_int8_of_empty_outputs(threshold, device):
+    x, weight, absmax = int8_case(3, 24, 64, torch.float16, device)
+    bias = torch.randn(24, device=device)
+    for linear in (linear_int8, reference.linear_int8):
+        assert linear(x[:0].view(2, 0, 64), weight, absmax, bias, threshold).shape == (2, 0, 24)
+        assert linear(x, weight[:0], absmax[:0], bias[:0], threshold).shape == (3, 0)
+
+
 def test_linear_int8_threshold_is_compared_in_the_dtype_of_x(device):
     x, weight, absmax = int8_case(2, 24, 64, torch.float16, device)
     threshold = 6.1  # 6.1015625 in float16: the element below equals it only after that rounding

@@ -12,6 +12,7 @@ Few tokens are bound by bytes in flight, many by the tensor cores. Tuned on Hopp
 - "planes": outlier columns are two more int8 rows a token, of the same product.
 - "tiles": each program gathers the outlier columns of its tile.
 - "gather": a launch gathers them for all programs first.
+- "dequantize": the product is empty, so no kernel of this package runs.
 """
 
 from dataclasses import dataclass, replace
@@ -92,8 +93,12 @@ def _tile(way: str, m: int, n: int, dtype: torch.dtype, multiprocessors: int) ->
 @lru_cache(maxsize=4096)  # a linear asks at each call; a server meets many numbers of tokens
 def choose(
     device: torch.device | Gpu, m: int, n: int, k: int, dtype: torch.dtype, outliers: bool
-) -> Choice[Int8Config]:
+) -> Choice[Int8Config | None]:
     """The way of x [m, k] of `dtype` times int8 [n, k], with or without a threshold, on a device or a `Gpu`."""
+    if m == 0 or n == 0:
+        return Choice(way="dequantize", config=None, why=f"The output is empty: {m} x {n}.")
+    if k == 0:
+        return Choice(way="dequantize", config=None, why="K = 0: the output is the bias.")
     gpu = device if isinstance(device, Gpu) else Gpu.of(device)
     way, why = _way(m, dtype, outliers)
     config = _tile(way, m, n, dtype, gpu.multiprocessors)

@@ -9,6 +9,7 @@
 """
 
 from functools import cache
+from math import prod
 
 import torch
 import triton
@@ -19,10 +20,11 @@ from bigq_kernels.checks import as_floats, check_linear_int8
 from bigq_kernels.choice import Choice
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.int8.choose import Int8Config, choose
+from bigq_kernels.int8.dequantize import dequantize_int8
 from bigq_kernels.int8.outliers import gather_block, gather_outliers
 from bigq_kernels.int8.planes import quantize_planes
 from bigq_kernels.int8.tokens import quantize_tokens
-from bigq_kernels.launch import launch
+from bigq_kernels.launch import dense_linear, launch
 from bigq_kernels.split_k import add_splits, split_workspace, store_split
 from bigq_kernels.tiles import next_power_of_2
 
@@ -175,23 +177,26 @@ def linear_int8(
     absmax: Tensor,
     bias: Tensor | None,
     threshold: float,
-    choice: Choice[Int8Config] | None = None,
+    choice: Choice[Int8Config | None] | None = None,
 ) -> Tensor:
     """x [..., K] times int8 [N, K] transposed, plus bias [N], in x's dtype; threshold 0 means no outliers.
 
     absmax [N, 1] is float32 or its bits as int32. Raises RuntimeError if the tensors do not fit together.
     """
     check_linear_int8(x, weight, absmax, bias)
-    absmax = as_floats(absmax)
     n, k = weight.shape
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    m = out.numel() // n
-    rows, weight, absmax = x.reshape(m, k).contiguous(), weight.contiguous(), absmax.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    m = prod(x.shape[:-1])
     choice = choice or choose(x.device, m, n, k, x.dtype, threshold > 0)
     config = choice.config
+    if config is None:
+        if m == 0 or n == 0:
+            return x.new_empty(*x.shape[:-1], n)
+        bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        return dense_linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
+    absmax = as_floats(absmax)
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    rows, weight, absmax = x.reshape(m, k).contiguous(), weight.contiguous(), absmax.contiguous()
+    bias = None if bias is None else bias.contiguous()
     tiles = config.tiles(m, n)
     pdl = Gpu.of(x.device).pdl
     with torch.cuda.device_of(x):
