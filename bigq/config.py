@@ -1,6 +1,7 @@
 """QuantizationConfig: which weights to quantize, and into which format. All checks of a configuration are here."""
 
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, fields
@@ -12,7 +13,10 @@ import torch
 from bigq.errors import ConfigError
 from bigq.formats import FORMATS, METHODS, Format, dtype_name, make_format
 
-__all__ = ["QuantizationConfig", "check_offload"]
+__all__ = ["REGEX", "QuantizationConfig", "Rules", "check_offload"]
+
+Rules = tuple[tuple[str, Format | None], ...]  # pattern and format, in their order; None: kept
+REGEX = "re:"  # before a pattern that is a regular expression
 
 _DTYPES = {
     name: dtype
@@ -23,7 +27,6 @@ _DTYPES = {
     }.items()
     for name in names
 }
-
 
 _METHOD = "bigq"  # the quant_method of a config.json
 
@@ -53,11 +56,17 @@ class QuantizationConfig:
     """Which weights to quantize, and into which format. Frozen: the library never changes it.
 
     A pattern of `skip_modules`, `also_quantize` and `keep_in_fp32_modules` is a path ("model.layers.0"), a name
-    ("lm_head") or a glob ("layers.*.mlp"). It matches whole components of a name, and everything below what it matches.
+    ("lm_head"), a glob ("layers.*.mlp") or, after "re:", a regular expression of a whole name ("re:.*[kv]_proj"). A
+    glob matches whole components of a name. Everything below what a pattern matches is matched too. `rules` have the
+    same patterns.
 
     Args:
         format: a format with its settings, such as `NF4(block_size=32)` or `Int8(threshold=0.0)`, or a name: "nf4",
             "fp4" or "int8".
+            None: only weights that `rules` give a format are quantized.
+        rules: {pattern: format, its name, or None}, in their order: the first whose pattern matches a weight says its
+            format, or that it is kept. A rule that names a parameter or its module, such as "lm_head", also quantizes
+            what is kept by default; one that ends with a wildcard, such as "layers.*", does not.
         block_size: weights of a row that share a scale, with "nf4" and "fp4": a power of two, 32 to 4096. None: 64.
         double_quant: whether the scales are quantized too, with "nf4" and "fp4". None: False.
         threshold: with "int8", the magnitude from which on a column of the activations is an outlier column, which is
@@ -90,8 +99,9 @@ class QuantizationConfig:
         torch.bfloat16
     """
 
-    format: Format | str  # always a Format once the config is made
+    format: Format | str | None = None  # always a Format or None once the config is made
     _: KW_ONLY
+    rules: Rules | Mapping[str, Format | str | None] = ()  # always Rules once the config is made
     block_size: InitVar[int | None] = None
     double_quant: InitVar[bool | None] = None
     threshold: InitVar[float | None] = None
@@ -111,7 +121,11 @@ class QuantizationConfig:
 
     def __post_init__(self, block_size: int | None, double_quant: bool | None, threshold: float | None) -> None:
         settings = {"block_size": block_size, "double_quant": double_quant, "threshold": threshold}
-        object.__setattr__(self, "format", _format(self.format, settings))
+        object.__setattr__(self, "rules", _rules(self.rules))
+        if self.format is None:
+            _refuse_without_format(self.rules, settings)
+        else:
+            object.__setattr__(self, "format", _format(self.format, settings))
         for name in ("skip_defaults", "cast_buffers"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
@@ -123,9 +137,18 @@ class QuantizationConfig:
             raise ConfigError(f"method is {self.method!r}; expected one of {list(METHODS)}")
         check_offload(self.offload)
 
-    def weight_format(self) -> Format:
-        """The format of the quantized weights."""
-        return cast(Format, self.format)
+    def weight_format(self) -> Format | None:
+        """The format of quantized weights that no rule matches; None: they are kept."""
+        return cast("Format | None", self.format)
+
+    def ordered_rules(self) -> Rules:
+        """The (pattern, format) of each rule, in their order."""
+        return cast(Rules, self.rules)
+
+    def formats(self) -> tuple[Format, ...]:
+        """Every format that the config asks for, once: first that of weights without a rule."""
+        asked = (self.weight_format(), *(weight_format for _, weight_format in self.ordered_rules()))
+        return tuple(dict.fromkeys(weight_format for weight_format in asked if weight_format is not None))
 
     @property
     def quant_method(self) -> str:
@@ -148,10 +171,14 @@ class QuantizationConfig:
             >>> QuantizationConfig.from_dict(saved) == QuantizationConfig("nf4", compute_dtype="bf16")
             True
         """
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "format"}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("format", "rules")}
         values = {name: dtype_name(v) if isinstance(v, torch.dtype) else v for name, v in own.items()}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        return {"quant_method": _METHOD, **self.weight_format().describe(), **values, **lists}
+        # a list: transformers sorts the keys of what it saves
+        described = [[pattern, None if rule is None else rule.describe()] for pattern, rule in self.ordered_rules()]
+        default = self.weight_format()
+        settings = {"format": None} if default is None else default.describe()
+        return {"quant_method": _METHOD, **settings, "rules": described, **values, **lists}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "QuantizationConfig":
@@ -172,6 +199,7 @@ class QuantizationConfig:
             )
         if settings.get("offload") == "float32":
             settings["offload"] = torch.float32
+        settings["rules"] = _rules_from(settings.get("rules", []))
         return cls(settings.pop("format"), **settings)
 
 
@@ -207,6 +235,42 @@ def _format(value: object, settings: dict[str, Any]) -> Format:
     return make_format(value, **given)
 
 
+def _rules(value: object) -> Rules:
+    """Rules as pairs of a pattern and a format or None."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise ConfigError(f"rules is {value!r}; expected {{pattern: format}}")
+    found: dict[str, Format | None] = {}
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ConfigError(f"rules holds {pair!r}; expected {{pattern: format}}")
+        pattern, rule = pair
+        _patterns("rules", (pattern,))
+        found[pattern] = None if rule is None else _format(rule, {})
+    return tuple(found.items())
+
+
+def _rules_from(saved: object) -> Rules:
+    """The rules of a config that `to_dict` made."""
+    rules: list[tuple[str, Format | None]] = []
+    for pair in saved if isinstance(saved, list) else [saved]:
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[1], Mapping | None):
+            raise ConfigError(
+                f"rules holds {pair!r}; expected a list of a pattern and the settings of a format, or null"
+            )
+        pattern, settings = pair[0], None if pair[1] is None else dict(pair[1])
+        rules.append((pattern, None if settings is None else make_format(settings.pop("format", None), **settings)))
+    return tuple(rules)
+
+
+def _refuse_without_format(rules: object, settings: Mapping[str, object]) -> None:
+    given = [f"{name}={setting!r}" for name, setting in settings.items() if setting is not None]
+    if given:
+        raise ConfigError(f"{given[0]} without a format: pass the format, such as 'nf4'")
+    if not rules:
+        raise ConfigError(f"a config needs a format or rules: {', '.join(map(repr, FORMATS))}")
+
+
 def _patterns(name: str, value: Iterable[str] | None) -> tuple[str, ...]:
     if isinstance(value, str):
         raise ConfigError(f"{name} is the string {value!r}; expected a list of them: [{value!r}]")
@@ -214,8 +278,13 @@ def _patterns(name: str, value: Iterable[str] | None) -> tuple[str, ...]:
         raise ConfigError(f"{name} is {value!r}; expected a list of module paths, names or globs")
     patterns = tuple(value or ())
     for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern or "" in pattern.split("."):
-            raise ConfigError(f"{name} holds {pattern!r}; expected a module path, a name or a glob")
+        if isinstance(pattern, str) and pattern.startswith(REGEX):
+            try:
+                re.compile(pattern.removeprefix(REGEX))
+            except re.error as error:
+                raise ConfigError(f"{name} holds {pattern!r}, which is no regular expression: {error}") from error
+        elif not isinstance(pattern, str) or not pattern or "" in pattern.split("."):
+            raise ConfigError(f"{name} holds {pattern!r}; expected a module path, a name, a glob or 're:...'")
     return patterns
 
 

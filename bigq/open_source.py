@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bigq.checkpoint import Checkpoint, Completed, Renamed, Source, with_bitsandbytes
 from bigq.config import QuantizationConfig
-from bigq.formats import state_name
+from bigq.formats import Int8, state_name
 from bigq.interop.placeholders import is_placeholder
 from bigq.interop.transformers_names import with_transformers_names
 from bigq.loading.extra_state import ExtraStates
@@ -45,7 +45,7 @@ def open_source(
         _without_placeholders(extra_states),
         checkpoint.files[0].parent,
         is_transposed=partial(_is_transposed, tree),
-        threshold=None if config is None else getattr(config.weight_format(), "threshold", None),
+        threshold=None if config is None else _threshold(config),
     )
     return with_own_names(tree, with_transformers_names(tree, source, conversions)), extra_states
 
@@ -82,3 +82,7 @@ def _is_transposed(tree: ModelTree, name: str) -> bool:
     owner, prefix = name.rpartition(".")[0], f"{getattr(tree.model, 'base_model_prefix', '')}."
     names = (owner, prefix + owner, owner.removeprefix(prefix))
     return any(is_transposed_linear(tree.modules[found]) for found in names if found in tree.modules)
+
+
+def _threshold(config: QuantizationConfig) -> float | None:
+    return next((own.threshold for own in config.formats() if isinstance(own, Int8)), None)

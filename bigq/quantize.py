@@ -43,7 +43,7 @@ def quantize_tensor(weight: Tensor, quantization_config: QuantizationConfig | ob
         new tensors, which share no memory with `weight`.
 
     Raises:
-        ConfigError: `weight` has another dtype, or holds NaN or Inf.
+        ConfigError: `weight` has another dtype, or holds NaN or Inf; or the config has no format.
 
     Example:
         >>> import bigq, torch
@@ -56,8 +56,11 @@ def quantize_tensor(weight: Tensor, quantization_config: QuantizationConfig | ob
     if not weight.isfinite().all():
         raise ConfigError(f"a weight of shape {list(weight.shape)} holds NaN or Inf and cannot be quantized")
     config = as_config(quantization_config)
+    weight_format = config.weight_format()
+    if weight_format is None:
+        raise ConfigError("the quantization_config has rules and no format: pass the format of this tensor")
     description = Description(
-        format=config.weight_format(),
+        format=weight_format,
         shape=tuple(weight.shape),
         dtype=weight.dtype,
         compute_dtype=config.compute_dtype,

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -94,7 +96,7 @@ def test_dtype_names(name):
         ({"format": NF4(), "block_size": 32}, "block_size=32 beside NF4"),
         ({"format": Int8(), "threshold": 0.0}, "threshold=0.0 beside Int8"),
         ({"format": NF4}, "format is .*NF4"),
-        ({"format": None}, "format is None; expected 'nf4', 'fp4' or 'int8'"),
+        ({"format": None}, "a config needs a format or rules: 'nf4', 'fp4', 'int8'"),
         ({"format": ["nf4"]}, r"format is \['nf4'\]; expected 'nf4'"),
         ({"format": "nf4", "block_size": 32.0}, r"block_size is 32\.0"),
         ({"format": "nf4", "block_size": True}, "block_size is True"),
@@ -110,7 +112,7 @@ def test_dtype_names(name):
         ({"format": "nf4", "compute_dtype": "fp8"}, "compute_dtype is 'fp8'"),
         ({"format": "nf4", "dtype": torch.int8}, "dtype is torch.int8"),
         ({"format": "nf4", "skip_modules": "head"}, r"expected a list of them: \['head'\]"),
-        ({"format": "nf4", "skip_modules": [""]}, "a module path, a name or a glob"),
+        ({"format": "nf4", "skip_modules": [""]}, "a module path, a name, a glob or"),
         ({"format": "nf4", "keep_in_fp32_modules": [3]}, "keep_in_fp32_modules holds 3"),
         ({"format": "nf4", "offload": "disk"}, "'preserve', 'quantized' or torch.float32"),
     ],
@@ -121,3 +123,45 @@ def test_dtype_names(name):
 def test_refusals(arguments, words):
     with pytest.raises(ConfigError, match=words):
         QuantizationConfig(**arguments)
+
+
+class TestRules:
+    def test_they_are_pairs_in_their_order(self):
+        config = QuantizationConfig(
+            "nf4", rules={"re:.*k_proj": "INT8", "lm_head": NF4(block_size=32), "visual.*": None}
+        )
+        assert config.rules == (("re:.*k_proj", Int8()), ("lm_head", NF4(block_size=32)), ("visual.*", None))
+        assert config.formats() == (NF4(), Int8(), NF4(block_size=32))
+        assert hash(config) == hash(QuantizationConfig("nf4", rules=config.rules))
+
+    def test_they_do_without_a_format(self):
+        config = QuantizationConfig(rules={"lm_head": "int8"})
+        assert config.weight_format() is None
+        assert config.formats() == (Int8(),)
+
+    @pytest.mark.parametrize(
+        "arguments, words",
+        [
+            pytest.param({}, "needs a format or rules", id="neither"),
+            pytest.param({"block_size": 32, "rules": {"a": "nf4"}}, "block_size=32 without a format", id="settings"),
+            pytest.param({"rules": "lm_head"}, "rules is 'lm_head'; expected", id="a-string"),
+            pytest.param({"rules": {"a": "int5"}}, "'int5'", id="unknown-format"),
+            pytest.param({"rules": {"re:(": "int8"}}, "no regular expression", id="bad-regex"),
+            pytest.param({"rules": {"a..b": "int8"}}, "rules holds 'a..b'", id="bad-glob"),
+            pytest.param({"rules": ["a"]}, "rules holds 'a'", id="no-pair"),
+        ],
+    )
+    def test_refusals(self, arguments, words):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            QuantizationConfig(**arguments)
+
+    def test_they_survive_json(self):
+        rules = {"re:.*k_proj": Int8(threshold=0.0), "lm_head": NF4(block_size=32, double_quant=True), "visual": None}
+        for config in (QuantizationConfig("fp4", rules=rules), QuantizationConfig(rules=rules)):
+            saved = json.loads(json.dumps(config.to_dict(), sort_keys=True))
+            assert QuantizationConfig.from_dict(saved) == config
+
+    @pytest.mark.parametrize("saved", [{"a": 1}, [["a"]], [["a", 4]], "a"], ids=str)
+    def test_saved_ones_are_looked_at(self, saved):
+        with pytest.raises(ConfigError, match=r"rules holds .*; expected a list of a pattern"):
+            QuantizationConfig.from_dict({**QuantizationConfig("nf4").to_dict(), "rules": saved})

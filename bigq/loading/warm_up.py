@@ -11,7 +11,7 @@ import torch
 
 from bigq.checkpoint import Source, StoredTensor
 from bigq.config import QuantizationConfig
-from bigq.formats import Description
+from bigq.formats import Description, Format
 from bigq.loading.batch_quantizer import BatchQuantizer
 from bigq.loading.runs import Piece
 from bigq.planning.plan import PlannedWeight
@@ -33,7 +33,7 @@ class WarmUp:
         self._error: BaseException | None = None
         self._thread: Worker | None = None
         if config is not None and device.type == "cuda":
-            self._format, self._method, self._device = config.weight_format(), config.method, device
+            self._formats, self._method, self._device = config.formats(), config.method, device
             found = {info.dtype for info in source.tensors.values() if len(info.shape) >= 2}
             self._dtypes = found & {torch.float16, torch.bfloat16, torch.float32}
             self._thread = Worker(self._run)
@@ -58,14 +58,15 @@ class WarmUp:
     def _run(self) -> None:
         try:
             for dtype in self._dtypes:
-                self._quantize_zeros(dtype)
+                for weight_format in self._formats:
+                    self._quantize_zeros(dtype, weight_format)
         except BaseException as error:  # raised by wait()
             self._error = error
 
-    def _quantize_zeros(self, dtype: torch.dtype) -> None:
+    def _quantize_zeros(self, dtype: torch.dtype, weight_format: Format) -> None:
         """Two neighbours, as the weights of a run are."""
         rows = torch.zeros(_SHAPE, dtype=dtype, device=self._device).chunk(2)
-        description = Description(format=self._format, shape=tuple(rows[0].shape), dtype=dtype)
+        description = Description(format=weight_format, shape=tuple(rows[0].shape), dtype=dtype)
         weight = PlannedWeight(names=("",), refs=(), description=description, source="", method=self._method)
         info = StoredTensor(name="", shape=rows[0].shape, dtype=dtype, where="")
         quantizer = BatchQuantizer()

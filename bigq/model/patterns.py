@@ -1,12 +1,15 @@
 """Patterns: which modules and parameters the patterns in a config match."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cache
 
+from bigq.config import REGEX
 from bigq.errors import ConfigError
 
-__all__ = ["match_patterns", "matches"]
+__all__ = ["is_named", "match_patterns", "matches"]
 
 
 def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
@@ -33,9 +36,35 @@ def match_patterns(field: str, patterns: Sequence[str], names: Iterable[str]) ->
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the components of `pattern`, which may be globs, match neighbouring components of `name`."""
+    """Whether `pattern` matches `name` or a module around it.
+
+    The components of a glob match neighbouring components of a name. A regular expression, "re:" before it, matches a
+    whole name.
+    """
+    if pattern.startswith(REGEX):
+        return any(_regex(pattern).fullmatch(found) for found in _with_ancestors(name))
     wanted, parts = pattern.split("."), name.split(".")
     return any(
         all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
         for start in range(len(parts) - len(wanted) + 1)
     )
+
+
+def is_named(pattern: str, name: str) -> bool:
+    """Whether `pattern` names `name` itself: it matches up to the last component, and does not end with a wildcard."""
+    if pattern.endswith("*"):
+        return False
+    if pattern.startswith(REGEX):
+        return _regex(pattern).fullmatch(name) is not None
+    wanted, parts = pattern.split("."), name.split(".")
+    return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern.removeprefix(REGEX))
+
+
+def _with_ancestors(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(len(parts), 0, -1))

@@ -12,12 +12,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from bigq.errors import ConfigError
 from bigq.formats import Format
 from bigq.model.float32_names import float32_names
-from bigq.model.patterns import match_patterns
+from bigq.model.patterns import is_named, match_patterns
 from bigq.model.tree import ModelTree, TensorGroup, is_dense, tensor_name
 from bigq.system.internals import ATTENTION_OUTPUT
 from bigq.weight.convert import is_transposed_linear
 
-__all__ = ["Chosen", "Selection", "output_head", "select_weights"]
+__all__ = ["Chosen", "Rule", "Selection", "output_head", "select_weights"]
 
 
 class Chosen(NamedTuple):  # a model may have 19,000 of them; making a dataclass takes a microsecond more
@@ -40,10 +40,19 @@ class Selection:
     kept: dict[str, str]
 
 
+class Rule(NamedTuple):
+    """An entry of `QuantizationConfig.rules`: its place in their order, its pattern, and its format; None: kept."""
+
+    place: int
+    pattern: str
+    format: Format | None
+
+
 def select_weights(
     tree: ModelTree,
-    weight_format: Format,
+    weight_format: Format | None,
     *,
+    rules: Sequence[tuple[str, Format | None]] = (),
     skip_modules: Sequence[str] = (),
     also_quantize: Sequence[str] = (),
     keep_in_fp32_modules: Sequence[str] = (),
@@ -55,20 +64,25 @@ def select_weights(
     experts of transformers. `also_quantize` adds any other parameter of two or more dimensions. A weight with several
     names is one entry.
 
+    The first of `rules` that matches a weight says its format, or that it is kept. A rule that names a parameter or its
+    module, without a wildcard at its end, is obeyed as `also_quantize` is. `weight_format` is the format of all other
+    weights; None: they are kept.
+
     Weights that `skip_modules` or `keep_in_fp32_modules` match are always kept. With `defaults`, these are kept too,
     unless `also_quantize` names them: the output head, weights tied to another module, and what the model
     itself needs in float32 (see `float32_names`).
 
     Raises:
-        ConfigError: a pattern matches nothing, a pattern of `also_quantize` matches no parameter of two or more
-            dimensions, or, without `defaults`, a choice would break a tie.
+        ConfigError: a pattern or a rule matches nothing, a pattern of `also_quantize` matches no parameter of two or
+            more dimensions, or, without `defaults`, a choice would break a tie.
     """
-    names = list(tree.names()) if skip_modules or also_quantize or keep_in_fp32_modules else []
+    names = list(tree.names()) if skip_modules or also_quantize or keep_in_fp32_modules or rules else []
     asked: dict[str, str] = {}
     for field, patterns in (("skip_modules", skip_modules), ("keep_in_fp32_modules", keep_in_fp32_modules)):
         for name, pattern in match_patterns(field, patterns, names).items():
             asked.setdefault(name, f"{field} {pattern!r}")
     named = match_patterns("also_quantize", also_quantize, names)
+    first_rules = _first_rules(rules, names)
     in_float32 = float32_names(tree) if defaults else {}
     head = output_head(tree.model) if defaults else None
     groups = {name: group for group in tree.tensors for name in group.names}
@@ -103,26 +117,37 @@ def select_weights(
     kept: dict[str, str] = {}
     for module, aliases in tree.aliases.items():
         for leaf in _candidates(module):
-            reason = why_kept(module, aliases, leaf)
-            if reason is None:
+            reason, rule = why_kept(module, aliases, leaf), None
+            if first_rules and tensor_name(aliases[0], leaf) in groups:
+                rule = _rule_of(first_rules, groups[tensor_name(aliases[0], leaf)].names)
+            chosen_format = weight_format if rule is None else rule.format
+            if reason is None and chosen_format is None:
+                reason = "no rule matches it" if rule is None else f"rules {rule.pattern!r}"
+            if reason is None and chosen_format is not None:
                 own_names = groups[tensor_name(aliases[0], leaf)].names
-                weights[own_names[0]] = Chosen(own_names, weight_format, _is_transposed(module), _rule(module))
-            else:
+                why = _rule(module) if rule is None else f"rules {rule.pattern!r}"
+                weights[own_names[0]] = Chosen(own_names, chosen_format, _is_transposed(module), why)
+            elif reason is not None:
                 kept[aliases[0]] = reason
-    for group in _named_matrices(tree, named):
+    by_rule = _named_by_rules(tree, first_rules)
+    for group in _named_matrices(tree, named, by_rule):
         skipped = [name for name in group.names if name in asked or name.rpartition(".")[0] in asked]
-        if not skipped and group.names[0] not in weights:
+        rule = _rule_of(first_rules, group.names)
+        chosen_format = weight_format if rule is None else rule.format
+        if not skipped and group.names[0] not in weights and chosen_format is not None:
             transposed = {_is_transposed(tree.modules[name.rpartition(".")[0]]) for name in group.names}
             if len(transposed) > 1:
                 raise ConfigError(
-                    f"also_quantize names {group.names[0]}, tied to {', '.join(group.names[1:])}: one module reads it "
-                    "as [K, N] and another as [N, K]; leave it out"
+                    f"{group.names[0]} is to be quantized, and is tied to {', '.join(group.names[1:])}: one module "
+                    "reads it as [K, N] and another as [N, K]; leave it out of also_quantize and rules"
                 )
             weights[group.names[0]] = Chosen(
                 names=group.names,
-                format=weight_format,
+                format=chosen_format,
                 transposed=transposed.pop(),
-                rule=f"quantized: also_quantize {named[next(name for name in group.names if name in named)]!r}",
+                rule=f"quantized: also_quantize {named[next(name for name in group.names if name in named)]!r}"
+                if rule is None
+                else f"rules {rule.pattern!r}",
             )
             for name in group.names:
                 kept.pop(name.rpartition(".")[0], None)
@@ -169,18 +194,46 @@ def _rule(module: nn.Module) -> str:
     return "quantized" if _is_linear(module) else "quantized: fused experts"
 
 
-def _named_matrices(tree: ModelTree, named: Mapping[str, str]) -> Iterator[TensorGroup]:
-    """The parameters of two or more dimensions that `also_quantize` matches; `named` is {name: pattern}."""
+def _first_rules(rules: Sequence[tuple[str, Format | None]], names: Sequence[str]) -> dict[str, Rule]:
+    """The first rule that matches each of `names`. Raises ConfigError for a rule that matches none."""
+    found: dict[str, Rule] = {}
+    for place, (pattern, weight_format) in enumerate(rules):
+        rule = Rule(place, pattern, weight_format)
+        for name in match_patterns("rules", [pattern], names):
+            found.setdefault(name, rule)
+    return found
+
+
+def _rule_of(first_rules: Mapping[str, Rule], names: Sequence[str]) -> Rule | None:
+    """The rule of a parameter with these names: the first in their order, if several match."""
+    return min((first_rules[name] for name in names if name in first_rules), default=None, key=lambda rule: rule.place)
+
+
+def _named_by_rules(tree: ModelTree, first_rules: Mapping[str, Rule]) -> dict[str, str]:
+    """{name: pattern} of the parameters that rules with a format name, themselves or by their module."""
+    named = {}
+    for group in tree.tensors if first_rules else ():
+        for name in group.names:
+            rule = first_rules.get(name)
+            if rule is None or rule.format is None:
+                continue
+            if is_named(rule.pattern, name) or is_named(rule.pattern, name.rpartition(".")[0]):
+                named[name] = rule.pattern
+    return named
+
+
+def _named_matrices(tree: ModelTree, named: Mapping[str, str], by_rule: Mapping[str, str]) -> Iterator[TensorGroup]:
+    """The parameters of two or more dimensions that `also_quantize` or a rule names; both are {name: pattern}."""
     found: set[str] = set()
     for group in tree.tensors:
-        hits = [named[name] for name in group.names if name in named]
+        hits = [of[name] for of in (named, by_rule) for name in group.names if name in of]
         tensor = group.tensor
         if hits and not group.is_buffer and tensor.dim() >= 2 and tensor.is_floating_point() and is_dense(tensor):
             found.update(hits)
             for name in group.names:
                 if isinstance(tree.modules[name.rpartition(".")[0]], torch.jit.ScriptModule):
                     raise ConfigError(
-                        f"also_quantize {hits[0]!r} names {name}: the compiled forward of a ScriptModule reads its own "
+                        f"{hits[0]!r} names {name}: the compiled forward of a ScriptModule reads its own "
                         "float weight; leave it out, or quantize the module that was scripted"
                     )
             yield group

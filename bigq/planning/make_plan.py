@@ -86,6 +86,7 @@ def _chosen(
     selection = select_weights(
         tree,
         config.weight_format(),
+        rules=config.ordered_rules(),
         skip_modules=config.skip_modules,
         also_quantize=config.also_quantize,
         keep_in_fp32_modules=config.keep_in_fp32_modules,
@@ -151,10 +152,11 @@ def _held_quantized(
                 problems.append(f"  {name} is quantized in the checkpoint, but the model has no such parameter")
                 continue
             problems += _misfits(name, group, description, described.get(group.names[0]), tensors)
-            if config is not None and config.weight_format() != description.format:
+            if config is not None and description.format not in config.formats():
+                asked = " or ".join(str(weight_format.describe()) for weight_format in config.formats())
                 raise ConfigError(
                     f"{name}: the checkpoint holds {description.format.describe()}, the quantization_config asks for "
-                    f"{config.weight_format().describe()}; drop the config, or quantize from the original weights"
+                    f"{asked}; drop the config, or quantize from the original weights"
                 )
             if config is not None and config.compute_dtype is not None:
                 description = replace(description, compute_dtype=config.compute_dtype)

@@ -66,7 +66,7 @@ def plan_and_place(
         places = explicit_device_map(device_map)
         check_device_map(places, tree.modules, [group.names for group in tree.tensors if group.persistent])
         if policy is None and config is not None:
-            policy = config.weight_format().custom_map_offload
+            policy = config.formats()[0].custom_map_offload if config.formats() else None
     return make(places, policy), places
 
 

@@ -202,6 +202,24 @@ def test_an_automatic_map_keeps_to_its_limits(folder, tmp_path):
     assert torch.equal(logits(model), logits(load(folder, FORMATS["nf4"])))
 
 
+def test_rules_give_formats_and_are_saved(folder, tmp_path):
+    rules = {"lm_head": "int8", "re:.*[kv]_proj": NF4(block_size=32), "model.layers.1": None, "embed_tokens": "int8"}
+    model = load(folder, QuantizationConfig("fp4", rules=rules))
+    kinds = {name: module.format.name for name, module in model.named_modules() if hasattr(module, "format")}
+    assert kinds["lm_head"] == "int8"
+    assert model.model.layers[0].self_attn.k_proj.format == NF4(block_size=32)
+    assert model.model.layers[1].self_attn.k_proj.format == NF4(block_size=32)  # the first rule wins
+    assert kinds["model.layers.0.mlp.up_proj"] == "fp4"
+    assert type(model.model.layers[1].mlp.up_proj) is nn.Linear
+    assert isinstance(model.model.embed_tokens, QuantizedModule)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert_same(state(again), state(model))
+    assert again.config.quantization_config == model.config.quantization_config
+    skeleton = transformers.AutoModelForCausalLM.from_config(again.config, dtype=torch.float16)
+    assert_same(state(bigq.load_and_quantize_model(skeleton, tmp_path, None, "cpu")), state(model))
+
+
 @pytest.mark.parametrize("quantize_head", [False, True], ids=["head-kept", "head-quantized"])
 def test_ties_stay(tmp_path, quantize_head):
     llama(tie_word_embeddings=True).save_pretrained(tmp_path / "plain")

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from bigq import NF4, ConfigError, Int8
+from bigq import FP4, NF4, ConfigError, Int8
 from bigq.model.patterns import match_patterns
 from bigq.model.selection import Chosen, output_head, select_weights
 from bigq.model.tree import ModelTree
@@ -138,7 +138,10 @@ class TestAlsoQuantize:
     def test_a_weight_that_one_module_reads_transposed_and_another_does_not(self):
         model = nn.ModuleDict({"a": Experts(True), "b": Experts(False)})
         model["b"].gate_up_proj = model["a"].gate_up_proj
-        with pytest.raises(ConfigError, match=r"a\.gate_up_proj, tied to b\.gate_up_proj: one module reads it"):
+        with pytest.raises(
+            ConfigError,
+            match=r"a\.gate_up_proj .*is tied to b\.gate_up_proj: one module reads it",
+        ):
             select(model, also_quantize=["a.gate_up_proj"])
 
     def test_what_is_skipped_stays_skipped(self):
@@ -325,3 +328,74 @@ def test_a_scripted_module_cannot_be_named():
     model = nn.Sequential(nn.Linear(64, 64), torch.jit.script(nn.Linear(64, 64)))
     with pytest.raises(ConfigError, match="ScriptModule"):
         select(model, also_quantize=["1"])
+
+
+FP4_, INT8 = FP4(), Int8()
+
+
+def formats(model, rules, default=None, **kwargs):
+    selection = select_weights(ModelTree(model), default, rules=tuple(rules.items()), **kwargs)
+    return {name.removesuffix(".weight"): chosen.format.name for name, chosen in selection.weights.items()}
+
+
+def test_the_first_rule_that_matches_says_the_format():
+    rules = {"layers.0.proj": INT8, "re:.*\\.(proj|gate)": FP4_, "layers.1": None}
+    assert formats(Model(), rules, NF4()) == {
+        "layers.0.qkv": "nf4",
+        "layers.0.proj": "int8",
+        "layers.0.gate": "fp4",
+        "layers.1.proj": "fp4",
+        "layers.1.gate": "fp4",
+    }
+    assert formats(Model(), dict(reversed(rules.items())), NF4()) == {
+        "layers.0.qkv": "nf4",
+        "layers.0.proj": "fp4",
+        "layers.0.gate": "fp4",
+    }
+
+
+def test_without_a_format_only_what_rules_name_is_quantized():
+    selection = select_weights(ModelTree(Model()), None, rules=(("*.proj", INT8), ("layers.0.proj", None)))
+    assert {name: chosen.rule for name, chosen in selection.weights.items()} == {
+        "layers.0.proj.weight": "rules '*.proj'",
+        "layers.1.proj.weight": "rules '*.proj'",
+    }
+    assert selection.kept["layers.0.qkv"] == "no rule matches it"
+    assert selection.kept["head"] == "the output head"
+
+
+@pytest.mark.parametrize(
+    "pattern, quantized",
+    [
+        pytest.param("head", {"head"}, id="module"),
+        pytest.param("head.weight", {"head"}, id="parameter"),
+        pytest.param("re:head", {"head"}, id="regex"),
+        pytest.param("emb*d", {"embed"}, id="glob"),
+        pytest.param("*", {"layers.0.qkv", "layers.0.proj", "layers.0.gate"}, id="all"),
+        pytest.param("re:.*", {"layers.0.qkv", "layers.0.proj", "layers.0.gate"}, id="all-by-regex"),
+        pytest.param("layers", {"layers.0.qkv", "layers.0.proj", "layers.0.gate"}, id="list"),
+    ],
+)
+def test_a_rule_quantizes_what_is_kept_by_default_only_if_it_names_it(pattern, quantized):
+    assert set(formats(Model(layers=1), {pattern: INT8})) == quantized
+
+
+def test_a_rule_that_keeps_wins_over_defaults_and_skips_win_over_rules():
+    model = Model(layers=1)
+    assert set(formats(model, {"layers.0.qkv": None}, NF4())) == {"layers.0.proj", "layers.0.gate"}
+    kept = formats(model, {"layers.0.qkv": INT8, "head": INT8}, NF4(), skip_modules=["qkv", "head"])
+    assert set(kept) == {"layers.0.proj", "layers.0.gate"}
+
+
+def test_a_tied_weight_has_the_first_rule_of_its_names():
+    model = Model(layers=1)
+    model.head.weight = model.embed.weight
+    chosen = select_weights(ModelTree(model), NF4(), rules=(("head", INT8), ("embed", FP4_))).weights["embed.weight"]
+    assert (chosen.format, set(chosen.names)) == (INT8, {"embed.weight", "head.weight"})
+
+
+def test_a_rule_that_matches_nothing_is_refused_with_near_names():
+    with pytest.raises(ConfigError, match=r"rules 'layers.0.pro' matches no module.*near: layers.0.proj"):
+        formats(Model(), {"layers.0.pro": INT8}, NF4())
+    with pytest.raises(ConfigError, match=r"rules 're:proj' matches no module"):
+        formats(Model(), {"re:proj": INT8}, NF4())
