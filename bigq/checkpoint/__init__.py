@@ -13,6 +13,7 @@ from bigq.checkpoint.source import (
     Span,
     StoredTensor,
     cut_out,
+    read_small,
     read_tensor,
     refuse_unknown,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "StoredTensor",
     "cut_out",
     "is_scaled",
+    "read_small",
     "read_tensor",
     "refuse_unknown",
     "with_bitsandbytes",
