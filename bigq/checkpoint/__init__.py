@@ -1,7 +1,7 @@
 """Checkpoints as they come: where their files are, which tensors they hold, and the tensors one by one."""
 
 from bigq.checkpoint.adapters import Adapter, Completed, Conversion, Converted, Renamed
-from bigq.checkpoint.bitsandbytes_settings import BitsandbytesSettings
+from bigq.checkpoint.bitsandbytes_settings import BitsandbytesSettings, says_bitsandbytes
 from bigq.checkpoint.bitsandbytes_source import with_bitsandbytes
 from bigq.checkpoint.foreign import FLOAT8, is_scaled
 from bigq.checkpoint.local_file import LocalFile
@@ -13,6 +13,7 @@ from bigq.checkpoint.source import (
     Span,
     StoredTensor,
     cut_out,
+    read_small,
     read_tensor,
     refuse_unknown,
 )
@@ -34,7 +35,9 @@ __all__ = [
     "StoredTensor",
     "cut_out",
     "is_scaled",
+    "read_small",
     "read_tensor",
     "refuse_unknown",
+    "says_bitsandbytes",
     "with_bitsandbytes",
 ]

@@ -1,6 +1,7 @@
 """BitsandbytesSettings: what config.json says of weights of bitsandbytes, and no tensor beside them."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short  # of what a file says
@@ -10,9 +11,17 @@ import torch
 from bigq.checkpoint.model_config import read_config
 from bigq.errors import CheckpointError
 
-__all__ = ["COMPUTE_DTYPES", "BitsandbytesSettings"]
+__all__ = ["COMPUTE_DTYPES", "BitsandbytesSettings", "says_bitsandbytes"]
 
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def says_bitsandbytes(quantization_config: Mapping[str, object]) -> bool:
+    """Whether the `quantization_config` of a config.json is one of bitsandbytes.
+
+    transformers left the method out before it knew a second one.
+    """
+    return quantization_config.get("quant_method", "bitsandbytes") == "bitsandbytes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +45,7 @@ class BitsandbytesSettings:
         """
         path = folder / "config.json"
         said = read_config(path).get("quantization_config")
-        fields = said if isinstance(said, dict) else {}
+        fields = said if isinstance(said, dict) and says_bitsandbytes(said) else {}
         dtype, threshold = fields.get("bnb_4bit_compute_dtype"), fields.get("llm_int8_threshold", cls.threshold)
         if dtype is not None and not (isinstance(dtype, str) and dtype.removeprefix("torch.") in COMPUTE_DTYPES):
             raise CheckpointError(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from bigq.checkpoint.bitsandbytes_settings import says_bitsandbytes
 from bigq.checkpoint.model_config import read_config
 from bigq.checkpoint.source import StoredTensor
 from bigq.errors import CheckpointError
@@ -52,8 +53,8 @@ def refuse_foreign(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     found = next((method for leaf, method in _LEAVES.items() if leaf in leaves), None)
     said = read_config(folder / "config.json").get("quantization_config")
     if isinstance(said, dict) and any(stored.dtype in _CODES | FLOAT8 for stored in tensors.values()):
-        method = said.get("quant_method", "bitsandbytes")  # transformers left it out before it knew a second one
-        found = _METHODS.get(str(method), str(method))
+        method = "bitsandbytes" if says_bitsandbytes(said) else str(said["quant_method"])
+        found = _METHODS.get(method, method)
     if found is not None:
         raise CheckpointError(
             f"{folder} holds weights that are quantized already: {shortlist([found])}, which bigq does not read; "

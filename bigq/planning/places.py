@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from bigq.checkpoint import Source
+from bigq.checkpoint import Source, read_small
 from bigq.config import QuantizationConfig, check_offload
 from bigq.formats import Description, check_quant_state, decode_quant_state
 from bigq.model.tree import ModelTree
@@ -120,8 +120,10 @@ def _descriptions(source: Source) -> dict[str, dict[str, Description]]:
     for name in names.values():
         stored = source.tensors[name]
         check_quant_state(stored.shape, stored.dtype, f"{name} in {stored.where}")  # before its bytes are read
-    states = dict(source.read(names.values()))
-    return {
-        module: decode_quant_state(states[name], f"{name} in {source.tensors[name].where}")
-        for module, name in names.items()
-    }
+    found = read_small(source, [source.tensors[name] for name in names.values()])
+    decoded: dict[bytes, dict[str, Description]] = {}  # layers are alike, and equal descriptions are one object
+    for name, data in found.items():
+        if data not in decoded:
+            quant_state = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            decoded[data] = decode_quant_state(quant_state, f"{name} in {source.tensors[name].where}")
+    return {module: decoded[found[name]] for module, name in names.items()}

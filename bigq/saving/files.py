@@ -10,6 +10,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bigq.errors import ConfigError
+
 __all__ = ["write_shards"]
 
 _INDEX = "model.safetensors.index.json"
@@ -28,9 +30,15 @@ def write_shards(
 
     What lies on a GPU is copied to host memory for one file at a time. Of names for one tensor only one is written, if
     possible none of those called `tied`.
+
+    Raises:
+        ConfigError: `max_shard_size` is no size; nothing was written.
     """
     kept = _distinct(tensors, tied)
-    split = split_torch_state_dict_into_shards(kept, max_shard_size=max_shard_size)
+    try:
+        split = split_torch_state_dict_into_shards(kept, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ConfigError(f"max_shard_size is {max_shard_size!r}; expected bytes, or a string such as '5GB'") from error
     for path in folder.iterdir():  # a model may be offloaded to one: it keeps the file open, which is still there
         if _WRITTEN.fullmatch(path.name):
             path.unlink()

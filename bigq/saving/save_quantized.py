@@ -66,7 +66,7 @@ def save_quantized(
     Raises:
         ConfigError: an argument has another value.
         UnsupportedError: the layout cannot hold a weight, which is named; or the model is not quantized, is sharded, or
-            has numbers on no device. Nothing is written then.
+            holds tensors on meta. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -80,6 +80,9 @@ def save_quantized(
     """
     if layout not in _LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; expected one of {list(_LAYOUTS)}")
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigError(f"metadata holds {key!r}: {value!r}; expected strings, as safetensors stores them")
     foreign, weights = _LAYOUTS[layout], quantized_weights(model)
     if not weights:
         raise UnsupportedError(f"{type(model).__name__} holds no quantized weight: save it with its own library")

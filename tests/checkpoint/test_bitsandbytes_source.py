@@ -227,8 +227,10 @@ class TestBlocksThatSpanTwoRows:
         ({}, None),
         ({"bnb_4bit_compute_dtype": "float32"}, torch.float32),
         ({"bnb_4bit_compute_dtype": "torch.bfloat16"}, torch.bfloat16),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_compute_dtype": "float16"}, torch.float16),
+        ({"quant_method": "awq", "bnb_4bit_compute_dtype": "float32"}, None),
     ],
-    ids=["no config", "nothing", "float32", "torch.bfloat16"],
+    ids=["no config", "nothing", "float32", "torch.bfloat16", "with its name", "of another library"],
 )
 def test_the_compute_dtype_is_that_of_the_config(tmp_path, said, expected):
     folder = write(tmp_path / "theirs", theirs(NF4()), said)

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bigq
@@ -249,3 +249,26 @@ def test_a_subclass_that_transformers_leaves_alone_is_refused(tmp_path):
     model = bigq.load_and_quantize_model(model, None, "nf4", "cpu")
     with pytest.raises(bigq.UnsupportedError, match=r"layers\.0\.mlp\.up_proj\.weight: transformers leaves Own alone"):
         bigq.save_quantized(model, tmp_path, layout="bitsandbytes")
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("double_quant", [False, True], ids=["absmax", "double"])
+def test_blocks_that_span_rows_are_dequantized_as_they_do_it(tmp_path, double_quant, transposed):
+    torch.manual_seed(0)
+    weights = {"0": torch.randn(5, 72).bfloat16(), "1": torch.randn(7, 64).bfloat16()}
+    tensors, expected = {"0.bias": torch.zeros(5), "1.bias": torch.zeros(7)}, {}
+    for name, weight in weights.items():
+        packed, state = bnb.functional.quantize_4bit(
+            weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant
+        )
+        described = {f"{name}.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+        tensors |= {f"{name}.weight": packed, **described}
+        expected[name] = bnb.functional.dequantize_4bit(packed, state)
+    save_file(tensors, tmp_path / "model.safetensors")
+    first = transformers.pytorch_utils.Conv1D(5, 72) if transposed else nn.Linear(72, 5)
+    model = nn.Sequential(first, nn.Linear(64, 7)).to("meta")
+    with pytest.warns(UserWarning, match=r"1 weights of .* are dequantized.*: 0\.weight"):
+        bigq.load_and_quantize_model(model, tmp_path, device_map="cpu", progress=False)
+    assert type(model[0]) is type(first)
+    assert torch.equal(model[0].weight.mT if transposed else model[0].weight, expected["0"])
+    assert torch.equal(model[1].weight.dequantize(), expected["1"])

@@ -211,6 +211,16 @@ class TestRefusals:
         model = quantized(tiny, empty, tmp_path, NF4())
         self.refused(model, tmp_path, "gguf", r"layout is 'gguf'; expected one of \['bigq',", ConfigError)
 
+    def test_other_arguments(self, tiny, empty, tmp_path):
+        model = quantized(tiny, empty, tmp_path, NF4())
+        save_quantized(model, tmp_path / "saved")
+        before = (tmp_path / "saved" / "model.safetensors").read_bytes()
+        with pytest.raises(ConfigError, match=r"metadata holds 'step': 3; expected strings"):
+            save_quantized(model, tmp_path / "saved", metadata={"step": 3})
+        with pytest.raises(ConfigError, match=r"max_shard_size is 'large'; expected bytes"):
+            save_quantized(model, tmp_path / "saved", max_shard_size="large")
+        assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
+
     def test_a_model_that_is_not_quantized(self, tiny, tmp_path):
         self.refused(tiny(), tmp_path, "bigq", "TinyModel holds no quantized weight")
 
