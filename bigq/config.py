@@ -25,7 +25,19 @@ _DTYPES = {
 }
 
 
-_METHOD = "bigq"  # the quant_method of a config.json
+class _Method(str):
+    """The quant_method of a config.json. diffusers reads `value`, because it knows enums only."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+_METHOD = _Method("bigq")
+_INTEGRATIONS = {  # by the module that has to be there: what registers bigq with its library
+    "transformers.quantizers.auto": "bigq.integrations.transformers",
+    "diffusers.quantizers.auto": "bigq.integrations.diffusers",
+}
 
 _FOREIGN = {  # settings of bitsandbytes' configs and others: what is written here
     "load_in_4bit": "QuantizationConfig('nf4')",
@@ -129,12 +141,13 @@ class QuantizationConfig:
 
     @property
     def quant_method(self) -> str:
-        """ "bigq": the name by which transformers finds what loads a model with this config.
+        """ "bigq": the name by which transformers and diffusers find what loads a model with this config.
 
-        transformers asks for it in `from_pretrained`, and bigq registers itself there then.
+        They ask for it in `from_pretrained`, and bigq registers itself there then.
         """
-        if "transformers.quantizers.auto" in sys.modules:
-            import_module("bigq.integrations.transformers")
+        for library, integration in _INTEGRATIONS.items():
+            if library in sys.modules:
+                import_module(integration)
         return _METHOD
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,7 +164,7 @@ class QuantizationConfig:
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "format"}
         values = {name: dtype_name(v) if isinstance(v, torch.dtype) else v for name, v in own.items()}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        return {"quant_method": _METHOD, **self.weight_format().describe(), **values, **lists}
+        return {"quant_method": str(_METHOD), **self.weight_format().describe(), **values, **lists}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "QuantizationConfig":
