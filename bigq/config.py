@@ -28,7 +28,20 @@ _DTYPES = {
     for name in names
 }
 
-_METHOD = "bigq"  # the quant_method of a config.json
+
+class _Method(str):
+    """The quant_method of a config.json. diffusers reads `value`, because it knows enums only."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+_METHOD = _Method("bigq")
+_INTEGRATIONS = {  # by the module that has to be there: what registers bigq with its library
+    "transformers.quantizers.auto": "bigq.integrations.transformers",
+    "diffusers.quantizers.auto": "bigq.integrations.diffusers",
+}
 
 _FOREIGN = {  # settings of bitsandbytes' configs and others: what is written here
     "load_in_4bit": "QuantizationConfig('nf4')",
@@ -152,12 +165,13 @@ class QuantizationConfig:
 
     @property
     def quant_method(self) -> str:
-        """ "bigq": the name by which transformers finds what loads a model with this config.
+        """ "bigq": the name by which transformers and diffusers find what loads a model with this config.
 
-        transformers asks for it in `from_pretrained`, and bigq registers itself there then.
+        They ask for it in `from_pretrained`, and bigq registers itself there then.
         """
-        if "transformers.quantizers.auto" in sys.modules:
-            import_module("bigq.integrations.transformers")
+        for library, integration in _INTEGRATIONS.items():
+            if library in sys.modules:
+                import_module(integration)
         return _METHOD
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,7 +192,7 @@ class QuantizationConfig:
         described = [[pattern, None if rule is None else rule.describe()] for pattern, rule in self.ordered_rules()]
         default = self.weight_format()
         settings = {"format": None} if default is None else default.describe()
-        return {"quant_method": _METHOD, **settings, "rules": described, **values, **lists}
+        return {"quant_method": str(_METHOD), **settings, "rules": described, **values, **lists}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "QuantizationConfig":

@@ -15,6 +15,7 @@ from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
 from bigq.interop.bitsandbytes_configs import as_config, is_config
 from bigq.interop.bitsandbytes_models import refuse_bitsandbytes
+from bigq.interop.diffusers_model import introduce_to_diffusers
 from bigq.interop.parameter_count import count_weights
 from bigq.interop.transformers_model import introduce
 from bigq.loading.destinations import Destinations
@@ -256,7 +257,9 @@ def _finish(
     model.quantization_method = "bigq"  # type: ignore[assignment]
     model.quantization_report = make_report(plan, destinations.places, timings)  # type: ignore[assignment]
     count_weights(model)
-    introduce(model, config or _found_config(plan))
+    known_as = config or _found_config(plan)
+    introduce(model, known_as)
+    introduce_to_diffusers(model, known_as)
     # PEFT and TRL recognize a k-bit model by this flag. accelerate refuses to prepare an offloaded model that has it.
     runs_on = execution_device(places)
     model.is_loaded_in_8bit = not any(is_offloaded(place, runs_on) for place in places.values())  # type: ignore[assignment]

@@ -8,6 +8,7 @@ from pathlib import Path
 from bigq.checkpoint import Checkpoint, Completed, Renamed, Source, with_bitsandbytes
 from bigq.config import QuantizationConfig
 from bigq.formats import Int8, state_name
+from bigq.interop.diffusers_names import with_diffusers_names
 from bigq.interop.placeholders import is_placeholder
 from bigq.interop.transformers_names import with_transformers_names
 from bigq.loading.extra_state import ExtraStates
@@ -47,7 +48,8 @@ def open_source(
         is_transposed=partial(_is_transposed, tree),
         threshold=None if config is None else _threshold(config),
     )
-    return with_own_names(tree, with_transformers_names(tree, source, conversions)), extra_states
+    source = with_diffusers_names(tree, with_transformers_names(tree, source, conversions))
+    return with_own_names(tree, source), extra_states
 
 
 def with_own_tensors(tree: ModelTree, source: Source) -> Source:

@@ -49,6 +49,11 @@ class PlacementHook(SurroundingHook):
         self._module = module
         return super().init_hook(module)
 
+    @property
+    def execution_device(self) -> torch.device:
+        """Where the module runs, by the name that accelerate's hooks have for it; pipelines of diffusers read it."""
+        return self.device
+
     def detach_hook(self, module: nn.Module) -> nn.Module:
         allow_moves(module)
         self._module = None
