@@ -13,6 +13,7 @@ from bigq.errors import CheckpointError
 __all__ = ["ZIP_MAGIC", "MappedFile", "read_records"]
 
 ZIP_MAGIC = b"PK\x03\x04"
+_IS_FOLDER = 0x10  # in the attributes of DOS
 _LOCAL_HEADER = struct.Struct("<4s22sHH")  # magic, what the directory says too, lengths of the name and of the extra
 
 
@@ -20,8 +21,8 @@ def read_records(path: Path) -> dict[int, int]:
     """{offset in the file: bytes} of the records of an archive.
 
     Raises:
-        CheckpointError: it holds a program, or the bytes of its records are not those of the tensors, which a memory
-            map would not notice.
+        CheckpointError: it holds a program, a record is marked as none, or the bytes of its records are not those of
+            the tensors, which a memory map would not notice.
     """
     records: dict[int, int] = {}
     with path.open("rb") as file, ZipFile(file) as archive:
@@ -33,6 +34,11 @@ def read_records(path: Path) -> dict[int, int]:
         for entry in archive.infolist():
             if entry.compress_type != ZIP_STORED:
                 raise CheckpointError(f"{path} is compressed ({entry.filename}): load and save it again with torch")
+            if entry.external_attr & _IS_FOLDER and entry.file_size:
+                raise CheckpointError(
+                    f"{path} is damaged: {entry.filename} is marked as a folder, of which torch reads nothing; "
+                    "download or save it again"
+                )
             if entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder:
                 raise CheckpointError(f"{path} was saved on a machine of another byte order: save it as safetensors")
             records[_data_offset(file, entry)] = entry.file_size

@@ -53,7 +53,8 @@ def make_plan(
     Raises:
         CheckpointError: tensors are missing, unexpected or have a wrong shape; one error lists all of them.
         ConfigError: `config` does not fit the model or contradicts the checkpoint.
-        UnsupportedError: the model is quantized already, or has no weight to quantize.
+        UnsupportedError: the model is quantized already, or has no weight to quantize, or a weight to quantize is that
+            of an embedding that writes to it.
     """
     if any(isinstance(module, QuantizedModule) for module in tree.aliases):
         raise UnsupportedError("the model is quantized already: pass weights_location to load it again")
@@ -217,6 +218,7 @@ def _planned(
             shared[key] = weights
         quant_state_of[owner] = shared[key]
         _refuse_names_in_use(tree.modules[owner], owner, weights)
+        _refuse_renormalized(tree.modules[owner], owner)
     planned = []
     for name, description in described.items():
         refs = tuple(
@@ -242,3 +244,12 @@ def _refuse_names_in_use(module: nn.Module, name: str, weights: Mapping[str, Des
                     f"{new!r}, the name of a tensor of the quantized weight; rename it, or add the weight to "
                     "skip_modules"
                 )
+
+
+def _refuse_renormalized(module: nn.Module, name: str) -> None:
+    """Raise an UnsupportedError if `module` renormalizes its weight: quantized again, rows have another norm."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        raise UnsupportedError(
+            f"{name} is a {type(module).__name__} with max_norm={module.max_norm}, which renormalizes rows of its "
+            "weight in each call; rows that are quantized again have another norm: leave it out of also_quantize"
+        )

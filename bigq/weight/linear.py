@@ -134,7 +134,11 @@ class QuantizedEmbedding(QuantizedModule):
     weight = weight_property("weight")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Decode the rows `input` [...] of the weight: [..., K], in the weight's dtype."""
-        if self.max_norm is not None:  # torch then changes the weight
-            return cast(Tensor, super().forward(input))
+        """Decode the rows `input` [...] of the weight: [..., K], in the weight's dtype.
+
+        Raises:
+            UnsupportedError: `max_norm` was set, by which torch would change the weight.
+        """
+        if self.max_norm is not None:
+            return cast(Tensor, super().forward(input))  # raises
         return self.stored_weight("weight").rows(input, self._quantized["weight"].dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bigq.errors import UnsupportedError
 from bigq.system.internals import GROUPED_PRODUCTS
 from bigq.weight.lazy_weight import LazyWeight
 from bigq.weight.stored import Stored
@@ -70,7 +71,13 @@ def _embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: Any = None, *rest: Any, **more: Any
 ) -> Any:
     operand = _operand(input, weight, dim=2, transposed=False)
-    return None if operand is None or max_norm else operand.rows(input, weight.dtype)
+    if operand is not None and max_norm is not None:
+        raise UnsupportedError(
+            f"an embedding with max_norm={max_norm} renormalizes rows of its weight, and this one, "
+            f"{list(weight.shape)}, is quantized: rows that are quantized again have another norm; "
+            "do not quantize it, or pass no max_norm"
+        )
+    return None if operand is None else operand.rows(input, weight.dtype)
 
 
 def _operand(x: Any, weight: Any, *, dim: int, transposed: bool) -> Stored | None:

@@ -299,6 +299,20 @@ def test_a_record_of_another_size_than_its_tensor_is_refused(tmp_path, data, nby
     refused(tmp_path / "m.bin", f"'a' takes 16 bytes, and its record has {nbytes}", "download or save it again")
 
 
+@pytest.mark.parametrize("maps", [True, False], ids=["mapped", "where no maps are listed"])
+def test_a_record_that_is_marked_as_a_folder_is_refused(tmp_path, monkeypatch, maps):
+    if not maps:
+        monkeypatch.setattr(archive, "_list_maps", lambda: [])
+    path = tmp_path / "m.bin"
+    torch.save({"w": torch.randn(4)}, path)
+    content = bytearray(path.read_bytes())
+    attributes = content.rindex(b"m/data/0") - 8  # in the directory, before the name
+    assert content[attributes : attributes + 4] == bytes(4)
+    content[attributes] = 0x10  # torch then reads nothing, and returns memory that nobody wrote
+    path.write_bytes(content)
+    refused(path, "is damaged", "data/0 is marked as a folder")
+
+
 def test_records_in_another_order_are_read_where_they_are(tmp_path):
     torch.save({"a": torch.ones(4), "b": torch.zeros(4)}, tmp_path / "m.bin")
     with zipfile.ZipFile(tmp_path / "m.bin") as old:

@@ -226,6 +226,30 @@ class TestRefusals:
         words = r"head\.weight is tied to embed\.weight, which the checkpoint holds in another format"
         self.refused(model, self.write(tmp_path / "both", both), error=CheckpointError, words=words)
 
+    @pytest.mark.parametrize("build", [nn.Embedding, nn.EmbeddingBag], ids=lambda build: build.__name__)
+    def test_an_embedding_that_renormalizes_its_weight(self, tmp_path, empty, build):
+        class Model(nn.Module):
+            def __init__(self, max_norm=1.0):
+                super().__init__()
+                self.embed, self.up = build(50, 32, max_norm=max_norm), nn.Linear(32, 32)
+                self.head = nn.Linear(32, 50, bias=False)
+                self.head.weight = self.embed.weight
+
+        floats = {name: tensor.clone() for name, tensor in Model().state_dict().items()}
+        folder = self.write(tmp_path / "floats", floats)
+        words = rf"embed is a {build.__name__} with max_norm=1\.0.*leave it out of also_quantize"
+        for name in ("embed", "head.weight"):
+            config = QuantizationConfig("nf4", also_quantize=[name])
+            self.refused(empty(Model), folder, config, error=UnsupportedError, words=words)
+        quantized = load_and_quantize_model(empty(Model, max_norm=None), folder, config, "cpu")
+        state = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+        saved = self.write(tmp_path / "saved", state)
+        self.refused(empty(Model), saved, error=UnsupportedError, words=words)
+        model = load_and_quantize_model(empty(Model), folder, QuantizationConfig("nf4"), "cpu")
+        ids = torch.tensor([[1, 3]])
+        model.embed(ids)
+        assert model.embed.weight[ids].norm(dim=-1).max() <= 1.0001, "kept, and renormalized as torch does"
+
     def test_device_maps(self, tiny, checkpoint, empty, tmp_path):
         config = QuantizationConfig("nf4")
         for device_map, words in (

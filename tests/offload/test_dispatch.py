@@ -10,7 +10,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bigq import QuantizationConfig, QuantizedLinear, load_and_quantize_model, memory_footprint
+from bigq import QuantizationConfig, QuantizedLinear, load_and_quantize_model, materialize, memory_footprint
 from bigq.offload.attach import attach
 from bigq.offload.dispatch import _units
 from bigq.offload.hooks import Float32Hook, PlacementHook
@@ -58,6 +58,26 @@ def test_every_placement_computes_the_bits_of_the_resident_model(
     again = load_and_quantize_model(empty(tiny), tmp_path / "saved", device_map=RUNS_ON)
     for name, tensor in resident.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_a_kept_linear_without_bias_computes_the_bits_of_a_frozen_one(empty, tmp_path):
+    class Transposing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.head = nn.Linear(96, 96), nn.Linear(96, 50, bias=False)
+
+        def forward(self, x):
+            return self.head(self.up(x).transpose(1, 2).contiguous().transpose(1, 2))
+
+    save_file(Transposing().state_dict(), tmp_path / "model.safetensors")
+    x = torch.randn(2, 5, 96)
+    with torch.no_grad():
+        frozen = load_and_quantize_model(empty(Transposing), tmp_path, CONFIGS["nf4"], RUNS_ON).requires_grad_(False)
+        expected = frozen(x.to(frozen.head.weight.device)).cpu()
+        offloaded = load_and_quantize_model(empty(Transposing), tmp_path, CONFIGS["nf4"], {"": RUNS_ON, "head": "disk"})
+        assert torch.equal(offloaded(x), expected)
+        assert torch.equal(materialize(offloaded)(x.to(frozen.head.weight.device)).cpu(), expected)
+    assert not offloaded.head.weight.requires_grad
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

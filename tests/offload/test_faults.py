@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from bigq import QuantizationConfig, load_and_quantize_model, materialize
 from bigq.formats import TensorSpec
-from bigq.offload.attach import attach
+from bigq.offload.attach import attach, hooks_of
 from bigq.offload.hooks import PlacementHook
 from bigq.offload.prefetch import OffloadedBlock, Prefetcher
-from bigq.offload.space import OffloadSpace
+from bigq.offload.space import OffloadSpace, is_file_backed
 from bigq.system.machine import usable_cores
 
 CPU, WIDTH = torch.device("cpu"), 16
@@ -117,6 +118,54 @@ def test_an_interrupted_call_leaves_nothing_and_the_next_is_right(pair, grad, mo
         assert got is None or torch.equal(got, expected_grad), i
     threads, descriptors = held()
     assert threads <= before[0] + usable_cores()  # a pool starts its threads one by one
+    assert descriptors == before[1]
+
+
+@SIGNALS
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads and descriptors in /proc")
+def test_an_interrupted_materialize_moves_everything_or_nothing(tiny, checkpoint, empty, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+
+    def load():
+        return load_and_quantize_model(
+            empty(tiny),
+            checkpoint,
+            QuantizationConfig("nf4"),
+            {"": "cpu", "blocks": "disk", "head": "disk"},
+            offload="quantized",
+            offload_folder=tmp_path,
+            progress=False,
+        )
+
+    def look(model):
+        hooks = {name: hooks_of(module) for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
+        attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+        return sorted(hooks), attributes, {name: is_file_backed(tensor) for name, tensor in model.state_dict().items()}
+
+    model = load()
+    state, offloaded, expected = model.state_dict(), look(model), model(ids)
+    usual_s = []
+    for _ in range(3):
+        model = load()
+        began = time.perf_counter()
+        materialize(model)
+        usual_s.append(time.perf_counter() - began)
+    moved, draw, outcomes = look(model), random.Random(0), []
+    del model
+    before = held()
+    for i in range(80):
+        model = load()
+        interrupted_after(draw.uniform(1e-6, min(usual_s)), lambda model=model: materialize(model))
+        outcomes.append(look(model))
+        assert outcomes[-1] in (offloaded, moved), i
+        assert torch.equal(model(ids), expected), i
+        assert look(materialize(model)) == moved, i
+        assert torch.equal(model(ids), expected), i
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()), i
+    assert outcomes.count(offloaded) > 20, "most interrupts came before the end"
+    del model
+    threads, descriptors = held()
+    assert threads <= before[0] + usable_cores()
     assert descriptors == before[1]
 
 

@@ -165,10 +165,14 @@ def test_an_embedding_with_a_padding_index_and_a_dtype(weight_format):
     assert out[0].count_nonzero() == 0  # as nn.Embedding initializes the padding row
 
 
-def test_an_embedding_with_a_largest_norm_gives_rows_of_at_most_that_norm(weight_format):
-    module = quantized(nn.Embedding(50, 71, max_norm=1.0), weight_format)
-    ids, dense = torch.tensor([3, 4]), module.weight.dequantize()
-    torch.testing.assert_close(module(ids), F.embedding(ids, dense, max_norm=1.0))
+def test_an_embedding_with_a_largest_norm_is_refused(weight_format):
+    module, ids = quantized(nn.Embedding(50, 71), weight_format), torch.tensor([3, 4])
+    before = module.weight.dequantize()
+    module.max_norm = 1.0  # set after the load, which refuses it
+    for call in (lambda: module(ids), lambda: F.embedding(ids, module.weight, max_norm=1.0)):
+        with pytest.raises(UnsupportedError, match=r"max_norm=1\.0 renormalizes .* this one, \[50, 71\], is quantized"):
+            call()
+    assert torch.equal(module.weight.dequantize(), before)
 
 
 def test_products_that_no_kernel_has_use_the_dequantized_weight(weight_format):
