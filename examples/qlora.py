@@ -9,7 +9,7 @@ import accelerate
 import torch
 
 import bigq
-from bigq.integrations.peft import merge_errors
+from bigq.integrations.peft import merge_costs
 
 try:
     import peft
@@ -73,7 +73,7 @@ model = peft.get_peft_model(base, lora)
 train(f"{args.format}, LoRA", model, args.steps)
 show_perplexity("with adapter", model)
 model.save_pretrained(args.output / "adapter")
-worst = max(merge_errors(model).values(), key=lambda error: error.rounding)
+worst = max(merge_costs(model).values(), key=lambda cost: cost.rounding)
 print(f"a merge adds up to         {worst.rounding:>9.2%} of rounding to {worst.change:.2%} of change")
 accelerate.Accelerator().save_model(model.merge_and_unload(), args.output / "merged")
 show_perplexity("merged", load(args.output / "merged"))
