@@ -269,9 +269,7 @@ def _rules_from(saved: object) -> Rules:
     rules: list[tuple[str, Format | None]] = []
     for pair in saved if isinstance(saved, list) else [saved]:
         if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[1], Mapping | None):
-            raise ConfigError(
-                f"rules holds {pair!r}; expected a list of a pattern and settings of a format, or null"
-            )
+            raise ConfigError(f"rules holds {pair!r}; expected a list of a pattern and settings of a format, or null")
         pattern, settings = pair[0], None if pair[1] is None else dict(pair[1])
         rules.append((pattern, None if settings is None else make_format(settings.pop("format", None), **settings)))
     return tuple(rules)

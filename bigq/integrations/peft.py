@@ -1,4 +1,4 @@
-"""merge_errors: what merging an adapter of PEFT would do to quantized weights, before it is done."""
+"""merge_costs: what merging an adapter of PEFT would do to quantized weights, before it is done."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from bigq.errors import ConfigError
 from bigq.weight.convert import revert
 from bigq.weight.quantized_module import QuantizedModule
 
-__all__ = ["MergeError", "merge_errors"]
+__all__ = ["MergeCost", "merge_costs"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeError:
+class MergeCost:
     """What a merge does to one weight. Both numbers are Frobenius norms, divided by that of the weight.
 
     If the rounding is above the change, the weight without the adapter is closer to the sum than the merged weight is.
@@ -30,7 +30,7 @@ class MergeError:
     rounding: float
 
 
-def merge_errors(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, MergeError]:
+def merge_costs(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, MergeCost]:
     """Compute what merging adapters would change in each quantized weight, and what quantizing the sums would add.
 
     Nothing is changed. One weight at a time is dequantized, on its device.
@@ -40,34 +40,34 @@ def merge_errors(model: nn.Module, adapter_names: Sequence[str] | None = None) -
         adapter_names: those that would be merged, as in PEFT's `merge_adapter`. None: the active ones.
 
     Returns:
-        {name of the adapted module: its MergeError}, for modules with quantized weights.
+        {name of the adapted module: its MergeCost}, for modules with quantized weights.
 
     Raises:
         ConfigError: an adapter is merged, or no adapter is on a quantized module.
 
     Example:
         >>> import bigq, peft, torch
-        >>> from bigq.integrations.peft import merge_errors
+        >>> from bigq.integrations.peft import merge_costs
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
         >>> model = bigq.load_and_quantize_model(model, None, bigq.QuantizationConfig("nf4"), device_map="cpu")
         >>> model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
-        >>> errors = merge_errors(model)
-        >>> list(errors)
+        >>> costs = merge_costs(model)
+        >>> list(costs)
         ['base_model.model.0']
-        >>> 0 < errors["base_model.model.0"].rounding < errors["base_model.model.0"].change
+        >>> 0 < costs["base_model.model.0"].rounding < costs["base_model.model.0"].change
         True
     """
-    errors = {}
+    costs = {}
     for name, layer in _adapted(model):
         if layer.merged:
             raise ConfigError(f"the adapter of {name} is merged already: call the model's unmerge_adapter() first")
-        errors[name] = _merge_error(layer, adapter_names)
-    if not errors:
+        costs[name] = _merge_cost(layer, adapter_names)
+    if not costs:
         raise ConfigError(
             f"{type(model).__name__} has no adapter on a quantized module that can be merged; expected a model from "
             "peft.get_peft_model or peft.PeftModel.from_pretrained"
         )
-    return errors
+    return costs
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -77,7 +77,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _merge_error(layer: Any, adapter_names: Sequence[str] | None) -> MergeError:
+def _merge_cost(layer: Any, adapter_names: Sequence[str] | None) -> MergeCost:
     base: QuantizedModule = layer.base_layer
     plain = copy.copy(base)
     revert(plain, {})
@@ -94,7 +94,7 @@ def _merge_error(layer: Any, adapter_names: Sequence[str] | None) -> MergeError:
         if not torch.equal(merged, weight):  # equal numbers keep their codes
             rounded = replace(stored, state=stored.quantize(merged)).dequantize(torch.float32)
             rounding += _square(rounded - merged.float())
-    return MergeError(change=(change / size) ** 0.5, rounding=(rounding / size) ** 0.5)
+    return MergeCost(change=(change / size) ** 0.5, rounding=(rounding / size) ** 0.5)
 
 
 def _square(numbers: torch.Tensor) -> float:

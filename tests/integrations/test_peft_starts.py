@@ -8,7 +8,7 @@ from dequantized import dequantized
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from adapted import distance, float_twin, logits, moved, quantized, tuned  # noqa: E402  # it imports peft
+from adapted import distance, float_twin, logits, moved, quantized, state, tuned  # noqa: E402  # it imports peft
 from tuners import IDS, STARTS, llama, lora  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -45,7 +45,18 @@ def test_the_base_becomes_the_quantized_residual(name, weight_format, tmp_path):
     assert torch.equal(logits(peft.PeftModel.from_pretrained(quantized(weight_format), tmp_path)), logits(model))
 
 
-def test_pissa_says_that_its_fast_svd_is_random(tmp_path):
+@pytest.mark.parametrize("name", STARTS)
+def test_the_residual_comes_back_after_a_merge(name, weight_format):
+    model = moved(tuned(quantized(weight_format), STARTS[name]()))
+    before, expected = state(model), logits(model)
+    model.merge_adapter()
+    assert distance(logits(model), expected) < 1.5 * distance(logits(quantized(weight_format)), logits(llama()))
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state(model).items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_fast_svd_of_pissa_is_random(tmp_path):
     """PEFT draws other numbers when it loads, for float weights too: the adapter does not fit the base any more."""
     distances = {}
     for kind, base in {"float": llama, "nf4": lambda: quantized(NF4())}.items():

@@ -1,0 +1,26 @@
+"""Every Python snippet of docs/finetuning.md runs as it stands, one after the other."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
+def test_snippets_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(snippets) == 6
+    namespace: dict[str, object] = {"__name__": "finetuning"}
+    for snippet in snippets:
+        exec(compile(snippet, "docs/finetuning.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"the adapter changes it by [\d.]+%, rounding by [\d.]+%", printed)) == 2
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert namespace["merged"].model.layers[0].mlp.up_proj.__class__.__name__ == "QuantizedLinear"
+    assert namespace["offloaded"].hf_device_map == {"": "cpu", "model.layers.1": "disk"}
