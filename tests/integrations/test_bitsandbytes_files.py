@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ CONFIGS = {
 
 def plain(config=LLAMA, dtype=torch.bfloat16, kind=transformers.AutoModelForCausalLM):
     torch.manual_seed(0)
-    return kind.from_config(config).to(dtype).eval()
+    return kind.from_config(deepcopy(config)).to(dtype).eval()  # a model changes its config
 
 
 def theirs(folder, config=None):
@@ -73,7 +74,7 @@ def saved_by_them(tmp_path, config, model_config=LLAMA):
 
 def ours(folder, model_config=LLAMA, config=None, kind=transformers.AutoModelForCausalLM):
     with init_empty_weights():
-        skeleton = kind.from_config(model_config, dtype=torch.bfloat16)
+        skeleton = kind.from_config(deepcopy(model_config), dtype=torch.bfloat16)
     return bigq.load_and_quantize_model(skeleton, folder, config, "cpu", progress=False).eval()
 
 
