@@ -88,8 +88,12 @@ def load_and_quantize_model(
 
     Args:
         model: any PyTorch model, on the meta device (`accelerate.init_empty_weights`) or with weights. It is changed.
-        weights_location: a safetensors file, a .bin or .pt state dict, an index json, a folder with any of these, or a
-            Hub repo id (`owner/name@revision`). None: the weights that the model holds.
+        weights_location: a safetensors file; a state dict that torch.save wrote (.bin, .pt, .pth, .ckpt, .pth.tar or
+            .pt.tar); an index (`*.index.json`); a folder with one of these, or with all shards of one; or, as a str
+            that is no path, a Hub repo: `owner/name` or `owner/name/folder`, with `@revision` or without. The name of a
+            file that is passed itself does not matter. Variants may be alone in a folder (`model.fp16.safetensors`,
+            `model.safetensors.index.fp16.json`); pass the path of one that is beside other weights. None: the weights
+            that the model holds.
         quantization_config: a QuantizationConfig, accelerate's BnbQuantizationConfig or transformers'
             BitsAndBytesConfig. None: load a checkpoint that was saved quantized.
         device_map: None (the current GPU, or the CPU if there is none), "auto", "balanced", "balanced_low_0",

@@ -55,8 +55,7 @@ class PlacementHook(SurroundingHook):
         return self.device
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        allow_moves(module)
-        self._module = None
+        allow_moves(module)  # `_module` stays: a model whose change failed gets its hooks back as they were
         return super().detach_hook(module)
 
     def __getstate__(self) -> dict[str, Any]:

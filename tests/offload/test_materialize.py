@@ -178,3 +178,18 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(model, ids, monkeypatch):
     assert torch.equal(model(ids), expected)
     monkeypatch.undo()
     assert torch.equal(materialize(model)(ids.to(model.gain.device)).cpu(), expected)
+
+
+def test_a_failure_half_way_leaves_hooks_that_know_their_modules(model, ids, monkeypatch):
+    def failing(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bigq.offload.materialize.dispatch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        materialize(model)
+    monkeypatch.undo()
+    hooked, settled = {module for module in model.modules() if hasattr(module, "_hf_hook")}, set()
+    monkeypatch.setattr("bigq.offload.hooks.settle", lambda module, *_: settled.add(module))
+    model.blocks[0].register_parameter("added", nn.Parameter(torch.zeros(2)))
+    model(ids)
+    assert settled == hooked
