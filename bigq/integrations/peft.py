@@ -33,7 +33,7 @@ class MergeCost:
 def merge_costs(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, MergeCost]:
     """Compute what merging adapters would change in each quantized weight, and what quantizing the sums would add.
 
-    Nothing is changed. One weight at a time is dequantized, on its device.
+    Nothing is changed. One weight at a time is dequantized, on its device. What PEFT cannot merge raises PEFT's error.
 
     Args:
         model: a PEFT model whose adapters are not merged.

@@ -9,6 +9,7 @@ from accelerate import Accelerator, init_empty_weights
 from bigq import (
     NF4,
     Int8,
+    QuantizationConfig,
     QuantizedLinear,
     QuantizedModule,
     dequantize_tensor,
@@ -110,6 +111,20 @@ def test_adapters_that_are_merged_one_after_the_other_are_unmerged_together(conf
     assert all(not torch.equal(first[name], state(model)[name]) for name in first if "v_proj.weight_packed" in name)
     model.unmerge_adapter()
     assert_same(state(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "ia3"])
+def test_a_half_precision_model_keeps_its_dtype(name, dtype, weight_format):
+    base = load_and_quantize_model(llama().to(dtype), None, QuantizationConfig(weight_format), "cpu")
+    model = moved(tuned(base, (LORAS | OTHERS)[name]()), by=0.1)
+    before, expected = state(model), logits(model, name)
+    model.merge_adapter()
+    assert distance(logits(model, name).float(), expected.float()) < 0.5
+    model.unmerge_adapter()
+    assert_same(state(model), before)
+    assert torch.equal(logits(model, name), expected)
+    assert {module.weight.dtype for module in model.modules() if isinstance(module, QuantizedModule)} == {dtype}
 
 
 def test_merge_and_unload_leaves_quantized_modules_and_keeps_no_codes(weight_format):

@@ -100,4 +100,4 @@ def test_an_adapter_on_an_offloaded_block_runs_on_the_gpu(stored, offload, offlo
     assert all(p.is_cuda for p in trainable)
     assert {id(p) for p in model.parameters() if not p.is_cuda} == before != set()
     with model.disable_adapter(), torch.no_grad():
-        assert distance(model.eval()(input_ids=IDS.cuda()).logits, plain) < 1e-6
+        assert distance(model.eval()(input_ids=IDS.cuda()).logits, plain) < 1e-3

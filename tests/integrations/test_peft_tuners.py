@@ -108,3 +108,19 @@ def test_x_lora_mixes_adapters(weight_format, tmp_path):
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05).step()
     assert all(torch.equal(p, copy) for p, copy in before)
     assert distance(logits(model), logits(quantized(weight_format))) > 0.05
+
+
+def test_arrow_routes_between_adapters(weight_format, tmp_path):
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    for folder, by in zip(folders, (0.1, 0.2), strict=True):
+        moved(tuned(llama(), lora(init_lora_weights=False)), by=by).save_pretrained(folder)
+
+    def routed(base):
+        torch.manual_seed(1)
+        return peft.create_arrow_model(base, folders, peft.ArrowConfig(top_k=1))
+
+    base = quantized(weight_format)
+    plain, own_error = logits(base), distance(logits(base), logits(dequantized(base, llama())))
+    found, expected = logits(routed(base)), logits(routed(dequantized(quantized(weight_format), llama())))
+    assert distance(found, expected) <= max(2 * own_error, 1e-5)
+    assert distance(found, plain) > 0.5
