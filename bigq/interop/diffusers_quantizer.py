@@ -44,8 +44,14 @@ class DiffusersQuantizer(Base):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Nothing."""
 
-    def _dequantize(self, model: Any) -> Any:
-        dequantize(model)
+    def dequantize(self, model: Any) -> Any:
+        """Make `model` a plain one, with the numbers that its codes stand for."""
+        return dequantize(model)
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Make `model` forget that it was quantized; `bigq.dequantize` asks for it, by transformers' name."""
         kept = {name: value for name, value in model.config.items() if name != "quantization_config"}
         model._internal_dict = FrozenDict(kept)  # what `register_to_config` extends
-        return model
+        model.is_quantized = False
+        for name in ("hf_quantizer", "quantization_method"):
+            vars(model).pop(name, None)

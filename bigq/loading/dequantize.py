@@ -1,5 +1,7 @@
 """dequantize: a quantized model as the plain model that it was, with the numbers of its quantized weights."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -59,6 +61,10 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             revert(module, {})
             for leaf, weight in decoded.items():
                 assign_tensor(module, leaf, weight)
+        for inner in modules.values():  # a model of transformers or diffusers, perhaps in a wrapper
+            quantizer: Any = vars(inner).get("hf_quantizer")
+            if quantizer is not None:
+                quantizer.remove_quantization_config(inner)
         for name in _ATTRIBUTES:
             vars(model).pop(name, None)
     return model

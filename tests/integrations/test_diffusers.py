@@ -117,10 +117,12 @@ def test_a_convolution_is_quantized_where_it_is_named(folders):
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_dequantize_gives_the_plain_model_back(folders, tmp_path):
+@pytest.mark.parametrize("dequantize", [bigq.dequantize, lambda model: model.dequantize()], ids=["ours", "theirs"])
+def test_dequantize_gives_the_plain_model_back(folders, tmp_path, dequantize):
     model = load(folders["dit"], "nf4")
     decoded = {path: m.dequantize() for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    plain = model.dequantize()
+    plain = dequantize(model)
+    assert not plain.is_quantized
     assert not any(isinstance(module, QuantizedModule) for module in plain.modules())
     assert all(torch.equal(plain.get_submodule(path).weight, weight) for path, weight in decoded.items())
     plain.save_pretrained(tmp_path)
