@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from bigq.system.internals import state_hooks
 from bigq.system.interrupts import to_the_end
 
 __all__ = ["Snapshot", "restored_on_error"]
@@ -38,6 +39,7 @@ class Snapshot:
         self._requires_grad = [
             (tensor, tensor.requires_grad) for _, held in self._tables for tensor in held.values() if tensor is not None
         ]
+        self._state_hooks = [(hooks, dict(hooks)) for module, _, _ in self._modules for hooks in [state_hooks(module)]]
         kinds = {kind for _, kind, _ in self._modules if "GraphModuleImpl" in str(kind)}  # accelerate's own test
         self._forwards = [(kind, vars(kind)["forward"]) for kind in kinds if "forward" in vars(kind)]
         # An RNN keeps a second list of its weights.
@@ -60,6 +62,10 @@ class Snapshot:
         for tensor, requires_grad in self._requires_grad:
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
+        for hooks, before in self._state_hooks:
+            if hooks != before:
+                hooks.clear()
+                hooks.update(before)
         for graph_module, forward in self._forwards:
             graph_module.forward = forward
         for weights, held in self._lists:

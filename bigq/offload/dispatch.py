@@ -74,6 +74,9 @@ def dispatch(
     _share_prefetchers(hooks)
     for path, hook in hooks.items():
         attach(modules[path], hook)
+    blocks = [hook.block for hook in hooks.values() if hook.block is not None]
+    if blocks:
+        hooks[""].guard_state(model, blocks)
     refuse_moves(model)
 
 

@@ -1,15 +1,17 @@
 """Hooks that bring a module's inputs and its offloaded tensors to the device it runs on; accelerate `ModelHook`s."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bigq.offload.attach import SurroundingHook, allow_moves, outside_of_graphs
 from bigq.offload.containers import first_tensor, map_tensors
 from bigq.offload.newcomers import latest_registration, settle
 from bigq.offload.prefetch import Call, OffloadedBlock, Prefetcher
+from bigq.offload.state_guard import StateGuard
 
 __all__ = ["Float32Hook", "PlacementHook"]
 
@@ -42,6 +44,7 @@ class PlacementHook(SurroundingHook):
         self.prefetcher = prefetcher
         self.io_same_device = io_same_device
         self.skip_keys = skip_keys
+        self.state_guard: RemovableHandle | None = None
         self._module: nn.Module | None = None
         self._settled: int | None = None  # the registration up to which newcomers of the module are on its device
 
@@ -54,8 +57,14 @@ class PlacementHook(SurroundingHook):
         """Where the module runs, by the name that accelerate's hooks have for it; pipelines of diffusers read it."""
         return self.device
 
+    def guard_state(self, module: nn.Module, blocks: Sequence[OffloadedBlock]) -> None:
+        """Put a StateGuard for `blocks` on `module`, as long as this hook is on it."""
+        self.state_guard = module.register_state_dict_pre_hook(StateGuard(blocks))  # type: ignore[no-untyped-call]
+
     def detach_hook(self, module: nn.Module) -> nn.Module:
         allow_moves(module)  # `_module` stays: a model whose change failed gets its hooks back as they were
+        if self.state_guard is not None:
+            self.state_guard.remove()
         return super().detach_hook(module)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import mmap
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -35,6 +35,7 @@ __all__ = [
     "is_file_backed",
     "mapping_of",
     "read_stored",
+    "refuse_cut_short",
 ]
 
 _MAP_NORESERVE = 0x4000  # Linux: a private map may be larger than RAM and swap; nothing writes to most of it
@@ -94,6 +95,15 @@ class FileMap(mmap.mmap):
             raise CheckpointError(
                 f"{self.path} ended at byte {offset + got}, in the middle of tensors that are offloaded to it: "
                 "it was cut short after the model was loaded; restore the file and load again"
+            )
+
+    def refuse_cut_short(self) -> None:
+        """Raise a CheckpointError if the file is shorter than the map, where reading its tensors ends the process."""
+        found = os.fstat(self._file.fileno()).st_size
+        if found < len(self):
+            raise CheckpointError(
+                f"{self.path} had {len(self)} bytes and now has {found}: it was cut short after the model was loaded, "
+                "and holds tensors of it; restore the file and load again"
             )
 
     def __del__(self) -> None:
@@ -206,6 +216,14 @@ def read_stored(tensor: Tensor) -> Tensor:
     numbers = torch.empty_like(own)
     place[0].read(place[1], numbers)
     return numbers
+
+
+def refuse_cut_short(tensors: Iterable[Tensor]) -> None:
+    """Raise a CheckpointError if a file that holds some of `tensors` is shorter than it was when it was mapped."""
+    places = (place for tensor in tensors if (place := mapping_of(tensor)) is not None)
+    for mapping in {id(mapping): mapping for mapping, _ in places}.values():
+        if isinstance(mapping, FileMap):
+            mapping.refuse_cut_short()
 
 
 def is_edited(tensor: Tensor, mapping: mmap.mmap) -> bool:

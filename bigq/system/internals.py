@@ -39,6 +39,7 @@ __all__ = [
     "saved_tensor_hooks",
     "something_listens",
     "sparse_parts",
+    "state_hooks",
     "version_of",
     "wrapper",
 ]
@@ -319,6 +320,12 @@ ATTENTION_OUTPUT = _attention_output()
 def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks of `load_state_dict` of this module itself: hook(state_dict, prefix, metadata, strict, ...)."""
     return list(getattr(module, "_load_state_dict_pre_hooks", {}).values())
+
+
+def state_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The dict of the hooks that run before `state_dict` of this module; an empty one where it is not known."""
+    hooks: dict[int, Callable[..., Any]] = getattr(module, "_state_dict_pre_hooks", {})
+    return hooks
 
 
 def has_forward_pre_hooks(module: nn.Module) -> bool:
