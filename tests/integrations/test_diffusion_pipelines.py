@@ -127,17 +127,15 @@ def test_hooks_of_accelerate_and_groups_of_diffusers(folder):
         assert torch.equal(run(groups), expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["model", "sequential", "group"])
-def test_offloading_of_the_pipeline(folder, mode):
-    image = draw(quantized(folder).to("cuda"))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("mode", ["model", "group"])
+def test_offloading_of_the_pipeline(folder, mode, device):
+    image = draw(quantized(folder).to(device))
     pipeline = quantized(folder)
     if mode == "model":
-        pipeline.enable_model_cpu_offload()
-    elif mode == "sequential":
-        pipeline.enable_sequential_cpu_offload()
+        pipeline.enable_model_cpu_offload(device=device)
     else:
-        pipeline.enable_group_offload(torch.device("cuda"), torch.device("cpu"), offload_type="leaf_level")
+        pipeline.enable_group_offload(torch.device(device), torch.device("cpu"), offload_type="leaf_level")
     for _ in range(2):
         assert torch.equal(draw(pipeline), image)
 
