@@ -296,6 +296,23 @@ def open_files(checkpoint):
     return [path for path in targets_of_links if path in set(map(str, checkpoint.files))]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what is open in /proc")
+def test_a_checkpoint_may_have_more_files_than_a_process_may_open(tmp_path):
+    import resource  # of POSIX
+
+    files = {f"w{i:03}": tmp_path / f"model-{i:05}-of-00300.safetensors" for i in range(1, 301)}
+    tensors = {name: torch.randn(3) for name in files}
+    for name, path in files.items():
+        save_file({name: tensors[name]}, path)
+    checkpoint = Checkpoint.open_files(list(files.values()))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limits[1]))
+    try:
+        assert_equal(arrivals(checkpoint, targets(checkpoint)), tensors, checkpoint.tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 class InjectedError(Exception):
     """An error that nothing but these tests raises."""
 
