@@ -100,6 +100,7 @@ def test_generate_compiles_for_a_static_cache(format_name):
     assert len(graphs) == 1
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.gpu
 @each_format
 def test_generate_compiles_on_a_gpu_without_being_asked(format_name):
