@@ -13,6 +13,7 @@ Works with diffusers 0.42.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ def _take_over() -> Any:
     return original
 
 
+with suppress(ImportError):  # a transformers that is absent has no text encoders; one that is too old refuses later
+    import bigq.integrations.transformers  # noqa: F401 - those of a saved pipeline are quantized too
 _ORIGINAL = _take_over()
 AUTO_QUANTIZATION_CONFIG_MAPPING["bigq"] = QuantizationConfig  # diffusers has no function that registers
 AUTO_QUANTIZER_MAPPING["bigq"] = LoadingQuantizer

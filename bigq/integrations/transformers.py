@@ -59,7 +59,12 @@ _EMPTY: dict[str, type] = {"error_msgs": list, "conversion_errors": dict}  # fie
 
 
 class SavedConfig(QuantizationConfigMixin):
-    """Reads the `quantization_config` of a config.json."""
+    """Reads the `quantization_config` of a config.json. Making one makes a QuantizationConfig."""
+
+    __init__ = QuantizationConfig.__init__  # diffusers wants one signature for the configs of both libraries
+
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        return QuantizationConfig(*args, **settings)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

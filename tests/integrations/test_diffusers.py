@@ -231,6 +231,28 @@ def test_what_the_files_lack_is_an_error_and_what_they_hold_in_addition_is_repor
         load(tmp_path, "nf4")
 
 
+@pytest.mark.parametrize("saved", [{"safe_serialization": False}, {"variant": "fp16"}], ids=["pickle", "variant"])
+def test_other_files_of_a_folder(folders, tmp_path, saved):
+    load(folders["dit"]).save_pretrained(tmp_path, **saved)
+    settings = {"variant": saved["variant"]} if "variant" in saved else {"use_safetensors": False}
+    assert_same(state(load(tmp_path, "nf4", **settings)), state(load(folders["dit"], "nf4")))
+
+
+@each_format
+def test_an_adapter_trains(folders, format_name):
+    peft = pytest.importorskip("peft")
+    model = load(folders["unet"], format_name)
+    before = state(model)
+    model.requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert len(trained) == 32  # two factors of two linears, in eight attentions
+    model(torch.randn(1, 4, 8, 8), torch.tensor(3), torch.randn(1, 5, 32)).sample.square().sum().backward()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in trained.values())
+    after = {name.replace("base_layer.", ""): tensor for name, tensor in state(model).items() if "lora_" not in name}
+    assert_same(after, before)
+
+
 def test_from_single_file_is_refused(folders, tmp_path):
     unet().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="from_single_file cannot quantize"):

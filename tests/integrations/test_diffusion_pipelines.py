@@ -1,18 +1,23 @@
 """Pipelines of diffusers with components that bigq quantized: loading, saving, moving and offloading."""
 
 import string
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from bigq import QuantizationConfig, QuantizedModule
+from bigq import NF4, QuantizationConfig, QuantizedLinear, QuantizedModule
 from bigq.errors import PlacementError
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 import bigq.integrations.diffusers  # noqa: E402, F401 - a pipeline's config needs it
+
+ROOT = Path(__file__).parents[2]
 from diffusion_models import assert_same, load, run, state, unet, vae  # noqa: E402 - it needs diffusers
 
 
@@ -90,6 +95,34 @@ def test_it_saves_and_loads_again(folder, tmp_path):
         pipeline.save_pretrained(tmp_path / step)
         pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / step)
         assert torch.equal(draw(pipeline), image)
+
+
+def test_one_config_for_components_of_both_libraries(folder):
+    config = diffusers.PipelineQuantizationConfig(
+        quant_backend="bigq",
+        quant_kwargs={"format": "nf4", "block_size": 32},
+        components_to_quantize=["unet", "text_encoder"],
+    )
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, quantization_config=config)
+    for model in (pipeline.unet, pipeline.text_encoder):
+        formats = {m.format for m in model.modules() if isinstance(m, QuantizedLinear)}
+        assert formats == {NF4(block_size=32)}
+    assert not any(isinstance(module, QuantizedModule) for module in pipeline.vae.modules())
+
+
+@pytest.mark.slow
+def test_it_loads_again_in_another_process(folder, tmp_path):
+    """The import for diffusers does for the text encoder too, which is a model of transformers."""
+    config = diffusers.PipelineQuantizationConfig(quant_mapping={"text_encoder": QuantizationConfig("nf4")})
+    diffusers.DiffusionPipeline.from_pretrained(folder, quantization_config=config).save_pretrained(tmp_path)
+    code = f"""
+import bigq.integrations.diffusers
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained({str(tmp_path)!r})
+assert pipeline.text_encoder.is_quantized
+"""
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'triton_kernels'}", "PATH": "/usr/bin:/bin", "HOME": "/nowhere"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
 
 
 @pytest.mark.parametrize("device_map", ["balanced", "cpu"])

@@ -1,6 +1,7 @@
 """What other libraries do to models that are quantized, and would do silently: casts, skip lists, defaults, configs."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,13 @@ class TestSkipLists:
         model = load(tmp_path, "nf4")
         assert {type(layer.mlp.gate).__name__ for layer in model.model.layers} == {"Qwen3MoeTopKRouter"}
         assert set(quantized(model.model.layers[0].mlp)) == {"experts"}
+
+
+def test_shards_of_a_device_mesh_are_refused():
+    """Each rank would quantize its part alone."""
+    quantizer = bigq.integrations.transformers.LoadingQuantizer(QuantizationConfig("nf4"), pre_quantized=False)
+    with pytest.raises(bigq.UnsupportedError, match="shards of a device mesh"):
+        quantizer.load(nn.Linear(64, 64), ["model.safetensors"], SimpleNamespace(device_mesh=object()))
 
 
 @each_format
