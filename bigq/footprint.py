@@ -6,7 +6,7 @@ from math import prod
 from torch import Tensor, nn
 
 from bigq.formats import state_name
-from bigq.model.tree import ModelTree, find_owner
+from bigq.model.tree import ModelTree, find_owner, nbytes_of
 from bigq.offload.space import is_file_backed
 from bigq.system.text import format_table
 from bigq.weight.quantized_module import QuantizedModule
@@ -61,7 +61,7 @@ def memory_footprint(model: nn.Module) -> MemoryFootprint:
         quantized = owner.state_spec() if isinstance(owner, QuantizedModule) else {}
         kind = "kept" if leaf not in quantized else "packed" if leaf.endswith("_packed") else "scales"
         of_device = nbytes.setdefault(_where(group.tensor), dict.fromkeys(KINDS, 0))
-        of_device[kind] += group.tensor.numel() * group.tensor.element_size()
+        of_device[kind] += nbytes_of(group.tensor)
     return MemoryFootprint(nbytes=nbytes)
 
 

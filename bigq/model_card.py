@@ -9,7 +9,7 @@ from torch import nn
 from bigq.errors import UnsupportedError
 from bigq.footprint import num_parameters
 from bigq.formats import dtype_name
-from bigq.model.tree import ModelTree, find_owner
+from bigq.model.tree import ModelTree, find_owner, nbytes_of
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["model_card"]
@@ -67,7 +67,7 @@ def model_card(model: nn.Module, *, base_model: str | None = None) -> ModelCard:
         row = rows.setdefault((_NUMBER.sub("*", name), stored), [0, 0, 0])
         row[0] += count > 0
         row[1] += count
-        row[2] += group.tensor.nbytes
+        row[2] += nbytes_of(group.tensor)
     if not formats:
         raise UnsupportedError(f"{type(model).__name__} holds no quantized weight")
     nbytes, parameters = sum(row[2] for row in rows.values()), num_parameters(model)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bigq.errors import UnsupportedError
+from bigq.system.internals import sparse_parts
 from bigq.system.text import shortlist
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "is_called",
     "is_dense",
     "is_stack",
+    "nbytes_of",
     "shape_of",
     "tensor_key",
     "tensor_name",
@@ -152,6 +154,19 @@ def is_dense(tensor: Tensor) -> bool:
 def shape_of(tensor: Tensor) -> torch.Size:
     """The shape of `tensor`; of a nested one, whose members differ in theirs, the number of its elements."""
     return torch.Size([tensor.numel()]) if tensor.is_nested else tensor.shape
+
+
+def nbytes_of(tensor: Tensor) -> int:
+    """The bytes of the numbers of `tensor`, and of their indices if it is sparse."""
+    if tensor.layout is torch.sparse_coo:
+        parts: tuple[Tensor, ...] = sparse_parts(tensor)
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    else:
+        parts = (tensor,)
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def tensor_table(module: nn.Module, leaf: str) -> dict[str, Any]:

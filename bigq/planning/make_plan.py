@@ -251,5 +251,5 @@ def _refuse_renormalized(module: nn.Module, name: str) -> None:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         raise UnsupportedError(
             f"{name} is a {type(module).__name__} with max_norm={module.max_norm}, which renormalizes rows of its "
-            "weight in each call; rows that are quantized again have another norm: leave it out of also_quantize"
+            "weight in each call; rows that are quantized again have another norm: do not name it in the config"
         )

@@ -237,7 +237,7 @@ class TestRefusals:
 
         floats = {name: tensor.clone() for name, tensor in Model().state_dict().items()}
         folder = self.write(tmp_path / "floats", floats)
-        words = rf"embed is a {build.__name__} with max_norm=1\.0.*leave it out of also_quantize"
+        words = rf"embed is a {build.__name__} with max_norm=1\.0.*do not name it in the config"
         for name in ("embed", "head.weight"):
             config = QuantizationConfig("nf4", also_quantize=[name])
             self.refused(empty(Model), folder, config, error=UnsupportedError, words=words)

@@ -14,6 +14,7 @@ from bigq import (
     infer_device_map,
     load_and_quantize_model,
     memory_footprint,
+    model_card,
     num_parameters,
 )
 from bigq.model.aliases import aliases_of
@@ -92,6 +93,17 @@ class TestNotDense:
     def test_a_device_map_counts_it(self, odd):
         assert infer_device_map(Holder(odd), NF4, max_memory={"cpu": "1GB"}) == {"": "cpu"}
 
+    def test_its_bytes_are_counted(self, odd):
+        nbytes = {
+            torch.sparse_coo: 32 * (2 * 8 + 4),
+            torch.sparse_csr: 33 * 8 + 32 * (8 + 4),
+            torch.strided: 18 * 4,  # nested
+            torch.jagged: 18 * 4,
+        }.get(odd.layout, 32 * 32 * 4)
+        model = load_and_quantize_model(Holder(odd), None, NF4, "cpu")
+        kept = memory_footprint(model).nbytes["cpu"]["kept"]
+        assert kept == nbytes + 4 * (32 + 32 * 4 + 4)
+
     def test_a_module_that_renames_old_names_may_hold_it(self, odd, tmp_path):
         class Renames(Holder):
             def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -134,6 +146,8 @@ class TestNotDense:
         assert model[1].weight is weight
         assert torch.equal(model[1](x), expected)
         assert rules_of(model)["1"] == "its weight is not dense"
+        nbytes = sum(part.nbytes for part in (weight.crow_indices(), weight.col_indices(), weight.values()))
+        assert f"| `*.weight` | float32 | 2 | 1,152 | {nbytes + 4 * 128:,} |" in str(model_card(model))
         named = QuantizationConfig("nf4", also_quantize=["1.weight"])
         again = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
         again[1].weight = weight
