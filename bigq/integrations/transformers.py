@@ -12,6 +12,7 @@ device maps with "cpu" and "disk". Works with transformers 5.17 to 5.23.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ class LoadingQuantizer(HfQuantizer):
     """
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if kwargs.get("pre_quantized") and hasattr(quantization_config, "bnb_4bit_quant_storage"):
+            quantization_config = copy(quantization_config)  # how the codes are stored is seen in the file
+            quantization_config.bnb_4bit_quant_storage = torch.uint8
         config: Any = as_config(quantization_config)
         super().__init__(config, **kwargs)
         self._asked = quantization_config

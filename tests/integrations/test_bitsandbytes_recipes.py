@@ -66,7 +66,15 @@ def flan_t5(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=[{"load_in_8bit": True}, {"load_in_4bit": True}], ids=["int8", "4-bit"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        {"load_in_8bit": True},
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
+    ],
+    ids=["int8", "4-bit", "4-bit-as-bfloat16"],
+)
 def repository(request, opt, tmp_path_factory):
     """A folder that transformers has saved with bitsandbytes, and the bits of one weight."""
     pytest.importorskip("bitsandbytes")
@@ -74,7 +82,8 @@ def repository(request, opt, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(opt, quantization_config=config, device_map="cpu")
     path = tmp_path_factory.mktemp("repository")
     model.save_pretrained(path, save_original_format=False)
-    return path, model.model.decoder.layers[0].fc1.weight.detach()
+    codes = model.model.decoder.layers[0].fc1.weight.detach()
+    return path, codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
 
 
 def formats(model):
