@@ -14,7 +14,7 @@ from bigq.interop.transformers_names import with_transformers_names
 from bigq.loading.extra_state import ExtraStates
 from bigq.model.in_place import ModelTensors
 from bigq.model.own_names import with_own_names
-from bigq.model.tree import ModelTree
+from bigq.model.tree import ModelTree, is_dense
 from bigq.planning.make_plan import quant_states
 from bigq.weight.convert import is_transposed_linear
 
@@ -60,7 +60,8 @@ def with_own_tensors(tree: ModelTree, source: Source) -> Source:
     missing = [
         group.names[0]
         for group in tree.tensors
-        if group.tensor.ndim > 1
+        if is_dense(group.tensor)
+        and group.tensor.ndim > 1
         and not group.is_buffer
         and not group.tensor.is_meta
         and not any(name in source.tensors or state_name(name, "packed") in source.tensors for name in group.names)

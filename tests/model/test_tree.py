@@ -154,6 +154,14 @@ class TestNotDense:
         with pytest.raises(ConfigError, match=r"also_quantize '1\.weight' matches no floating-point .* that is dense"):
             load_and_quantize_model(again, None, named, "cpu")
 
+    def test_a_sparse_weight_that_a_checkpoint_lacks_is_the_models_own(self, tmp_path):
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, bias=False), nn.Linear(32, 4))
+        weight = model[1].weight = nn.Parameter(model[1].weight.detach().to_sparse_csr(), requires_grad=False)
+        save_file({name: t for name, t in model.state_dict().items() if name != "1.weight"}, tmp_path / "m.safetensors")
+        load_and_quantize_model(model, tmp_path / "m.safetensors", NF4, "cpu", strict=False)
+        assert model[1].weight is weight
+        assert isinstance(model[0], QuantizedLinear)
+
 
 class TestLazy:
     @pytest.fixture
