@@ -251,6 +251,10 @@ def test_state_dict_needs_no_special_case(offloaded):
         assert torch.equal(module.state_dict()[name], tensor)
 
 
+def test_the_device_is_found_by_accelerates_name_for_it():
+    assert PlacementHook(torch.device("meta")).execution_device == torch.device("meta")
+
+
 def test_removal(offloaded):
     module, plain = offloaded
     remove_hook_from_module(module)
