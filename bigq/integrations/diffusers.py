@@ -12,6 +12,7 @@ Works with diffusers 0.42.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,6 +26,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.utils import logging
 from torch import nn
 
+from bigq.checkpoint import Source
 from bigq.config import QuantizationConfig
 from bigq.errors import UnsupportedError
 from bigq.interop.diffusers_quantizer import DiffusersQuantizer
@@ -54,10 +56,12 @@ class LoadingQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._device_map: object = None
         self._max_memory: Mapping[int | str, int | str] | None = None
+        self._asked_dtype: torch.dtype | None = None
         self._placed: dict[str, Any] = {}  # what diffusers overwrites in the model: see `load`
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """Return diffusers' own default, float32, where the user names no dtype."""
+        self._asked_dtype = torch_dtype
         return self.quantization_config.dtype or torch_dtype or torch.float32
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -89,12 +93,15 @@ class LoadingQuantizer(DiffusersQuantizer):
         with timings.timed("plan"):
             source, extra_states = open_source(tree, [Path(file) for file in files], strict=False)
         unexpected = sorted(source.tensors.keys() - expected_names(tree, source.tensors).keys())
-        config = replace(self.quantization_config, dtype=dtype)
+        is_saved = bool(quant_states(source.tensors))
+        if is_saved:
+            _refuse_cast(source, self._asked_dtype)
+        config = self.quantization_config if is_saved else replace(self.quantization_config, dtype=dtype)
         load_source(
             tree,
             source,
             extra_states,
-            None if quant_states(source.tensors) else config,
+            None if is_saved else config,
             self._device_map,
             options=LoadOptions(max_memory=self._max_memory, offload_folder=folder, strict=False),
             timings=timings,
@@ -112,6 +119,17 @@ class LoadingQuantizer(DiffusersQuantizer):
             if value is not None:
                 vars(model)[name] = value
         self._placed = {}
+
+
+def _refuse_cast(source: Source, asked: torch.dtype | None) -> None:
+    """Raise an UnsupportedError unless most floating tensors of a quantized checkpoint have the dtype that is asked."""
+    dtypes = Counter(stored.dtype for stored in source.tensors.values() if stored.dtype.is_floating_point)
+    found = dtypes.most_common(1)[0][0] if dtypes else asked
+    if asked not in (None, found):
+        raise UnsupportedError(
+            f"the quantized model was saved with {found}, and torch_dtype is {asked}: leave torch_dtype out, or "
+            "quantize the original model with it"
+        )
 
 
 def _take_over() -> Any:

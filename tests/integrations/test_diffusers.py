@@ -107,6 +107,18 @@ def test_the_dtype_is_the_one_of_a_plain_load(tmp_path, torch_dtype):
     assert model.config.quantization_config == QuantizationConfig("nf4", dtype=plain.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_saved_model_keeps_its_dtype(folders, tmp_path, dtype):
+    model = load(folders["flux"], "nf4", torch_dtype=dtype)
+    model.save_pretrained(tmp_path)
+    for settings in ({}, {"torch_dtype": dtype}):
+        again = load(tmp_path, **settings)
+        assert_same(state(again), state(model))
+        assert again.config.quantization_config.dtype == dtype
+    with pytest.raises(UnsupportedError, match=rf"saved with {dtype}, and torch_dtype is torch\.float16"):
+        load(tmp_path, torch_dtype=torch.float16)
+
+
 def test_a_convolution_is_quantized_where_it_is_named(folders):
     config = QuantizationConfig("nf4", also_quantize=["conv_in"])
     model = diffusers.UNet2DConditionModel.from_pretrained(folders["unet"], quantization_config=config)
