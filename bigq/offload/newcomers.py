@@ -11,6 +11,7 @@ from itertools import count
 import torch
 from accelerate.hooks import ModelHook
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -33,7 +34,8 @@ class _Registrations:
         register_module_parameter_registration_hook(self._note)
 
     def _note(self, module: nn.Module, name: str, registered: object) -> None:
-        self.latest = next(self._numbers)
+        if not is_compiling():  # torch.compile would compile anew for every number
+            self.latest = next(self._numbers)
 
 
 _registrations = _Registrations()

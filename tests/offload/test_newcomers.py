@@ -143,3 +143,25 @@ def test_a_gradient_moves_with_its_parameter():
     assert weight.is_cuda
     assert weight.grad.is_cuda
     assert block.adapter[1].running_mean.is_cuda
+
+
+class Replacing(nn.Module):
+    """Assigns a module while it runs, as some code of transformers does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x):
+        self.inner = self.inner
+        return self.inner(x)
+
+
+def test_compiled_code_is_not_compiled_again_when_something_is_registered():
+    latest_registration()
+    model, x = Replacing(), torch.ones(1, 2)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = compiled(x)
+    nn.Linear(2, 2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(x), expected)
