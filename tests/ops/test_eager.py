@@ -372,6 +372,7 @@ def test_a_wrong_width_or_dtype_is_refused_after_a_replay_was_bound(fmt):
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("m", [1, 16])
 def test_compiled_code_repeats_launches_too(layer, m, grad):
+    torch.compiler.reset()  # each case counts towards the limit of recompilations
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for _ in range(5):
         x = torch.randn(1, m, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
