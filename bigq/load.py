@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from reprlib import repr as short  # of a state dict
 
 import torch
 from torch import nn
@@ -294,5 +295,6 @@ def _arguments(
         raise ConfigError("both quantization_config and bnb_quantization_config are given: pass one")
     config = quantization_config if bnb_quantization_config is None else bnb_quantization_config
     if weights_location is not None and not isinstance(weights_location, (str, os.PathLike)):
-        raise CheckpointError(f"weights_location is {weights_location!r}; expected a path or a Hub repo id")
+        hint = "; load a state dict into the model, and pass None" if isinstance(weights_location, Mapping) else ""
+        raise CheckpointError(f"weights_location is {short(weights_location)}; expected a path or a Hub repo id{hint}")
     return weights_location, None if config is None else as_config(config, model)

@@ -138,6 +138,8 @@ class TestRefusals:
     def test_what_is_no_path(self, tiny, empty):
         config = QuantizationConfig("nf4")
         self.refused(empty(tiny), 3, config, error=CheckpointError, words="weights_location is 3; expected a path")
+        state = empty(tiny).state_dict()
+        self.refused(empty(tiny), state, config, error=CheckpointError, words="load a state dict into the model")
 
     def test_float8_without_a_scale_is_a_cast_beside_others(self, tiny, empty, tmp_path, config):
         state = tiny().state_dict()
