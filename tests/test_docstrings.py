@@ -13,6 +13,7 @@ LIBRARY_OF = {  # what has to be installed for a module of bigq.integrations to 
     "bigq.integrations.diffusers": "diffusers",
     "bigq.integrations.peft": "peft",
     "bigq.integrations.transformers": "transformers",
+    "bigq.interop.diffusers_quantizer": "diffusers",
     "bigq.interop.hf_quantizer": "transformers",
 }
 
