@@ -1,7 +1,6 @@
 """Checkpoints as they come: where their files are, which tensors they hold, and the tensors one by one."""
 
 from bigq.checkpoint.adapters import Adapter, Completed, Conversion, Converted, Renamed
-from bigq.checkpoint.bitsandbytes_settings import BitsandbytesSettings, says_bitsandbytes
 from bigq.checkpoint.bitsandbytes_source import with_bitsandbytes
 from bigq.checkpoint.foreign import FLOAT8, is_scaled
 from bigq.checkpoint.local_file import LocalFile
@@ -21,7 +20,6 @@ from bigq.checkpoint.source import (
 __all__ = [
     "FLOAT8",
     "Adapter",
-    "BitsandbytesSettings",
     "ByteSource",
     "Checkpoint",
     "Completed",
@@ -38,6 +36,5 @@ __all__ = [
     "read_small",
     "read_tensor",
     "refuse_unknown",
-    "says_bitsandbytes",
     "with_bitsandbytes",
 ]

@@ -10,10 +10,9 @@ import torch
 
 from bigq.checkpoint.model_config import read_config
 from bigq.errors import CheckpointError
+from bigq.formats.quant_state import COMPUTE_DTYPES
 
-__all__ = ["COMPUTE_DTYPES", "BitsandbytesSettings", "says_bitsandbytes"]
-
-COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+__all__ = ["BitsandbytesSettings", "says_bitsandbytes"]
 
 
 def says_bitsandbytes(quantization_config: Mapping[str, object]) -> bool:

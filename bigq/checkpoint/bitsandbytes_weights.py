@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bigq.checkpoint.adapters import Conversion
-from bigq.checkpoint.bitsandbytes_settings import COMPUTE_DTYPES, BitsandbytesSettings
+from bigq.checkpoint.bitsandbytes_settings import BitsandbytesSettings
 from bigq.checkpoint.source import Source, StoredTensor, cut_out, read_small
 from bigq.errors import CheckpointError
 from bigq.formats import QUANT_STATE, Description, Int8, encode_quant_state, state_name
@@ -28,6 +28,7 @@ from bigq.formats.bitsandbytes import (
     table,
     table_bytes,
 )
+from bigq.formats.quant_state import COMPUTE_DTYPES
 from bigq.system.memory import memory_of
 
 __all__ = ["HeldWeights", "View"]
@@ -44,13 +45,15 @@ class View(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def of(self, tensor: Tensor) -> Tensor:
-        nbytes = math.prod(self.shape) * self.dtype.itemsize
-        return tensor.reshape(-1).view(torch.uint8)[:nbytes].view(self.dtype).view(self.shape)
+        return tensor.reshape(-1).view(torch.uint8)[: self.nbytes].view(self.dtype).view(self.shape)
 
     def stored(self, old: StoredTensor) -> StoredTensor:
-        nbytes = math.prod(self.shape) * self.dtype.itemsize
-        spans = old.spans if nbytes == old.nbytes else cut_out(old.spans, 0, nbytes)
+        spans = old.spans if self.nbytes == old.nbytes else cut_out(old.spans, 0, self.nbytes)
         return StoredTensor(name=self.new, shape=torch.Size(self.shape), dtype=self.dtype, where=old.where, spans=spans)
 
 

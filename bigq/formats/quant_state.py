@@ -19,6 +19,7 @@ from bigq.formats.registry import make_format
 from bigq.system.json_text import parse_json
 
 __all__ = [
+    "COMPUTE_DTYPES",
     "QUANT_STATE",
     "WEIGHT_DTYPES",
     "Description",
@@ -40,7 +41,7 @@ WEIGHT_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-_COMPUTE_DTYPES = {name: dtype for name, dtype in WEIGHT_DTYPES.items() if name != "float64"}
+COMPUTE_DTYPES = {name: dtype for name, dtype in WEIGHT_DTYPES.items() if name != "float64"}
 _FIELDS = ("bigq", "leaf", "format", "shape", "dtype", "compute_dtype", "transposed")  # beside the format's settings
 
 
@@ -173,7 +174,7 @@ def _parsed(record: bytes) -> tuple[str, Description]:
         format=make_format(name, **fields),
         shape=tuple(shape),
         dtype=_dtype("dtype", dtype, WEIGHT_DTYPES),
-        compute_dtype=None if compute_dtype is None else _dtype("compute_dtype", compute_dtype, _COMPUTE_DTYPES),
+        compute_dtype=None if compute_dtype is None else _dtype("compute_dtype", compute_dtype, COMPUTE_DTYPES),
         transposed=transposed,
     )
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["SINCE", "introduce", "is_transformers_model"]
+__all__ = ["introduce", "is_transformers_model"]
 
-SINCE = (5, 17)  # the first release of transformers whose quantizers are known here
+_SINCE = (5, 17)  # the first release of transformers whose quantizers are known here
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -24,7 +24,7 @@ def introduce(model: nn.Module, config: Any) -> None:
     adapters, and `model.dequantize()` works. Saved tensors have the names of the model, because transformers converts
     none that it does not know.
     """
-    if not is_transformers_model(model) or _release() < SINCE:
+    if not is_transformers_model(model) or _release() < _SINCE:
         return
     from bigq.interop.hf_quantizer import HfQuantizer
 

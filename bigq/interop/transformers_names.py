@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bigq.checkpoint import Conversion, Converted, Renamed, Source, StoredTensor
 from bigq.formats import NF4, QUANT_STATE, state_name
+from bigq.interop.transformers_model import is_transformers_model
 from bigq.model.tree import ModelTree, tensor_name
 
 __all__ = ["expected_names", "with_transformers_names"]
@@ -30,8 +31,7 @@ def with_transformers_names(tree: ModelTree, source: Source, mapping: Sequence[o
     A model of another library is left alone, and so is a source that is the model. Warns and returns `source` where the
     installed transformers does not work as those from 5.17 to 5.23 do.
     """
-    kind: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    if source.in_place or kind is None or not isinstance(tree.model, kind):
+    if source.in_place or not is_transformers_model(tree.model):
         return source
     expected = expected_names(tree, source.tensors)
     if expected.keys() >= source.tensors.keys():

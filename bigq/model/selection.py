@@ -47,6 +47,11 @@ class Rule(NamedTuple):
     pattern: str
     format: Format | None
 
+    @property
+    def reason(self) -> str:
+        """Why a weight is quantized or kept, as the report shows it."""
+        return f"rules {self.pattern!r}"
+
 
 def select_weights(
     tree: ModelTree,
@@ -117,15 +122,14 @@ def select_weights(
     kept: dict[str, str] = {}
     for module, aliases in tree.aliases.items():
         for leaf in _candidates(module):
-            reason, rule = why_kept(module, aliases, leaf), None
-            if first_rules and tensor_name(aliases[0], leaf) in groups:
-                rule = _rule_of(first_rules, groups[tensor_name(aliases[0], leaf)].names)
+            reason, group = why_kept(module, aliases, leaf), groups.get(tensor_name(aliases[0], leaf))
+            own_names = () if group is None else group.names  # none if the weight is computed
+            rule = _rule_of(first_rules, own_names)
             chosen_format = weight_format if rule is None else rule.format
             if reason is None and chosen_format is None:
-                reason = "no rule matches it" if rule is None else f"rules {rule.pattern!r}"
+                reason = "no rule matches it" if rule is None else rule.reason
             if reason is None and chosen_format is not None:
-                own_names = groups[tensor_name(aliases[0], leaf)].names
-                why = _rule(module) if rule is None else f"rules {rule.pattern!r}"
+                why = _rule(module) if rule is None else rule.reason
                 weights[own_names[0]] = Chosen(own_names, chosen_format, _is_transposed(module), why)
             elif reason is not None:
                 kept[aliases[0]] = reason
@@ -147,7 +151,7 @@ def select_weights(
                 transposed=transposed.pop(),
                 rule=f"quantized: also_quantize {named[next(name for name in group.names if name in named)]!r}"
                 if rule is None
-                else f"rules {rule.pattern!r}",
+                else rule.reason,
             )
             for name in group.names:
                 kept.pop(name.rpartition(".")[0], None)
@@ -206,6 +210,8 @@ def _first_rules(rules: Sequence[tuple[str, Format | None]], names: Sequence[str
 
 def _rule_of(first_rules: Mapping[str, Rule], names: Sequence[str]) -> Rule | None:
     """The rule of a parameter with these names: the first in their order, if several match."""
+    if not first_rules:
+        return None
     return min((first_rules[name] for name in names if name in first_rules), default=None, key=lambda rule: rule.place)
 
 
