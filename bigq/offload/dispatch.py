@@ -114,8 +114,8 @@ def _hook_float32(
     seen.add(module)
     prefix = f"{path}." if path else ""
     own = [prefix + name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
-    is_quantized = any(isinstance(inner, QuantizedModule) for inner in module.modules())
-    if path and own and not is_quantized and is_called(module) and by_rule.issuperset(own):
+    is_float32 = path and own and is_called(module) and by_rule.issuperset(own)
+    if is_float32 and not any(isinstance(inner, QuantizedModule) for inner in module.modules()):
         attach(module, Float32Hook(restore=module is not head))
         return
     for name, child in module.named_children():
