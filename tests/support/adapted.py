@@ -9,6 +9,17 @@ from bigq import QuantizationConfig, load_and_quantize_model
 from dequantized import dequantized
 from tuners import inputs, llama
 
+SIX_STEPS = {  # arguments of transformers' and TRL's trainers
+    "max_steps": 6,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
 
 def quantized(weight_format):
     return load_and_quantize_model(llama(), None, QuantizationConfig(weight_format), "cpu")
