@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bigq.ops import reference
+from bigq.ops import code_tables, reference
 from bigq_kernels.block4.absmax import dequantize_absmax, nested_code, quantize_absmax
 from bigq_kernels.block4.dequantize import dequantize_4bit
 from bigq_kernels.block4.quantize import quantize_4bit
@@ -58,9 +58,9 @@ def test_4bit_without_columns(device):
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_quantize_4bit_on_every_boundary_and_its_neighbours(quant_type, device):
     if quant_type == "nf4":
-        boundaries = torch.tensor(reference.NF4_BOUNDARIES)
+        boundaries = torch.tensor(code_tables.NF4_BOUNDARIES)
     else:
-        magnitudes = torch.tensor(reference.FP4_MAGNITUDE_BOUNDARIES)
+        magnitudes = torch.tensor(code_tables.FP4_MAGNITUDE_BOUNDARIES)
         boundaries = torch.cat([magnitudes, -magnitudes, torch.zeros(1)])
     up, down = (torch.nextafter(boundaries, torch.full_like(boundaries, to)) for to in (math.inf, -math.inf))
     block = torch.cat([boundaries, up, down, torch.tensor([-0.0, 1.0])])
