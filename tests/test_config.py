@@ -105,7 +105,7 @@ def test_dtype_names(name):
         ({"format": "nf4", "dtype": "_inductor"}, "dtype is '_inductor'"),
         ({"format": "nf4", "dtype": ["bf16"]}, r"dtype is \['bf16'\]"),
         ({"format": "nf4", "skip_modules": 5}, "skip_modules is 5; expected a list"),
-        ({"format": "nf4", "method": "best"}, r"method is 'best'; expected one of \['absmax'\]"),
+        ({"format": "nf4", "method": "best"}, r"method is 'best'; expected one of \['absmax', 'search'\]"),
         ({"format": "nf4", "also_quantize": "embed"}, r"expected a list of them: \['embed'\]"),
         ({"format": "nf4", "also_quantize": ["a..b"]}, "also_quantize holds 'a..b'"),
         ({"format": "nf4", "skip_defaults": 1}, "skip_defaults is 1; expected True or False"),

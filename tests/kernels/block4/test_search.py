@@ -1,6 +1,10 @@
 """The kernels that search scales and encode with given ones equal the specification bit for bit."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +83,27 @@ def test_codes_under_scales_that_do_not_fit(quant_type, device):
     weight[:, :3] = torch.tensor([0.0, -0.0, 1e30], device=device)
     args = (weight, scales[:, None], quant_type, 32)
     assert torch.equal(search.encode_scaled_4bit(*args), reference.encode_scaled_4bit(*args))
+
+
+@pytest.mark.slow
+def test_the_search_compiles_for_a_gpu_that_is_not_here():
+    """Its attempts are one loop, of instructions that round every product: nine copies take a minute to compile."""
+    script = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from bigq_kernels.block4.search import _search_scales_4bit_kernel as kernel
+
+constants = dict(QUANT_TYPE="nf4", BLOCK_SIZE=64, BLOCKS=16, ROWS=1)
+types = dict(weight_ptr="*bf16", importance_ptr="*fp32", scales_ptr="*fp32", largest="fp32")
+signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+options = {"num_warps": 1, "enable_fp_fusion": False}
+built = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+ptx = built.asm["ptx"]
+print(ptx.count("mul.rn.f32") + ptx.count("mul.f32"), ptx.count("fma.rn.f32"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3] / "triton_kernels")
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    products, fused = map(int, done.stdout.split())
+    assert products < 400  # 6 for each of a thread's 32 elements, and some for each block
+    assert fused == 0
