@@ -105,14 +105,14 @@ class _Watch:
         x = first_tensor((args, dict(kwargs)))
         if self.reads is not None:
             self.reads.x = x
-            self.reads.__enter__()
+            self.reads.__enter__()  # type: ignore[no-untyped-call]
         elif x is not None:
             _add_to(self._inputs, x)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """After the forward, or an error in it."""
         assert self.reads is not None
-        self.reads.__exit__(None, None, None)
+        self.reads.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         _add_to(self.reads.unread(), self.reads.x)
 
 
