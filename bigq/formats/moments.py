@@ -91,7 +91,7 @@ class InputMoments(Mapping[str, Tensor]):
             raise CheckpointError(f"{where} holds no input moments; expected a file that InputMoments.save wrote")
         try:
             return cls(moments, unreached=json.loads(metadata.get("unreached", "[]")))
-        except ValueError as error:  # a ConfigError is one
+        except (TypeError, ValueError) as error:  # a ConfigError is a ValueError
             raise CheckpointError(f"{where} holds damaged input moments: {error}") from error
 
 
