@@ -79,14 +79,12 @@ def _planned(
     quantized: dict[str, list[tuple[str, str]]] = {}  # the same of weights whose parts the checkpoint holds
     taken: set[str] = set()
     weight_of = weights_of_parts(tensors)
-    stacked = {
-        weight: found
-        for weight in sorted(set(weight_of.values()), key=dot_natural_key)
-        for found in [rename_source_key(weight, renamings, converters, prefix, expected)]
-        if found[0] in expected and found[1] is not None
-    }
-    for weight, (new, pattern) in stacked.items():
-        quantized.setdefault(new, []).append((weight, pattern))
+    stacked: set[str] = set()
+    for weight in sorted(set(weight_of.values()), key=dot_natural_key):
+        new, pattern = rename_source_key(weight, renamings, converters, prefix, expected)
+        if new in expected and pattern is not None:
+            stacked.add(weight)
+            quantized.setdefault(new, []).append((weight, pattern))
     for name in sorted([name for name in tensors if weight_of.get(name) not in stacked], key=dot_natural_key):
         new, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if new not in expected and name in expected:

@@ -293,7 +293,8 @@ class QuantizedModule(nn.Module):
         if quant_state.is_meta:
             return self.descriptions
         if hasattr(quant_state, "to_local"):  # a shard of FSDP2 or tensor parallelism has to equal ours
-            if hasattr(own, "to_local") and not own.is_meta and not torch.equal(quant_state.to_local(), own.to_local()):
+            is_sharded = own is not None and hasattr(own, "to_local") and not own.is_meta
+            if is_sharded and not torch.equal(quant_state.to_local(), cast(Any, own).to_local()):
                 raise CheckpointError(f"{prefix}{QUANT_STATE} describes other weights than the sharded model holds")
             return self.descriptions
         return decode_quant_state(quant_state, f"{prefix}{QUANT_STATE} of the state dict")
