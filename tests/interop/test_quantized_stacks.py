@@ -206,3 +206,18 @@ def test_from_pretrained_reads_them_as_well(empty, tmp_path, monkeypatch):
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     expected = loaded(empty, qwen, tmp_path).state_dict()
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nf4", "double", "int8"])
+def test_a_gpu_holds_the_same_numbers(empty, tmp_path, kind):
+    saved_by_them(mixtral(), tmp_path, in_linears(KINDS[kind]))
+    expected = loaded(empty, mixtral, tmp_path)
+    model = empty(mixtral)
+    model.tie_weights()
+    model = load_and_quantize_model(model, tmp_path, None, 0, progress=False)
+    state = model.state_dict()
+    assert [name for name, own in expected.state_dict().items() if not torch.equal(own, state[name].cpu())] == []
+    experts, plain = model.model.layers[0].mlp.experts, expected.model.layers[0].mlp.experts
+    assert torch.equal(experts.gate_up_proj.dequantize().cpu(), plain.gate_up_proj.dequantize())
+    assert model(torch.arange(5, device="cuda")[None]).logits.isfinite().all()
