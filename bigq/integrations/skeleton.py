@@ -116,11 +116,9 @@ def _of_transformers(folder: Path, said: dict[str, object], trust_remote_code: b
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         kind = _class_of(folder, said, trust_remote_code)
+        auto: Any = transformers.AutoModel
         with _empty(config):
-            if kind is None:
-                model = transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-            else:
-                model = kind(config)
+            model: Any = kind(config) if kind else auto.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, OSError) as error:
         name = said.get("architectures") or said.get("model_type")
         hint = "" if trust_remote_code or "auto_map" not in said else "; trust_remote_code=True runs the code beside it"
@@ -160,14 +158,15 @@ def _of_diffusers(folder: Path, said: dict[str, object]) -> nn.Module:
             f"{folder / CONFIG} describes a model of diffusers, which is not installed: pip install diffusers"
         ) from error
     kind: Any = getattr(diffusers, str(said["_class_name"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    if nn.Module not in getattr(kind, "__mro__", ()):
         raise UnsupportedError(
             f"diffusers {diffusers.__version__} has no model {said['_class_name']!r}, which {folder / CONFIG} "
             "names: upgrade diffusers"
         )
     with _empty(None):
-        model: nn.Module = kind.from_config({k: v for k, v in said.items() if k != "quantization_config"})
-    return model
+        model = kind.from_config({k: v for k, v in said.items() if k != "quantization_config"})
+    built: nn.Module = model
+    return built
 
 
 @contextmanager
