@@ -1,6 +1,7 @@
 """Stream a checkpoint into any PyTorch model, quantized on the fly: NF4, FP4 and LLM.int8() in Triton."""
 
 from bigq.config import QuantizationConfig
+from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
 from bigq.formats import FP4, NF4, Int8
@@ -28,6 +29,7 @@ __all__ = [
     "PlacementError",
     "QuantizationConfig",
     "QuantizationReport",
+    "QuantizedCheckpoint",
     "QuantizedLinear",
     "QuantizedModule",
     "QuantizedTensor",
@@ -41,6 +43,7 @@ __all__ = [
     "memory_footprint",
     "model_card",
     "num_parameters",
+    "quantize_checkpoint",
     "quantize_tensor",
     "save_quantized",
 ]

@@ -30,6 +30,7 @@ LAYERS = [  # from the lowest to the highest; a folder, or a file beside them
     "open_source",
     "load",
     "integrations",
+    "converting",
     "cli",
     "__init__",
     "__main__",

@@ -18,6 +18,7 @@ PUBLIC = {
     "PlacementError",
     "QuantizationConfig",
     "QuantizationReport",
+    "QuantizedCheckpoint",
     "QuantizedLinear",
     "QuantizedModule",
     "QuantizedTensor",
@@ -31,6 +32,7 @@ PUBLIC = {
     "memory_footprint",
     "model_card",
     "num_parameters",
+    "quantize_checkpoint",
     "quantize_tensor",
     "save_quantized",
 }
