@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from bigq.cli import quantize
 from bigq.cli.bench import command as bench
 
 __all__ = ["app", "main"]
@@ -40,6 +41,7 @@ def _examples(*lines: str) -> str:
     return "\n\n".join(("Examples:", *lines))  # typer makes one line of a paragraph
 
 
+app.command("quantize", epilog=_examples(*quantize.EXAMPLES))(quantize.command)
 app.command("bench", epilog=_examples("bigq bench", "bigq bench --shapes 4096x4096 --tokens 1,16 --format nf4"))(bench)
 
 

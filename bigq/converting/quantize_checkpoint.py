@@ -165,27 +165,31 @@ def quantize_checkpoint(
         with timings.timed("plan"):
             plan, _ = plan_and_place(tree, opened, config, runs_on)
             shards, staging = prepare(tree, plan, request, extra_states.files)
-            resumed = staging.done
+            resumed = [*staging.done]
         if not staging.is_complete:
             refuse_too_little_space(shards, staging)
             left = {name: shard for name, shard in shards.items() if name not in resumed}
+            last = [*shards][-1]
             hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
             total = _source_nbytes(opened, left)
-            with tqdm(total=total, unit="B", unit_scale=True, desc="Quantizing", disable=hidden) as bar:  # type: ignore[no-untyped-call]
-                for name, shard in left.items():
-                    write_shard(
-                        staging.folder / name,
-                        shard,
-                        opened,
-                        runs_on,
-                        budget=budget,
-                        timings=timings,
-                        warm_up=warm_up,
-                        metadata=request.metadata,
-                        synchronize=len(shards) > 1,
-                        advance=bar.update,
-                    )
-                    staging.mark_done(name)
+            try:
+                with tqdm(total=total, unit="B", unit_scale=True, desc="Quantizing", disable=hidden) as bar:  # type: ignore[no-untyped-call]
+                    for name, shard in left.items():
+                        write_shard(
+                            staging.folder / name,
+                            shard,
+                            opened,
+                            runs_on,
+                            budget=budget,
+                            timings=timings,
+                            warm_up=warm_up,
+                            metadata=request.metadata,
+                            advance=bar.update,
+                        )
+                        if name != last:  # nothing is left to resume after it
+                            staging.mark_done(name)
+            finally:
+                staging.wait()
             _write_index(staging, shards, request.metadata)
     staging.publish()
     entries = [entry for shard in shards.values() for entry in shard]

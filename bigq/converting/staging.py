@@ -9,11 +9,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from bigq.checkpoint.model_config import read_config
 from bigq.errors import ConfigError
 from bigq.saving.files import remove_weights
+from bigq.system.files import synchronize
+from bigq.system.interrupts import Worker
 from bigq.system.text import shortlist
 
 __all__ = ["Staging"]
@@ -50,12 +53,29 @@ class Staging:
             self._refuse_files()
         done = found.get("done")
         self.done: list[str] = [name for name in done if isinstance(name, str)] if isinstance(done, list) else []
+        self._syncing: tuple[str, Worker] | None = None
+        self._error: OSError | None = None
         self.is_complete = found.get("is_complete") is True
         self.folder.mkdir(parents=True, exist_ok=True)
         self._save()
 
     def mark_done(self, name: str) -> None:
-        """Note that the staged file `name` is whole: a later run keeps it."""
+        """Note that the staged file `name` is whole, once the disk has it: a later run keeps it.
+
+        The disk is waited for in a thread, while the next file is made; `wait` ends it.
+        """
+        self.wait()
+        self._syncing = name, Worker(partial(self._synchronize, name))
+        self._syncing[1].start()
+
+    def wait(self) -> None:
+        """Return when the disk has every file that was marked. Raises OSError if it could not take one."""
+        if self._syncing is None:
+            return
+        (name, thread), self._syncing = self._syncing, None
+        thread.join()
+        if self._error is not None:
+            raise self._error
         self.done.append(name)
         self._save()
 
@@ -75,6 +95,12 @@ class Staging:
                 (self.destination / path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self.folder / path, self.destination / path)
         shutil.rmtree(self.folder)
+
+    def _synchronize(self, name: str) -> None:
+        try:
+            synchronize(self.folder / name)
+        except OSError as error:
+            self._error = error
 
     def _refuse_another_run(self, found: Mapping[str, object]) -> None:
         before = found.get("described")

@@ -49,7 +49,6 @@ def write_shard(
     timings: Timings,
     warm_up: WarmUp,
     metadata: Mapping[str, str],
-    synchronize: bool,
     advance: Callable[[int], object],
 ) -> int:
     """Write the safetensors file at `path` with all of `entries`, quantized on `device`. Returns the bytes of tensors.
@@ -59,7 +58,6 @@ def write_shard(
     Args:
         source: the checkpoint, under the names of the model.
         metadata: of the file's header.
-        synchronize: wait until the disk has the bytes, so that the file is whole even after a loss of power.
         advance: is told how many bytes of the source were done, at each step.
 
     Raises:
@@ -101,8 +99,6 @@ def write_shard(
             advance(nbytes)
         with timings.timed("write"):
             written = file.finish()
-            if synchronize:
-                file.synchronize()
     return written
 
 

@@ -6,7 +6,6 @@ a number in it, comes last, and the header is written in the end, into the space
 """
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -99,10 +98,6 @@ class ShardFile:
             raise AssertionError(f"{self._path}: a tensor is more than {_SLACK} bytes longer than it was expected")
         self._write(memoryview(nbytes.to_bytes(8, "little") + header.ljust(nbytes)), 0)
         return end
-
-    def synchronize(self) -> None:
-        """Return when the disk has the bytes."""
-        os.fsync(self._file.fileno())
 
     def _header(self, specs: Mapping[str, TensorSpec]) -> bytes:
         content: dict[str, object] = {"__metadata__": self._metadata}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bigq.errors import CheckpointError
 
-__all__ = ["FileIdentity", "open_unchanged", "read_into", "write_all"]
+__all__ = ["FileIdentity", "open_unchanged", "read_into", "synchronize", "write_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +70,9 @@ def write_all(path: Path, descriptor: int, data: memoryview, offset: int) -> Non
             done += os.pwrite(descriptor, data[done:], offset + done)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def synchronize(path: Path) -> None:
+    """Return when the disk has the bytes of the file at `path`, so that a loss of power leaves it whole."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
