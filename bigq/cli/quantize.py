@@ -21,6 +21,7 @@ from bigq.cli.output import JsonFlag, answers, note, show
 from bigq.converting.push import push_folder, refuse_without_token
 from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
 from bigq.saving.layouts import LAYOUTS, OWN
+from bigq.system.text import bytes_text
 
 __all__ = ["EXAMPLES", "command"]
 
@@ -47,7 +48,7 @@ class _Answer:
         files = f"{len(made.files)} files" if len(made.files) > 1 else "one file"
         out.print(f"{made.folder}", markup=False)
         out.print(f"  {made.quantized} weights quantized, {made.kept} tensors kept")
-        out.print(f"  {made.nbytes / 1e9:.3f} GB in {files}, {share:.0%} of {made.source_nbytes / 1e9:.3f} GB")
+        out.print(f"  {bytes_text(made.nbytes)} in {files}, {share:.0%} of {bytes_text(made.source_nbytes)}")
         out.print(f"  layout {made.layout}, {made.seconds:.1f} s")
         if self.address is not None:
             out.print(f"  {self.address}", markup=False)
@@ -127,7 +128,7 @@ def command(
             trust_remote_code=trust_remote_code,
         )
     except KeyboardInterrupt:
-        note("the same command goes on with the files that are not finished")
+        note("run it again, without --overwrite, to go on with the files that are not finished")
         raise
     if made.resumed:
         note(f"{made.resumed} of {len(made.files)} files were finished by an earlier run")
