@@ -82,7 +82,7 @@ def test_a_process_that_is_killed(source, tmp_path):
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "triton_kernels", "tests/support"))
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         timeout=120,
     )
