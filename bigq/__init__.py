@@ -1,10 +1,11 @@
 """Stream a checkpoint into any PyTorch model, quantized on the fly: NF4, FP4 and LLM.int8() in Triton."""
 
+from bigq.calibration.input_moments import input_moments
 from bigq.config import QuantizationConfig
 from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
-from bigq.formats import FP4, NF4, Int8
+from bigq.formats import FP4, NF4, InputMoments, Int8
 from bigq.infer_device_map import infer_device_map
 from bigq.interop.adapter_merges import watch_adapters as _watch_adapters
 from bigq.load import load_and_quantize_model
@@ -24,6 +25,7 @@ __all__ = [
     "BigqError",
     "CheckpointError",
     "ConfigError",
+    "InputMoments",
     "Int8",
     "MemoryFootprint",
     "PlacementError",
@@ -38,6 +40,7 @@ __all__ = [
     "dequantize",
     "dequantize_tensor",
     "infer_device_map",
+    "input_moments",
     "load_and_quantize_model",
     "materialize",
     "memory_footprint",
