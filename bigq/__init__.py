@@ -1,5 +1,7 @@
 """Stream a checkpoint into any PyTorch model, quantized on the fly: NF4, FP4 and LLM.int8() in Triton."""
 
+from bigq.calibration.fit import fit
+from bigq.calibration.fit_result import Fit
 from bigq.config import QuantizationConfig
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
@@ -23,6 +25,7 @@ __all__ = [
     "BigqError",
     "CheckpointError",
     "ConfigError",
+    "Fit",
     "Int8",
     "MemoryFootprint",
     "PlacementError",
@@ -35,6 +38,7 @@ __all__ = [
     "UnsupportedError",
     "dequantize",
     "dequantize_tensor",
+    "fit",
     "infer_device_map",
     "load_and_quantize_model",
     "materialize",

@@ -25,6 +25,7 @@ LAYERS = [  # from the lowest to the highest; a folder, or a file beside them
     "loading",
     "interop",
     "saving",
+    "calibration",
     "quantize",
     "infer_device_map",
     "open_source",
