@@ -1,5 +1,7 @@
 """Stream a checkpoint into any PyTorch model, quantized on the fly: NF4, FP4 and LLM.int8() in Triton."""
 
+from bigq.calibration.fit import fit
+from bigq.calibration.fit_result import Fit
 from bigq.calibration.input_moments import input_moments
 from bigq.config import QuantizationConfig
 from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
@@ -25,6 +27,7 @@ __all__ = [
     "BigqError",
     "CheckpointError",
     "ConfigError",
+    "Fit",
     "InputMoments",
     "Int8",
     "MemoryFootprint",
@@ -39,6 +42,7 @@ __all__ = [
     "UnsupportedError",
     "dequantize",
     "dequantize_tensor",
+    "fit",
     "infer_device_map",
     "input_moments",
     "load_and_quantize_model",
