@@ -119,6 +119,8 @@ def test_what_lies_beside_the_weights_comes_along(source, tmp_path):
     card = ModelCard.load(tmp_path / "to" / "README.md")
     assert (card.data.license, card.data.language, card.data.tags) == ("apache-2.0", "de", ["bigq", "nf4"])
     assert "LlamaForCausalLM, quantized to nf4" in card.text
+    convert(source, tmp_path / "theirs", layout="bitsandbytes")
+    assert ModelCard.load(tmp_path / "theirs" / "README.md").data.tags == ["bitsandbytes", "nf4"]
 
 
 def test_a_repository_of_the_hub(tmp_path, monkeypatch, source):
