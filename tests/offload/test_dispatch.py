@@ -15,6 +15,7 @@ from bigq.offload.attach import attach
 from bigq.offload.dispatch import _units
 from bigq.offload.hooks import Float32Hook, PlacementHook
 from bigq.offload.space import is_file_backed
+from bigq.system.internals import COUNTS_HOLDERS, SEES_EDITS
 
 GPU = torch.cuda.is_available()
 RUNS_ON = 0 if GPU else "cpu"
@@ -340,7 +341,8 @@ def test_packed_weights_are_in_memory_in_two_slots_and_no_more(tiny, checkpoint,
         if issubclass(type(value), torch.Tensor) and value.dtype == torch.int8 and value.shape == (216, 72)
     }
     at_rest = {block.up.weight_packed.untyped_storage().data_ptr() for block in model.blocks}
-    assert len(memories - at_rest) == 2, "two slots for three blocks"
+    kept = 2 if SEES_EDITS and COUNTS_HOLDERS else 0  # otherwise each call has tensors of its own
+    assert len(memories - at_rest) == kept, "two slots for three blocks"
 
 
 def _peak_above_rest(model, ids):
