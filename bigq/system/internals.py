@@ -332,23 +332,35 @@ def _attention_output() -> type[nn.Module] | None:
 ATTENTION_OUTPUT = _attention_output()
 
 
-# What a module's load_state_dict does with names before it looks at them.
+# The tables of hooks that every module has: each is found by what torch's public function adds to a module's own.
+
+
+def _hook_table(register: str) -> str:
+    """The attribute of a module in which its method called `register` puts a hook; empty where it is not found."""
+    module = nn.Module()
+    getattr(module, register)(lambda *args: None)
+    return next((name for name, value in vars(module).items() if isinstance(value, dict) and value), "")
+
+
+_LOAD_HOOKS = _hook_table("register_load_state_dict_pre_hook")
+_STATE_HOOKS = _hook_table("register_state_dict_pre_hook")
+_FORWARD_HOOKS = _hook_table("register_forward_pre_hook")
 
 
 def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks of `load_state_dict` of this module itself: hook(state_dict, prefix, metadata, strict, ...)."""
-    return list(getattr(module, "_load_state_dict_pre_hooks", {}).values())
+    return list(getattr(module, _LOAD_HOOKS, {}).values())
 
 
 def state_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """The dict of the hooks that run before `state_dict` of this module; an empty one where it is not known."""
-    hooks: dict[int, Callable[..., Any]] = getattr(module, "_state_dict_pre_hooks", {})
+    """The dict of the hooks that run before `state_dict` of this module."""
+    hooks: dict[int, Callable[..., Any]] = getattr(module, _STATE_HOOKS, {})
     return hooks
 
 
 def has_forward_pre_hooks(module: nn.Module) -> bool:
     """Whether something runs before each call of this module; True where that is not known."""
-    return bool(getattr(module, "_forward_pre_hooks", True))
+    return bool(getattr(module, _FORWARD_HOOKS, True))
 
 
 EXTRA_STATE: str = getattr(nn.modules.module, "_EXTRA_STATE_KEY_SUFFIX", "_extra_state")  # the last part of its name
