@@ -70,7 +70,7 @@ def _double(x, doubled, m):
 
 
 def _multiply(doubled, weight, bias, table, out, m, SCALE):
-    with np.errstate(invalid="ignore"):  # it may run on memory that nobody wrote
+    with np.errstate(invalid="ignore", over="ignore"):  # it may run on memory that nobody wrote
         total = at(doubled, m, K) @ at(weight, N, K).T * at(table, 1) * np.float32(SCALE)
     at(out, m, N)[:] = total if bias in (None, 0) else total + at(bias, N)
 
