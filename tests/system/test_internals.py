@@ -258,10 +258,9 @@ def test_the_list_of_private_names_is_whole(name):
 
 @pytest.mark.slow
 def test_the_suite_passes_with_all_of_them_renamed():
-    """The files that ask most of them, in half a minute; docs/design.md says how to run all of it."""
+    """The files that ask most of them, in 25 s of CPU time; docs/design.md says how to run all of it."""
     files = (
         "kernels/test_internals.py",
-        "kernels/test_replay.py",
         "loading/test_destinations.py",
         "loading/test_runs.py",
         "model/test_own_names.py",
