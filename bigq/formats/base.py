@@ -165,6 +165,13 @@ class Format(Protocol):
     def product(self, in_features: int | None = None) -> Product:
         """The call of products with a weight of K = `in_features`. None: any K that fits the tensors."""
 
+    def grouped_product(self, in_features: int | None = None) -> Product | None:
+        """The call of products of rows with a stack of weights, `op(x, stops, *tensors, *settings)`.
+
+        None: there is no such op. Then each weight multiplies its rows on its own, and the host reads their numbers.
+        """
+        return None
+
     def linear(self, x: Tensor, state: State, bias: Tensor | None, in_features: int | None = None) -> Tensor:
         """Compute x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N], in x's dtype."""
         op, parts, settings = self.product(in_features)

@@ -20,6 +20,8 @@ __all__ = [
     "check_dequantize_4bit",
     "check_dequantize_absmax",
     "check_dequantize_int8",
+    "check_grouped_linear_4bit",
+    "check_grouped_matmul",
     "check_linear_4bit",
     "check_linear_int8",
 ]
@@ -83,6 +85,39 @@ def check_linear_4bit(
     _check_width(x, weight, (x.shape[-1] + 1) // 2, expect)
     check_dequantize_4bit(weight, absmax, nested_absmax, nested_offset, block_size, x.shape[-1], expect)
     _check_beside(x, weight, bias, expect)
+
+
+def check_grouped_linear_4bit(
+    x: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+    expect: Expect = _expect,
+) -> None:
+    """Check that x [S, K], stops [E] and a stack of 4-bit weights [E, N, K] fit together."""
+    expect(
+        x.dim() == 2 and weight.dim() == 3,
+        lambda: f"x is {list(x.shape)} and the weight {list(weight.shape)}; expected [S, K] and [E, N, ceil(K/2)]",
+    )
+    _check("stops", stops, (torch.int32,), (weight.shape[0],), weight.device, expect)
+    matrix, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
+    check_linear_4bit(x, matrix, scales, None, nested_absmax, nested_offset, block_size, in_features, expect)
+
+
+def check_grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor, expect: Expect = _expect) -> None:
+    """Check that x [S, K], stops [E] and a stack of weights [E, K, N] fit together."""
+    expect(
+        x.dim() == 2 and dense.dim() == 3 and x.shape[1] == dense.shape[1] and x.dtype == dense.dtype,
+        lambda: (
+            f"x is {x.dtype} {list(x.shape)} and the weight {dense.dtype} {list(dense.shape)}; expected one dtype, "
+            "and [S, K] and [E, K, N]"
+        ),
+    )
+    _check("stops", stops, (torch.int32,), (dense.shape[0],), dense.device, expect)
 
 
 def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, expect: Expect = _expect) -> None:

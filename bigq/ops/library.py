@@ -27,6 +27,8 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
+    "grouped_linear_4bit",
+    "grouped_matmul",
     "linear_4bit",
     "linear_int8",
     "quantize_4bit",
@@ -45,6 +47,11 @@ _SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, Tensor? nested_offset, "
         "str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
     ),
+    "grouped_linear_4bit": (
+        "(Tensor x, Tensor stops, Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+        "str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
+    ),
+    "grouped_matmul": "(Tensor x, Tensor stops, Tensor dense) -> Tensor",
     "quantize_int8": "(Tensor weight) -> (Tensor, Tensor)",
     "dequantize_int8": "(Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
     "linear_int8": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
@@ -56,6 +63,8 @@ _LAUNCHERS = {  # the module of each launcher, imported on first use
     "quantize_absmax": "bigq_kernels.block4.absmax",
     "dequantize_absmax": "bigq_kernels.block4.absmax",
     "linear_4bit": "bigq_kernels.block4.linear",
+    "grouped_linear_4bit": "bigq_kernels.block4.grouped",
+    "grouped_matmul": "bigq_kernels.grouped_matmul",
     "quantize_int8": "bigq_kernels.int8.quantize",
     "dequantize_int8": "bigq_kernels.int8.dequantize",
     "linear_int8": "bigq_kernels.int8.linear",
@@ -138,6 +147,30 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@torch.library.register_fake("bigq::grouped_linear_4bit", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    checks.check_grouped_linear_4bit(
+        x, stops, weight, absmax, nested_absmax, nested_offset, block_size, in_features, check
+    )
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("bigq::grouped_matmul", lib=_LIBRARY)
+def _(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
+    checks.check_grouped_matmul(x, stops, dense, check)
+    return x.new_empty(x.shape[0], dense.shape[-1])
+
+
 @torch.library.register_fake("bigq::quantize_int8", lib=_LIBRARY)
 def _(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
@@ -172,6 +205,36 @@ def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, _bias_grad(ctx, grad, 3), None, None, None, None, None
 
 
+def _save_grouped_linear_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, stops, weight, absmax, nested_absmax, nested_offset, ctx.quant_type, ctx.block_size, _ = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(stops, weight, absmax, nested_absmax, nested_offset)
+
+
+def _grouped_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY @ dequantize(weight), each row by its weight."""
+    stops, weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        if nested_absmax is not None:
+            absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+        dense = dequantize_4bit(
+            weight.flatten(0, 1), absmax.flatten(0, 1), ctx.quant_type, ctx.block_size, ctx.in_features, grad.dtype
+        )
+        grad_x = grouped_matmul(grad, stops, dense.view(*weight.shape[:2], ctx.in_features))
+    return grad_x, *(None,) * 8
+
+
+def _save_grouped_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _grouped_matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY @ dense, each row by its weight. The weight is made of a frozen one and has no gradient."""
+    stops, dense = ctx.saved_tensors
+    return grouped_matmul(grad, stops, dense.mT) if ctx.needs_input_grad[0] else None, None, None
+
+
 def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, absmax, bias, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -195,6 +258,12 @@ torch.library.register_autograd(
     "bigq::linear_4bit", _linear_4bit_backward, setup_context=_save_linear_4bit, lib=_LIBRARY
 )
 torch.library.register_autograd(
+    "bigq::grouped_linear_4bit", _grouped_linear_4bit_backward, setup_context=_save_grouped_linear_4bit, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "bigq::grouped_matmul", _grouped_matmul_backward, setup_context=_save_grouped_matmul, lib=_LIBRARY
+)
+torch.library.register_autograd(
     "bigq::linear_int8", _linear_int8_backward, setup_context=_save_linear_int8, lib=_LIBRARY
 )
 
@@ -203,6 +272,8 @@ dequantize_4bit = torch.ops.bigq.dequantize_4bit.default
 quantize_absmax = torch.ops.bigq.quantize_absmax.default
 dequantize_absmax = torch.ops.bigq.dequantize_absmax.default
 linear_4bit = torch.ops.bigq.linear_4bit.default
+grouped_linear_4bit = torch.ops.bigq.grouped_linear_4bit.default
+grouped_matmul = torch.ops.bigq.grouped_matmul.default
 quantize_int8 = torch.ops.bigq.quantize_int8.default
 dequantize_int8 = torch.ops.bigq.dequantize_int8.default
 linear_int8 = torch.ops.bigq.linear_int8.default

@@ -23,6 +23,8 @@ from bigq.ops.checks import (
     check_dequantize_4bit,
     check_dequantize_absmax,
     check_dequantize_int8,
+    check_grouped_linear_4bit,
+    check_grouped_matmul,
     check_linear_4bit,
     check_linear_int8,
 )
@@ -33,6 +35,8 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
+    "grouped_linear_4bit",
+    "grouped_matmul",
     "linear_4bit",
     "linear_int8",
     "nested_code",
@@ -232,6 +236,46 @@ def linear_4bit(
         dense = dequantize_4bit(weight[rows], absmax[rows], quant_type, block_size, x.shape[-1], x.dtype)
         part = F.linear(x_product, dense.to(product_dtype), None if bias is None else bias[rows].to(product_dtype))
         out[..., rows] = part
+    return out
+
+
+def grouped_linear_4bit(
+    x: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    """x [S, K] times a stack of transposed 4-bit weights [E, N, K], each row by its own: [S, N], in x's dtype.
+
+    Weight e multiplies the rows from stops[e - 1] (0 for the first) up to stops[e]. Rows after the last give zeros.
+    The stack is one matrix [E * N, K] to double quantization.
+    """
+    check_grouped_linear_4bit(x, stops, weight, absmax, nested_absmax, nested_offset, block_size, in_features)
+    if nested_absmax is not None and nested_offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+    out = torch.zeros(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
+    start = 0
+    for e, stop in enumerate(stops.tolist()):
+        if stop > start:
+            rows = x[start:stop]
+            out[start:stop] = linear_4bit(rows, weight[e], absmax[e], None, None, None, quant_type, block_size)
+            start = stop
+    return out
+
+
+def grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
+    """x [S, K] times dense [E, K, N], each row by its own as in `grouped_linear_4bit`: [S, N], in x's dtype."""
+    check_grouped_matmul(x, stops, dense)
+    out, start = x.new_zeros(x.shape[0], dense.shape[-1]), 0
+    for e, stop in enumerate(stops.tolist()):
+        if stop > start:
+            out[start:stop] = x[start:stop] @ dense[e]
+            start = stop
     return out
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bigq import ops
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import Format, Product, State
 from bigq.ops import eager
@@ -30,23 +31,29 @@ def multiply(
     Raises:
         UnsupportedError: x is not floating point, or its width is not K.
     """
-    out_dtype = x.dtype
-    if not out_dtype.is_floating_point:
-        raise UnsupportedError(
-            f"a quantized weight is multiplied by activations of {out_dtype}; expected a floating dtype: cast them, or "
-            "name the layer in skip_modules"
-        )
+    out_dtype = _result_dtype(x)
     if x.is_nested:
         parts = [multiply(part, product, tensors, compute_dtype) for part in x.unbind()]
         return torch.nested.as_nested_tensor(parts, layout=x.layout)
-    device_type = "cuda" if x.is_cuda else x.device.type  # `device.type` takes as long as all other lines here
-    if torch.is_autocast_enabled(device_type) and out_dtype is not torch.float64:  # autocast does not cast float64
-        out_dtype = torch.get_autocast_dtype(device_type)
     dtype = compute_dtype or out_dtype
     op, _, settings = product
     # `to` takes a microsecond even if it casts nothing.
     out = eager.linear(op, x if x.dtype is dtype else x.to(dtype), tensors, settings)
     return out if out.dtype is out_dtype else out.to(out_dtype)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: that of autocast, or of x."""
+    dtype = x.dtype
+    if not dtype.is_floating_point:
+        raise UnsupportedError(
+            f"a quantized weight is multiplied by activations of {dtype}; expected a floating dtype: cast them, or "
+            "name the layer in skip_modules"
+        )
+    device_type = "cuda" if x.is_cuda else x.device.type  # `device.type` takes as long as all other lines here
+    if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:  # autocast does not cast float64
+        return torch.get_autocast_dtype(device_type)
+    return dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +128,22 @@ class Stored:
             return x.new_empty(*x.shape[:2], self.shape[-2])
         return torch.stack([self._entry(e).linear(rows) for e, rows in enumerate(x.unbind())])
 
-    def grouped_linear(self, x: Tensor, stops: Sequence[int]) -> Tensor:
+    def grouped_linear(self, x: Tensor, stops: Tensor) -> Tensor:
         """Compute groups of rows of x [S, K], each times one transposed weight of [E, N, K]: [S, N].
 
         Weight e multiplies the rows from `stops[e - 1]` (0 for the first) up to `stops[e]`. Rows after the last of
-        `stops` give zeros.
+        `stops` give zeros. Where the format has a kernel for all weights, the host does not read `stops`.
         """
+        product = self.format.grouped_product(self.shape[-1])
+        if product is None:
+            return self._one_by_one(x, stops.tolist())
+        out_dtype = _result_dtype(x)
+        tensors = (self.state[part] for part in product.parts)
+        rows = x.to(self.compute_dtype or out_dtype)
+        out: Tensor = getattr(ops, product.op)(rows, stops.int(), *tensors, *product.settings)
+        return out.to(out_dtype)
+
+    def _one_by_one(self, x: Tensor, stops: Sequence[int]) -> Tensor:
         starts = (0, *stops[:-1])
         groups = [(e, start, stop) for e, (start, stop) in enumerate(zip(starts, stops, strict=True)) if stop > start]
         parts = [self._entry(e).linear(x[start:stop]) for e, start, stop in groups]

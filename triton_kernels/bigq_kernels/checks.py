@@ -14,6 +14,7 @@ __all__ = [
     "check_dequantize_4bit",
     "check_dequantize_absmax",
     "check_dequantize_int8",
+    "check_grouped_linear_4bit",
     "check_linear_4bit",
     "check_linear_int8",
 ]
@@ -53,6 +54,30 @@ def check_linear_4bit(
         raise _widths_differ(x, weight, (k + 1) // 2)
     _check_4bit(weight, absmax, nested_absmax, nested_offset, block_size, k, shape[0], device)
     _check_beside(x, bias, shape[0], device)
+
+
+def check_grouped_linear_4bit(
+    x: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+) -> None:
+    """Raise RuntimeError unless x [S, K], stops [E] and a stack of 4-bit weights [E, N, K] fit together."""
+    if x.dim() != 2 or weight.dim() != 3:
+        raise RuntimeError(
+            f"x is {list(x.shape)} and the weight {list(weight.shape)}; expected [S, K] and [E, N, ceil(K/2)]"
+        )
+    if stops.dtype != torch.int32 or stops.shape != weight.shape[:1] or stops.device != weight.device:
+        raise RuntimeError(
+            f"stops is {stops.dtype} {list(stops.shape)} on {stops.device}; "
+            f"expected torch.int32 {list(weight.shape[:1])} on {weight.device}"
+        )
+    matrix, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
+    check_linear_4bit(x, matrix, scales, None, nested_absmax, nested_offset, block_size, in_features)
 
 
 def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:

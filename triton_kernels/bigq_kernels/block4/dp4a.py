@@ -15,6 +15,7 @@ from torch import Tensor
 from bigq_kernels.block4.absmax import load_absmax
 from bigq_kernels.block4.configs import Dp4aConfig
 from bigq_kernels.block4.dot_bytes import BYTE_TABLES, dot_codes, split_token
+from bigq_kernels.block4.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
@@ -81,6 +82,7 @@ def _linear_4bit_dp4a_kernel(
     offset_ptr,
     code_ptr,
     out_ptr,  # [M, N]
+    groups_ptr,  # of `group_tokens` for a stack of weights, or None
     N,
     CHUNKS,
     B,
@@ -103,10 +105,21 @@ def _linear_4bit_dp4a_kernel(
     # The last blocks start early enough to be whole. A row that is computed twice gets the same bits.
     last = tl.maximum(N - BLOCK_N, 0)
     row = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
-    first = tl.minimum(tl.program_id(0) * (BLOCKS * BLOCK_N), last)
+    n_tile = tl.program_id(0)
+    base = 0  # the first row of the weight in a stack
+    if groups_ptr is not None:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        weight, n_tile, _, token, rows = place_in_group(groups_ptr, n_tile, tl.cdiv(N, BLOCKS * BLOCK_N), M)
+        if rows <= 0:
+            return
+        base = weight * N
+        x_ptr += token * CHUNKS * CHUNK
+        out_ptr += token * N
+    first = tl.minimum(n_tile * (BLOCKS * BLOCK_N), last)
     pointers = (weight_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr)
-    words, absmax = _load_rows(pointers, first, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS)
-    if PDL:
+    words, absmax = _load_rows(pointers, base + first, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS)
+    if PDL and groups_ptr is None:
         tl.extra.cuda.gdc_wait()  # the first codes are on their way while another kernel makes x
     planes, scales, excesses = tl.tuple([]), tl.tuple([]), tl.tuple([])
     for c in tl.static_range(COVERS):
@@ -123,7 +136,7 @@ def _linear_4bit_dp4a_kernel(
         next_words, next_absmax = words, absmax
         if block + 1 < BLOCKS:
             next_words, next_absmax = _load_rows(
-                pointers, after, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS
+                pointers, base + after, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS
             )
         total = tl.zeros((BLOCK_N, BLOCK_C, M), tl.float32)
         for c in tl.static_range(COVERS):
@@ -142,18 +155,27 @@ def _linear_4bit_dp4a_kernel(
         first = after
 
 
-def linear_4bit_dp4a(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: Dp4aConfig) -> None:
+def linear_4bit_dp4a(
+    x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: Dp4aConfig, stops: Tensor | None = None
+) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
-    M <= 2, K % 32 == 0 and K <= MAX_DP4A_K.
+    M <= 2, K % 32 == 0 and K <= MAX_DP4A_K. With `stops`, packed is [E, N, K/2], there is no bias, and each weight
+    multiplies its rows of x, any number, one at a time.
     """
     m, k = x.shape
-    n, chunks = packed.weight.shape[0], k // CHUNK.value
+    n, chunks = packed.weight.shape[-2], k // CHUNK.value
     gpu = Gpu.of(x.device)
+    programs = ceil_div(n, config.block_n * config.blocks)
+    token_groups = None
+    if stops is not None:
+        weights, count = len(packed.weight), torch.empty(0, dtype=torch.int32, device=x.device)
+        token_groups = group_tokens(stops, weights, 1, count, out)
+        programs, m = programs * most_tiles(m, weights, 1), 1
     launch(
-        _linear_4bit_dp4a_kernel, (ceil_div(n, config.block_n * config.blocks),),
-        x, packed.weight.view(torch.int32), packed.absmax, bias, *packed.nested, out,
-        n, chunks, packed.absmax.shape[1], config.blocks, *BYTE_TABLES[packed.quant_type],
+        _linear_4bit_dp4a_kernel, (programs,),
+        x, packed.weight.view(torch.int32), packed.absmax, bias, *packed.nested, out, token_groups,
+        n, chunks, packed.absmax.shape[-1], config.blocks, *BYTE_TABLES[packed.quant_type],
         QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size, EVEN_K=chunks % (32 * config.warps) == 0,
         USE_ASM=gpu.ptx, PDL=gpu.pdl, EARLY=gpu.pdl and packed.weight.nbytes <= MAX_EARLY_NBYTES,
         M=m, BLOCK_N=config.block_n, BLOCK_C=32 * config.warps, COVERS=ceil_div(chunks, 32 * config.warps),

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from triton.language.extra.cuda import gdc_wait
 
 from bigq_kernels.block4.configs import WgmmaConfig
+from bigq_kernels.block4.gluon.groups import place_in_group
 from bigq_kernels.block4.gluon.operands import code_layout, code_tables, decode_scaled
 from bigq_kernels.block4.gluon.scales import (
     add_splits,
@@ -31,6 +32,7 @@ from bigq_kernels.block4.gluon.scales import (
     scale_layout,
     scales_of,
 )
+from bigq_kernels.block4.groups import group_tokens, most_tiles
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.tokens import tile_tokens
 from bigq_kernels.launch import launch
@@ -65,6 +67,7 @@ def _linear_4bit_wgmma_kernel(
     partial_ptr,  # [tiles, SPLIT, BLOCK_N, BLOCK_M] float32
     count_ptr,  # [tiles] int32, zero once the kernel before has ended: how many programs have finished the tile
     out_ptr,  # [M, N]
+    groups_ptr,  # of `group_tokens` for a stack of weights, or None
     M,
     N,
     PAIRS,
@@ -114,6 +117,16 @@ def _linear_4bit_wgmma_kernel(
     first_m = m_tile * BLOCK_M
     first_n = tile // m_tiles * BLOCK_N
     first_row = first_n.to(gl.int64)
+    if groups_ptr is not None:
+        gdc_wait()
+        n_tiles = gl.cdiv(N, BLOCK_N)
+        weight, n_tile, m_tile, first_m, M = place_in_group(groups_ptr, tile, n_tiles, BLOCK_M)
+        if M <= 0:
+            return
+        tile = (m_tile * n_tiles).to(gl.int32) + n_tile
+        first_n = n_tile * BLOCK_N
+        first_row = weight * N + first_n
+        M += first_m  # the row of x after the last
     split = gl.program_id(1)
     last_row = N - 1 - first_n  # rows past N read the last row; their result is not stored
     row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
@@ -148,7 +161,8 @@ def _linear_4bit_wgmma_kernel(
             )  # fmt: skip
             scales = scales_of(value_before, nested_before, nested_ptr, offset_ptr, code_ptr)
             absmax_smem.index((start + i) % W_STAGES).store(scales)
-    gdc_wait()  # for the tokens, and the counts
+    if groups_ptr is None:
+        gdc_wait()  # for the tokens, and the counts
     for i in gl.static_range(2):
         copy_async(x_smem[i], x_ptrs + (start * 4 + i) * SLICE)
         async_copy.commit_group()
@@ -197,7 +211,7 @@ def _linear_4bit_wgmma_kernel(
     if is_last:
         if bias_ptr is not None:
             bias_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-            bias = gl.load(bias_ptr + first_row + bias_n, mask=bias_n <= last_row, other=0.0)
+            bias = gl.load(bias_ptr + first_n + bias_n, mask=bias_n <= last_row, other=0.0)
             total += bias.to(gl.float32)[:, None]
         out = gl.convert_layout(total.to(DTYPE), OUT)  # 16 bytes of an output row a store
         m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
@@ -205,22 +219,30 @@ def _linear_4bit_wgmma_kernel(
         gl.store(out_ptr + first_m * N + (m.to(gl.int64) * N + n), out, mask=(first_m + m < M) & (n < N))
 
 
-def linear_4bit_wgmma(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: WgmmaConfig) -> None:
+def linear_4bit_wgmma(
+    x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: WgmmaConfig, stops: Tensor | None = None
+) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
-    K % 256 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M.
+    K % 256 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M. With `stops`, packed is [E, N, K/2], there
+    is no bias, and each weight multiplies its rows of x.
     """
     m, _ = x.shape
-    n, pairs = packed.weight.shape
-    tiles = ceil_div(n, config.block_n) * ceil_div(m, config.block_m)
+    n, pairs = packed.weight.shape[-2:]
+    m_tiles = ceil_div(m, config.block_m) if stops is None else most_tiles(m, len(packed.weight), config.block_m)
+    tiles = ceil_div(n, config.block_n) * m_tiles
     steps = pairs // STEP_BYTES.value
     steps_per_split = ceil_div(steps, config.split)
     split = ceil_div(steps, steps_per_split)
     partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
+    groups = None
+    if stops is not None:
+        groups = group_tokens(stops, len(packed.weight), config.block_m, count, out)
     launch(
         _linear_4bit_wgmma_kernel, (tiles, split),
-        tile_tokens(x, config.block_m, count), packed.weight, packed.absmax, bias, *packed.nested, partial, count, out,
-        m, n, pairs, packed.absmax.shape[1], steps_per_split, *code_tables(packed.quant_type, x.dtype),
+        tile_tokens(x, config.block_m, count, groups), packed.weight, packed.absmax, bias, *packed.nested, partial,
+        count, out, groups,
+        m, n, pairs, packed.absmax.shape[-1], steps_per_split, *code_tables(packed.quant_type, x.dtype),
         QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split,
         options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": True},

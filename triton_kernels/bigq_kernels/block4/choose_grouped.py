@@ -1,0 +1,104 @@
+"""choose_grouped: which kernel multiplies the rows of x by a stack of 4-bit weights, each by its own, and why.
+
+How many rows each weight has is known on the GPU alone. So the number of rows that a weight has on average decides,
+among the weights that are hit, at most all.
+
+    >>> import torch
+    >>> from bigq_kernels.gpu import Gpu
+    >>> choice = choose_grouped(Gpu.named("h200"), rows=8, e=128, n=1536, k=2048, block_size=64, dtype=torch.bfloat16)
+    >>> choice.way, choice.why
+    ('dp4a', 'Up to 16 rows for 128 weights hardly share one, and byte dot products are fastest for single rows.')
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from bigq_kernels.block4.choose import MIN_GLUON_BLOCK, Config
+from bigq_kernels.block4.configs import (
+    MAX_DP4A_K,
+    SPLIT_ROWS,
+    STEP,
+    StagedConfig,
+    WgmmaConfig,
+    dp4a_config,
+    mma_config,
+    row_blocks,
+    staged_config,
+)
+from bigq_kernels.choice import Choice
+from bigq_kernels.gpu import Gpu
+from bigq_kernels.split_k import split_steps
+from bigq_kernels.tiles import ceil_div, next_power_of_2
+
+__all__ = ["choose_grouped"]
+
+SINGLE_SHARE = 8  # one row for each 8 weights: two rows seldom have the same weight, so dp4a reads few of them twice
+MAX_SINGLE_ROWS = 2  # dp4a up to this many rows, whatever the number of weights
+MAX_STAGED_ROWS = 24  # of a weight: a tile of 32 holds most
+MAX_WGMMA_ROWS = 512
+MAX_MMA_ROWS = 64
+
+# Tokens of a tile: (rows of the weight in a tile, warps, registers).
+WGMMA: dict[int, tuple[int, int, int | None]] = {64: (128, 8, 128), 128: (128, 8, None), 256: (128, 8, None)}
+
+
+@lru_cache(maxsize=4096)
+def choose_grouped(
+    device: torch.device | Gpu, rows: int, e: int, n: int, k: int, block_size: int, dtype: torch.dtype
+) -> Choice[Config | None]:
+    """The way of x [rows, k] of `dtype`, each row times one of e 4-bit weights [n, k], on a device or a `Gpu`."""
+    gpu = device if isinstance(device, Gpu) else Gpu.of(device)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return _dequantize(f"x is {dtype}, and fused kernels multiply torch.bfloat16 and torch.float16.")
+    if k % 32:
+        return _dequantize(f"K = {k} is no multiple of 32, so rows are no whole vectors of 16 bytes.")
+    if rows == 0 or n == 0 or e == 0:
+        return _dequantize(f"The output is empty: {rows} x {n}.")
+    hit = min(rows, e)
+    mean = rows / hit
+    few = max(MAX_SINGLE_ROWS, e // SINGLE_SHARE)
+    if rows <= few and k <= MAX_DP4A_K:
+        config = dp4a_config(gpu, 1, n, k)
+        resident = 65536 // (32 * config.warps * config.registers)
+        blocks = row_blocks(
+            ceil_div(n, config.block_n) * rows, gpu.multiprocessors, resident, SPLIT_ROWS / config.block_n
+        )
+        why = f"Up to {few} rows for {e} weights hardly share one, and byte dot products are fastest for single rows."
+        return Choice(way="dp4a", config=replace(config, blocks=min(blocks, ceil_div(n, config.block_n))), why=why)
+    each = f"{mean:.3g} rows for each of {hit} weights"
+    if gpu.gluon and block_size >= MIN_GLUON_BLOCK:
+        if mean <= MAX_STAGED_ROWS:
+            why = f"With {each}, codes that are staged in shared memory are fastest."
+            return Choice(way="staged", config=_staged_config(gpu, hit, mean, n, k), why=why)
+        if k % STEP == 0 and gpu.capability == (9, 0) and mean <= MAX_WGMMA_ROWS:
+            tile = next(m for m in WGMMA if mean <= 0.9 * m or m == max(WGMMA))
+            block_n, warps, registers = WGMMA[tile]
+            config = WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
+            return Choice(
+                way="wgmma", config=config, why=f"With {each}, wgmma decodes each weight once for a tile of {tile}."
+            )
+    if mean <= MAX_MMA_ROWS:
+        config = mma_config(gpu, _tile(mean), n, k, block_size)
+        config = replace(config, split=max(1, config.split // next_power_of_2(hit)))
+        return Choice(way="mma", config=config, why=f"With {each}, mma is faster than dequantizing all weights.")
+    return _dequantize(f"With {each}, one dequantization of all weights is shared by enough rows.")
+
+
+def _tile(mean: float) -> int:
+    """Rows of a tile that hold those of most weights, if each row chose its weight at random."""
+    return next(m for m in (8, 16, 32, 64, 128) if mean + mean**0.5 <= m or m == 128)
+
+
+def _staged_config(gpu: Gpu, hit: int, mean: float, n: int, k: int) -> StagedConfig:
+    tile = min(_tile(mean), 32)
+    config = staged_config(gpu, tile, n, k)
+    split, steps = split_steps(
+        ceil_div(n, config.block_n) * hit, ceil_div(k, STEP), gpu.multiprocessors, config.block_m / 16
+    )
+    return replace(config, split=split, steps_per_split=steps)
+
+
+def _dequantize(why: str) -> Choice[None]:
+    return Choice(way="dequantize", config=None, why=why)
