@@ -166,7 +166,7 @@ class Format(Protocol):
         """The call of products with a weight of K = `in_features`. None: any K that fits the tensors."""
 
     def grouped_product(self, in_features: int | None = None) -> Product | None:
-        """The call of products of rows with a stack of weights, `op(x, stops, *tensors, *settings)`.
+        """The call of products of sorted rows with a stack of weights: `eager.routed(op, x, stops, tensors, settings)`.
 
         None: there is no such op. Then each weight multiplies its rows on its own, and the host reads their numbers.
         """

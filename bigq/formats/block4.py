@@ -107,9 +107,7 @@ class Block4(Format):
         return Product("linear_4bit", ("packed", "absmax", "bias"), (None, None, *settings))
 
     def grouped_product(self, in_features: int | None = None) -> Product | None:
-        parts = ("packed", "absmax", "nested_absmax", "nested_offset") if self.double_quant else ("packed", "absmax")
-        none = (None,) * (4 - len(parts))
-        return Product("grouped_linear_4bit", parts, (*none, self.quant_type, self.block_size, in_features))
+        return self.product(in_features)._replace(op="grouped_linear_4bit")
 
     def describe(self) -> dict[str, str | int | float | bool]:
         return {"format": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}

@@ -12,6 +12,7 @@ from bigq.ops.library import (
     quantize_4bit,
     quantize_absmax,
     quantize_int8,
+    routed_linear_4bit,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "routed_linear_4bit",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "check_grouped_matmul",
     "check_linear_4bit",
     "check_linear_int8",
+    "check_routed_linear_4bit",
 ]
 
 NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale in double quantization
@@ -92,20 +93,57 @@ def check_grouped_linear_4bit(
     stops: Tensor,
     weight: Tensor,
     absmax: Tensor,
+    bias: Tensor | None,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     block_size: int,
     in_features: int | None,
     expect: Expect = _expect,
 ) -> None:
-    """Check that x [S, K], stops [E] and a stack of 4-bit weights [E, N, K] fit together."""
+    """Check that x [S, K], stops [E], a stack of 4-bit weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, expect)
+    _check("stops", stops, (torch.int32,), (weight.shape[0],), weight.device, expect)
+
+
+def check_routed_linear_4bit(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+    expect: Expect = _expect,
+) -> None:
+    """Check that x [M, K], ids [S], a stack of 4-bit weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, expect)
+    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device, expect)
+    expect(
+        x.shape[0] == 0 or ids.shape[0] % x.shape[0] == 0,
+        lambda: f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x",
+    )
+
+
+def _check_stack(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+    expect: Expect,
+) -> None:
     expect(
         x.dim() == 2 and weight.dim() == 3,
         lambda: f"x is {list(x.shape)} and the weight {list(weight.shape)}; expected [S, K] and [E, N, ceil(K/2)]",
     )
-    _check("stops", stops, (torch.int32,), (weight.shape[0],), weight.device, expect)
     matrix, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
-    check_linear_4bit(x, matrix, scales, None, nested_absmax, nested_offset, block_size, in_features, expect)
+    row_bias = bias if bias is None else bias.flatten()
+    check_linear_4bit(x, matrix, scales, row_bias, nested_absmax, nested_offset, block_size, in_features, expect)
 
 
 def check_grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor, expect: Expect = _expect) -> None:

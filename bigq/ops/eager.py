@@ -14,7 +14,7 @@ from bigq.ops import library
 from bigq.ops.replays import Settings, State, run
 from bigq.system.internals import something_listens
 
-__all__ = ["linear"]
+__all__ = ["linear", "routed"]
 
 
 def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
@@ -34,6 +34,14 @@ def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
     if bias_tangent is not None:
         change = bias_tangent.expand_as(out) if change is None else change + bias_tangent
     return make_dual(out, change)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def routed(name: str, x: Tensor, route: Tensor, state: State, settings: Settings) -> Tensor:
+    """The op `name` of x [M, K] and a stack of quantized weights; `route` says which of them multiplies which row."""
+    is_plain = not is_compiling() and type(x) is Tensor and x.is_cuda and not something_listens()
+    if is_plain and not (torch.is_grad_enabled() and _needs_gradient(x, state)):
+        return run(library.cuda_implementation, name, x, state, settings, (route,))
+    return getattr(library, name)(x, route, *state, *settings)  # type: ignore[no-any-return]
 
 
 def _times_weight(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:

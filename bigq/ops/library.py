@@ -34,6 +34,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "routed_linear_4bit",
 ]
 
 _SCHEMAS = {
@@ -48,8 +49,12 @@ _SCHEMAS = {
         "str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
     ),
     "grouped_linear_4bit": (
-        "(Tensor x, Tensor stops, Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
-        "str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
+        "(Tensor x, Tensor stops, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, "
+        "Tensor? nested_offset, str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
+    ),
+    "routed_linear_4bit": (
+        "(Tensor x, Tensor ids, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, "
+        "Tensor? nested_offset, str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
     ),
     "grouped_matmul": "(Tensor x, Tensor stops, Tensor dense) -> Tensor",
     "quantize_int8": "(Tensor weight) -> (Tensor, Tensor)",
@@ -64,6 +69,7 @@ _LAUNCHERS = {  # the module of each launcher, imported on first use
     "dequantize_absmax": "bigq_kernels.block4.absmax",
     "linear_4bit": "bigq_kernels.block4.linear",
     "grouped_linear_4bit": "bigq_kernels.block4.grouped",
+    "routed_linear_4bit": "bigq_kernels.block4.grouped",
     "grouped_matmul": "bigq_kernels.grouped_matmul",
     "quantize_int8": "bigq_kernels.int8.quantize",
     "dequantize_int8": "bigq_kernels.int8.dequantize",
@@ -153,6 +159,7 @@ def _(
     stops: Tensor,
     weight: Tensor,
     absmax: Tensor,
+    bias: Tensor | None,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     quant_type: str,
@@ -160,9 +167,28 @@ def _(
     in_features: int | None = None,
 ) -> Tensor:
     checks.check_grouped_linear_4bit(
-        x, stops, weight, absmax, nested_absmax, nested_offset, block_size, in_features, check
+        x, stops, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, check
     )
     return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("bigq::routed_linear_4bit", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    checks.check_routed_linear_4bit(
+        x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, check
+    )
+    return x.new_empty(ids.shape[0], weight.shape[1])
 
 
 @torch.library.register_fake("bigq::grouped_matmul", lib=_LIBRARY)
@@ -205,24 +231,54 @@ def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, _bias_grad(ctx, grad, 3), None, None, None, None, None
 
 
-def _save_grouped_linear_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, stops, weight, absmax, nested_absmax, nested_offset, ctx.quant_type, ctx.block_size, _ = inputs
-    ctx.in_features = x.shape[-1]
-    ctx.save_for_backward(stops, weight, absmax, nested_absmax, nested_offset)
+def _save_stack_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """For the grouped and the routed product, whose second input says which weight multiplies which row."""
+    x, route, weight, absmax, bias, nested_absmax, nested_offset, ctx.quant_type, ctx.block_size, _ = inputs
+    ctx.rows, ctx.in_features = x.shape
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(route, weight, absmax, nested_absmax, nested_offset)
+
+
+def _dequantized_stack(ctx: Any, dtype: torch.dtype) -> Tensor:
+    _, weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
+    if nested_absmax is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+    codes, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
+    dense: Tensor = dequantize_4bit(codes, scales, ctx.quant_type, ctx.block_size, ctx.in_features, dtype)
+    return dense.view(*weight.shape[:2], ctx.in_features)
 
 
 def _grouped_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dX = dY @ dequantize(weight), each row by its weight."""
-    stops, weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
+    stops = ctx.saved_tensors[0]
+    grad_x = grouped_matmul(grad, stops, _dequantized_stack(ctx, grad.dtype)) if ctx.needs_input_grad[0] else None
+    rows = torch.arange(grad.shape[0], device=grad.device, dtype=torch.int32)
+    ids = torch.searchsorted(stops, rows, right=True) if ctx.needs_input_grad[4] else None
+    return grad_x, None, None, None, _stack_bias_grad(ctx, grad, ids), None, None, None, None, None
+
+
+def _routed_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY @ dequantize(weight), each row by its weight, summed over the rows that read one row of x."""
+    ids, weight = ctx.saved_tensors[:2]
+    weights = weight.shape[0]
+    known = torch.where((ids >= 0) & (ids < weights), ids, weights)
     grad_x = None
     if ctx.needs_input_grad[0]:
-        if nested_absmax is not None:
-            absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
-        dense = dequantize_4bit(
-            weight.flatten(0, 1), absmax.flatten(0, 1), ctx.quant_type, ctx.block_size, ctx.in_features, grad.dtype
-        )
-        grad_x = grouped_matmul(grad, stops, dense.view(*weight.shape[:2], ctx.in_features))
-    return grad_x, *(None,) * 8
+        ordered, order = known.sort(stable=True)
+        stops = torch.searchsorted(ordered, torch.arange(weights, device=ids.device), right=True, out_int32=True)
+        grouped = grouped_matmul(grad[order], stops, _dequantized_stack(ctx, grad.dtype))
+        each = torch.empty_like(grouped).index_copy(0, order, grouped)
+        grad_x = each.view(ctx.rows, -1, ctx.in_features).sum(dim=1)
+    return grad_x, None, None, None, _stack_bias_grad(ctx, grad, known), None, None, None, None, None
+
+
+def _stack_bias_grad(ctx: Any, grad: Tensor, ids: Tensor | None) -> Tensor | None:
+    """Of bias [E, N]: the sum of the rows of each weight; ids [S] has E where there is none."""
+    if not ctx.needs_input_grad[4] or ids is None:
+        return None
+    weights, n = ctx.saved_tensors[1].shape[:2]
+    total = torch.zeros(weights + 1, n, dtype=torch.float32, device=grad.device)
+    return total.index_add(0, ids, grad.float())[:weights].to(ctx.bias_dtype)
 
 
 def _save_grouped_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -258,7 +314,10 @@ torch.library.register_autograd(
     "bigq::linear_4bit", _linear_4bit_backward, setup_context=_save_linear_4bit, lib=_LIBRARY
 )
 torch.library.register_autograd(
-    "bigq::grouped_linear_4bit", _grouped_linear_4bit_backward, setup_context=_save_grouped_linear_4bit, lib=_LIBRARY
+    "bigq::grouped_linear_4bit", _grouped_linear_4bit_backward, setup_context=_save_stack_4bit, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "bigq::routed_linear_4bit", _routed_linear_4bit_backward, setup_context=_save_stack_4bit, lib=_LIBRARY
 )
 torch.library.register_autograd(
     "bigq::grouped_matmul", _grouped_matmul_backward, setup_context=_save_grouped_matmul, lib=_LIBRARY
@@ -273,6 +332,7 @@ quantize_absmax = torch.ops.bigq.quantize_absmax.default
 dequantize_absmax = torch.ops.bigq.dequantize_absmax.default
 linear_4bit = torch.ops.bigq.linear_4bit.default
 grouped_linear_4bit = torch.ops.bigq.grouped_linear_4bit.default
+routed_linear_4bit = torch.ops.bigq.routed_linear_4bit.default
 grouped_matmul = torch.ops.bigq.grouped_matmul.default
 quantize_int8 = torch.ops.bigq.quantize_int8.default
 dequantize_int8 = torch.ops.bigq.dequantize_int8.default

@@ -27,6 +27,7 @@ from bigq.ops.checks import (
     check_grouped_matmul,
     check_linear_4bit,
     check_linear_int8,
+    check_routed_linear_4bit,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "routed_linear_4bit",
 ]
 
 # fmt: off
@@ -244,28 +246,55 @@ def grouped_linear_4bit(
     stops: Tensor,
     weight: Tensor,
     absmax: Tensor,
+    bias: Tensor | None,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     quant_type: str,
     block_size: int,
     in_features: int | None = None,
 ) -> Tensor:
-    """x [S, K] times a stack of transposed 4-bit weights [E, N, K], each row by its own: [S, N], in x's dtype.
+    """x [S, K] times a stack of transposed 4-bit weights [E, N, K], each row by its own, plus bias [E, N]: [S, N].
 
     Weight e multiplies the rows from stops[e - 1] (0 for the first) up to stops[e]. Rows after the last give zeros.
     The stack is one matrix [E * N, K] to double quantization.
     """
-    check_grouped_linear_4bit(x, stops, weight, absmax, nested_absmax, nested_offset, block_size, in_features)
+    check_grouped_linear_4bit(x, stops, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     if nested_absmax is not None and nested_offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
     out = torch.zeros(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
     start = 0
     for e, stop in enumerate(stops.tolist()):
         if stop > start:
-            rows = x[start:stop]
-            out[start:stop] = linear_4bit(rows, weight[e], absmax[e], None, None, None, quant_type, block_size)
+            own = None if bias is None else bias[e]
+            out[start:stop] = linear_4bit(x[start:stop], weight[e], absmax[e], own, None, None, quant_type, block_size)
             start = stop
     return out
+
+
+def routed_linear_4bit(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    """Row i of [S, N]: row i // (S / M) of x [M, K] times the transposed weight ids[i] of [E, N, K], plus its bias.
+
+    A row whose id is no weight's gives zeros. ids is int32 or int64 [S]; S is a multiple of M.
+    """
+    check_routed_linear_4bit(x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
+    rows, weights = ids.shape[0], weight.shape[0]
+    ordered, order = torch.where((ids >= 0) & (ids < weights), ids, weights).sort(stable=True)
+    stops = torch.searchsorted(ordered, torch.arange(weights, device=ids.device), right=True, out_int32=True)
+    sorted_x = x[order // (rows // max(x.shape[0], 1))]
+    nested = (nested_absmax, nested_offset)
+    out = grouped_linear_4bit(sorted_x, stops, weight, absmax, bias, *nested, quant_type, block_size)
+    return torch.empty_like(out).index_copy_(0, order, out)
 
 
 def grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:

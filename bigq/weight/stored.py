@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bigq import ops
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import Format, Product, State
 from bigq.ops import eager
@@ -138,10 +137,9 @@ class Stored:
         if product is None:
             return self._one_by_one(x, stops.tolist())
         out_dtype = _result_dtype(x)
-        tensors = (self.state[part] for part in product.parts)
+        tensors = tuple(None if part == "bias" else self.state[part] for part in product.parts)
         rows = x.to(self.compute_dtype or out_dtype)
-        out: Tensor = getattr(ops, product.op)(rows, stops.int(), *tensors, *product.settings)
-        return out.to(out_dtype)
+        return eager.routed(product.op, rows, stops.int(), tensors, product.settings).to(out_dtype)
 
     def _one_by_one(self, x: Tensor, stops: Sequence[int]) -> Tensor:
         starts = (0, *stops[:-1])

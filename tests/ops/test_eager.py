@@ -136,7 +136,7 @@ class _Launched:
         self.counts["launcher"] += 1
         return x @ weight.T
 
-    def record(self, launcher, tensors, settings):
+    def record(self, launcher, tensors, settings, live):
         self.counts["recorded"] += 1
         self.counts["launcher"] -= 1  # the call below
         return launcher(*tensors, *settings), self if self.replays else None
@@ -144,7 +144,7 @@ class _Launched:
     def bind(self, pointers):
         from ctypes import c_float
 
-        def replayed(x, inputs):
+        def replayed(x, inputs, live):
             self.counts["replayed"] += 1
             weight = torch.frombuffer((c_float * 32).from_address(pointers[0]), dtype=torch.float32).view(4, 8)
             return x @ weight.T

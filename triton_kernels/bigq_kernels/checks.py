@@ -17,6 +17,7 @@ __all__ = [
     "check_grouped_linear_4bit",
     "check_linear_4bit",
     "check_linear_int8",
+    "check_routed_linear_4bit",
 ]
 
 _BLOCK: int = NESTED_BLOCK_SIZE.value
@@ -61,23 +62,57 @@ def check_grouped_linear_4bit(
     stops: Tensor,
     weight: Tensor,
     absmax: Tensor,
+    bias: Tensor | None,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     block_size: int,
     in_features: int | None,
 ) -> None:
-    """Raise RuntimeError unless x [S, K], stops [E] and a stack of 4-bit weights [E, N, K] fit together."""
+    """Raise RuntimeError unless x [S, K], stops [E], 4-bit weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
+    _check("stops", stops, (torch.int32,), (len(weight),), weight.device)
+
+
+def check_routed_linear_4bit(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+) -> None:
+    """Raise RuntimeError unless x [M, K], ids [S], 4-bit weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
+    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device)
+    if len(ids) % max(len(x), 1):
+        raise RuntimeError(f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x")
+
+
+def _check_stack(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+) -> None:
     if x.dim() != 2 or weight.dim() != 3:
         raise RuntimeError(
             f"x is {list(x.shape)} and the weight {list(weight.shape)}; expected [S, K] and [E, N, ceil(K/2)]"
         )
-    if stops.dtype != torch.int32 or stops.shape != weight.shape[:1] or stops.device != weight.device:
-        raise RuntimeError(
-            f"stops is {stops.dtype} {list(stops.shape)} on {stops.device}; "
-            f"expected torch.int32 {list(weight.shape[:1])} on {weight.device}"
-        )
-    matrix, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
-    check_linear_4bit(x, matrix, scales, None, nested_absmax, nested_offset, block_size, in_features)
+    (e, n, width), k = weight.shape, x.shape[1]
+    if in_features is not None and k != in_features:
+        raise RuntimeError(f"x is {list(x.shape)}; expected [..., {in_features}], the in_features of the weight")
+    if width != (k + 1) // 2:
+        raise _widths_differ(x, weight, (k + 1) // 2)
+    matrix, scales = weight.view(e * n, width), absmax.view(e * n, -1)
+    _check_4bit(matrix, scales, nested_absmax, nested_offset, block_size, k, e * n, weight.device)
+    _check_beside(x, bias if bias is None else bias.view(-1), e * n, weight.device)
 
 
 def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:

@@ -10,8 +10,8 @@ from bigq.ops import reference
 from bigq_kernels.block4.choose_grouped import choose_grouped
 from bigq_kernels.block4.configs import WgmmaConfig, staged_config
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
-from bigq_kernels.block4.grouped import grouped_linear_4bit
-from bigq_kernels.block4.groups import group_tokens, most_tiles
+from bigq_kernels.block4.grouped import grouped_linear_4bit, routed_linear_4bit
+from bigq_kernels.block4.groups import group_tokens, most_tiles, weights_of_rows
 from bigq_kernels.block4.linear import linear_4bit
 from bigq_kernels.block4.mma import linear_4bit_mma
 from bigq_kernels.gpu import Gpu
@@ -41,11 +41,21 @@ def row_by_row(x, dense, stops):
     return out
 
 
-def check(x, stops, tensors, exact, product):
+def with_bias(rows, bias, stops):
+    ids = torch.searchsorted(
+        torch.tensor(stops, device=rows.device), torch.arange(len(rows), device=rows.device), right=True
+    )
+    return rows + torch.cat([bias, bias.new_zeros(1, bias.shape[1])])[ids].to(rows.dtype)
+
+
+def check(x, stops, tensors, exact, product, bias=None):
     out = torch.full((len(x), exact.shape[1]), float("nan"), dtype=x.dtype, device=x.device)
     got = product(x, torch.tensor(stops, dtype=torch.int32, device=x.device), tensors, out)
     got = out if got is None else got
-    assert_within_budget(got, row_by_row(x.double(), exact, stops), row_by_row(x, exact, stops))
+    expected, baseline = row_by_row(x.double(), exact, stops), row_by_row(x, exact, stops)
+    if bias is not None:
+        expected, baseline = with_bias(expected, bias, stops), with_bias(baseline, bias, stops)
+    assert_within_budget(got, expected, baseline)
     assert not got[stops[-1] :].any()
 
 
@@ -79,15 +89,38 @@ def test_each_way_multiplies_each_row_by_its_weight(way, nested, device):
     single = replace(choose_grouped(gpu, 2, E, N, K, block_size, torch.float16).config, block_n=8, blocks=3)
     several = replace(choose_grouped(gpu, S, E, N, K, block_size, torch.float16).config, block_m=8, split=2)
 
+    bias = torch.randn(E, N, device=device).half()
+
     def product(x, stops, tensors, out):
         if way == "dp4a":
-            return linear_4bit_dp4a(x, packed, None, out, single, stops)
+            return linear_4bit_dp4a(x, packed, bias, out, single, weights_of_rows(stops, S))
         if way == "mma":
-            return linear_4bit_mma(x, packed, None, out, several, stops)
-        return grouped_linear_4bit(x, stops, *tensors, quant_type, block_size, K)
+            return linear_4bit_mma(x, packed, bias, out, several, stops)
+        weight, absmax, *nested = tensors
+        return grouped_linear_4bit(x, stops, weight, absmax, bias, *nested, quant_type, block_size, K)
 
-    for stops in STOPS.values():
-        check(torch.randn(S, K, device=device).half(), stops, tensors, exact, product)
+    for name in ("weights without rows", "rows behind the last", *(STOPS if way != "dp4a" else ())):
+        stops = STOPS[name]
+        check(torch.randn(S, K, device=device).half(), stops, tensors, exact, product, bias)
+
+
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_rows_in_any_order_have_their_own_weight(repeat, device):
+    for nested, e in ((False, 24), (True, 2)):  # of 24 weights nine rows are few, and single; of two they are sorted
+        tensors, exact = stack("nf4", 64, nested, device, e=e, n=8)
+        x, bias = torch.randn(S // repeat, K, device=device).half(), torch.randn(e, 8, device=device).half()
+        ids = torch.randint(0, e, (S,), device=device)
+        ids[4], ids[7] = e, -1  # no weight has these
+        weight, absmax, *scales = tensors
+        args = (x, ids, weight, absmax, bias, *scales, "nf4", 64, K)
+        each = x.repeat_interleave(repeat, dim=0)
+        known = ids.clamp(0, e - 1)
+        is_known = (ids == known)[:, None]
+        expected = (torch.einsum("sk,snk->sn", each.double(), exact[known]) + bias[known]) * is_known
+        baseline = (torch.einsum("sk,snk->sn", each, exact[known].half()) + bias[known]) * is_known
+        for got in (routed_linear_4bit(*args), reference.routed_linear_4bit(*args)):
+            assert_within_budget(got, expected, baseline)
+            assert not got[[4, 7]].any()
 
 
 @pytest.mark.gpu
@@ -126,16 +159,13 @@ def wgmma_config_of(tile, split):
 
 
 def test_other_dtypes_and_widths_dequantize(device):
+    def chosen(x, stops, tensors, out):
+        weight, absmax, *nested = tensors
+        return grouped_linear_4bit(x, stops, weight, absmax, None, *nested, "nf4", 64)
+
     for dtype, k in ((torch.float32, 64), (torch.float16, 50)):
         tensors, exact = stack("nf4", 64, False, device, k=k)
-        x = torch.randn(S, k, device=device).to(dtype)
-        check(
-            x,
-            STOPS["all weights"],
-            tensors,
-            exact,
-            lambda x, stops, tensors, out: grouped_linear_4bit(x, stops, *tensors, "nf4", 64),
-        )
+        check(torch.randn(S, k, device=device).to(dtype), STOPS["all weights"], tensors, exact, chosen)
 
 
 def test_a_stack_of_one_weight_is_that_weight(device):
@@ -144,7 +174,7 @@ def test_a_stack_of_one_weight_is_that_weight(device):
     stops = torch.tensor([2], dtype=torch.int32, device=device)
     weight, absmax, *nested = tensors
     each = [linear_4bit(x[i : i + 1], weight[0], absmax[0], None, *nested, "nf4", 64) for i in range(2)]
-    assert torch.equal(grouped_linear_4bit(x, stops, *tensors, "nf4", 64), torch.cat(each))
+    assert torch.equal(grouped_linear_4bit(x, stops, weight, absmax, None, *nested, "nf4", 64), torch.cat(each))
 
 
 @pytest.mark.parametrize(
@@ -159,17 +189,18 @@ def test_a_stack_of_one_weight_is_that_weight(device):
     ],
 )
 def test_tensors_that_do_not_fit_together_are_refused(change, message):
-    tensors, _ = stack("nf4", 64, False, "cpu")
+    (weight, absmax, *nested), _ = stack("nf4", 64, False, "cpu")
     given = {"x": torch.zeros(S, K).half(), "stops": torch.zeros(E, dtype=torch.int32)} | change
     with pytest.raises(RuntimeError, match=message):
-        grouped_linear_4bit(given["x"], given["stops"], *tensors, "nf4", 64, K)
+        grouped_linear_4bit(given["x"], given["stops"], weight, absmax, None, *nested, "nf4", 64, K)
 
 
 def test_every_reference_row_is_that_of_the_reference_linear(device):
     tensors, exact = stack("nf4", 64, True, device)
     x = torch.randn(S, K, device=device)
     stops = STOPS["rows behind the last"]
+    weight, absmax, *nested = tensors
     got = reference.grouped_linear_4bit(
-        x, torch.tensor(stops, dtype=torch.int32, device=device), *tensors, "nf4", 64, K
+        x, torch.tensor(stops, dtype=torch.int32, device=device), weight, absmax, None, *nested, "nf4", 64, K
     )
     assert_within_budget(got, row_by_row(x.double(), exact, stops), row_by_row(x, exact, stops))

@@ -14,7 +14,7 @@ from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = ["group_tokens", "most_tiles", "place_in_group"]
+__all__ = ["group_tokens", "most_tiles", "place_in_group", "weights_of_rows"]
 
 FIELDS = tl.constexpr(4)  # of a tile of tokens: weight, its first row of x, how many rows it has, its first tile
 TILES = 16  # that a program describes: a comparison with 512 weights fits its registers
@@ -125,3 +125,33 @@ def group_tokens(stops: Tensor, weights: int, block_m: int, count: Tensor, out: 
         options={"launch_pdl": pdl},
     )
     return groups
+
+
+@triton.jit(do_not_specialize=["S"])
+def _weights_of_rows_kernel(stops_ptr, ids_ptr, S, E, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    weight = tl.arange(0, BLOCK_E)
+    stop = tl.load(stops_ptr + weight, mask=weight < E, other=2**31 - 1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(ids_ptr + row, tl.sum((stop[None, :] <= row[:, None]).to(tl.int32), axis=1), mask=row < S)
+
+
+def weights_of_rows(stops: Tensor, rows: int) -> Tensor:
+    """int32 [rows]: which weight multiplies each row; E, the number of weights, for rows behind the last of `stops`."""
+    ids = torch.empty(rows, dtype=torch.int32, device=stops.device)
+    pdl = Gpu.of(stops.device).pdl
+    launch(
+        _weights_of_rows_kernel,
+        (ceil_div(rows, TILES),),
+        stops,
+        ids,
+        rows,
+        len(stops),
+        BLOCK_E=next_power_of_2(len(stops)),
+        BLOCK=TILES,
+        PDL=pdl,
+        options={"launch_pdl": pdl},
+    )
+    return ids

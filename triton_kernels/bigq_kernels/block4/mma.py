@@ -68,6 +68,8 @@ def _linear_4bit_mma_kernel(
         first_weight_row = weight * N + n_tile * BLOCK_N
         x_ptr += first_m * (2 * PAIRS)
         out_ptr += first_m * N
+        if bias_ptr is not None:
+            bias_ptr += weight * N
     first_row = n_tile * BLOCK_N
     # Rows past N read the last row instead of taking a mask; their result is not stored.
     row = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_row).to(tl.int32))
@@ -120,7 +122,7 @@ def linear_4bit_mma(
 ) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; K % 32 == 0, M <= 128.
 
-    With `stops`, packed is [E, N, K/2], there is no bias, and each weight multiplies its rows, any number, of x.
+    With `stops`, packed is [E, N, K/2] and bias [E, N], and each weight multiplies its rows, any number, of x.
     """
     m, k = x.shape
     n, pairs = packed.weight.shape[-2:]

@@ -127,6 +127,8 @@ def _linear_4bit_staged_kernel(
         first_weight_row = weight * N + n_tile * BLOCK_N
         x_ptr += first_m * (PAIRS * 2)
         out_ptr += first_m * N
+        if bias_ptr is not None:
+            bias_ptr += weight * N
     first_row = n_tile * BLOCK_N
     last_row = (N - 1 - first_row).to(gl.int32)  # rows past N read the last row; their result is not stored
     row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
@@ -193,8 +195,8 @@ def linear_4bit_staged(
 ) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
-    M <= 32, K % 32 == 0, block_size >= 64, x and weight aligned to 16 bytes. With `stops`, packed is [E, N, K/2], there
-    is no bias, and each weight multiplies its rows, any number, of x.
+    M <= 32, K % 32 == 0, block_size >= 64, x and weight aligned to 16 bytes. With `stops`, packed is [E, N, K/2] and
+    bias [E, N], and each weight multiplies its rows, any number, of x.
     """
     m, (n, pairs) = x.shape[0], packed.weight.shape[-2:]
     tiles = ceil_div(n, config.block_n)

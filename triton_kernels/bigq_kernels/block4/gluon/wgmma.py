@@ -126,6 +126,8 @@ def _linear_4bit_wgmma_kernel(
         tile = (m_tile * n_tiles).to(gl.int32) + n_tile
         first_n = n_tile * BLOCK_N
         first_row = weight * N + first_n
+        if bias_ptr is not None:
+            bias_ptr += weight * N
         M += first_m  # the row of x after the last
     split = gl.program_id(1)
     last_row = N - 1 - first_n  # rows past N read the last row; their result is not stored
@@ -224,8 +226,8 @@ def linear_4bit_wgmma(
 ) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
-    K % 256 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M. With `stops`, packed is [E, N, K/2], there
-    is no bias, and each weight multiplies its rows of x.
+    K % 256 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M. With `stops`, packed is [E, N, K/2] and
+    bias [E, N], and each weight multiplies its rows of x.
     """
     m, _ = x.shape
     n, pairs = packed.weight.shape[-2:]
