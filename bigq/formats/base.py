@@ -165,12 +165,20 @@ class Format(Protocol):
     def product(self, in_features: int | None = None) -> Product:
         """The call of products with a weight of K = `in_features`. None: any K that fits the tensors."""
 
-    def grouped_product(self, in_features: int | None = None) -> Product | None:
-        """The call of products of sorted rows with a stack of weights: `eager.routed(op, x, stops, tensors, settings)`.
+    @property
+    def has_stack_products(self) -> bool:
+        """Whether there are `stack_product`s. If not, the host reads which weight multiplies which row."""
+        return False
 
-        None: there is no such op. Then each weight multiplies its rows on its own, and the host reads their numbers.
+    def stack_product(self, in_features: int | None = None, *, sorted_rows: bool) -> Product:
+        """The call of products with a stack of weights, each row by its own: `eager.routed(op, x, route, ...)`.
+
+        Args:
+            in_features: K of the weights.
+            sorted_rows: whether the rows are sorted by weight, and `route` says where those of each end, int32 [E].
+                Otherwise `route` holds the weight of each row of the result, int32 or int64 [S].
         """
-        return None
+        raise UnsupportedError(f"format {self.name!r} has no product with a stack of weights")
 
     def linear(self, x: Tensor, state: State, bias: Tensor | None, in_features: int | None = None) -> Tensor:
         """Compute x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N], in x's dtype."""

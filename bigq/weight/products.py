@@ -62,7 +62,7 @@ def _grouped_mm(input: Tensor, mat2: Tensor, *, offs: Tensor | None = None, **re
     options = [value for value in rest.values() if value is not None]
     if operand is None or offs is None or options or input.dim() != 2:
         return None
-    if operand.format.grouped_product() is None and input.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not operand.format.has_stack_products and input.is_cuda and torch.cuda.is_current_stream_capturing():
         return None  # the product of such a format reads `offs`, which no stream can record
     return operand.grouped_linear(input, offs)
 

@@ -123,23 +123,38 @@ class Stored:
 
     def batched_linear(self, x: Tensor) -> Tensor:
         """Compute x[e] [M, K] times the transposed weight e of [E, N, K], for each e: [E, M, N]."""
-        if not len(x):
+        weights, tokens = x.shape[:2]
+        if not weights:
             return x.new_empty(*x.shape[:2], self.shape[-2])
-        return torch.stack([self._entry(e).linear(rows) for e, rows in enumerate(x.unbind())])
+        if not self.format.has_stack_products:
+            return torch.stack([self._entry(e).linear(rows) for e, rows in enumerate(x.unbind())])
+        stops = torch.arange(tokens, (weights + 1) * tokens, tokens, dtype=torch.int32, device=x.device)
+        return self.grouped_linear(x.flatten(0, 1), stops[:weights]).unflatten(0, (weights, tokens))
 
-    def grouped_linear(self, x: Tensor, stops: Tensor) -> Tensor:
-        """Compute groups of rows of x [S, K], each times one transposed weight of [E, N, K]: [S, N].
+    def grouped_linear(self, x: Tensor, stops: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute groups of rows of x [S, K], each times one transposed weight of [E, N, K], plus bias [E, N]: [S, N].
 
         Weight e multiplies the rows from `stops[e - 1]` (0 for the first) up to `stops[e]`. Rows after the last of
-        `stops` give zeros. Where the format has a kernel for all weights, the host does not read `stops`.
+        `stops` give zeros. The host reads `stops` if the format has no products with stacks; then there is no bias.
         """
-        product = self.format.grouped_product(self.shape[-1])
-        if product is None:
+        if not self.format.has_stack_products:
+            assert bias is None
             return self._one_by_one(x, stops.tolist())
+        return self._stack_linear(x, stops.int(), bias, sorted_rows=True)
+
+    def routed_linear(self, x: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute row i of [S, N]: row i // (S / M) of x [M, K] times the transposed weight ids[i], plus its bias.
+
+        A row whose id is no weight's gives zeros. The format has products with stacks.
+        """
+        return self._stack_linear(x, ids, bias, sorted_rows=False)
+
+    def _stack_linear(self, x: Tensor, route: Tensor, bias: Tensor | None, *, sorted_rows: bool) -> Tensor:
+        product = self.format.stack_product(self.shape[-1], sorted_rows=sorted_rows)
         out_dtype = _result_dtype(x)
-        tensors = tuple(None if part == "bias" else self.state[part] for part in product.parts)
+        tensors = tuple(bias if part == "bias" else self.state[part] for part in product.parts)
         rows = x.to(self.compute_dtype or out_dtype)
-        return eager.routed(product.op, rows, stops.int(), tensors, product.settings).to(out_dtype)
+        return eager.routed(product.op, rows, route, tensors, product.settings).to(out_dtype)
 
     def _one_by_one(self, x: Tensor, stops: Sequence[int]) -> Tensor:
         starts = (0, *stops[:-1])

@@ -130,7 +130,7 @@ def test_a_grouped_product_multiplies_each_row_by_its_expert(weight_format, coun
         counted.update(linear=0, dequantize=0)
         got = F.grouped_mm(x, module.weight.transpose(-2, -1), offs=torch.tensor(stops, dtype=torch.int32))
         ranges = list(zip([0, *stops[:-1]], stops, strict=True))
-        one_by_one = 0 if weight_format.grouped_product() else sum(a < b for a, b in ranges)
+        one_by_one = 0 if weight_format.has_stack_products else sum(a < b for a, b in ranges)
         assert counted == {"linear": one_by_one, "dequantize": 0}, stops
         expected = torch.cat([x[a:b] @ dense[e].T for e, (a, b) in enumerate(ranges)])
         assert_near(got[: stops[-1]], expected, weight_format, stops)

@@ -127,12 +127,13 @@ def test_rows_in_any_order_have_their_own_weight(repeat, device):
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double_quant"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gluon_multiplies_each_row_by_its_weight(dtype, quant_type, nested):
+@pytest.mark.parametrize("k", [768, 704], ids=["whole-steps", "partial-step"])
+def test_gluon_multiplies_each_row_by_its_weight(k, dtype, quant_type, nested):
     staged, wgmma = (import_module(f"bigq_kernels.block4.gluon.{way}") for way in ("staged", "wgmma"))
-    e, n, k, rows = 9, 200, 768, 700
+    e, n, rows = 9, 200, 700
     tensors, exact = stack(quant_type, 64, nested, "cuda", e=e, n=n, k=k)
     packed = packed4(tensors, quant_type, 64)
-    x = torch.randn(rows, k, device="cuda").to(dtype)
+    x, bias = torch.randn(rows, k, device="cuda").to(dtype), torch.randn(e, n, device="cuda").to(dtype)
     ways = [(staged.linear_4bit_staged, staged_configs(tile, n, k)) for tile in (8, 16, 32)]
     ways += [(wgmma.linear_4bit_wgmma, [wgmma_config_of(tile, split) for split in (1, 2)]) for tile in (64, 128, 256)]
     for stops in (
@@ -144,9 +145,9 @@ def test_gluon_multiplies_each_row_by_its_weight(dtype, quant_type, nested):
             for config in configs:
 
                 def product(x, stops, tensors, out, way=way, config=config):
-                    way(x, packed, None, out, config, stops)
+                    way(x, packed, bias, out, config, stops)
 
-                check(x, stops, tensors, exact, product)
+                check(x, stops, tensors, exact, product, bias)
 
 
 def staged_configs(tile, n, k):

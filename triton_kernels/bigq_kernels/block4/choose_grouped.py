@@ -77,7 +77,7 @@ def choose_grouped(
         if mean <= MAX_STAGED_ROWS:
             why = f"With {each}, codes that are staged in shared memory are fastest."
             return Choice(way="staged", config=_staged_config(gpu, hit, mean, n, k), why=why)
-        if k % STEP == 0 and gpu.capability == (9, 0):
+        if k % 64 == 0 and gpu.capability == (9, 0):
             tile = next(m for m in WGMMA if mean <= 0.9 * m or m == max(WGMMA))
             block_n, warps, registers = WGMMA[tile]
             config = WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
