@@ -9,13 +9,8 @@ import bigq
 from bigq.ops import eager
 from bigq.weight.experts import QuantizedExperts
 
-FORMATS = {
-    "nf4": bigq.NF4(),
-    "double": bigq.NF4(double_quant=True),
-    "fp4": bigq.FP4(block_size=32),
-    "int8": bigq.Int8(),
-}
-CLASSES = {  # module and class of transformers, and what its config calls the number of experts
+FORMATS = (bigq.NF4(), bigq.NF4(double_quant=True), bigq.FP4(block_size=32), bigq.Int8())
+CLASSES = {  # module, class and config of transformers
     "mixtral": ("mixtral", "MixtralExperts", "MixtralConfig"),
     "gpt-oss": ("gpt_oss", "GptOssExperts", "GptOssConfig"),  # transposed, interleaved, with biases
     "nemotron-h": ("nemotron_h", "NemotronHExperts", "NemotronHConfig"),  # without a gate
