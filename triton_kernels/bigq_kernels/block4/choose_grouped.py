@@ -1,7 +1,7 @@
 """choose_grouped: which kernel multiplies the rows of x by a stack of 4-bit weights, each by its own, and why.
 
-How many rows each weight has is known on the GPU alone. So the number of rows that a weight has on average decides,
-among the weights that are hit, at most all.
+How many rows each weight has is known on the GPU alone. So the average number of rows of the weights that are hit
+decides.
 
     >>> import torch
     >>> from bigq_kernels.gpu import Gpu
@@ -18,13 +18,11 @@ import torch
 from bigq_kernels.block4.choose import MIN_GLUON_BLOCK, Config
 from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
-    SPLIT_ROWS,
     STEP,
     StagedConfig,
     WgmmaConfig,
     dp4a_config,
     mma_config,
-    row_blocks,
     staged_config,
 )
 from bigq_kernels.choice import Choice
@@ -35,6 +33,7 @@ from bigq_kernels.tiles import ceil_div, next_power_of_2
 __all__ = ["choose_grouped"]
 
 MAX_SINGLE_ROWS = 2  # dp4a up to this many rows, whatever the number of weights
+SINGLE_BLOCKS = 4  # 26 us for 32 rows of 128 weights of 1536 x 2048; with as many as fit at once, 34 (H200)
 MAX_STAGED_ROWS = 12  # of a weight: with 16, 338 us and 289 of wgmma (8 weights of 28672 x 4096, H200)
 MAX_MMA_ROWS = 64
 
@@ -59,19 +58,17 @@ def choose_grouped(
         return _dequantize(f"K = {k} is no multiple of 32, so rows are no whole vectors of 16 bytes.")
     if rows == 0 or n == 0 or e == 0:
         return _dequantize(f"The output is empty: {rows} x {n}.")
-    hit = min(rows, e)
+    hit = max(1, round(e * (1 - (1 - 1 / e) ** rows)))  # on average, if each row chooses its weight at random
     mean = rows / hit
     # Two rows seldom have the same weight then, which dp4a would read twice. 32 rows of 128 weights of 1536 x 2048 take
     # 27 us, and 31 staged; 16 of 32 weights of 5760 x 2880, which leave staged a partial step, 68 and 83 (H200).
     few = max(MAX_SINGLE_ROWS, e // (4 if k % STEP == 0 else 2))
     if rows <= few and k <= MAX_DP4A_K:
-        config = dp4a_config(gpu, 1, n, k)
-        resident = 65536 // (32 * config.warps * config.registers)
-        blocks = row_blocks(
-            ceil_div(n, config.block_n) * rows, gpu.multiprocessors, resident, SPLIT_ROWS / config.block_n
-        )
+        config = dp4a_config(gpu, 1, n * rows, k)
+        if rows > MAX_SINGLE_ROWS:
+            config = replace(config, blocks=min(SINGLE_BLOCKS, ceil_div(n, config.block_n)))
         why = f"Up to {few} rows for {e} weights hardly share one, and byte dot products are fastest for single rows."
-        return Choice(way="dp4a", config=replace(config, blocks=min(blocks, ceil_div(n, config.block_n))), why=why)
+        return Choice(way="dp4a", config=config, why=why)
     each = f"{mean:.3g} rows for each of {hit} weights"
     if gpu.gluon and block_size >= MIN_GLUON_BLOCK:
         if mean <= MAX_STAGED_ROWS:
@@ -81,9 +78,8 @@ def choose_grouped(
             tile = next(m for m in WGMMA if mean <= 0.9 * m or m == max(WGMMA))
             block_n, warps, registers = WGMMA[tile]
             config = WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
-            return Choice(
-                way="wgmma", config=config, why=f"With {each}, wgmma decodes each weight once for a tile of {tile}."
-            )
+            why = f"With {each}, wgmma decodes each weight once for a tile of {tile}."
+            return Choice(way="wgmma", config=config, why=why)
     if mean <= MAX_MMA_ROWS:
         config = mma_config(gpu, _tile(mean), n, k, block_size)
         config = replace(config, split=max(1, config.split // next_power_of_2(hit)))
