@@ -63,7 +63,7 @@ class QuantizedExperts(QuantizedModule):
             x = stored.grouped_linear(x, route, bias) if sorted_rows else stored.routed_linear(x, route, bias)
             if leaf == up:
                 x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
-        return self.post_expert_norm(x) if self.has_post_expert_norm else x
+        return self.post_expert_norm(x) if getattr(self, "has_post_expert_norm", False) else x  # not before 5.18
 
     def _multiplies(self, *leaves: str) -> bool:
         """Whether the products of stacks compute what the forward of transformers would."""
