@@ -4,6 +4,7 @@ transformers sorts the rows by expert for its own products, also those of one to
 they come: a product finds the expert of each row by itself. No step reads a tensor on the host.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +32,12 @@ class QuantizedExperts(QuantizedModule):
     Where that does not hold, the forward is that of transformers: for another format, another `experts_implementation`
     than the ones that transformers takes by default, or weights that a parametrization changes.
     """
+
+    num_experts: int
+    has_gate: bool
+    _apply_gate: Callable[[Tensor], Tensor]
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
         """Sum the experts of each row of `hidden_states` [T, H], weighted.

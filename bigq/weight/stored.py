@@ -129,7 +129,7 @@ class Stored:
         if not self.format.has_stack_products:
             return torch.stack([self._entry(e).linear(rows) for e, rows in enumerate(x.unbind())])
         stops = torch.arange(tokens, (weights + 1) * tokens, tokens, dtype=torch.int32, device=x.device)
-        return self.grouped_linear(x.flatten(0, 1), stops[:weights]).unflatten(0, (weights, tokens))
+        return self.grouped_linear(x.flatten(0, 1), stops[:weights]).view(weights, tokens, self.shape[-2])
 
     def grouped_linear(self, x: Tensor, stops: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute groups of rows of x [S, K], each times one transposed weight of [E, N, K], plus bias [E, N]: [S, N].

@@ -19,6 +19,8 @@ from bigq_kernels.block4.choose import MIN_GLUON_BLOCK, Config
 from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
     STEP,
+    Dp4aConfig,
+    MmaConfig,
     StagedConfig,
     WgmmaConfig,
     dp4a_config,
@@ -64,11 +66,8 @@ def choose_grouped(
     # 27 us, and 31 staged; 16 of 32 weights of 5760 x 2880, which leave staged a partial step, 68 and 83 (H200).
     few = max(MAX_SINGLE_ROWS, e // (4 if k % STEP == 0 else 2))
     if rows <= few and k <= MAX_DP4A_K:
-        config = dp4a_config(gpu, 1, n * rows, k)
-        if rows > MAX_SINGLE_ROWS:
-            config = replace(config, blocks=min(SINGLE_BLOCKS, ceil_div(n, config.block_n)))
         why = f"Up to {few} rows for {e} weights hardly share one, and byte dot products are fastest for single rows."
-        return Choice(way="dp4a", config=config, why=why)
+        return Choice(way="dp4a", config=_dp4a_config(gpu, rows, n, k), why=why)
     each = f"{mean:.3g} rows for each of {hit} weights"
     if gpu.gluon and block_size >= MIN_GLUON_BLOCK:
         if mean <= MAX_STAGED_ROWS:
@@ -76,20 +75,24 @@ def choose_grouped(
             return Choice(way="staged", config=_staged_config(gpu, hit, mean, n, k), why=why)
         if k % 64 == 0 and gpu.capability == (9, 0):
             tile = next(m for m in WGMMA if mean <= 0.9 * m or m == max(WGMMA))
-            block_n, warps, registers = WGMMA[tile]
-            config = WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
             why = f"With {each}, wgmma decodes each weight once for a tile of {tile}."
-            return Choice(way="wgmma", config=config, why=why)
+            return Choice(way="wgmma", config=_wgmma_config(tile), why=why)
     if mean <= MAX_MMA_ROWS:
-        config = mma_config(gpu, _tile(mean), n, k, block_size)
-        config = replace(config, split=max(1, config.split // next_power_of_2(hit)))
-        return Choice(way="mma", config=config, why=f"With {each}, mma is faster than dequantizing all weights.")
+        why = f"With {each}, mma is faster than dequantizing all weights."
+        return Choice(way="mma", config=_mma_config(gpu, hit, mean, n, k, block_size), why=why)
     return _dequantize(f"With {each}, one dequantization of all weights is shared by enough rows.")
 
 
 def _tile(mean: float) -> int:
     """Rows of a tile that hold those of most weights, if each row chose its weight at random."""
     return next(m for m in (8, 16, 32, 64, 128) if mean + mean**0.5 <= m or m == 128)
+
+
+def _dp4a_config(gpu: Gpu, rows: int, n: int, k: int) -> Dp4aConfig:
+    config = dp4a_config(gpu, 1, n * rows, k)
+    return (
+        config if rows <= MAX_SINGLE_ROWS else replace(config, blocks=min(SINGLE_BLOCKS, ceil_div(n, config.block_n)))
+    )
 
 
 def _staged_config(gpu: Gpu, hit: int, mean: float, n: int, k: int) -> StagedConfig:
@@ -99,6 +102,16 @@ def _staged_config(gpu: Gpu, hit: int, mean: float, n: int, k: int) -> StagedCon
         ceil_div(n, config.block_n) * hit, ceil_div(k, STEP), gpu.multiprocessors, config.block_m / 16
     )
     return replace(config, split=split, steps_per_split=steps)
+
+
+def _wgmma_config(tile: int) -> WgmmaConfig:
+    block_n, warps, registers = WGMMA[tile]
+    return WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
+
+
+def _mma_config(gpu: Gpu, hit: int, mean: float, n: int, k: int, block_size: int) -> MmaConfig:
+    config = mma_config(gpu, _tile(mean), n, k, block_size)
+    return replace(config, split=max(1, config.split // next_power_of_2(hit)))
 
 
 def _dequantize(why: str) -> Choice[None]:
