@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, state_name
-from bigq.interop.placeholders import with_placeholders
 from bigq.interop.transformers_model import is_transformers_model
 from bigq.model.tree import tensor_name
 from bigq.saving import bitsandbytes, compressed_tensors
@@ -93,8 +92,6 @@ def save_quantized(
         foreign.check(weights, in_transformers=is_transformers_model(model))
         state = _in_layout(model, state, weights, foreign)
         quantization_config = foreign.quantization_config(weights, kept_linears(model))
-    elif is_transformers_model(model):
-        state = with_placeholders(model, state)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     tied = getattr(model, "all_tied_weights_keys", None) or ()
@@ -126,6 +123,7 @@ def _in_layout(
         if isinstance(module, QuantizedModule):
             replaced.add(tensor_name(name, QUANT_STATE))
             for leaf, description in module.descriptions.items():
+                replaced.add(tensor_name(name, leaf))  # of a placeholder
                 replaced |= {tensor_name(name, state_name(leaf, part)) for part in description.state_spec}
     by_first = {state_name(weight.name, "packed"): weight for weight in weights}
     tensors: dict[str, Tensor] = {}

@@ -322,10 +322,9 @@ def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(getattr(module, "_load_state_dict_pre_hooks", {}).values())
 
 
-def state_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """The dict of the hooks that run before `state_dict` of this module; an empty one where it is not known."""
-    hooks: dict[int, Callable[..., Any]] = getattr(module, "_state_dict_pre_hooks", {})
-    return hooks
+def state_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], dict[int, Callable[..., Any]]]:
+    """The dicts of the hooks that run before and after `state_dict` of this module; empty ones where not known."""
+    return getattr(module, "_state_dict_pre_hooks", {}), getattr(module, "_state_dict_hooks", {})
 
 
 def has_forward_pre_hooks(module: nn.Module) -> bool:
