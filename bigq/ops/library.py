@@ -23,7 +23,9 @@ from bigq.ops.replays import run
 from bigq.system.internals import check
 
 __all__ = [
+    "bias_grad",
     "cuda_implementation",
+    "dense_weight",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
@@ -305,9 +307,35 @@ def _linear_int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _bias_grad(ctx: Any, grad: Tensor, position: int) -> Tensor | None:
-    if not ctx.needs_input_grad[position]:
-        return None
-    return grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+    return bias_grad(grad, ctx.bias_dtype) if ctx.needs_input_grad[position] else None
+
+
+def bias_grad(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a bias [N] from that of the output [..., N], summed in float32."""
+    return grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(dtype)
+
+
+def dense_weight(
+    name: str, tensors: tuple[Tensor, ...], settings: tuple[Any, ...], in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """The dequantized weight [N, K] of the linear op `name` on a GPU, past the dispatcher.
+
+    Args:
+        name: "linear_4bit" or "linear_int8".
+        tensors: what the op takes after x, without the bias.
+        settings: the op's other arguments, which begin with the nested scales that are None.
+        in_features: K.
+        dtype: of the result.
+    """
+    if name == "linear_int8":
+        return cuda_implementation("dequantize_int8")(*tensors, dtype)  # type: ignore[no-any-return]
+    packed, absmax, *nested = tensors
+    quant_type, block_size = [setting for setting in settings if setting is not None][:2]
+    if nested:
+        absmax = cuda_implementation("dequantize_absmax")(absmax, *nested)
+    return cuda_implementation("dequantize_4bit")(  # type: ignore[no-any-return]
+        packed, absmax, quant_type, block_size, in_features, dtype
+    )
 
 
 torch.library.register_autograd(

@@ -81,7 +81,7 @@ def test_transforms_and_traces_go_through_the_dispatcher():
     assert heard == [False] * 3
 
 
-def test_gradients_go_through_the_dispatcher():
+def test_gradients_need_a_node_of_autograd():
     x, bias = torch.randn(2, 4), nn.Parameter(torch.randn(4))
     assert not is_plain(x, (None, bias))
     assert not is_plain(x.clone().requires_grad_(), (None,))
