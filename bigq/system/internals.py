@@ -99,8 +99,8 @@ something_listens = _listener_check() if TELLS_LISTENERS else lambda: True
 
 
 # Versions of tensors, which count what torch sees of edits. Without them every tensor looks edited each time: an
-# offloaded block is laid out and copied anew for each call, through the memory map where a checkpoint's file holds it,
-# and a copy of a quantized weight has memory of its own.
+# offloaded block is laid out and copied anew for each call, never ahead, and through the memory map where a file of a
+# checkpoint holds it. A copy of a quantized weight has memory of its own.
 
 
 def _versions_count() -> bool:
