@@ -2,10 +2,11 @@
 
 from bigq.calibration.fit import fit
 from bigq.calibration.fit_result import Fit
+from bigq.calibration.input_moments import input_moments
 from bigq.config import QuantizationConfig
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
-from bigq.formats import FP4, NF4, Int8
+from bigq.formats import FP4, NF4, InputMoments, Int8
 from bigq.infer_device_map import infer_device_map
 from bigq.interop.adapter_merges import watch_adapters as _watch_adapters
 from bigq.load import load_and_quantize_model
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Fit",
+    "InputMoments",
     "Int8",
     "MemoryFootprint",
     "PlacementError",
@@ -40,6 +42,7 @@ __all__ = [
     "dequantize_tensor",
     "fit",
     "infer_device_map",
+    "input_moments",
     "load_and_quantize_model",
     "materialize",
     "memory_footprint",
