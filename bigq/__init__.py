@@ -1,6 +1,8 @@
 """Stream a checkpoint into any PyTorch model, quantized on the fly: NF4, FP4 and LLM.int8() in Triton."""
 
 from bigq.config import QuantizationConfig
+from bigq.dry_run.load_plan import LoadPlan
+from bigq.dry_run.plan import plan
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
 from bigq.formats import FP4, NF4, Int8
@@ -24,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Int8",
+    "LoadPlan",
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "memory_footprint",
     "model_card",
     "num_parameters",
+    "plan",
     "quantize_tensor",
     "save_quantized",
 ]

@@ -30,6 +30,7 @@ LAYERS = [  # from the lowest to the highest; a folder, or a file beside them
     "open_source",
     "load",
     "integrations",
+    "dry_run",
     "cli",
     "__init__",
     "__main__",

@@ -14,6 +14,7 @@ PUBLIC = {
     "CheckpointError",
     "ConfigError",
     "Int8",
+    "LoadPlan",
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
@@ -31,6 +32,7 @@ PUBLIC = {
     "memory_footprint",
     "model_card",
     "num_parameters",
+    "plan",
     "quantize_tensor",
     "save_quantized",
 }

@@ -1,0 +1,86 @@
+"""RemoteFile: the bytes of a file on the Hub, read by ranges, so that a header is read without the weights."""
+
+import os
+import tempfile
+from pathlib import Path
+from threading import Lock
+from typing import IO
+
+from bigq.checkpoint.choose import SAFETENSORS_SUFFIX, has_suffix
+from bigq.checkpoint.hub import Repository, open_file
+from bigq.checkpoint.safetensors_file import SafetensorsFile
+from bigq.checkpoint.source import ReadError, StoredTensor
+from bigq.errors import CheckpointError
+
+__all__ = ["RemoteFile"]
+
+_AHEAD_NBYTES = 64 << 10  # the small tensors that describe weights of bitsandbytes lie side by side
+_MAX_HEADER_NBYTES = 100_000_000  # the safetensors library's own limit
+
+
+class RemoteFile:
+    """The bytes of the file `file` of a Hub repository; a ByteSource. Reads are requests, one at a time."""
+
+    path = None
+    identity = None
+
+    def __init__(self, repository: Repository, file: str) -> None:
+        if not has_suffix(file, SAFETENSORS_SUFFIX):
+            raise CheckpointError(
+                f"{file} of {repository} is no safetensors file, so what it holds cannot be read without all of it: "
+                "download it, and pass its path"
+            )
+        self._repository, self._file = repository, file
+        self.name = f"{file} of {repository}"
+        self._lock = Lock()
+        self._handle: IO[bytes] = open_file(repository, file)
+        self.nbytes: int = self._handle.size  # type: ignore[attr-defined]
+        self._window = (0, b"")  # an offset, and the bytes from there on
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the bytes from `offset` on.
+
+        Raises:
+            ReadError: the Hub does not give them.
+        """
+        with self._lock:
+            start, data = self._window
+            if not start <= offset <= offset + len(buffer) <= start + len(data):
+                start, data = self._window = offset, self._request(offset, max(len(buffer), _AHEAD_NBYTES))
+        found = data[offset - start : offset - start + len(buffer)]
+        if len(found) < len(buffer):
+            raise ReadError(self.name, offset + len(found))
+        buffer[:] = found
+
+    def close(self) -> None:
+        """Nothing stays open between requests."""
+
+    def describe(self) -> list[StoredTensor]:
+        """Describe the tensors of the file, as SafetensorsFile does.
+
+        The library checks the header in a local file that has it and, instead of the weights, a hole of their size.
+        """
+        length = bytearray(8)
+        self.read_into(memoryview(length), 0)
+        size = int.from_bytes(length, "little")
+        if size > min(_MAX_HEADER_NBYTES, self.nbytes - 8):
+            raise CheckpointError(f"{self.name} has {self.nbytes} bytes, and no header of safetensors: it is damaged")
+        header = bytearray(size)
+        self.read_into(memoryview(header), 8)
+        with tempfile.TemporaryDirectory(prefix="bigq-") as folder:
+            path = Path(folder, "header" + SAFETENSORS_SUFFIX)
+            with path.open("wb") as file:
+                file.write(length + header)
+                os.truncate(file.fileno(), self.nbytes)
+            try:
+                with SafetensorsFile(path) as opened:
+                    return opened.describe(self)
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(str(path), self.name)) from error
+
+    def _request(self, offset: int, nbytes: int) -> bytes:
+        try:
+            self._handle.seek(offset)
+            return self._handle.read(min(nbytes, self.nbytes - offset))
+        except Exception as error:  # by version, those of huggingface_hub's HTTP client
+            raise ReadError(self.name, offset, f"{type(error).__name__}: {error}") from error
