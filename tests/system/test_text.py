@@ -1,6 +1,6 @@
 """Lists of names short enough for an error."""
 
-from bigq.system.text import bytes_text, format_table, shortlist
+from bigq.system.text import bytes_text, shortlist
 
 
 def test_the_first_ten_and_how_many_more():
