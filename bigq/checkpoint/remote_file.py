@@ -1,21 +1,17 @@
 """RemoteFile: the bytes of a file on the Hub, read by ranges, so that a header is read without the weights."""
 
-import os
-import tempfile
-from pathlib import Path
 from threading import Lock
 from typing import IO
 
 from bigq.checkpoint.choose import SAFETENSORS_SUFFIX, has_suffix
 from bigq.checkpoint.hub import Repository, open_file
-from bigq.checkpoint.safetensors_file import SafetensorsFile
+from bigq.checkpoint.safetensors_file import MAX_HEADER_NBYTES, describe_header
 from bigq.checkpoint.source import ReadError, StoredTensor
 from bigq.errors import CheckpointError
 
 __all__ = ["RemoteFile"]
 
 _AHEAD_NBYTES = 64 << 10  # the small tensors that describe weights of bitsandbytes lie side by side
-_MAX_HEADER_NBYTES = 100_000_000  # the safetensors library's own limit
 
 
 class RemoteFile:
@@ -56,27 +52,23 @@ class RemoteFile:
         """Nothing stays open between requests."""
 
     def describe(self) -> list[StoredTensor]:
-        """Describe the tensors of the file, as SafetensorsFile does.
+        """Describe the tensors of the file in the order of their bytes, as SafetensorsFile does of a local one.
 
-        The library checks the header in a local file that has it and, instead of the weights, a hole of their size.
+        Raises:
+            CheckpointError: the header is damaged, or does not describe as many bytes as the file has.
         """
         length = bytearray(8)
-        self.read_into(memoryview(length), 0)
+        if self.nbytes >= len(length):
+            self.read_into(memoryview(length), 0)
         size = int.from_bytes(length, "little")
-        if size > min(_MAX_HEADER_NBYTES, self.nbytes - 8):
+        if not 2 <= size <= min(MAX_HEADER_NBYTES, self.nbytes - 8):
             raise CheckpointError(f"{self.name} has {self.nbytes} bytes, and no header of safetensors: it is damaged")
         header = bytearray(size)
         self.read_into(memoryview(header), 8)
-        with tempfile.TemporaryDirectory(prefix="bigq-") as folder:
-            path = Path(folder, "header" + SAFETENSORS_SUFFIX)
-            with path.open("wb") as file:
-                file.write(length + header)
-                os.truncate(file.fileno(), self.nbytes)
-            try:
-                with SafetensorsFile(path) as opened:
-                    return opened.describe(self)
-            except CheckpointError as error:
-                raise CheckpointError(str(error).replace(str(path), self.name)) from error
+        try:
+            return describe_header(bytes(header), self, 8 + size)
+        except ValueError as error:  # a CheckpointError is one
+            raise CheckpointError(f"cannot open {self.name}: {error}") from error
 
     def _request(self, offset: int, nbytes: int) -> bytes:
         try:

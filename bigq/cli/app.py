@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from bigq.cli.bench import command as bench
+from bigq.cli.estimate import command as estimate
+from bigq.cli.inspect import command as inspect
 
 __all__ = ["app", "main"]
 
@@ -41,6 +43,17 @@ def _examples(*lines: str) -> str:
 
 
 app.command("bench", epilog=_examples("bigq bench", "bigq bench --shapes 4096x4096 --tokens 1,16 --format nf4"))(bench)
+
+app.command("inspect", epilog=_examples("bigq inspect ./model", "bigq inspect owner/name --max-memory 12GiB"))(inspect)
+
+app.command(
+    "estimate",
+    epilog=_examples(
+        "bigq estimate owner/name",
+        "bigq estimate ./model --format int8 --max-memory 0=12GiB,cpu=30GiB --context 8192",
+        "bigq estimate ./model --train qlora --rank 16 --max-memory 24GiB",
+    ),
+)(estimate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
