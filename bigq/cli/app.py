@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
+from bigq.cli import estimate, inspect, quantize
 from bigq.cli.bench import command as bench
-from bigq.cli.estimate import command as estimate
-from bigq.cli.inspect import command as inspect
 
 __all__ = ["app", "main"]
 
@@ -42,18 +41,10 @@ def _examples(*lines: str) -> str:
     return "\n\n".join(("Examples:", *lines))  # typer makes one line of a paragraph
 
 
+app.command("quantize", epilog=_examples(*quantize.EXAMPLES))(quantize.command)
 app.command("bench", epilog=_examples("bigq bench", "bigq bench --shapes 4096x4096 --tokens 1,16 --format nf4"))(bench)
-
-app.command("inspect", epilog=_examples("bigq inspect ./model", "bigq inspect owner/name --max-memory 12GiB"))(inspect)
-
-app.command(
-    "estimate",
-    epilog=_examples(
-        "bigq estimate owner/name",
-        "bigq estimate ./model --format int8 --max-memory 0=12GiB,cpu=30GiB --context 8192",
-        "bigq estimate ./model --train qlora --rank 16 --max-memory 24GiB",
-    ),
-)(estimate)
+app.command("inspect", epilog=_examples(*inspect.EXAMPLES))(inspect.command)
+app.command("estimate", epilog=_examples(*estimate.EXAMPLES))(estimate.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

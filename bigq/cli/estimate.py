@@ -7,42 +7,45 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bigq.cli.config_options import (
+    AlsoOption,
+    BlockSizeOption,
+    DoubleQuantFlag,
+    FormatOption,
+    RulesOption,
+    SkipOption,
+    make_config,
+    one_of,
+)
 from bigq.cli.limits import MaxMemory, parse_limits
 from bigq.cli.output import JsonFlag, answers, show, table
-from bigq.config import QuantizationConfig
 from bigq.dry_run.estimate import TRAININGS, estimate_memory
 from bigq.dry_run.inspect_checkpoint import inspect_checkpoint
 from bigq.dry_run.memory_estimate import MemoryEstimate, MemoryItem
 from bigq.errors import ConfigError
-from bigq.formats import FORMATS
 from bigq.planning.device_map import STRATEGIES
 from bigq.system.text import bytes_text
 
-__all__ = ["command", "read_rules"]
+__all__ = ["EXAMPLES", "command"]
 
-_DEFAULT = "nf4"
+EXAMPLES = (
+    "bigq estimate owner/name",
+    "bigq estimate ./llama --format int8 --max-memory 0=12GiB,cpu=30GiB --context 8192",
+    "bigq estimate ./llama --train qlora --rank 16 --max-memory 24GiB",
+)
 
 
 @answers
 def command(
     location: Annotated[
-        str, typer.Argument(metavar="DIR|ID", help="A folder with config.json and weights, or a Hub repository id.")
+        str, typer.Argument(metavar="DIR|ID", help="Folder with config.json and weights, or Hub repo (owner/name).")
     ],
-    format_name: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help=f"One of {', '.join(FORMATS)}. Default: {_DEFAULT}, or what the checkpoint is quantized to.",
-        ),
-    ] = None,
-    block_size: Annotated[int | None, typer.Option(help="Weights that share a scale, with nf4 and fp4.")] = None,
-    double_quant: Annotated[
-        bool, typer.Option("--double-quant", help="Quantize the scales of nf4 and fp4 too.")
-    ] = False,
-    rules: Annotated[
-        Path | None,
-        typer.Option(help='A JSON file of rules: {"lm_head": "int8", "visual.*": null}, or a saved config.json.'),
-    ] = None,
+    format_name: FormatOption = None,
+    double_quant: DoubleQuantFlag = False,
+    block_size: BlockSizeOption = None,
+    rules: RulesOption = None,
+    skip: SkipOption = None,
+    also: AlsoOption = None,
     device_map: Annotated[
         str | None,
         typer.Option(
@@ -52,11 +55,18 @@ def command(
     ] = None,
     max_memory: MaxMemory = None,
     context: Annotated[
-        int, typer.Option(help="Tokens of a sequence: prompt and answer, or a training example.")
+        int, typer.Option(help="Tokens of a sequence: prompt and answer, or a training example.", min=1)
     ] = 2048,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
-    train: Annotated[str, typer.Option(help=f"One of {', '.join(TRAININGS)}.")] = TRAININGS[0],
-    rank: Annotated[int, typer.Option(help="Rank of the adapters that qlora trains.")] = 16,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.", min=1)] = 1,
+    train: Annotated[
+        str,
+        typer.Option(
+            callback=one_of(*TRAININGS),
+            metavar="|".join(TRAININGS),
+            help="What is trained: LoRA adapters on every linear but the output head, or nothing.",
+        ),
+    ] = TRAININGS[0],
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 16,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -68,9 +78,12 @@ def command(
     Only headers and configs are read. Exact numbers follow from the shapes of tensors; "about" marks the results of
     formulas, and "unknown" is what nobody can say. Exit code 1: it does not fit.
     """
-    _one_of("--format", format_name, (*FORMATS, None))
-    _one_of("--train", train, TRAININGS)
-    config = _config(location, format_name, block_size, double_quant, rules)
+    asked = format_name or double_quant or block_size or rules or skip or also
+    config = None
+    if asked or inspect_checkpoint(location).quantized_by is None:
+        config = make_config(
+            format_name, rules=rules, double_quant=double_quant, block_size=block_size, skip=skip, also=also
+        )
     found = estimate_memory(
         location,
         config,
@@ -85,43 +98,6 @@ def command(
     show(found, as_json=as_json, render=lambda out: _render(out, found, show_plan))
     if found.fits is False:
         raise typer.Exit(1)
-
-
-def read_rules(path: Path) -> dict[str, Any]:
-    """The rules of a JSON file, as QuantizationConfig takes them; raises ConfigError for other content."""
-    try:
-        said = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise ConfigError(f'{path} holds {type(said).__name__}; expected rules such as {{"lm_head": "int8"}}')
-    return said
-
-
-def _config(
-    location: str, format_name: str | None, block_size: int | None, double_quant: bool, rules: Path | None
-) -> QuantizationConfig | None:
-    """The config that the options ask for; None for a checkpoint that is quantized, if they ask for nothing."""
-    asked = format_name is not None or rules is not None or block_size is not None or double_quant
-    if not asked and inspect_checkpoint(location).quantized_by is not None:
-        return None  # estimate refuses what bigq does not read
-    settings: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant or None}
-    said = {} if rules is None else read_rules(rules)
-    if "quant_method" in said:
-        return QuantizationConfig.from_dict(said)
-    made = {pattern: _rule(f"{rules}: {pattern!r}", value) for pattern, value in said.items()}
-    return QuantizationConfig(format_name or _DEFAULT, rules=made, **settings)
-
-
-def _rule(where: str, value: object) -> Any:
-    """The format of a rule: a name, null, or settings with the key "format"."""
-    if isinstance(value, dict):
-        settings = dict(value)
-        name = settings.pop("format", None)
-        return QuantizationConfig(name, **settings).weight_format()
-    if value is None or isinstance(value, str):
-        return value
-    raise ConfigError(f'{where} is {value!r}; expected the name of a format, null, or {{"format": "nf4", ...}}')
 
 
 def _device_map(text: str | None) -> Any:
@@ -139,12 +115,6 @@ def _device_map(text: str | None) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} is no JSON: {error}") from error
-
-
-def _one_of(option: str, value: str | None, known: tuple[str | None, ...]) -> None:
-    if value not in known:
-        named = ", ".join(name for name in known if name is not None)
-        raise typer.BadParameter(f"{option} is {value!r}; expected one of {named}")
 
 
 def _render(out: Console, found: MemoryEstimate, show_plan: bool) -> None:

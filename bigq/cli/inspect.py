@@ -10,7 +10,13 @@ from bigq.cli.output import JsonFlag, answers, show, table
 from bigq.dry_run.inspect_checkpoint import CheckpointSummary, inspect_checkpoint
 from bigq.system.text import bytes_text
 
-__all__ = ["command"]
+__all__ = ["EXAMPLES", "command"]
+
+EXAMPLES = (
+    "bigq inspect ./llama",
+    "bigq inspect owner/name --max-memory 12GiB",
+    "bigq inspect model.safetensors --json",
+)
 
 
 @answers
