@@ -1,5 +1,6 @@
 """RemoteFile: the bytes of a file on the Hub, read by ranges, so that a header is read without the weights."""
 
+from bisect import bisect_right
 from threading import Lock
 from typing import IO
 
@@ -31,7 +32,8 @@ class RemoteFile:
         self._lock = Lock()
         self._handle: IO[bytes] = open_file(repository, file)
         self.nbytes: int = self._handle.size  # type: ignore[attr-defined]
-        self._window = (0, b"")  # an offset, and the bytes from there on
+        self._starts: list[int] = []  # of what was read, in order
+        self._read: list[bytes] = []
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes from `offset` on.
@@ -40,9 +42,13 @@ class RemoteFile:
             ReadError: the Hub does not give them.
         """
         with self._lock:
-            start, data = self._window
-            if not start <= offset <= offset + len(buffer) <= start + len(data):
-                start, data = self._window = offset, self._request(offset, max(len(buffer), _AHEAD_NBYTES))
+            place = bisect_right(self._starts, offset) - 1
+            start, data = (self._starts[place], self._read[place]) if place >= 0 else (0, b"")
+            if offset + len(buffer) > start + len(data):
+                start, data = offset, self._request(offset, max(len(buffer), _AHEAD_NBYTES))
+                if len(data) <= _AHEAD_NBYTES:  # a plan may ask again; a header it does not
+                    self._starts.insert(place + 1, start)
+                    self._read.insert(place + 1, data)
         found = data[offset - start : offset - start + len(buffer)]
         if len(found) < len(buffer):
             raise ReadError(self.name, offset + len(found))

@@ -3,15 +3,15 @@
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int, get_max_memory
 
+from bigq.checkpoint import Checkpoint
 from bigq.config import QuantizationConfig
 from bigq.dry_run.load_plan import LoadPlan
 from bigq.dry_run.memory_estimate import MemoryEstimate, MemoryItem
-from bigq.dry_run.plan import plan
+from bigq.dry_run.plan import plan_model, with_revision
 from bigq.dry_run.run_memory import RunMemory
 from bigq.errors import ConfigError, PlacementError
 from bigq.integrations.skeleton import build_skeleton
@@ -71,7 +71,7 @@ def estimate_memory(
         >>> from bigq.dry_run.estimate import estimate_memory
         >>> found = estimate_memory(MODEL_DIR, "nf4", max_memory={0: "1GiB"})
         >>> [(item.name, item.nbytes) for item in found.items if item.is_exact]
-        [('weights', 54135584)]
+        [('weights', 53868288)]
         >>> found.fits
         True
     """
@@ -83,14 +83,14 @@ def estimate_memory(
     if device_map is None:
         device_map = "auto" if max_memory is not None else {"": 0}
     model = build_skeleton(name_or_folder, revision=revision, trust_remote_code=trust_remote_code)
-    location = f"{str(name_or_folder).partition('@')[0]}@{revision}" if revision is not None else name_or_folder
+    checkpoint = Checkpoint.open_headers(with_revision(name_or_folder, revision))
 
-    def planned(where: Any, limits: Mapping[int | str, int | str] | None = None) -> LoadPlan:
-        return plan(
+    def planned(where: object, limits: Mapping[int | str, int | str] | None = None) -> LoadPlan:
+        return plan_model(
             model,
+            checkpoint,
             quantization_config,
             where,
-            weights_location=location,
             max_memory=limits,
             offload_folder=offload_folder,
             offload=offload,

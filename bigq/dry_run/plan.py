@@ -23,7 +23,7 @@ from bigq.open_source import open_source, with_own_tensors
 from bigq.planning.places import plan_and_place
 from bigq.system.interrupts import to_the_end
 
-__all__ = ["plan"]
+__all__ = ["plan", "plan_model", "with_revision"]
 
 
 def plan(
@@ -91,12 +91,46 @@ def plan(
         model, location = model_or_id, weights_location
     else:
         model = build_skeleton(model_or_id, revision=revision, trust_remote_code=trust_remote_code)
-        location = weights_location if weights_location is not None else _at(model_or_id, revision)
+        location = weights_location if weights_location is not None else with_revision(model_or_id, revision)
+    checkpoint = None if location is None else Checkpoint.open_headers(location, strict=strict)
+    return plan_model(
+        model,
+        checkpoint,
+        quantization_config,
+        device_map,
+        no_split_module_classes=no_split_module_classes,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        offload=offload,
+        strict=strict,
+        other_machine=other_machine,
+    )
+
+
+def plan_model(
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    quantization_config: QuantizationConfig | object | None,
+    device_map: object,
+    *,
+    no_split_module_classes: Iterable[str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    offload: str | torch.dtype | None = None,
+    strict: bool = True,
+    other_machine: bool = False,
+) -> LoadPlan:
+    """Make the plan of loading `checkpoint` into `model`; None: the model's own tensors. The rest is as in `plan`."""
     config = None if quantization_config is None else as_config(quantization_config, model)
-    with _as_skeleton(model, unload=location is not None):
+    with _as_skeleton(model, unload=checkpoint is not None):
         tree = ModelTree(model)
         refuse_bitsandbytes(tree)
-        source = _Described(ModelTensors(model)) if location is None else _opened(tree, location, config, strict)
+        source: Source
+        if checkpoint is None:
+            source = _Described(ModelTensors(model))
+        else:
+            source, _ = open_source(tree, checkpoint, strict=strict, config=config)
+            source = source if strict else with_own_tensors(tree, source)
         planned, places = plan_and_place(
             tree,
             source,
@@ -114,20 +148,11 @@ def plan(
         return describe_plan(tree, planned, places, source.tensors)
 
 
-def _at(location: str | os.PathLike[str], revision: str | None) -> str | os.PathLike[str]:
+def with_revision(location: str | os.PathLike[str], revision: str | None) -> str | os.PathLike[str]:
     """The folder, or the id of a Hub repo with its `revision`."""
     if revision is None or os.path.lexists(location):
         return location
     return f"{str(location).partition('@')[0]}@{revision}"
-
-
-def _opened(
-    tree: ModelTree, location: str | os.PathLike[str], config: QuantizationConfig | None, strict: bool
-) -> Source:
-    """The checkpoint at `location`, described by its headers alone, as a load into the model of `tree` sees it."""
-    checkpoint = Checkpoint.open_headers(location, strict=strict)
-    source, _ = open_source(tree, checkpoint, strict=strict, config=config)
-    return source if strict else with_own_tensors(tree, source)
 
 
 class _Described(Adapter):
