@@ -32,6 +32,7 @@ class RunMemory:
         self.dtype = _activation_dtype(model, resident)
         self._blocks = find_blocks(model)
         self._cache: list[LayerCache] | Unknown = measure_cache(model, self.dtype)
+        self._generates = isinstance(self._cache, Unknown) or bool(self._cache)
         config: Any = getattr(model, "config", None)
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         top_k = getattr(text, "num_experts_per_tok", None)
@@ -140,8 +141,9 @@ class RunMemory:
             for device in devices
         ]
         if self._vocabulary is not None:
-            how = f"of the last token: {self._batch} x {self._vocabulary:,} x ({size} + 4) bytes, one copy in float32"
-            nbytes = self._batch * self._vocabulary * (size + _FLOAT32)
+            rows, words = (self._batch, "of the last token") if self._generates else (self.tokens, "of every token")
+            how = f"{words}: {rows:,} x {self._vocabulary:,} x ({size} + 4) bytes, one copy in float32"
+            nbytes = rows * self._vocabulary * (size + _FLOAT32)
             items.append(self._item("logits", "generate", plan.runs_on, nbytes, how))
         return items
 
@@ -196,8 +198,13 @@ class RunMemory:
 
     def _why_unknown(self) -> str | None:
         """Why activations are unknown; None if they are known."""
-        if not is_transformers_model(self._model):
-            return "how many tokens the model makes of its input is not known; only models of transformers are"
+        known: Any = self._model
+        if not is_transformers_model(self._model) or known.main_input_name != "input_ids":
+            return "how many tokens the model makes of its input is not known: its input is no text of transformers"
+        if known.config.is_encoder_decoder:
+            return "an encoder and a decoder run, and the length of one of them is not given"
+        if not isinstance(self._cache, Unknown) and any(layer.constant for layer in self._cache):
+            return "its layers keep states, such as those of linear attention, for which there is no formula"
         if not any(block.parts for block in self._blocks):
             return "the model has no list of blocks with linears"
         if self._is_eager:
