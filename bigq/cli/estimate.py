@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -95,9 +95,19 @@ def command(
         rank=rank,
         trust_remote_code=trust_remote_code,
     )
-    show(found, as_json=as_json, render=lambda out: _render(out, found, show_plan))
+    show(_Answer(found, show_plan), as_json=as_json, render=lambda out: _render(out, found, show_plan))
     if found.fits is False:
         raise typer.Exit(1)
+
+
+class _Answer(NamedTuple):
+    """An estimate, and whether the plan of every tensor is shown with it."""
+
+    found: MemoryEstimate
+    show_plan: bool
+
+    def to_dict(self) -> dict[str, object]:
+        return self.found.to_dict(with_tensors=self.show_plan)
 
 
 def _device_map(text: str | None) -> Any:

@@ -113,15 +113,16 @@ class MemoryEstimate:
         """(name, how its number is made) of each kind of item, once."""
         return list(dict.fromkeys((item.name, item.how) for item in self.items))
 
-    def to_dict(self) -> dict[str, object]:
-        """The estimate as JSON can hold it; the plan without its tensors."""
+    def to_dict(self, *, with_tensors: bool = False) -> dict[str, object]:
+        """The estimate as JSON can hold it; `with_tensors` also gives what becomes of every tensor."""
         sums: dict[str, dict[str, object]] = {device: {} for device in self.devices}
         for device in self.devices:
             for phase in self.phases:
                 nbytes, is_all = self.needed(device, phase)
                 sums[device][phase] = {"nbytes": nbytes, "is_all": is_all}
         said = self.plan.to_dict()
-        del said["tensors"]
+        if not with_tensors:
+            del said["tensors"]
         return {
             "items": [asdict(item) for item in self.items],
             "needed": sums,

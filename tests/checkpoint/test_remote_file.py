@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 import bigq
 from bigq.checkpoint import Checkpoint
 from bigq.checkpoint import hub as hub_module
+from bigq.dry_run.estimate import estimate_memory
+from bigq.dry_run.inspect_checkpoint import inspect_checkpoint
 from bigq.errors import CheckpointError
 from range_server import range_server
 
@@ -57,6 +59,24 @@ def test_a_quantized_model_is_planned_from_afar(layout, server, tiny, empty, tmp
     assert plan.quantized_share > 0.9
     (size,) = (file.stat().st_size for file in server.folder.glob("*.safetensors"))
     assert sum(server.sent.values()) < size
+
+
+def test_a_repository_is_planned_and_estimated_by_its_id(server, hub):
+    transformers = pytest.importorskip("transformers", minversion="5.17")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(server.folder)
+    plan = bigq.plan(REPO, "nf4", "cpu", revision="v2")
+    assert plan == bigq.plan(server.folder, "nf4", "cpu")
+    assert {revision for _, revision, _ in hub.downloads} == {"v2"}
+    found = estimate_memory(f"{REPO}@v2", "nf4", max_memory={0: "1GB"})
+    assert found.plan.tensors == bigq.plan(model, "nf4", {"": 0}, other_machine=True).tensors
+    assert found.fits is True
+    assert inspect_checkpoint(REPO).parameters == model.num_parameters()
+    assert hub.downloaded == ["config.json"]
+    assert sum(server.sent.values()) < 4 * (64 << 10)
 
 
 def test_what_is_in_the_cache_is_read_there(server, hub):

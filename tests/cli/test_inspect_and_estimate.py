@@ -63,6 +63,8 @@ def test_estimate(llama, capsys):
     assert "the output head:" in capsys.readouterr().out
     one, other = (said(capsys, "estimate", llama, "--format", name)["plan"]["total_nbytes"] for name in ("nf4", "int8"))
     assert one < other
+    planned = said(capsys, "estimate", llama, "--plan")["plan"]
+    assert sum(row["nbytes"] for row in planned["tensors"]) == planned["total_nbytes"] == one
     trained = said(capsys, "estimate", llama, "--train", "qlora", "--rank", "2")
     assert {"adapters", "optimizer"} < {item["name"] for item in trained["items"]}
 
