@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bigq.cli import quantize
+from bigq.cli import estimate, inspect, quantize
 from bigq.cli.bench import command as bench
 
 __all__ = ["app", "main"]
@@ -43,6 +43,8 @@ def _examples(*lines: str) -> str:
 
 app.command("quantize", epilog=_examples(*quantize.EXAMPLES))(quantize.command)
 app.command("bench", epilog=_examples("bigq bench", "bigq bench --shapes 4096x4096 --tokens 1,16 --format nf4"))(bench)
+app.command("inspect", epilog=_examples(*inspect.EXAMPLES))(inspect.command)
+app.command("estimate", epilog=_examples(*estimate.EXAMPLES))(estimate.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
