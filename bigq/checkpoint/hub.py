@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from glob import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from bigq.checkpoint.index import read_index
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
 
-__all__ = ["Repository", "download", "parse_repository"]
+__all__ = ["Repository", "download", "download_files", "parse_repository"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,27 @@ def _cached(repository: Repository, reason: str, cause: Exception) -> tuple[Path
         raise CheckpointError(f"{reason}; the copy in the cache is not whole: {error}") from cause
     logger.warning("%s; using the copy in %s", reason, folder)
     return folder, choice
+
+
+def download_files(repository: Repository, patterns: Sequence[str]) -> Path:
+    """Download the files of a folder whose names match `patterns`, such as "*.json"; where the folder then is.
+
+    When the repository cannot be reached, what the cache holds of it is used.
+
+    Raises:
+        CheckpointError: it cannot be reached and the cache holds nothing of it, or it has no such folder.
+    """
+    prefix = escape(f"{repository.folder}/") if repository.folder else ""
+    try:
+        snapshot = snapshot_download(
+            repository.id, revision=repository.revision, allow_patterns=[prefix + pattern for pattern in patterns]
+        )
+    except Exception as error:  # as above
+        raise CheckpointError(_explain(repository, error)) from error
+    folder = Path(snapshot, repository.folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{repository} holds no {' or '.join(patterns)}")
+    return folder
 
 
 def _fetch(repository: Repository, names: list[str]) -> Path:
