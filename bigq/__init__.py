@@ -2,6 +2,8 @@
 
 from bigq.config import QuantizationConfig
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
+from bigq.evaluation.compare import compare
+from bigq.evaluation.comparison import Comparison
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
 from bigq.formats import FP4, NF4, Int8
 from bigq.infer_device_map import infer_device_map
@@ -22,6 +24,7 @@ __all__ = [
     "NF4",
     "BigqError",
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "Int8",
     "MemoryFootprint",
@@ -33,6 +36,7 @@ __all__ = [
     "QuantizedTensor",
     "QuantizedWeight",
     "UnsupportedError",
+    "compare",
     "dequantize",
     "dequantize_tensor",
     "infer_device_map",

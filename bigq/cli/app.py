@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bigq.cli.bench import command as bench
+from bigq.cli.compare import command as compare
 
 __all__ = ["app", "main"]
 
@@ -40,6 +41,13 @@ def _examples(*lines: str) -> str:
     return "\n\n".join(("Examples:", *lines))  # typer makes one line of a paragraph
 
 
+app.command(
+    "compare",
+    epilog=_examples(
+        "bigq compare my-model my-model-nf4 --text news.txt --plot out.png",
+        'bigq compare owner/name --format nf4 --batch "" --json',
+    ),
+)(compare)
 app.command("bench", epilog=_examples("bigq bench", "bigq bench --shapes 4096x4096 --tokens 1,16 --format nf4"))(bench)
 
 
