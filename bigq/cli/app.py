@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bigq.cli.bench import command as bench
+from bigq.cli.bench import app as bench
 from bigq.cli.compare import command as compare
 
 __all__ = ["app", "main"]
@@ -48,7 +48,7 @@ app.command(
         'bigq compare owner/name --format nf4 --batch "" --json',
     ),
 )(compare)
-app.command("bench", epilog=_examples("bigq bench", "bigq bench --shapes 4096x4096 --tokens 1,16 --format nf4"))(bench)
+app.add_typer(bench, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from bigq.system.machine import usable_cores
 __all__ = ["copy_rate", "disk_rate", "link_rate", "product_rate"]
 
 _CHUNK_NBYTES = 16 << 20  # as loads read
+_CACHED_REPEATS = 5
 _THREADS = 12  # as loads read
 
 
@@ -26,29 +27,33 @@ def link_rate(device: torch.device, nbytes: int = 1 << 28, repeats: int = 9) -> 
     return _per_second(read_call(lambda: target.copy_(source, non_blocking=True), device, repeats=repeats), nbytes)
 
 
-def disk_rate(folder: Path, nbytes: int = 1 << 28) -> Reading:
+def disk_rate(folder: Path, nbytes: int = 1 << 28, *, cached: bool = False) -> Reading:
     """Bytes a second that threads read from a file of `nbytes` in `folder`, once, and not from the page cache.
 
-    The file has no name, and is gone afterwards. Raises OSError if it cannot be written.
+    With `cached` they come from there, and the rate is the median of five. The file has no name, and is gone
+    afterwards. Raises OSError if it cannot be written.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         block = os.urandom(_CHUNK_NBYTES)  # a drive may compress zeros
         for start in range(0, nbytes, _CHUNK_NBYTES):
             file.write(block[: nbytes - start])
         file.flush()
-        drop_cached(file.fileno())
+        if not cached:
+            drop_cached(file.fileno())
         buffers = [memoryview(bytearray(min(_CHUNK_NBYTES, nbytes - at))) for at in range(0, nbytes, _CHUNK_NBYTES)]
         with ThreadPoolExecutor(min(_THREADS, usable_cores())) as threads:
-            start_s = perf_counter()
-            jobs = [
-                threads.submit(read_into, buffer, file.fileno(), number * _CHUNK_NBYTES)
-                for number, buffer in enumerate(buffers)
-            ]
-            got = sum(job.result() for job in jobs)
-            seconds = perf_counter() - start_s
-    if got != nbytes:
-        raise OSError(f"a file of {nbytes} bytes in {folder} gave {got} back")
-    return Reading(value=nbytes / seconds)
+            rates = []
+            for _ in range(_CACHED_REPEATS if cached else 1):
+                start_s = perf_counter()
+                jobs = [
+                    threads.submit(read_into, buffer, file.fileno(), number * _CHUNK_NBYTES)
+                    for number, buffer in enumerate(buffers)
+                ]
+                got = sum(job.result() for job in jobs)
+                rates.append(nbytes / (perf_counter() - start_s))
+                if got != nbytes:
+                    raise OSError(f"a file of {nbytes} bytes in {folder} gave {got} back")
+    return Reading.of(rates)
 
 
 def copy_rate(device: torch.device, nbytes: int, repeats: int = 9) -> Reading:
