@@ -7,6 +7,7 @@ import typer
 
 from bigq.cli.bench import app as bench
 from bigq.cli.compare import command as compare
+from bigq.cli.doctor import command as doctor
 
 __all__ = ["app", "main"]
 
@@ -49,6 +50,7 @@ app.command(
     ),
 )(compare)
 app.add_typer(bench, name="bench")
+app.command("doctor", epilog=_examples("bigq doctor", "bigq doctor --folder /mnt/nvme --json"))(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
