@@ -14,7 +14,7 @@ from bigq.errors import CheckpointError
 from bigq.system.json_text import parse_json
 from bigq.system.text import shortlist
 
-__all__ = ["SafetensorsFile"]
+__all__ = ["DTYPE_NAMES", "SafetensorsFile"]
 
 # The dtypes of the format that torch has; the format also has F6_E2M3 and F6_E3M2.
 _DTYPES = {
@@ -39,6 +39,7 @@ _DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_NBYTES = 100_000_000  # the library's own limit
 
 

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
+from bigq.cli import compare, doctor, quantize
 from bigq.cli.bench import app as bench
-from bigq.cli.compare import command as compare
-from bigq.cli.doctor import command as doctor
 
 __all__ = ["app", "main"]
 
@@ -42,15 +41,10 @@ def _examples(*lines: str) -> str:
     return "\n\n".join(("Examples:", *lines))  # typer makes one line of a paragraph
 
 
-app.command(
-    "compare",
-    epilog=_examples(
-        "bigq compare my-model my-model-nf4 --text news.txt --plot out.png",
-        'bigq compare owner/name --format nf4 --batch "" --json',
-    ),
-)(compare)
+app.command("quantize", epilog=_examples(*quantize.EXAMPLES))(quantize.command)
+app.command("compare", epilog=_examples(*compare.EXAMPLES))(compare.command)
 app.add_typer(bench, name="bench")
-app.command("doctor", epilog=_examples("bigq doctor", "bigq doctor --folder /mnt/nvme --json"))(doctor)
+app.command("doctor", epilog=_examples(*doctor.EXAMPLES))(doctor.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

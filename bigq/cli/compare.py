@@ -7,14 +7,29 @@ import typer
 from rich.console import Console
 
 from bigq.cli.arguments import DeviceOption, device_of, dtype_of, numbers
+from bigq.cli.config_options import (
+    AlsoOption,
+    BlockSizeOption,
+    DoubleQuantFlag,
+    FormatOption,
+    MethodOption,
+    MomentsOption,
+    RulesOption,
+    SkipOption,
+    make_config,
+)
 from bigq.cli.output import JsonFlag, answers, note, show, table
-from bigq.config import QuantizationConfig
 from bigq.errors import ConfigError
 from bigq.evaluation.compare import compare
 from bigq.evaluation.comparison import MEASURED, WEIGHTS, Comparison
 from bigq.evaluation.plot import check_plot, plot_comparison
 
-__all__ = ["command"]
+__all__ = ["EXAMPLES", "command"]
+
+EXAMPLES = (
+    "bigq compare my-model my-model-nf4 --text news.txt --plot out.png",
+    'bigq compare owner/name --format nf4 --batch "" --json',
+)
 
 
 @answers
@@ -22,15 +37,19 @@ def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The float model: a folder or a Hub id.")],
     quantized: Annotated[
         str | None,
-        typer.Argument(metavar="DST", help="The same model, quantized by bigq or bitsandbytes. Or pass --format."),
+        typer.Argument(
+            metavar="DST",
+            help="The same model, quantized by bigq or bitsandbytes. Without it, SRC is quantized on the fly.",
+        ),
     ] = None,
-    format_name: Annotated[
-        str | None, typer.Option("--format", help="Quantize SRC on the fly instead of reading DST: nf4, fp4 or int8.")
-    ] = None,
-    block_size: Annotated[int | None, typer.Option(help="Weights that share a scale, with nf4 and fp4.")] = None,
-    double_quant: Annotated[
-        bool | None, typer.Option("--double-quant", help="Quantize the scales too, with nf4 and fp4.")
-    ] = None,
+    weight_format: FormatOption = None,
+    double_quant: DoubleQuantFlag = False,
+    block_size: BlockSizeOption = None,
+    rules: RulesOption = None,
+    skip: SkipOption = None,
+    also: AlsoOption = None,
+    method: MethodOption = "absmax",
+    moments: MomentsOption = None,
     text: Annotated[Path | None, typer.Option(help="A text file (UTF-8) of which perplexity is measured.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
     context: Annotated[int, typer.Option(min=2, help="Tokens that the models see at once, at most.")] = 512,
@@ -57,15 +76,27 @@ def command(
 
     One model is in memory at a time. Speeds are those of eager calls, with random tokens.
     """
-    if (quantized is None) == (format_name is None):
-        raise typer.BadParameter("pass either DST or --format", param_hint="DST")
+    asks = (weight_format, rules, skip, also, moments, block_size)
+    if quantized is None and weight_format is None and rules is None:
+        raise typer.BadParameter("pass DST, or --format or --rules", param_hint="DST")
+    if quantized is not None and (double_quant or method != "absmax" or any(option is not None for option in asks)):
+        raise typer.BadParameter(
+            "options that quantize SRC say nothing of DST: pass one or the other", param_hint="DST"
+        )
     if plot is not None:
         check_plot(plot)  # now, and not after minutes
-    config = (
-        None
-        if format_name is None
-        else QuantizationConfig(format_name, block_size=block_size, double_quant=double_quant)
-    )
+    config = None
+    if quantized is None:
+        config = make_config(
+            weight_format,
+            rules=rules,
+            double_quant=double_quant,
+            block_size=block_size,
+            skip=skip,
+            also=also,
+            method=method,
+            moments=moments,
+        )
     found = compare(
         source,
         quantized,

@@ -12,7 +12,9 @@ from bigq.cli.output import JsonFlag, answers, show, table
 from bigq.doctor.examine import Diagnosis, examine
 from bigq.doctor.kernels import KernelChoice
 
-__all__ = ["command"]
+__all__ = ["EXAMPLES", "command"]
+
+EXAMPLES = ("bigq doctor", "bigq doctor --folder /mnt/nvme --json")
 
 _SHOWN = 10  # problems
 
