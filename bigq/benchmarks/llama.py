@@ -98,7 +98,9 @@ class Llama(nn.Module):
 
     def __init__(self, shape: LlamaShape, made: _Made) -> None:
         super().__init__()
-        self.embed = nn.Embedding(shape.vocabulary, shape.hidden, **made)
+        # `nn.Embedding` would draw numbers; on meta torch imports its compiler for that, which takes 5 s.
+        numbers = torch.empty(shape.vocabulary, shape.hidden, **made)
+        self.embed = nn.Embedding.from_pretrained(numbers, freeze=False)
         self.layers = nn.ModuleList(Block(shape, made) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=_EPSILON, **made)
         self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, **made)

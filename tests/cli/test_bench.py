@@ -8,6 +8,7 @@ import typer
 from bigq.benchmarks.formats import BENCH_FORMATS
 from bigq.cli import bench
 from bigq.cli.app import main
+from command_page import commands
 
 
 def _run(capsys, *arguments):
@@ -53,10 +54,22 @@ def test_linears_and_two_runs_of_them(tmp_path, capsys):
     assert "B / A" in out
 
 
-@pytest.mark.parametrize("command", ["model", "loading", "offload"])
-def test_the_others(command, tmp_path, capsys):
-    only = [] if command == "loading" else ["--tokens", "1"]
-    code, out, _ = _run(capsys, command, *only, "--format", "int8", "--device", "cpu", "--folder", tmp_path, "--json")
+def test_the_lines_of_the_page_run(tmp_path, capsys, monkeypatch):
+    smaller = {"8b": "tiny", "16": "0.002", "/mnt/nvme": str(tmp_path), "4096x4096": "64x64", "1,16": "1"}
+    monkeypatch.chdir(tmp_path)
+    lines = commands("bench")
+    assert len(lines) == 6
+    for arguments in lines:
+        code, out, err = _run(capsys, *(smaller.get(argument, argument) for argument in arguments[1:]))
+        assert (code, bool(out)) == (0, True), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["after.json", "before.json"]
+
+
+@pytest.mark.parametrize("command", ["model", "offload"])
+def test_json(command, tmp_path, capsys):
+    code, out, _ = _run(
+        capsys, command, "--tokens", "1", "--format", "int8", "--device", "cpu", "--folder", tmp_path, "--json"
+    )
     found = json.loads(out)
     assert (code, found["benchmark"]) == (0, command)
     assert found["rows"]

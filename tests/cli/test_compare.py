@@ -6,6 +6,7 @@ import os
 import pytest
 
 from bigq.cli.app import main
+from command_page import commands
 from story_model import story_model
 
 
@@ -43,6 +44,23 @@ def test_a_real_model_and_text(story, assets, tmp_path, capsys):
     assert found["environment"]["versions"]["torch"]
     assert f"wrote {picture}" in err
     assert "stories260K as nf4" in picture.read_text()
+
+
+def test_the_lines_of_the_page_run(story, assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").symlink_to(story)
+    text = (assets / "text" / "tinystories_valid_stories.txt").read_text()
+    (tmp_path / "news.txt").write_text(text[:500])
+    with pytest.raises(SystemExit):
+        main(["quantize", "llama", "llama-nf4"])
+    lines = commands("compare")
+    assert len(lines) == 2
+    for arguments in lines:
+        capsys.readouterr()
+        code, out, err = _run(capsys, *arguments[1:])
+        assert code == 0, err
+        assert "same likeliest token" in out
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table(story, capsys):

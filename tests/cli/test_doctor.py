@@ -7,6 +7,7 @@ import torch
 
 from bigq.cli.app import main
 from bigq.formats import NF4
+from command_page import commands
 
 
 def _run(capsys, *arguments):
@@ -15,6 +16,16 @@ def _run(capsys, *arguments):
         main(["doctor", *map(str, arguments)])
     out, err = capsys.readouterr()
     return stopped.value.code or 0, out, err
+
+
+def test_the_lines_of_the_page_run(tmp_path, capsys):
+    lines = commands("doctor")
+    assert len(lines) == 2
+    for arguments in lines:
+        code, out, err = _run(capsys, *(str(tmp_path) if a == "/mnt/nvme" else a for a in arguments[1:]))
+        assert code == 0, err
+    assert json.loads(out)["rates"][-1]["bytes_per_s"] > 0
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_machine_that_is_right(capsys):
