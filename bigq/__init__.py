@@ -5,6 +5,8 @@ from bigq.calibration.fit_result import Fit
 from bigq.calibration.input_moments import input_moments
 from bigq.config import QuantizationConfig
 from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
+from bigq.dry_run.load_plan import LoadPlan
+from bigq.dry_run.plan import plan
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
 from bigq.evaluation.compare import compare
 from bigq.evaluation.comparison import Comparison
@@ -33,6 +35,7 @@ __all__ = [
     "Fit",
     "InputMoments",
     "Int8",
+    "LoadPlan",
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "memory_footprint",
     "model_card",
     "num_parameters",
+    "plan",
     "quantize_checkpoint",
     "quantize_tensor",
     "save_quantized",

@@ -31,6 +31,7 @@ LAYERS = [  # from the lowest to the highest; a folder, or a file beside them
     "open_source",
     "load",
     "integrations",
+    "dry_run",
     "converting",
     "measuring",
     "evaluation",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bigq.cli import compare, doctor, quantize
+from bigq.cli import compare, doctor, estimate, inspect, quantize
 from bigq.cli.bench import app as bench
 
 __all__ = ["app", "main"]
@@ -42,6 +42,8 @@ def _examples(*lines: str) -> str:
 
 
 app.command("quantize", epilog=_examples(*quantize.EXAMPLES))(quantize.command)
+app.command("inspect", epilog=_examples(*inspect.EXAMPLES))(inspect.command)
+app.command("estimate", epilog=_examples(*estimate.EXAMPLES))(estimate.command)
 app.command("compare", epilog=_examples(*compare.EXAMPLES))(compare.command)
 app.add_typer(bench, name="bench")
 app.command("doctor", epilog=_examples(*doctor.EXAMPLES))(doctor.command)
