@@ -145,7 +145,12 @@ def _automatic(
     """
     rest = dict(limits)
     while True:
-        made = planned(as_max_memory(rest))
+        try:
+            made = planned(as_max_memory(rest))
+        except PlacementError as error:
+            if rest == limits:
+                raise
+            raise PlacementError(f"beside what else is needed, {error}") from error
         needs = _by_device(beside(made))
         smaller = {
             device: min(rest[device], max(0, limit - max(needs.get(device, 0), budget))) if device != "disk" else limit

@@ -1,6 +1,7 @@
 """run_memory: what a model needs beside its weights while it generates or while adapters on it are trained."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class RunMemory:
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         top_k = getattr(text, "num_experts_per_tok", None)
         self._top_k = top_k if isinstance(top_k, int) else None
+        self._is_grouped = getattr(text, "_experts_implementation", None) == "grouped_mm"
         self._is_eager = getattr(text, "_attn_implementation", None) == "eager"
         head = output_head(model)
         shape = None if head is None else getattr(head, "weight", torch.empty(0)).shape
@@ -176,18 +178,21 @@ class RunMemory:
         return items
 
     def _scratch(self, phase: str, where: Sequence[str]) -> list[MemoryItem]:
-        """The weight that is decoded for a product with many tokens."""
+        """The weight that is decoded for a product with many tokens, or for a gradient."""
         quantized = [tensor for tensor in self._resident.tensors if tensor.is_quantized]
+        if phase == "generate":  # int8 is multiplied as it is
+            quantized = [tensor for tensor in quantized if "block_size" in tensor.settings]
         if not quantized:
             return []
         devices = dict.fromkeys(where)
-        if any(len(tensor.shape) > 2 for tensor in quantized):
+        stacked = any(len(tensor.shape) > 2 for tensor in quantized)
+        if stacked and not self._is_grouped:
             how = "how many experts are decoded at once depends on how the model multiplies them"
-            return [self._item("decoded weights", phase, device, None, how) for device in devices]
-        largest = max(tensor.numel for tensor in quantized)
+            return [self._item("decoded weight", phase, device, None, how) for device in devices]
+        largest = max(prod(tensor.shape[-2:]) for tensor in quantized)
         how = (
-            f"the largest quantized weight, {largest:,} numbers, in {_name(self.dtype)}: products of more than 16 to "
-            "128 tokens may decode a weight as a whole"
+            f"the largest quantized weight, {largest:,} numbers, in {_name(self.dtype)}: products of 4-bit weights "
+            f"with more than 16 to 128 tokens, and gradients, may decode a weight{' of one expert' if stacked else ''}"
         )
         return [self._item("decoded weight", phase, device, largest * self.dtype.itemsize, how) for device in devices]
 

@@ -165,12 +165,20 @@ def test_several_gpus_hold_the_cache_of_their_blocks(llama):
 
 
 def test_what_is_unknown_is_said(tmp_path, llama):
-    build(*FAMILIES["experts"]).save_pretrained(tmp_path)
+    name, kind, settings = FAMILIES["experts"]
+    build(name, kind, settings).save_pretrained(tmp_path)
     found = estimate_memory(tmp_path, "nf4", max_memory={0: "10GB"})
-    unknown = {item.name: item.how for item in found.items if item.nbytes is None}
-    assert unknown.keys() == {"decoded weights"}
+    assert amounts(found)["decoded weight", "cuda:0"] == 2 * 192 * 64 * 2  # of one expert, in bfloat16
+    assert found.fits is True
+    t5 = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**t5)).save_pretrained(tmp_path)
+    found = estimate_memory(tmp_path, "int8", max_memory={0: "10GB"})
+    assert {item.name for item in found.items if item.nbytes is None} == {"KV cache", "activations"}
+    assert ("decoded weight", "cuda:0") not in amounts(found)
     assert found.fits is None
     assert not found.needed("cuda:0", "generate")[1]
+    assert "an item is unknown" in found.verdict()
+    assert "unknown" in found.table()
     assert estimate_memory(tmp_path, "nf4", {"": 0}, max_memory={0: 1000}).fits is False
     if not torch.cuda.is_available():
         without = estimate_memory(llama, "nf4")
