@@ -12,6 +12,7 @@ import pytest
 import bigq
 
 LIBRARY_OF = {  # what has to be installed for a module of bigq.integrations to be imported
+    "bigq.evaluation.compare": "transformers",
     "bigq.dry_run.estimate": "transformers",
     "bigq.integrations.diffusers": "diffusers",
     "bigq.integrations.peft": "peft",
