@@ -85,7 +85,7 @@ def sample_products(
         )
     if gradients and not predictions:
         raise ConfigError(
-            "the model predicts nothing on these batches: every token is padding, by their attention_mask"
+            "the model predicts nothing on these batches: by their attention_mask, all is padding"
         )
     return Sampled(tokens=watch.tokens(), predictions=predictions)
 
