@@ -4,7 +4,12 @@ from bigq.calibration.fit import fit
 from bigq.calibration.fit_result import Fit
 from bigq.calibration.input_moments import input_moments
 from bigq.config import QuantizationConfig
+from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
+from bigq.dry_run.load_plan import LoadPlan
+from bigq.dry_run.plan import plan
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
+from bigq.evaluation.compare import compare
+from bigq.evaluation.comparison import Comparison
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
 from bigq.formats import FP4, NF4, InputMoments, Int8
 from bigq.infer_device_map import infer_device_map
@@ -25,19 +30,23 @@ __all__ = [
     "NF4",
     "BigqError",
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "Fit",
     "InputMoments",
     "Int8",
+    "LoadPlan",
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
     "QuantizationReport",
+    "QuantizedCheckpoint",
     "QuantizedLinear",
     "QuantizedModule",
     "QuantizedTensor",
     "QuantizedWeight",
     "UnsupportedError",
+    "compare",
     "dequantize",
     "dequantize_tensor",
     "fit",
@@ -48,6 +57,8 @@ __all__ = [
     "memory_footprint",
     "model_card",
     "num_parameters",
+    "plan",
+    "quantize_checkpoint",
     "quantize_tensor",
     "save_quantized",
 ]

@@ -113,9 +113,13 @@ class WeightJob:
         """The quantized weight, by part."""
         return {part: self._placed[self.planned.tensor_name(part)] for part in self.planned.description.state_spec}
 
+    def take_placed(self) -> dict[str, Tensor]:
+        """The tensors of the quantized weight, by their first names in the model; the job then holds nothing."""
+        placed, self._placed = self._placed, {}
+        return placed
+
     def commit(self, modules: Mapping[str, nn.Module]) -> None:
-        commit_weight(modules, self.planned, self._placed)
-        self._placed = {}
+        commit_weight(modules, self.planned, self.take_placed())
 
 
 class Batch:
