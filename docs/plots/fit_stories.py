@@ -9,6 +9,7 @@ RESULTS = json.loads((DOCS / "results" / "fit_stories.json").read_text(encoding=
 BITS, NATS = (RESULTS["columns"].index(name) for name in ("bits a weight", "nats a token"))
 rows = [row for row in RESULTS["rows"] if row[BITS] < 7.5]  # without int8, whose 8.1 bits lose next to nothing
 uniform = [row for row in rows if row[1] == "all weights"]
+LINE = {"arrowstyle": "-", "color": OTHER}
 smallest = min(uniform, key=lambda row: row[BITS])
 
 figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -18,7 +19,14 @@ for name, color, marker in (("kfac", "#b45309", "s"), ("output", OURS, "o")):
     axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=f'fit, by "{name}"')
 axis.plot(*zip(*((row[BITS], row[NATS]) for row in uniform), strict=True), "D", color=OTHER, label="one format")
 for row in uniform:
-    axis.annotate(row[0], (row[BITS], row[NATS]), (7, 4), textcoords="offset points")
+    below = "searched" in row[0]  # where the curves leave room
+    axis.annotate(
+        row[0],
+        (row[BITS], row[NATS]),
+        (-6, -44) if below else (7, 4),
+        textcoords="offset points",
+        arrowprops=LINE if below else None,
+    )
 axis.set_title("Nats a token lost", loc="left")
 axis.set_xlabel("bits a weight, with scales")
 axis.set_ylim(0, 1.12 * max(row[NATS] for row in rows))
