@@ -94,6 +94,26 @@ def test_the_tables_of_the_benchmarks_are_written_from_the_results():
     assert marked == {path.stem for path in (ROOT / "docs" / "results").glob("*.json")}
 
 
+def test_the_plots_are_drawn_from_the_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    scripts = [path for path in (ROOT / "docs" / "plots").glob("*.py") if path.name != "style.py"]
+    for script in scripts:
+        done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / f"{script.stem}.png").stat().st_size > 10_000
+    assert {path.stem for path in scripts} == {path.stem for path in (ROOT / "docs" / "plots").glob("*.png")}
+    loading, decode = ((ROOT / "docs" / "results" / f"{name}.json").read_text() for name in ("loading", "decode"))
+    rows = (
+        '"bigq, nf4, Triton started before", [0.98,',
+        'transformers + bitsandbytes, nf4", 3.72',
+        '"4.26 / ',
+        '"6.50 / ',
+    )
+    assert all(row in loading + decode for row in rows), "what the pages say of the picture is out of date"
+    for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
+        assert all(number in page.read_text() for number in ("0.98 s", "3.72 s", "4.26 ms", "6.5 ms")), page
+
+
 def test_every_argument_of_the_config_is_explained():
     page = (ROOT / "docs" / "configuration.md").read_text()
     explained = re.findall(r"^\| `(\w+)` \| ", page.partition("## Every argument")[2].partition("## ")[0], re.MULTILINE)

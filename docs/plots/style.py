@@ -1,6 +1,7 @@
 """How the plots look: one light card that is legible on a light and on a dark page, and how they are saved."""
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -31,8 +32,8 @@ def results(name: str) -> dict[str, list[object]]:
 
 
 def save(figure: Figure, name: str) -> Path:
-    """Save a figure as docs/plots/NAME.png, the same bytes for the same release of matplotlib."""
-    path = Path(__file__).with_name(f"{name}.png")
+    """Save a figure as NAME.png beside this file, or in the folder that the script was given."""
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent) / f"{name}.png"
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     return path
