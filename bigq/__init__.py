@@ -1,9 +1,15 @@
 """Stream a checkpoint into any PyTorch model, quantized on the fly: NF4, FP4 and LLM.int8() in Triton."""
 
+from bigq.calibration.fit import fit
+from bigq.calibration.fit_result import Fit
+from bigq.calibration.input_moments import input_moments
 from bigq.config import QuantizationConfig
+from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
+from bigq.dry_run.load_plan import LoadPlan
+from bigq.dry_run.plan import plan
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
-from bigq.formats import FP4, NF4, Int8
+from bigq.formats import FP4, NF4, InputMoments, Int8
 from bigq.infer_device_map import infer_device_map
 from bigq.interop.adapter_merges import watch_adapters as _watch_adapters
 from bigq.load import load_and_quantize_model
@@ -23,11 +29,15 @@ __all__ = [
     "BigqError",
     "CheckpointError",
     "ConfigError",
+    "Fit",
+    "InputMoments",
     "Int8",
+    "LoadPlan",
     "MemoryFootprint",
     "PlacementError",
     "QuantizationConfig",
     "QuantizationReport",
+    "QuantizedCheckpoint",
     "QuantizedLinear",
     "QuantizedModule",
     "QuantizedTensor",
@@ -35,12 +45,16 @@ __all__ = [
     "UnsupportedError",
     "dequantize",
     "dequantize_tensor",
+    "fit",
     "infer_device_map",
+    "input_moments",
     "load_and_quantize_model",
     "materialize",
     "memory_footprint",
     "model_card",
     "num_parameters",
+    "plan",
+    "quantize_checkpoint",
     "quantize_tensor",
     "save_quantized",
 ]

@@ -1,17 +1,18 @@
 """QuantizationConfig: which weights to quantize, and into which format. All checks of a configuration are here."""
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass, fields
+from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from importlib import import_module
 from typing import Any, cast
 
 import torch
 
 from bigq.errors import ConfigError
-from bigq.formats import FORMATS, METHODS, Format, dtype_name, make_format
+from bigq.formats import FORMATS, METHODS, Format, InputMoments, dtype_name, make_format
 
 __all__ = ["REGEX", "QuantizationConfig", "Rules", "check_offload"]
 
@@ -84,7 +85,11 @@ class QuantizationConfig:
         double_quant: whether the scales are quantized too, with "nf4" and "fp4". None: False.
         threshold: with "int8", the magnitude from which on a column of the activations is an outlier column, which is
             multiplied in the dtype of the activations. None: 6.0.
-        method: how codes and scales are chosen. "absmax" is the only one.
+        method: how the scales of 4-bit weights are chosen. "absmax": the largest magnitude of a block. "search": the
+            scale that loses least where `moments` says that the weight's inputs are large. A file of it has the same
+            size and layout. Weights in int8, and those without moments, have "absmax".
+        moments: with "search", what `input_moments` measured, or the path of a file that its `save` wrote. It is no
+            part of a saved config: a checkpoint that is quantized already needs none.
         compute_dtype: dtype of products with quantized weights: float16, bfloat16 or float32, as a torch.dtype or its
             name. None: the dtype of the activations.
         dtype: dtype of the parameters that are not quantized, and the dtype that a quantized `module.weight` reports;
@@ -119,6 +124,7 @@ class QuantizationConfig:
     double_quant: InitVar[bool | None] = None
     threshold: InitVar[float | None] = None
     method: str = "absmax"
+    moments: InputMoments | str | os.PathLike[str] | None = field(default=None, compare=False, repr=False)
     compute_dtype: torch.dtype | None = None
     dtype: torch.dtype | None = None
     skip_modules: tuple[str, ...] = ()
@@ -146,9 +152,36 @@ class QuantizationConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         for name in ("compute_dtype", "dtype"):
             object.__setattr__(self, name, _dtype(name, getattr(self, name)))
+        self._check_method()
+        check_offload(self.offload)
+
+    def _check_method(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method is {self.method!r}; expected one of {list(METHODS)}")
-        check_offload(self.offload)
+        if self.method != "absmax" and not any(self.method in asked.methods for asked in self.formats()):
+            named = ", ".join(asked.name for asked in self.formats()) or "weights that are kept"
+            raise ConfigError(f"method={self.method!r} means nothing to {named}: leave it out")
+        if self.moments is not None and self.method != "search":
+            raise ConfigError(f"moments beside method={self.method!r}: pass method='search', or leave them out")
+        if isinstance(self.moments, (str, os.PathLike)):
+            object.__setattr__(self, "moments", InputMoments.load(self.moments))
+        elif not isinstance(self.moments, InputMoments | None):
+            kind = type(self.moments).__name__
+            raise ConfigError(f"moments is a {kind}; expected bigq.InputMoments, or the path of a file of them")
+
+    def required_moments(self) -> InputMoments:
+        """The moments of a config whose method is "search".
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if not isinstance(self.moments, InputMoments):
+            raise ConfigError(
+                f"method={self.method!r} needs to know how large the inputs of the weights are: pass "
+                "moments=bigq.input_moments(model) of the model with float or int8 weights, or the path of a file that "
+                "its save wrote"
+            )
+        return self.moments
 
     def weight_format(self) -> Format | None:
         """The format of quantized weights that no rule matches; None: they are kept."""
@@ -185,7 +218,8 @@ class QuantizationConfig:
             >>> QuantizationConfig.from_dict(saved) == QuantizationConfig("nf4", compute_dtype="bf16")
             True
         """
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("format", "rules")}
+        apart = ("format", "rules", "moments")
+        own = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in apart}
         values = {name: dtype_name(v) if isinstance(v, torch.dtype) else v for name, v in own.items()}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         # a list: transformers sorts the keys of what it saves
@@ -242,7 +276,7 @@ def _format(value: object, settings: dict[str, Any]) -> Format:
         value = value.lower()
     if not isinstance(value, str) or value not in FORMATS:
         return make_format(value)  # refuses it
-    own = {field.name for field in fields(FORMATS[value])}
+    own = {setting.name for setting in fields(FORMATS[value])}
     for name, setting in given.items():
         if name not in own:
             raise ConfigError(f"{name}={setting!r} means nothing to format {value!r}: leave it out")

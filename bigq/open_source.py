@@ -23,7 +23,7 @@ __all__ = ["open_source", "with_own_tensors"]
 
 def open_source(
     tree: ModelTree,
-    weights_location: str | os.PathLike[str] | Sequence[Path],
+    weights_location: str | os.PathLike[str] | Sequence[Path] | Checkpoint,
     *,
     strict: bool,
     conversions: Sequence[object] | None = None,
@@ -32,12 +32,14 @@ def open_source(
     """Open a checkpoint for the model of `tree`: its tensors as the model names them, and its extra states.
 
     Args:
-        weights_location: as in `load_and_quantize_model`, or the files.
+        weights_location: as in `load_and_quantize_model`, or the files, or the checkpoint itself.
         strict: also refuse what is neither a tensor nor an extra state that the model takes.
         conversions: transformers' renamings and converters; None: those of the model's class.
         config: what the load was given; its threshold is that of int8 weights whose file does not say it.
     """
-    if isinstance(weights_location, Sequence) and not isinstance(weights_location, str):
+    if isinstance(weights_location, Checkpoint):
+        checkpoint = weights_location
+    elif isinstance(weights_location, Sequence) and not isinstance(weights_location, str):
         checkpoint = Checkpoint.open_files(weights_location, strict=strict)
     else:
         checkpoint = Checkpoint.open(weights_location, strict=strict)

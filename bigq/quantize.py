@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bigq.config import QuantizationConfig
 from bigq.errors import ConfigError
-from bigq.formats import Description
+from bigq.formats import Description, importance_of
 from bigq.interop.bitsandbytes_configs import as_config
 
 __all__ = ["QuantizedTensor", "dequantize_tensor", "quantize_tensor"]
@@ -32,18 +32,23 @@ class QuantizedTensor:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
-def quantize_tensor(weight: Tensor, quantization_config: QuantizationConfig | object) -> QuantizedTensor:
+def quantize_tensor(
+    weight: Tensor, quantization_config: QuantizationConfig | object, *, moments: Tensor | None = None
+) -> QuantizedTensor:
     """Quantize a float tensor along its last dimension, on the tensor's own device.
 
     Args:
         weight: float16, bfloat16 or float32, of any shape [..., K]. It is not changed.
         quantization_config: as in `load_and_quantize_model`; its format, method and compute_dtype are used.
+        moments: with method="search", the mean of x_j^2 of the weight's inputs: floating point [K], on any device. The
+            moments of the config are those of a model, and are not used.
 
     Returns:
         new tensors, which share no memory with `weight`.
 
     Raises:
-        ConfigError: `weight` has another dtype, or holds NaN or Inf; or the config has no format.
+        ConfigError: `weight` has another dtype, or holds NaN or Inf; or the config has no format; or `moments` does not
+            fit the method or the weight.
 
     Example:
         >>> import bigq, torch
@@ -65,9 +70,25 @@ def quantize_tensor(weight: Tensor, quantization_config: QuantizationConfig | ob
         dtype=weight.dtype,
         compute_dtype=config.compute_dtype,
     )
-    return QuantizedTensor(
-        description=description, tensors=description.format.quantize(weight.detach(), method=config.method)
+    importance = _importance(config, moments, description.shape)
+    tensors = weight_format.quantize(
+        weight.detach(), method=config.method, importance=None if importance is None else importance.to(weight.device)
     )
+    return QuantizedTensor(description=description, tensors=tensors)
+
+
+def _importance(config: QuantizationConfig, moments: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """What the method of `config` needs of a weight of this shape."""
+    if config.method != "search":
+        if moments is not None:
+            raise ConfigError(f"moments beside method={config.method!r}: pass QuantizationConfig(method='search')")
+        return None
+    if moments is None:
+        raise ConfigError("method='search' needs the moments of the tensor's inputs: pass moments=, floating point [K]")
+    importance = importance_of(moments)
+    if importance.shape != shape[-1:]:
+        raise ConfigError(f"moments has {len(importance)} numbers; expected {list(shape[-1:])}, one an input feature")
+    return importance
 
 
 def dequantize_tensor(state: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:

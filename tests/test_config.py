@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from bigq import ConfigError, QuantizationConfig
+from bigq import ConfigError, InputMoments, QuantizationConfig
 from bigq.formats import FP4, NF4, Int8
 
 
@@ -62,6 +62,26 @@ def test_copies_are_equal():
         assert copied == config
 
 
+def test_moments_are_read_from_a_file_and_are_no_part_of_what_is_said_or_saved(tmp_path):
+    moments = InputMoments({"a.weight": torch.ones(3)})
+    moments.save(tmp_path / "m.safetensors")
+    config = QuantizationConfig("nf4", method="search", moments=moments)
+    for given in (tmp_path / "m.safetensors", str(tmp_path / "m.safetensors")):
+        read = QuantizationConfig("nf4", method="search", moments=given)
+        assert torch.equal(read.required_moments()["a.weight"], torch.ones(3))
+    bare = QuantizationConfig("nf4", method="search")
+    assert config == read == bare
+    assert hash(config) == hash(bare)
+    assert repr(config) == repr(bare)
+    assert config.to_dict() == bare.to_dict()
+    assert config.to_dict()["method"] == "search"
+    assert "moments" not in config.to_dict()
+    copied = dataclasses.replace(config, compute_dtype=torch.bfloat16)
+    assert copied.required_moments() is moments
+    with pytest.raises(ConfigError, match=r"pass moments=bigq.input_moments\(model\)"):
+        QuantizationConfig.from_dict(config.to_dict()).required_moments()
+
+
 def test_is_frozen_and_keyword_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         QuantizationConfig("nf4").block_size = 32  # type: ignore[misc]
@@ -105,7 +125,10 @@ def test_dtype_names(name):
         ({"format": "nf4", "dtype": "_inductor"}, "dtype is '_inductor'"),
         ({"format": "nf4", "dtype": ["bf16"]}, r"dtype is \['bf16'\]"),
         ({"format": "nf4", "skip_modules": 5}, "skip_modules is 5; expected a list"),
-        ({"format": "nf4", "method": "best"}, r"method is 'best'; expected one of \['absmax'\]"),
+        ({"format": "int8", "method": "search"}, "method='search' means nothing to int8: leave it out"),
+        ({"format": "nf4", "moments": InputMoments({})}, "moments beside method='absmax': pass method='search'"),
+        ({"format": "nf4", "method": "search", "moments": {}}, "moments is a dict; expected bigq.InputMoments"),
+        ({"format": "nf4", "method": "best"}, r"method is 'best'; expected one of \['absmax', 'search'\]"),
         ({"format": "nf4", "also_quantize": "embed"}, r"expected a list of them: \['embed'\]"),
         ({"format": "nf4", "also_quantize": ["a..b"]}, "also_quantize holds 'a..b'"),
         ({"format": "nf4", "skip_defaults": 1}, "skip_defaults is 1; expected True or False"),

@@ -10,8 +10,10 @@ import pytest
 import bigq
 
 LIBRARY_OF = {  # what has to be installed for a module of bigq.integrations to be imported
+    "bigq.dry_run.estimate": "transformers",
     "bigq.integrations.diffusers": "diffusers",
     "bigq.integrations.peft": "peft",
+    "bigq.integrations.skeleton": "transformers",
     "bigq.integrations.transformers": "transformers",
     "bigq.interop.diffusers_quantizer": "diffusers",
     "bigq.interop.hf_quantizer": "transformers",

@@ -2,7 +2,7 @@
 
 from bigq.checkpoint.adapters import Adapter, Completed, Conversion, Converted, Renamed
 from bigq.checkpoint.bitsandbytes_source import with_bitsandbytes
-from bigq.checkpoint.foreign import FLOAT8, is_scaled
+from bigq.checkpoint.foreign import FLOAT8, foreign_method, is_adapter, is_scaled, refuse_foreign
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
 from bigq.checkpoint.source import (
@@ -32,9 +32,12 @@ __all__ = [
     "Span",
     "StoredTensor",
     "cut_out",
+    "foreign_method",
+    "is_adapter",
     "is_scaled",
     "read_small",
     "read_tensor",
+    "refuse_foreign",
     "refuse_unknown",
     "with_bitsandbytes",
 ]

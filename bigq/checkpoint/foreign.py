@@ -12,7 +12,7 @@ from bigq.errors import CheckpointError
 from bigq.formats.bitsandbytes import is_bitsandbytes
 from bigq.system.text import shortlist
 
-__all__ = ["FLOAT8", "is_scaled", "refuse_foreign"]
+__all__ = ["FLOAT8", "foreign_method", "is_adapter", "is_scaled", "refuse_foreign"]
 
 _METHODS = {  # quant_method in a config.json: what the format is called
     "awq": "AWQ",
@@ -40,26 +40,40 @@ def refuse_foreign(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
     config.json is believed only where there are tensors that can be codes: it may stay when a model is dequantized.
     """
-    if tensors and all("lora_" in name for name in tensors):
+    if is_adapter(tensors):
         base = read_config(folder / "adapter_config.json").get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
         raise CheckpointError(
             f"{folder} holds a LoRA adapter{of} and no model: load the weights of the base model, "
             f"then add the adapter to it with peft's PeftModel.from_pretrained(model, {str(folder)!r})"
         )
-    leaves = {name.rpartition(".")[2] for name in tensors}
-    if _OWN in leaves or is_bitsandbytes(tensors):
-        return
-    found = next((method for leaf, method in _LEAVES.items() if leaf in leaves), None)
-    said = read_config(folder / "config.json").get("quantization_config")
-    if isinstance(said, dict) and any(stored.dtype in _CODES | FLOAT8 for stored in tensors.values()):
-        method = "bitsandbytes" if says_bitsandbytes(said) else str(said["quant_method"])
-        found = _METHODS.get(method, method)
+    found = foreign_method(folder, tensors)
     if found is not None:
         raise CheckpointError(
             f"{folder} holds weights that are quantized already: {shortlist([found])}, which bigq does not read; "
             "take the original weights of the model and quantize those, or load these with transformers"
         )
+
+
+def is_adapter(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether `tensors` are those of a LoRA adapter, without its model."""
+    return bool(tensors) and all("lora_" in name for name in tensors)
+
+
+def foreign_method(folder: Path, tensors: Mapping[str, StoredTensor]) -> str | None:
+    """What the method is called by which another library has quantized `tensors`, the checkpoint in `folder`.
+
+    None if they are not quantized, or quantized by bigq, or as bitsandbytes saves it.
+    """
+    leaves = {name.rpartition(".")[2] for name in tensors}
+    if _OWN in leaves or is_bitsandbytes(tensors):
+        return None
+    found = next((method for leaf, method in _LEAVES.items() if leaf in leaves), None)
+    said = read_config(folder / "config.json").get("quantization_config")
+    if isinstance(said, dict) and any(stored.dtype in _CODES | FLOAT8 for stored in tensors.values()):
+        method = "bitsandbytes" if says_bitsandbytes(said) else str(said["quant_method"])
+        found = _METHODS.get(method, method)
+    return found
 
 
 def is_scaled(name: str, tensors: Mapping[str, StoredTensor]) -> bool:

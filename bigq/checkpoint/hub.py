@@ -2,12 +2,12 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from glob import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from bigq.checkpoint.choose import Choice, Listing, choose, holds_weights, list_folder
@@ -15,7 +15,7 @@ from bigq.checkpoint.index import read_index
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
 
-__all__ = ["Repository", "download", "parse_repository"]
+__all__ = ["Remote", "Repository", "download", "download_files", "open_file", "parse_repository", "survey"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +43,55 @@ def parse_repository(text: str) -> Repository | None:
     return Repository(match["id"], match["folder"] or "", match["revision"]) if match else None
 
 
+class Remote(NamedTuple):
+    """What `survey` found: the folder of what describes a checkpoint, and the choice of its files.
+
+    `is_here` says that the files are in the folder too, because the repository could not be reached.
+    """
+
+    folder: Path
+    choice: Choice
+    is_here: bool
+
+
 def download(repository: Repository) -> tuple[Path, Choice]:
     """Download the files of a checkpoint and what describes it, and no others; return their folder and the choice made.
 
     When the repository cannot be reached, a complete copy in the cache is used.
     """
+    found = _choose(repository)
+    if isinstance(found, Remote):
+        return found.folder, found.choice
+    choice, described = found
+    return _fetch(repository, [*described, *choice.files]), choice
+
+
+def survey(repository: Repository) -> Remote:
+    """Find the files of a checkpoint as `download` does, and download only what describes it: configs and the index."""
+    found = _choose(repository)
+    if isinstance(found, Remote):
+        return found
+    choice, described = found
+    return Remote(_fetch(repository, described or [*_CONFIGS]), choice, is_here=False)
+
+
+def open_file(repository: Repository, name: str) -> IO[bytes]:
+    """Open a file of a folder on the Hub: each `read` is one request for a range of its bytes."""
+    path = "/".join(filter(None, (repository.id, repository.folder, name)))
+    try:
+        file: IO[bytes] = HfFileSystem().open(path, "rb", revision=repository.revision, cache_type="none")
+    except Exception as error:  # as below
+        raise CheckpointError(_explain(repository, error)) from error
+    return file
+
+
+def _choose(repository: Repository) -> Remote | tuple[Choice, list[str]]:
+    """The choice of files and the names of what describes them; a Remote where only the cache answers."""
     try:
         # One request without retries: a mistyped local path is not answered with half a minute of them.
         siblings = HfApi().model_info(repository.id, revision=repository.revision, timeout=10).siblings
     except Exception as error:  # by version, huggingface_hub lets its HTTP client's own exceptions through
-        return _cached(repository, _explain(repository, error), error)
+        return Remote(*_cached(repository, _explain(repository, error), error), is_here=True)
 
     files = [sibling.rfilename for sibling in siblings or ()]
     prefix = repository.folder and repository.folder + "/"
@@ -74,8 +113,8 @@ def download(repository: Repository) -> tuple[Path, Choice]:
             f"{repository} holds several safetensors files and no index: {shortlist(choice.files)}; "
             "download the one to load and pass its path"
         )
-    wanted = [*choice.files] if choice.index is None else [choice.index, *choice.files]
-    return _fetch(repository, [*wanted, *filter(names.__contains__, _CONFIGS)]), choice
+    index = [] if choice.index is None else [choice.index]
+    return choice, [*index, *filter(names.__contains__, _CONFIGS)]
 
 
 def _hint(files: Iterable[str]) -> str:
@@ -99,6 +138,27 @@ def _cached(repository: Repository, reason: str, cause: Exception) -> tuple[Path
         raise CheckpointError(f"{reason}; the copy in the cache is not whole: {error}") from cause
     logger.warning("%s; using the copy in %s", reason, folder)
     return folder, choice
+
+
+def download_files(repository: Repository, patterns: Sequence[str]) -> Path:
+    """Download the files of a folder whose names match `patterns`, such as "*.json"; where the folder then is.
+
+    When the repository cannot be reached, what the cache holds of it is used.
+
+    Raises:
+        CheckpointError: it cannot be reached and the cache holds nothing of it, or it has no such folder.
+    """
+    prefix = escape(f"{repository.folder}/") if repository.folder else ""
+    try:
+        snapshot = snapshot_download(
+            repository.id, revision=repository.revision, allow_patterns=[prefix + pattern for pattern in patterns]
+        )
+    except Exception as error:  # as above
+        raise CheckpointError(_explain(repository, error)) from error
+    folder = Path(snapshot, repository.folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{repository} holds no {' or '.join(patterns)}")
+    return folder
 
 
 def _fetch(repository: Repository, names: list[str]) -> Path:

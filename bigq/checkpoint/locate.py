@@ -16,12 +16,12 @@ from bigq.checkpoint.choose import (
     has_suffix,
     list_folder,
 )
-from bigq.checkpoint.hub import download, parse_repository
+from bigq.checkpoint.hub import Remote, Repository, download, parse_repository, survey
 from bigq.checkpoint.index import read_index
 from bigq.errors import CheckpointError
 from bigq.system.text import shortlist
 
-__all__ = ["Location", "locate"]
+__all__ = ["Location", "locate", "locate_remote", "resolve"]
 
 _FILE_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, *TRAINING_SUFFIXES)
 _FORMS = (
@@ -48,7 +48,7 @@ def locate(weights_location: str | os.PathLike[str]) -> Location:
         raise CheckpointError(f"weights_location is empty: expected {_FORMS}")
     path = Path(weights_location)
     if os.path.isdir(path):
-        return _resolve(path, choose(list_folder(path)))
+        return resolve(path, choose(list_folder(path)))
     if os.path.isfile(path):
         return _locate_file(path)
     if os.path.lexists(path):  # a device, a socket, a link to nowhere
@@ -56,9 +56,19 @@ def locate(weights_location: str | os.PathLike[str]) -> Location:
     if isinstance(weights_location, str) and not has_suffix(weights_location, *_FILE_SUFFIXES, ".json"):
         repository = parse_repository(weights_location)
         if repository is not None:
-            return _resolve(*download(repository))
+            return resolve(*download(repository))
     hint = "; `~` is not expanded, use Path.expanduser()" if path.parts[0].startswith("~") else ""
     raise CheckpointError(f"no such file or folder: {path}{hint}; expected {_FORMS}")
+
+
+def locate_remote(weights_location: str | os.PathLike[str]) -> tuple[Repository, Remote] | None:
+    """What the Hub holds under `weights_location`, without weights; None where `locate` finds it on this machine."""
+    if not isinstance(weights_location, str) or os.path.lexists(weights_location):
+        return None
+    if has_suffix(weights_location, *_FILE_SUFFIXES, ".json"):
+        return None
+    repository = parse_repository(weights_location)
+    return None if repository is None else (repository, survey(repository))
 
 
 def _locate_file(path: Path) -> Location:
@@ -70,10 +80,11 @@ def _locate_file(path: Path) -> Location:
         raise CheckpointError(
             f"the index {path} names files of another kind: {foreign}; expected {', '.join(_FILE_SUFFIXES)}"
         )
-    return _resolve(path.parent, choice)
+    return resolve(path.parent, choice)
 
 
-def _resolve(folder: Path, choice: Choice) -> Location:
+def resolve(folder: Path, choice: Choice) -> Location:
+    """The files of `choice`, which lie in `folder`."""
     paths = {file: folder / file for file in (*choice.files, *set(choice.weight_map.values()))}
     return Location(
         files=tuple(paths[file] for file in choice.files),

@@ -1,22 +1,24 @@
 """A checkpoint: all its tensors described and validated, then read one at a time."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import Tensor
 
 from bigq.checkpoint.content import is_safetensors
 from bigq.checkpoint.foreign import refuse_foreign
 from bigq.checkpoint.local_file import LocalFile
-from bigq.checkpoint.locate import Location, locate
+from bigq.checkpoint.locate import Location, locate, locate_remote, resolve
 from bigq.checkpoint.pickle_file import PickleFile
+from bigq.checkpoint.remote_file import RemoteFile
 from bigq.checkpoint.safetensors_file import SafetensorsFile
-from bigq.checkpoint.source import StoredTensor, refuse_unknown
+from bigq.checkpoint.source import StoredTensor, read_tensor, refuse_unknown
 from bigq.errors import CheckpointError
 from bigq.system.files import FileIdentity
 from bigq.system.text import shortlist
@@ -37,7 +39,7 @@ class Checkpoint:
 
     files: tuple[Path, ...]
     tensors: Mapping[str, StoredTensor] = field(repr=False)
-    sources: Mapping[str, LocalFile] = field(repr=False)
+    sources: Mapping[str, LocalFile | RemoteFile] = field(repr=False)
     extra_states: Mapping[str, object] = field(default_factory=dict, repr=False)
     in_place = False
 
@@ -49,32 +51,51 @@ class Checkpoint:
         wrong. No tensor is read, except from pickles in the format from before torch 1.6. `strict` also refuses a
         state dict that holds anything beside tensors.
         """
-        return cls._of(locate(weights_location), str(weights_location), strict)
+        return cls._of(locate(weights_location), str(weights_location), partial(_describe, strict=strict))
+
+    @classmethod
+    def open_headers(
+        cls, weights_location: str | os.PathLike[str], *, strict: bool = True, refuse: bool = True
+    ) -> "Checkpoint":
+        """Open a checkpoint as `open` does, but download no weights: of a Hub repository, the headers are read there.
+
+        Each of its tensors that is read then is a request of its own, so only small ones should be. `refuse=False` also
+        opens what another library has quantized, and adapters.
+        """
+        found = locate_remote(weights_location)
+        if found is None:
+            location = locate(weights_location)
+            return cls._of(location, str(weights_location), partial(_describe, strict=strict), refuse=refuse)
+        repository, remote = found
+        location = resolve(remote.folder, remote.choice)
+        names = {remote.folder / name: name for name in remote.choice.files}
+
+        def describe(path: Path) -> _Described:
+            if path.is_file():  # the cache has it
+                return _describe(path, strict)
+            file = RemoteFile(repository, names[path])
+            return _Described(file, file.describe(), {})
+
+        return cls._of(location, str(weights_location), describe, refuse=refuse)
 
     @classmethod
     def open_files(cls, files: Sequence[Path], *, strict: bool = True) -> "Checkpoint":
         """Open a checkpoint of these files, as `open` opens those that it has found."""
-        return cls._of(Location(files=tuple(files)), ", ".join(map(str, files)), strict)
+        location = Location(files=tuple(files))
+        return cls._of(location, ", ".join(map(str, files)), partial(_describe, strict=strict))
 
     @classmethod
-    def _of(cls, location: Location, title: str, strict: bool) -> "Checkpoint":
+    def _of(
+        cls, location: Location, title: str, describe: "Callable[[Path], _Described]", *, refuse: bool = True
+    ) -> "Checkpoint":
         described: dict[Path, list[StoredTensor]] = {}
-        sources: dict[str, LocalFile] = {}
+        sources: dict[str, LocalFile | RemoteFile] = {}
         extra_states: dict[str, object] = {}
         errors: list[CheckpointError] = []
         for path in location.files:
             try:
-                found = _stat(path)
-                source = LocalFile(path, found.st_size, FileIdentity.of(found))
-                with _open(path) as file:
-                    if isinstance(file, PickleFile):
-                        extra_states |= file.extra_states
-                        if strict and file.others:
-                            raise CheckpointError(
-                                f"{path} is not a dict of names and tensors alone: {shortlist(file.others)}; "
-                                "strict=False ignores what is no tensor"
-                            )
-                    described[path] = file.describe(source)
+                source, described[path], states = describe(path)
+                extra_states |= states
                 sources.update((stored.where, source) for stored in described[path])
             except CheckpointError as error:
                 errors.append(error)
@@ -85,7 +106,8 @@ class Checkpoint:
         if problems:
             listed = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
             raise CheckpointError(f"cannot open the checkpoint {title}:\n  - " + "\n  - ".join(listed))
-        refuse_foreign((location.index or location.files[0]).parent, tensors)
+        if refuse:
+            refuse_foreign((location.index or location.files[0]).parent, tensors)
         return cls(
             files=location.files,
             tensors=MappingProxyType(tensors),
@@ -122,6 +144,9 @@ class Checkpoint:
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for where, group in groupby(names, key=lambda name: self.tensors[name].where):
             source = self.sources[where]
+            if isinstance(source, RemoteFile):
+                yield from ((name, read_tensor(self.tensors[name])) for name in group)
+                continue
             _check_unchanged(source)
             with _open(source.path) as file:
                 for name in group:
@@ -136,6 +161,30 @@ class Checkpoint:
                 f"and now is {tensor.dtype} {tuple(tensor.shape)}; open the checkpoint again"
             )
         return tensor
+
+
+class _Described(NamedTuple):
+    """The bytes of a file, its tensors, and the objects other than tensors that modules have put into it."""
+
+    source: LocalFile | RemoteFile
+    tensors: list[StoredTensor]
+    extra_states: Mapping[str, object]
+
+
+def _describe(path: Path, strict: bool) -> _Described:
+    """Describe a file on this machine; `strict` refuses a state dict that holds anything beside tensors."""
+    found = _stat(path)
+    source = LocalFile(path, found.st_size, FileIdentity.of(found))
+    with _open(path) as file:
+        extra_states: Mapping[str, object] = {}
+        if isinstance(file, PickleFile):
+            extra_states = file.extra_states
+            if strict and file.others:
+                raise CheckpointError(
+                    f"{path} is not a dict of names and tensors alone: {shortlist(file.others)}; "
+                    "strict=False ignores what is no tensor"
+                )
+        return _Described(source, file.describe(source), extra_states)
 
 
 def _open(path: Path) -> SafetensorsFile | PickleFile:

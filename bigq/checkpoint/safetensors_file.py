@@ -1,4 +1,4 @@
-"""A safetensors file, read by the safetensors library."""
+"""A safetensors file, read by the safetensors library; and a header alone, of a file that is not on this machine."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from bigq.errors import CheckpointError
 from bigq.system.json_text import parse_json
 from bigq.system.text import shortlist
 
-__all__ = ["SafetensorsFile"]
+__all__ = ["DTYPE_NAMES", "MAX_HEADER_NBYTES", "SafetensorsFile", "describe_header"]
 
 # The dtypes of the format that torch has; the format also has F6_E2M3 and F6_E3M2.
 _DTYPES = {
@@ -39,7 +39,8 @@ _DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
-_MAX_HEADER_NBYTES = 100_000_000  # the library's own limit
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+MAX_HEADER_NBYTES = 100_000_000  # the library's own limit
 
 
 class SafetensorsFile:
@@ -49,7 +50,7 @@ class SafetensorsFile:
         self._path = path
         try:
             self._handle: Any = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: no memory to map it
             raise CheckpointError(f"cannot open {path}: {_explain(path) or str(error)[:500]}") from error
 
     def __enter__(self) -> "SafetensorsFile":
@@ -70,7 +71,7 @@ class SafetensorsFile:
             raise CheckpointError(f"cannot open {self._path}: {_name_dtypes(unknown)}")
         infos, offset = [], self._data_offset(len(names))
         for name, header in headers.items():
-            infos.append(self._info(name, _DTYPES[dtypes[name]], header.get_shape(), source, offset))
+            infos.append(_stored(name, _DTYPES[dtypes[name]], header.get_shape(), source, offset))
             offset += infos[-1].nbytes  # the library refuses files with holes
         return infos
 
@@ -94,18 +95,54 @@ class SafetensorsFile:
                 raise CheckpointError(f"cannot open {self._path}: its header names {shortlist(twice)} twice")
         return 8 + length
 
-    def _info(self, name: str, dtype: torch.dtype, shape: list[int], source: ByteSource, offset: int) -> StoredTensor:
-        if dtype is torch.float4_e2m1fn_x2:  # the format counts values, torch counts bytes of two
-            if not shape or shape[-1] % 2:
-                raise CheckpointError(
-                    f"{self._path}: tensor {name!r} packs two 4-bit values to a byte, "
-                    f"so its last dimension must be even, but its shape is {shape}"
-                )
-            shape = [*shape[:-1], shape[-1] // 2]
-        if max(shape, default=0) > torch.iinfo(torch.int64).max:  # only an empty tensor gets this far
-            raise CheckpointError(f"{self._path}: tensor {name!r} has a shape beyond 64 bits: {shape}")
-        span = Span(source, offset, math.prod(shape) * dtype.itemsize)
-        return StoredTensor(name=name, shape=torch.Size(shape), dtype=dtype, where=source.name, spans=(span,))
+
+def describe_header(header: bytes, source: ByteSource, start: int) -> list[StoredTensor]:
+    """Describe the tensors of a `header`, in the order of their bytes, which `source` has from `start` on.
+
+    Raises:
+        ValueError: it is damaged, or does not describe exactly the bytes that there are.
+        CheckpointError: a tensor is none that torch can hold.
+    """
+    said, twice = parse_json(header)
+    if not isinstance(said, dict) or twice:
+        raise ValueError(f"its header names {shortlist(twice)} twice" if twice else "its header is no JSON object")
+    entries = []
+    for name, entry in said.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]}:
+                if not all(type(size) is int and size >= 0 for size in shape):
+                    raise ValueError(f"its header gives {name!r} no shape")
+                entries.append((first, last, name, dtype, shape))
+            case _ if name != "__metadata__":
+                raise ValueError(f"its header does not describe {name!r}")
+    unknown = [(name, dtype) for _, _, name, dtype, _ in entries if dtype not in _DTYPES]
+    if unknown:
+        raise ValueError(_name_dtypes(unknown))
+    found, end = [], 0
+    for first, last, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
+        if first != end:
+            raise ValueError(f"tensor {name!r} begins at byte {first} of the data, expected {end}")
+        found.append(_stored(name, _DTYPES[dtype], shape, source, start + first))
+        end = last
+        if found[-1].nbytes != last - first:
+            raise ValueError(f"tensor {name!r} takes {found[-1].nbytes} bytes, but its header gives it {last - first}")
+    if start + end != source.nbytes:
+        raise ValueError(_wrong_size(start + end, source.nbytes))
+    return found
+
+
+def _stored(name: str, dtype: torch.dtype, shape: list[int], source: ByteSource, offset: int) -> StoredTensor:
+    if dtype is torch.float4_e2m1fn_x2:  # the format counts values, torch counts bytes of two
+        if not shape or shape[-1] % 2:
+            raise CheckpointError(
+                f"{source.name}: tensor {name!r} packs two 4-bit values to a byte, "
+                f"so its last dimension must be even, but its shape is {shape}"
+            )
+        shape = [*shape[:-1], shape[-1] // 2]
+    if max(shape, default=0) > torch.iinfo(torch.int64).max:  # only an empty tensor gets this far
+        raise CheckpointError(f"{source.name}: tensor {name!r} has a shape beyond 64 bits: {shape}")
+    span = Span(source, offset, math.prod(shape) * dtype.itemsize)
+    return StoredTensor(name=name, shape=torch.Size(shape), dtype=dtype, where=source.name, spans=(span,))
 
 
 def _name_dtypes(tensors: list[tuple[str, str]]) -> str:
@@ -123,7 +160,7 @@ def _explain(path: Path) -> str | None:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or 8 + length > size:
                 return f"it has {size} bytes, too few for its header: it is truncated or no safetensors file"
-            if length > _MAX_HEADER_NBYTES:
+            if length > MAX_HEADER_NBYTES:
                 return None
             header, _ = parse_json(file.read(length))
     except (OSError, ValueError):
@@ -140,8 +177,12 @@ def _explain(path: Path) -> str | None:
     if unknown:
         return _name_dtypes(unknown)
     if 8 + length + end != size:
-        return (
-            f"its header describes {8 + length + end} bytes, but it has {size}: "
-            "it was cut short or changed; download or copy it again"
-        )
+        return _wrong_size(8 + length + end, size)
     return None
+
+
+def _wrong_size(described: int, size: int) -> str:
+    return (
+        f"its header describes {described} bytes, but it has {size}: "
+        "it was cut short or changed; download or copy it again"
+    )

@@ -180,7 +180,8 @@ def read_tensor(stored: StoredTensor) -> Tensor:
 def read_small(source: Source, wanted: Sequence[StoredTensor]) -> dict[str, bytes]:
     """The bytes of small tensors of `source` by name; each file is opened once, and closed in the end.
 
-    In a tenth of the time that `Source.read` takes, which maps files and makes tensors.
+    In a tenth of the time that `Source.read` takes, which maps files and makes tensors. They are read in the order of
+    their offsets, because neighbours in a file on the Hub are one request.
 
     Raises:
         CheckpointError: a tensor cannot be read.
@@ -188,9 +189,8 @@ def read_small(source: Source, wanted: Sequence[StoredTensor]) -> dict[str, byte
     found: dict[str, bytes] = {}
     opened: dict[int, ByteSource] = {}
     try:
-        for stored in wanted:
-            if len(stored.spans) != 1:
-                continue
+        in_bytes = [stored for stored in wanted if len(stored.spans) == 1]
+        for stored in sorted(in_bytes, key=lambda stored: (stored.where, stored.spans[0].offset)):
             ((holder, offset, nbytes),) = stored.spans
             opened[id(holder)] = holder
             data = bytearray(nbytes)

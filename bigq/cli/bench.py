@@ -1,18 +1,20 @@
-"""`python -m bigq bench`: the linears of every format on this GPU, beside bf16 and beside what its memory allows."""
+"""`bigq bench`: the linears of every format on this GPU, beside bf16 and beside what its memory allows."""
 
-import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 from torch.nn import functional as F
 
+from bigq.cli.output import answers, print_line
 from bigq.errors import UnsupportedError
 from bigq.formats import FP4, NF4, Format, Int8, State
 
-__all__ = ["FORMATS", "Machine", "bench", "parse_shapes", "parse_tokens"]
+__all__ = ["FORMATS", "Machine", "bench", "command", "parse_shapes", "parse_tokens"]
 
 FORMATS: dict[str, Format] = {
     "nf4": NF4(),
@@ -40,25 +42,41 @@ class Machine:
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
-    """[(N, K), ...] of "NxK,NxK"; raises ArgumentTypeError for anything else."""
+    """[(N, K), ...] of "NxK,NxK"; raises BadParameter for anything else."""
     try:
         shapes = [(int(n), int(k)) for n, k in (item.split("x") for item in text.split(","))]
     except ValueError:
         shapes = []
     if not shapes or min(map(min, shapes)) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of shapes; expected N x K like 4096x4096,14336x4096")
+        raise typer.BadParameter(f"{text!r} is no list of shapes; expected N x K like 4096x4096,14336x4096")
     return shapes
 
 
 def parse_tokens(text: str) -> list[int]:
-    """[M, ...] of "M,M"; raises ArgumentTypeError for anything else."""
+    """[M, ...] of "M,M"; raises BadParameter for anything else."""
     try:
         tokens = [int(item) for item in text.split(",")]
     except ValueError:
         tokens = []
     if not tokens or min(tokens) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of tokens; expected one like 1,16,512")
+        raise typer.BadParameter(f"{text!r} is no list of numbers of tokens; expected one like 1,16,512")
     return tokens
+
+
+@answers
+def command(
+    shapes: Annotated[str, typer.Option(help="N x K of the linears, separated by commas.")] = SHAPES,
+    tokens: Annotated[str, typer.Option(help="Rows of x, separated by commas.")] = TOKENS,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}; may be repeated. Default: all.")
+    ] = None,
+) -> None:
+    """Time the linears of every format on this GPU, beside bf16."""
+    chosen = formats or list(FORMATS)
+    for name in chosen:
+        if name not in FORMATS:
+            raise typer.BadParameter(f"{name!r} is no format; expected one of {', '.join(FORMATS)}")
+    bench(parse_shapes(shapes), parse_tokens(tokens), chosen, print_line)
 
 
 def bench(

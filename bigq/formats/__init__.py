@@ -3,6 +3,7 @@
 from bigq.formats.base import METHODS, Format, Product, Rows, State, TensorSpec
 from bigq.formats.block4 import BLOCK_SIZES, FP4, NF4, Block4
 from bigq.formats.int8 import Int8
+from bigq.formats.moments import InputMoments, importance_of
 from bigq.formats.quant_state import (
     QUANT_STATE,
     Description,
@@ -25,6 +26,7 @@ __all__ = [
     "Block4",
     "Description",
     "Format",
+    "InputMoments",
     "Int8",
     "Product",
     "Rows",
@@ -34,6 +36,7 @@ __all__ = [
     "decode_quant_state",
     "dtype_name",
     "encode_quant_state",
+    "importance_of",
     "make_format",
     "quant_state_spec",
     "state_name",

@@ -15,7 +15,7 @@ __all__ = ["METHODS", "Format", "Product", "Rows", "State", "TensorSpec", "as_bi
 
 State = Mapping[str, Tensor]  # the tensors of one quantized weight, by part: "packed", "absmax" and so on
 
-METHODS = ("absmax",)  # how codes and scales are chosen; decoding does not depend on it
+METHODS = ("absmax", "search")  # how codes and scales are chosen; decoding does not depend on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ class Product(NamedTuple):
 class Rows(NamedTuple):
     """What `quantize_rows` returns.
 
-    `tensors` have one row for each row of the weight. `largest` is the largest scale, a float32 tensor of no
-    dimensions. It is NaN or Inf if the weight contains either.
+    `tensors` have one row for each row of the weight. `largest` is the largest magnitude of a scale, a float32 tensor
+    of no dimensions. It is NaN or Inf if the weight contains either.
     """
 
     tensors: dict[str, Tensor]
@@ -109,6 +109,15 @@ class Format(Protocol):
         """Shapes and dtypes of the parts of a weight of `shape` [..., K]; the part "packed" holds its codes."""
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """Those of `METHODS` by which it chooses codes and scales; "absmax" is every format's."""
+        return METHODS[:1]
+
+    def takes_whole(self, method: str) -> bool:
+        """Whether `quantize_rows` has to get all rows of one weight at once, and no others."""
+        return self.measures
+
+    @property
     def measures(self) -> bool:
         """Whether `measure` has to be called with a whole weight before its first row is quantized."""
         return False
@@ -117,15 +126,25 @@ class Format(Protocol):
         """Compute what `quantize_rows` needs from all `rows` [R, K] of a weight, such as one scale for all."""
         raise UnsupportedError(f"format {self.name!r} quantizes row by row: there is nothing to measure")
 
-    def quantize_rows(self, rows: Tensor, *, method: str = "absmax", measured: Tensor | None = None) -> Rows:
+    def quantize_rows(
+        self,
+        rows: Tensor,
+        *,
+        method: str = "absmax",
+        measured: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> Rows:
         """Quantize rows of one or several weights. The result of each group of `row_group` rows depends on it alone.
 
-        So the rows of several weights can be quantized in one launch, and those of a huge weight in several.
+        So the rows of several weights can be quantized in one launch, and those of a huge weight in several, unless the
+        format `takes_whole` weights by this method.
 
         Args:
             rows: [R, K], float16, bfloat16 or float32, on the device that quantizes; R is a multiple of `row_group`.
-            method: how codes and scales are chosen, one of `METHODS`.
+            method: how codes and scales are chosen, one of `methods`.
             measured: what `measure` returned, if the format `measures`.
+            importance: with "search", float32 [K] on the device of `rows`: what `importance_of` makes of the moments of
+                the weight's inputs.
         """
 
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -134,12 +153,19 @@ class Format(Protocol):
         Each tensor owns its storage if the tensors of `rows` do.
         """
 
-    def quantize(self, weight: Tensor, *, method: str = "absmax") -> dict[str, Tensor]:
-        """Quantize a float `weight` [..., K] on its device, into new tensors that own their storage."""
+    def quantize(
+        self, weight: Tensor, *, method: str = "absmax", importance: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Quantize a float `weight` [..., K] on its device, into new tensors that own their storage.
+
+        The other arguments are those of `quantize_rows`.
+        """
         shape = tuple(weight.shape)
         rows = weight.reshape(matrix_shape(shape))
         measured = self.measure(rows) if self.measures else None
-        return self.finish(self.quantize_rows(rows, method=method, measured=measured).tensors, shape)
+        given = {} if importance is None else {"importance": importance}
+        result = self.quantize_rows(rows, method=method, measured=measured, **given)
+        return self.finish(result.tensors, shape)
 
     def scales(self, state: State) -> Tensor:
         """The scales of `state` as float32, [..., B] or [..., 1]. Quantized scales are decoded."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bigq import ops
 from bigq.errors import ConfigError
-from bigq.formats.base import Format, Product, Rows, State, TensorSpec, as_bits, like_weight, matrix_shape
+from bigq.formats.base import METHODS, Format, Product, Rows, State, TensorSpec, as_bits, like_weight, matrix_shape
 from bigq.ops import reference
 from bigq.ops.checks import as_floats
 
@@ -58,10 +58,37 @@ class Block4(Format):
             spec["nested_offset"] = TensorSpec(shape=(1,), dtype=torch.int32)
         return spec
 
-    def quantize_rows(self, rows: Tensor, *, method: str = "absmax", measured: Tensor | None = None) -> Rows:
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return METHODS
+
+    def takes_whole(self, method: str) -> bool:
+        # Codes are chosen for the scales as they are decoded, and those depend on the mean of all.
+        return method == "search" and self.double_quant
+
+    def quantize_rows(
+        self,
+        rows: Tensor,
+        *,
+        method: str = "absmax",
+        measured: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> Rows:
+        if method == "search":
+            return self._searched(rows, importance)
         packed, absmax = ops.quantize_4bit(rows, self.quant_type, self.block_size)
         largest = absmax.amax() if absmax.numel() else absmax.new_zeros(())
         return Rows({"packed": packed, "absmax": as_bits(absmax)}, largest)
+
+    def _searched(self, rows: Tensor, importance: Tensor | None) -> Rows:
+        """Rows whose scales lose least where `importance` [K] is large; those of NF4 may be negative."""
+        if importance is None:
+            raise ConfigError("method='search' needs the importance of the input features")
+        scales = ops.search_scales_4bit(rows, importance, self.quant_type, self.block_size)
+        decoded = ops.dequantize_absmax(*ops.quantize_absmax(scales)) if self.double_quant else scales
+        packed = ops.encode_scaled_4bit(rows, decoded, self.quant_type, self.block_size)
+        largest = scales.abs().amax() if scales.numel() else scales.new_zeros(())
+        return Rows({"packed": packed, "absmax": as_bits(scales)}, largest)
 
     def finish(self, rows: State, shape: tuple[int, ...]) -> dict[str, Tensor]:
         absmax = like_weight(rows["absmax"], shape)

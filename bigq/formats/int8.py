@@ -54,7 +54,14 @@ class Int8(Format):
             "absmax": TensorSpec(shape=(*leading, 1), dtype=torch.int32),
         }
 
-    def quantize_rows(self, rows: Tensor, *, method: str = "absmax", measured: Tensor | None = None) -> Rows:
+    def quantize_rows(
+        self,
+        rows: Tensor,
+        *,
+        method: str = "absmax",
+        measured: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> Rows:
         codes, absmax = ops.quantize_int8(rows)
         largest = absmax.amax() if absmax.numel() else absmax.new_zeros(())
         return Rows({"packed": codes, "absmax": as_bits(absmax)}, largest)

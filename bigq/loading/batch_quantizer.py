@@ -40,8 +40,10 @@ class BatchQuantizer:
             # Those of one description may be stored in different dtypes, where a config says what they stand for.
             alike.setdefault((id(weight.description), weight.method, piece.tensor.dtype), []).append(item)
         for group in alike.values():
-            weight_format = group[0][0].description.format
-            apart = weight_format.measures or any(_count(item) % weight_format.row_group for item in group)
+            weight, weight_format = group[0][0], group[0][0].description.format
+            # Searched weights have inputs of their own, of which a launch knows one kind.
+            whole = weight_format.takes_whole(weight.method) or weight.importance is not None
+            apart = whole or any(_count(item) % weight_format.row_group for item in group)
             for launch in [[item] for item in group] if apart else [group]:
                 yield from self._quantize_alike(launch)
 
@@ -77,7 +79,8 @@ class BatchQuantizer:
         counts = [len(matrix) for matrix in rows]
         stacked = _stacked(rows, sum(counts))
         measured = weight_format.measure(stacked) if weight_format.measures else None
-        tensors, largest = weight_format.quantize_rows(stacked, method=weight.method, measured=measured)
+        given = {} if weight.importance is None else {"importance": weight.importance.to(stacked.device)}
+        tensors, largest = weight_format.quantize_rows(stacked, method=weight.method, measured=measured, **given)
         self._largest.append(([piece.info.name for _, piece in group], largest))
         total = prod(description.shape[:-1])
         for (planned, piece), count, own in zip(group, counts, _split(tensors, counts), strict=True):

@@ -17,11 +17,13 @@ __all__ = ["ExtraStates"]
 class ExtraStates(Adapter):
     """`checkpoint` without the extra states that `modules`, by name, take; they are read at once.
 
+    `files` are those of `checkpoint`.
     An extra state that no module takes is a tensor like others, or, if it is another object, refused where `strict`.
     """
 
     def __init__(self, checkpoint: Checkpoint, modules: Mapping[str, nn.Module], *, strict: bool) -> None:
         super().__init__(checkpoint)
+        self.files = checkpoint.files
         takers = {
             tensor_name(name, EXTRA_STATE): module
             for name, module in modules.items()
@@ -40,6 +42,11 @@ class ExtraStates(Adapter):
         if tensors:
             rest = {name: stored for name, stored in checkpoint.tensors.items() if name not in takers}
             self.tensors = MappingProxyType(rest)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is an extra state that a module takes."""
+        return bool(self._states)
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) as the checkpoint reads them."""

@@ -113,9 +113,13 @@ class WeightJob:
         """The quantized weight, by part."""
         return {part: self._placed[self.planned.tensor_name(part)] for part in self.planned.description.state_spec}
 
+    def take_placed(self) -> dict[str, Tensor]:
+        """The tensors of the quantized weight, by their first names in the model; the job then holds nothing."""
+        placed, self._placed = self._placed, {}
+        return placed
+
     def commit(self, modules: Mapping[str, nn.Module]) -> None:
-        commit_weight(modules, self.planned, self._placed)
-        self._placed = {}
+        commit_weight(modules, self.planned, self.take_placed())
 
 
 class Batch:
@@ -131,7 +135,8 @@ class Batch:
         description, weight_format = planned.description, planned.description.format
         is_stack = len(description.shape) > 2
         in_groups = not is_stack or description.shape[-2] % weight_format.row_group == 0
-        splits = in_groups and not weight_format.measures and (is_stack or not description.transposed)
+        takes_whole = weight_format.takes_whole(planned.method)
+        splits = in_groups and not takes_whole and (is_stack or not description.transposed)
         key = device, splits, 1 if is_stack else weight_format.row_group
         if key not in self._targets:
             self._targets[key] = Target(device=device, may_split=splits, row_group=key[2])

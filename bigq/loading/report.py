@@ -8,7 +8,7 @@ from bigq.loading.timings import Timings
 from bigq.planning.plan import Plan
 from bigq.system.text import format_table
 
-__all__ = ["ModuleReport", "QuantizationReport", "StageReport", "make_report"]
+__all__ = ["ModuleReport", "QuantizationReport", "StageReport", "make_report", "stage_reports"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,13 @@ class QuantizationReport:
         return f"{format_table(rows)}\n\n{format_table(modules)}"
 
 
+def stage_reports(timings: Timings) -> tuple[StageReport, ...]:
+    """The stages of a load so far, in the order in which they began."""
+    return tuple(
+        StageReport(name=name, seconds=seconds, nbytes=nbytes) for name, (seconds, nbytes) in timings.totals.items()
+    )
+
+
 def make_report(plan: Plan, places: Mapping[str, str], timings: Timings) -> QuantizationReport:
     """The report on a load that carried out `plan`; `places` is what `storage_places` says of it."""
     formats: dict[str, list[str]] = {}  # of the quantized weights of each module
@@ -85,9 +92,7 @@ def make_report(plan: Plan, places: Mapping[str, str], timings: Timings) -> Quan
         for dtypes, devices, sizes in [zip(*held, strict=True)]
     ]
     return QuantizationReport(
-        stages=tuple(
-            StageReport(name=name, seconds=seconds, nbytes=nbytes) for name, (seconds, nbytes) in timings.totals.items()
-        ),
+        stages=stage_reports(timings),
         modules=tuple(modules),
     )
 

@@ -26,7 +26,9 @@ from bigq.system.interrupts import Worker, to_the_end
 from bigq.system.machine import usable_cores, usable_memory_nbytes
 from bigq.system.memory import memory_of
 
-__all__ = ["Budget", "stream"]
+__all__ = ["READ_BUDGET_NBYTES", "Budget", "stream"]
+
+READ_BUDGET_NBYTES = 768 << 20  # see Budget.of_machine
 
 # 22 GB/s with 8 threads; 21, 14 and 9 in chunks of 8, 4 and 2 MiB, for which Python is too slow
 _CHUNK_NBYTES = 16 << 20
@@ -54,7 +56,7 @@ class Budget:
                 raise ConfigError(f"{name} is {value!r}; expected None or an integer of at least {least}")
         return cls(
             threads=min(12, usable_cores()) if threads is None else threads,
-            nbytes=max(1 << 20, min(768 << 20, usable_memory_nbytes() // 8)) if nbytes is None else nbytes,
+            nbytes=max(1 << 20, min(READ_BUDGET_NBYTES, usable_memory_nbytes() // 8)) if nbytes is None else nbytes,
         )
 
     @property

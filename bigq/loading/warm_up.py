@@ -67,7 +67,11 @@ class WarmUp:
         """Two neighbours, as the weights of a run are."""
         rows = torch.zeros(_SHAPE, dtype=dtype, device=self._device).chunk(2)
         description = Description(format=weight_format, shape=tuple(rows[0].shape), dtype=dtype)
-        weight = PlannedWeight(names=("",), refs=(), description=description, source="", method=self._method)
+        method = self._method if self._method in weight_format.methods else "absmax"
+        importance = torch.ones(_SHAPE[1]) if method == "search" else None
+        weight = PlannedWeight(
+            names=("",), refs=(), description=description, source="", method=method, importance=importance
+        )
         info = StoredTensor(name="", shape=rows[0].shape, dtype=dtype, where="")
         quantizer = BatchQuantizer()
         states = [state for _, state in quantizer.quantize((weight, Piece(info, 0, matrix)) for matrix in rows)]

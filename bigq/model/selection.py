@@ -17,7 +17,7 @@ from bigq.model.tree import ModelTree, TensorGroup, is_dense, tensor_name
 from bigq.system.internals import ATTENTION_OUTPUT
 from bigq.weight.convert import is_transposed_linear
 
-__all__ = ["Chosen", "Rule", "Selection", "output_head", "select_weights"]
+__all__ = ["Chosen", "Rule", "Selection", "candidates", "is_transposed", "output_head", "select_weights"]
 
 
 class Chosen(NamedTuple):  # a model may have 19,000 of them; making a dataclass takes a microsecond more
@@ -121,7 +121,7 @@ def select_weights(
     weights: dict[str, Chosen] = {}
     kept: dict[str, str] = {}
     for module, aliases in tree.aliases.items():
-        for leaf in _candidates(module):
+        for leaf in candidates(module):
             reason, group = why_kept(module, aliases, leaf), groups.get(tensor_name(aliases[0], leaf))
             own_names = () if group is None else group.names  # none if the weight is computed
             rule = _rule_of(first_rules, own_names)
@@ -130,7 +130,7 @@ def select_weights(
                 reason = "no rule matches it" if rule is None else rule.reason
             if reason is None and chosen_format is not None:
                 why = _rule(module) if rule is None else rule.reason
-                weights[own_names[0]] = Chosen(own_names, chosen_format, _is_transposed(module), why)
+                weights[own_names[0]] = Chosen(own_names, chosen_format, is_transposed(module), why)
             elif reason is not None:
                 kept[aliases[0]] = reason
     by_rule = _named_by_rules(tree, first_rules)
@@ -139,7 +139,7 @@ def select_weights(
         rule = _rule_of(first_rules, group.names)
         chosen_format = weight_format if rule is None else rule.format
         if not skipped and group.names[0] not in weights and chosen_format is not None:
-            transposed = {_is_transposed(tree.modules[name.rpartition(".")[0]]) for name in group.names}
+            transposed = {is_transposed(tree.modules[name.rpartition(".")[0]]) for name in group.names}
             if len(transposed) > 1:
                 raise ConfigError(
                     f"{group.names[0]} is to be quantized, and is tied to {', '.join(group.names[1:])}: one module "
@@ -158,7 +158,7 @@ def select_weights(
     return Selection(weights=weights, kept=kept)
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Whether `module` holds its weights as [..., K, N]."""
     if is_transposed_linear(module):
         return True
@@ -173,8 +173,8 @@ def _holds_fused_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
 
 
-def _candidates(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of `module` that are quantized by default."""
+def candidates(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of `module`, none of whose weights is quantized yet, that are quantized by default."""
     if _is_linear(module):
         return ("weight",)
     if _holds_fused_experts(module):

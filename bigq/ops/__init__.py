@@ -5,11 +5,13 @@ from bigq.ops.library import (
     dequantize_4bit,
     dequantize_absmax,
     dequantize_int8,
+    encode_scaled_4bit,
     linear_4bit,
     linear_int8,
     quantize_4bit,
     quantize_absmax,
     quantize_int8,
+    search_scales_4bit,
 )
 
 __all__ = [
@@ -17,9 +19,11 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
+    "encode_scaled_4bit",
     "linear_4bit",
     "linear_int8",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "search_scales_4bit",
 ]

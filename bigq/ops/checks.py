@@ -20,8 +20,10 @@ __all__ = [
     "check_dequantize_4bit",
     "check_dequantize_absmax",
     "check_dequantize_int8",
+    "check_encode_scaled_4bit",
     "check_linear_4bit",
     "check_linear_int8",
+    "check_search_scales_4bit",
 ]
 
 NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale in double quantization
@@ -90,6 +92,18 @@ def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | 
     _check_width(x, weight, x.shape[-1], expect)
     check_dequantize_int8(weight, absmax, expect)
     _check_beside(x, weight, bias, expect)
+
+
+def check_search_scales_4bit(weight: Tensor, importance: Tensor, expect: Expect = _expect) -> None:
+    """Check that `importance` has a float32 number for each column of a float weight [N, K]."""
+    _check("importance", importance, (torch.float32,), (weight.shape[-1],), weight.device, expect)
+
+
+def check_encode_scaled_4bit(weight: Tensor, scales: Tensor, block_size: int, expect: Expect = _expect) -> None:
+    """Check that `scales` has a float32 number for each block of a float weight [N, K]."""
+    rows, columns = weight.shape
+    shape = rows, (columns + block_size - 1) // block_size
+    _check("scales", scales, (torch.float32,), shape, weight.device, expect)
 
 
 def check_dequantize_4bit(

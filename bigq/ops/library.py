@@ -27,15 +27,19 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
+    "encode_scaled_4bit",
     "linear_4bit",
     "linear_int8",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "search_scales_4bit",
 ]
 
 _SCHEMAS = {
     "quantize_4bit": "(Tensor weight, str quant_type, int block_size) -> (Tensor, Tensor)",
+    "search_scales_4bit": "(Tensor weight, Tensor importance, str quant_type, int block_size) -> Tensor",
+    "encode_scaled_4bit": "(Tensor weight, Tensor scales, str quant_type, int block_size) -> Tensor",
     "dequantize_4bit": (
         "(Tensor weight, Tensor absmax, str quant_type, int block_size, SymInt in_features, ScalarType dtype) -> Tensor"
     ),
@@ -52,6 +56,8 @@ _SCHEMAS = {
 
 _LAUNCHERS = {  # the module of each launcher, imported on first use
     "quantize_4bit": "bigq_kernels.block4.quantize",
+    "search_scales_4bit": "bigq_kernels.block4.search",
+    "encode_scaled_4bit": "bigq_kernels.block4.search",
     "dequantize_4bit": "bigq_kernels.block4.dequantize",
     "quantize_absmax": "bigq_kernels.block4.absmax",
     "dequantize_absmax": "bigq_kernels.block4.absmax",
@@ -101,6 +107,20 @@ def _(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]
     rows, columns = weight.shape
     packed = weight.new_empty(rows, (columns + 1) // 2, dtype=torch.uint8)
     return packed, weight.new_empty(rows, (columns + block_size - 1) // block_size, dtype=torch.float32)
+
+
+@torch.library.register_fake("bigq::search_scales_4bit", lib=_LIBRARY)
+def _(weight: Tensor, importance: Tensor, quant_type: str, block_size: int) -> Tensor:
+    checks.check_search_scales_4bit(weight, importance, check)
+    rows, columns = weight.shape
+    return weight.new_empty(rows, (columns + block_size - 1) // block_size, dtype=torch.float32)
+
+
+@torch.library.register_fake("bigq::encode_scaled_4bit", lib=_LIBRARY)
+def _(weight: Tensor, scales: Tensor, quant_type: str, block_size: int) -> Tensor:
+    checks.check_encode_scaled_4bit(weight, scales, block_size, check)
+    rows, columns = weight.shape
+    return weight.new_empty(rows, (columns + 1) // 2, dtype=torch.uint8)
 
 
 @torch.library.register_fake("bigq::dequantize_4bit", lib=_LIBRARY)
@@ -199,6 +219,8 @@ torch.library.register_autograd(
 )
 
 quantize_4bit = torch.ops.bigq.quantize_4bit.default
+search_scales_4bit = torch.ops.bigq.search_scales_4bit.default
+encode_scaled_4bit = torch.ops.bigq.encode_scaled_4bit.default
 dequantize_4bit = torch.ops.bigq.dequantize_4bit.default
 quantize_absmax = torch.ops.bigq.quantize_absmax.default
 dequantize_absmax = torch.ops.bigq.dequantize_absmax.default

@@ -26,6 +26,8 @@ from bigq.ops.checks import (
     check_linear_4bit,
     check_linear_int8,
 )
+from bigq.ops.code_tables import CODES, bucket, row_chunks, tables_of
+from bigq.ops.scale_search import encode_scaled_4bit, search_scales_4bit
 
 __all__ = [
     "CODES",
@@ -33,60 +35,17 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
+    "encode_scaled_4bit",
     "linear_4bit",
     "linear_int8",
     "nested_code",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "search_scales_4bit",
 ]
 
-# fmt: off
-NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # the 16 quantiles of a normal distribution, QLoRA appendix E
-FP4_CODE = (
-    0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
-    0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
-)  # sign bit, then an 8-entry magnitude table in bitsandbytes' order
-# A scaled value belongs to the first bucket whose upper boundary it does not exceed: ties go to the lower bucket.
-NF4_BOUNDARIES = (  # float32 midpoints of neighbouring codes
-    -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
-    -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
-    0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
-)
-FP4_MAGNITUDE_BOUNDARIES = (  # bitsandbytes' CUDA constants, which are up to 14 ulp away from the midpoints
-    0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333,
-)
-FP4_MAGNITUDE_ORDER = (0, 1, 6, 7, 4, 5, 2, 3)  # code of the i-th smallest magnitude
-# fmt: on
-
-CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
-_CHUNK_NUMEL = 1 << 19  # elements converted at a time: 2 MiB of float32 stay near the core, 1.6 times as fast as 16
 _EXACT_K = 1024  # 1024 * 127 * 127 < 2**24: an int8 product of this depth is exact in float32
-
-
-@cache
-def _tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(boundaries [15] float32, code of each bucket [16] uint8, the two float32 values of each byte [256] as int64)."""
-    cpu = torch.device("cpu")  # explicit, because a caller may be inside `with torch.device("meta")`
-    values = torch.tensor(CODES[quant_type], dtype=torch.float32, device=cpu)
-    if quant_type == "nf4":
-        boundaries = torch.tensor(NF4_BOUNDARIES, dtype=torch.float32, device=cpu)
-        bucket_code = torch.arange(16, dtype=torch.uint8, device=cpu)
-    else:
-        # The rule is "sign bit if x < 0, then strictly greater on |x|": on the negative side a tie belongs to the
-        # smaller magnitude, so each negative boundary is the next float below -t.
-        upper = torch.tensor((0.0, *FP4_MAGNITUDE_BOUNDARIES), dtype=torch.float32, device=cpu)
-        below = torch.nextafter(-upper, torch.full_like(upper, -float("inf")))
-        boundaries = torch.cat([below.flip(0), upper[1:]])
-        order = torch.tensor(FP4_MAGNITUDE_ORDER, dtype=torch.uint8, device=cpu)
-        bucket_code = torch.cat([order.flip(0) + 8, order])
-    byte = torch.arange(256, device=cpu)
-    pairs = torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).flatten()
-    return boundaries.to(device), bucket_code.to(device), pairs.to(device)
 
 
 @cache
@@ -101,11 +60,6 @@ def nested_code(device: torch.device) -> Tensor:
     return torch.cat([magnitudes, -magnitudes, ends]).sort().values.to(device)
 
 
-def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
-    step = max(1, _CHUNK_NUMEL // max(1, columns))
-    return [(start, min(rows, start + step)) for start in range(0, rows, step)]
-
-
 def _scale_blocks(values: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
     """out [N, K] = values [N, K] times the scale of their block, absmax [N, B], in float32 and rounded once."""
     rows, columns = values.shape
@@ -118,15 +72,6 @@ def _scale_blocks(values: Tensor, absmax: Tensor, block_size: int, out: Tensor) 
     out.copy_((padded.view(rows, blocks, block_size) * absmax[:, :, None]).view(rows, -1)[:, :columns])
 
 
-def _bucket(values: Tensor, boundaries: Tensor) -> Tensor:
-    """The number of boundaries below each value, uint8: 15 vectorized comparisons, 1.4 times as fast as bucketize."""
-    count = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
-    below = torch.empty(values.shape, dtype=torch.bool, device=values.device)
-    for boundary in boundaries.tolist():
-        count += torch.gt(values, boundary, out=below).view(torch.uint8)
-    return count
-
-
 def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
     """Quantize a [N, K] float weight to 4-bit codes in blocks along each row.
 
@@ -136,18 +81,18 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
     """
     rows, columns = weight.shape
     blocks = -(-columns // block_size)
-    boundaries, bucket_code, _ = _tables(quant_type, weight.device)
+    boundaries, bucket_code, _ = tables_of(quant_type, weight.device)
     packed = torch.empty(rows, -(-columns // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(rows, blocks, dtype=torch.float32, device=weight.device)
     if not weight.numel():
         return packed, absmax
-    for start, stop in _row_chunks(rows, columns):
+    for start, stop in row_chunks(rows, columns):
         x = F.pad(weight[start:stop].float().contiguous(), (0, blocks * block_size - columns))
         x = x.view(-1, blocks, block_size)
         scale = torch.nan_to_num(x.abs().amax(dim=2), nan=float("inf"), posinf=float("inf"))
         # The smallest normal float keeps 1/absmax finite; below it a block loses precision, and zeros encode 0.0.
         scaled = x * scale.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()[:, :, None]
-        codes = bucket_code[_bucket(scaled, boundaries).int()].view(stop - start, -1)
+        codes = bucket_code[bucket(scaled, boundaries).int()].view(stop - start, -1)
         high, low = codes[:, 0:columns:2], codes[:, 1 : columns + 1 : 2]
         packed[start:stop] = (high << 4) | low
         absmax[start:stop] = scale
@@ -161,11 +106,11 @@ def dequantize_4bit(
     check_dequantize_4bit(weight, absmax, None, None, block_size, in_features)
     absmax = as_floats(absmax)
     rows = weight.shape[0]
-    _, _, pairs = _tables(quant_type, weight.device)
+    _, _, pairs = tables_of(quant_type, weight.device)
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     if not out.numel():
         return out
-    for start, stop in _row_chunks(rows, in_features):
+    for start, stop in row_chunks(rows, in_features):
         # One 8-byte value a byte, by index_select: 7 times as fast as indexing rows of two.
         values = pairs.index_select(0, weight[start:stop].flatten().int()).view(torch.float32)
         values = values.view(stop - start, -1)[:, :in_features]
@@ -227,7 +172,7 @@ def linear_4bit(
     out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
     product_dtype = x.dtype if _multiplies(x.dtype, x.device) else torch.float32
     x_product = x.to(product_dtype)
-    for start, stop in _row_chunks(weight.shape[0], x.shape[-1]):
+    for start, stop in row_chunks(weight.shape[0], x.shape[-1]):
         rows = slice(start, stop)
         dense = dequantize_4bit(weight[rows], absmax[rows], quant_type, block_size, x.shape[-1], x.dtype)
         part = F.linear(x_product, dense.to(product_dtype), None if bias is None else bias[rows].to(product_dtype))
@@ -255,7 +200,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(rows, 1, dtype=torch.float32, device=weight.device)
-    for start, stop in _row_chunks(rows, columns):
+    for start, stop in row_chunks(rows, columns):
         x = weight[start:stop].float()
         scale = x.abs().amax(dim=1, keepdim=True) if columns else x.new_zeros(stop - start, 1)
         scale = torch.nan_to_num(scale, nan=float("inf"), posinf=float("inf"))
@@ -275,7 +220,7 @@ def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
     check_dequantize_int8(weight, absmax)
     absmax = as_floats(absmax)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for start, stop in _row_chunks(*weight.shape):
+    for start, stop in row_chunks(*weight.shape):
         out[start:stop] = weight[start:stop].float() * absmax[start:stop] * (1.0 / 127.0)
     return out
 

@@ -30,27 +30,32 @@ DeviceMap = dict[str, str]
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def explicit_device_map(device_map: object) -> DeviceMap:
+def explicit_device_map(device_map: object, *, may_be_absent: bool = False) -> DeviceMap:
     """Normalize a `device_map` that is no strategy. None: the current GPU, or the CPU if there is none."""
     if device_map is None:
         return {"": f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"}
     if isinstance(device_map, Mapping):
-        return normalize_device_map(device_map)
+        return normalize_device_map(device_map, may_be_absent=may_be_absent)
     if isinstance(device_map, (int, torch.device)):
-        return normalize_device_map({"": device_map})
+        return normalize_device_map({"": device_map}, may_be_absent=may_be_absent)
     if isinstance(device_map, str) and (device_map == "cpu" or device_map.startswith("cuda")):
-        return normalize_device_map({"": device_map})
+        return normalize_device_map({"": device_map}, may_be_absent=may_be_absent)
     raise PlacementError(f"device_map is {device_map!r}; expected one of {list(STRATEGIES)}, a device or a dict")
 
 
-def normalize_device_map(device_map: Mapping[str, int | str | torch.device]) -> DeviceMap:
-    """Return `device_map` with a place for each value. Raises PlacementError for a device that is absent."""
+def normalize_device_map(
+    device_map: Mapping[str, int | str | torch.device], *, may_be_absent: bool = False
+) -> DeviceMap:
+    """Return `device_map` with a place for each value.
+
+    Raises PlacementError for a device that is absent, unless `may_be_absent`: a plan may be one for another machine.
+    """
     if not device_map:
         raise PlacementError("device_map is empty; expected {module name: device} or {'': device}")
-    return {name: _place(name, value) for name, value in device_map.items()}
+    return {name: _place(name, value, may_be_absent) for name, value in device_map.items()}
 
 
-def _place(name: str, value: int | str | torch.device) -> str:
+def _place(name: str, value: int | str | torch.device, may_be_absent: bool) -> str:
     if value == "disk":
         return "disk"
     try:
@@ -65,7 +70,7 @@ def _place(name: str, value: int | str | torch.device) -> str:
         raise PlacementError(f"device_map[{name!r}] is {value!r}; bigq runs on CUDA devices and the CPU")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = device.index if device.index is not None else (torch.cuda.current_device() if count else 0)
-    if index >= count:
+    if index >= count and not may_be_absent:
         raise PlacementError(f"device_map[{name!r}] is {value!r}, but this machine has {count} CUDA devices")
     return f"cuda:{index}"
 

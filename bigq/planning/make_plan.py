@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigq.checkpoint import FLOAT8, StoredTensor
 from bigq.config import QuantizationConfig
@@ -15,6 +15,7 @@ from bigq.model.selection import select_weights
 from bigq.model.tree import ModelTree, TensorGroup, tensor_name
 from bigq.planning.match import Match
 from bigq.planning.plan import Plan, PlannedWeight, WeightRef
+from bigq.planning.searched import search_weights
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["Described", "make_plan", "quant_states"]
@@ -61,12 +62,13 @@ def make_plan(
     if quantized:
         described, sources = _held_quantized(tree, tensors, quantized, config, strict)
         kept: Mapping[str, str] = {}
-        rules: Mapping[str, str] = {}
+        rules: dict[str, str] = {}
     elif config is None:
         raise ConfigError("the checkpoint is not quantized: pass a quantization_config")
     else:
         described, sources, kept, rules = _chosen(tree, tensors, config, unquantized)
-    weights = _planned(tree, described, sources, "absmax" if config is None else config.method)
+    searched = {} if quantized or config is None else search_weights(described, tree, config, rules)
+    weights = _planned(tree, described, sources, searched)
     fit = Match(
         tree=tree, tensors=tensors, config=config, offload_dtype=offload_dtype, strict=strict, in_place=in_place
     )
@@ -192,9 +194,15 @@ def _misfits(
 
 
 def _planned(
-    tree: ModelTree, described: Mapping[str, Description], sources: Mapping[str, str], method: str
+    tree: ModelTree,
+    described: Mapping[str, Description],
+    sources: Mapping[str, str],
+    searched: Mapping[str, Tensor],
 ) -> list[PlannedWeight]:
-    """Make the PlannedWeight of each description, with all modules that hold the weight."""
+    """Make the PlannedWeight of each description, with all modules that hold the weight.
+
+    `searched` is the importance of the input features of each weight whose scales are searched, by its first name.
+    """
     names_of = {group.names[0]: group.names for group in tree.tensors}
     in_module: dict[
         str, dict[str, Description]
@@ -225,9 +233,15 @@ def _planned(
             WeightRef(owners=owners, leaf=leaf, described=quant_state_of.pop(owners[0], {}))
             for owners, leaf in holders[name]
         )
-        source = sources.get(name)
         planned.append(
-            PlannedWeight(names=names_of[name], refs=refs, description=description, source=source, method=method)
+            PlannedWeight(
+                names=names_of[name],
+                refs=refs,
+                description=description,
+                source=sources.get(name),
+                method="search" if name in searched else "absmax",
+                importance=searched.get(name),
+            )
         )
     return planned
 

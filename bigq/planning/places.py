@@ -37,8 +37,11 @@ def plan_and_place(
     offload_folder: str | os.PathLike[str] | None = None,
     offload: str | torch.dtype | None = None,
     strict: bool = True,
+    may_be_absent: bool = False,
 ) -> tuple[Plan, DeviceMap]:
     """Make the plan for the model of `tree`, and its device map. The arguments are those of `load_and_quantize_model`.
+
+    `may_be_absent` says that places may be GPUs that this machine does not have, for a plan that is not carried out.
 
     A device map with places decides which weights are quantized, so it comes before the plan. An automatic map needs
     the sizes in the plan, so it comes after it.
@@ -59,11 +62,12 @@ def plan_and_place(
             no_split_module_classes=no_split_module_classes,
             max_memory=max_memory,
             offload_folder=offload_folder,
+            may_be_absent=may_be_absent,
         )
         if policy in (None, "quantized"):
             return resident, places
     else:
-        places = explicit_device_map(device_map)
+        places = explicit_device_map(device_map, may_be_absent=may_be_absent)
         check_device_map(places, tree.modules, [group.names for group in tree.tensors if group.persistent])
         if policy is None and config is not None:
             policy = config.formats()[0].custom_map_offload if config.formats() else None

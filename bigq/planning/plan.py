@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
+
 from bigq.formats import QUANT_STATE, Description, TensorSpec, quant_state_spec, state_name
 from bigq.model.tree import tensor_name
 
@@ -50,7 +52,7 @@ class PlannedWeight:
 
     `names` are all of its names in the model. `refs` are the modules that hold it, several if it is tied. `source` is
     the name of the float weight in the checkpoint, and None if the checkpoint holds it quantized. `method` is how codes
-    and scales are chosen.
+    and scales are chosen, and `importance` what "search" weighs errors with, float32 [K] on the CPU.
     """
 
     names: tuple[str, ...]
@@ -58,6 +60,7 @@ class PlannedWeight:
     description: Description
     source: str | None
     method: str = "absmax"
+    importance: Tensor | None = field(default=None, compare=False, repr=False)
 
     def tensor_name(self, part: str) -> str:
         """The first name of the tensor that holds this `part` of the weight."""

@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigq.errors import ConfigError
+from bigq.model.tree import tensor_key
 
-__all__ = ["write_shards"]
+__all__ = ["distinct", "index_text", "remove_weights", "write_shards"]
 
 _INDEX = "model.safetensors.index.json"
-_WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_WRITTEN = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def write_shards(
@@ -34,30 +35,47 @@ def write_shards(
     Raises:
         ConfigError: `max_shard_size` is no size; nothing was written.
     """
-    kept = _distinct(tensors, tied)
+    kept = distinct(tensors, tied)
     try:
         split = split_torch_state_dict_into_shards(kept, max_shard_size=max_shard_size)
     except ValueError as error:
         raise ConfigError(f"max_shard_size is {max_shard_size!r}; expected bytes, or a string such as '5GB'") from error
-    for path in folder.iterdir():  # a model may be offloaded to one: it keeps the file open, which is still there
-        if _WRITTEN.fullmatch(path.name):
-            path.unlink()
+    remove_weights(folder)  # a model may be offloaded to one: it keeps the file open, which is still there
     mode = _usual_mode(folder)
     for filename, names in split.filename_to_tensors.items():
         shard = {name: kept[name].contiguous() for name in names}
         save_file(shard, folder / filename, {"format": "pt", **metadata})
         (folder / filename).chmod(mode)  # safetensors lets nobody but the owner read what it writes
     if split.is_sharded:
-        index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        text = index_text(split.tensor_to_filename, {**split.metadata, **metadata})
+        (folder / _INDEX).write_text(text)
 
 
-def _distinct(tensors: Mapping[str, Tensor], tied: Collection[str]) -> dict[str, Tensor]:
-    """`tensors` without a second name for the same numbers."""
+def remove_weights(folder: Path) -> None:
+    """Remove the files of weights that an earlier call may have written to `folder`."""
+    for path in folder.iterdir():
+        if _WRITTEN.fullmatch(path.name):
+            path.unlink()
+
+
+def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, object]) -> str:
+    """The index of shards: `weight_map` says which file holds a tensor."""
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+def distinct(tensors: Mapping[str, Tensor], tied: Collection[str]) -> dict[str, Tensor]:
+    """`tensors` without a second name for the same numbers; of several names, if possible none of those called `tied`.
+
+    On meta, where there are no numbers, those of one storage are the same.
+    """
     names: dict[object, str] = {}
     for name in sorted(tensors, key=set(tied).__contains__):  # stable: those that are tied come last
         tensor = tensors[name]
-        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        same = (
+            tensor_key(tensor)
+            if tensor.is_meta
+            else (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        )
         names.setdefault(same if tensor.numel() else name, name)
     kept = set(names.values())
     return {name: tensor for name, tensor in tensors.items() if name in kept}

@@ -1,4 +1,4 @@
-"""Files: open one that is still what it was, and read its bytes into memory."""
+"""Files: open one that is still what it was, and read its bytes into memory; write bytes to a place in one."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bigq.errors import CheckpointError
 
-__all__ = ["FileIdentity", "open_unchanged", "read_into"]
+__all__ = ["FileIdentity", "open_unchanged", "read_into", "synchronize", "write_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +56,23 @@ def read_into(buffer: memoryview, descriptor: int, offset: int) -> int:
             break
         done += got
     return done
+
+
+def write_all(path: Path, descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` from byte `offset` of the file at `path` on; it grows as it must.
+
+    Raises:
+        OSError: with `path` in it, such as on a full disk.
+    """
+    done = 0
+    try:
+        while done < len(data):  # Linux writes 2 GiB at once at most
+            done += os.pwrite(descriptor, data[done:], offset + done)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def synchronize(path: Path) -> None:
+    """Return when the disk has the bytes of the file at `path`, so that a loss of power leaves it whole."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,10 +1,19 @@
-"""Text for people: a table in aligned columns, and a list of names short enough for an error."""
+"""Text for people: tables in aligned columns, numbers of bytes, and lists of names short enough for an error."""
 
 from collections.abc import Sequence
 
-__all__ = ["format_table", "shortlist"]
+__all__ = ["bytes_text", "format_table", "shortlist"]
 
 _LONGEST = 500  # characters: a name comes from a file, and a header may hold one of 100 MB
+
+
+def bytes_text(nbytes: float) -> str:
+    """A number of bytes in three digits or more: "786 KB", "16.1 GB"; K, M and G are powers of 1000."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if nbytes >= 0.9995 * size:
+            scaled = nbytes / size
+            return f"{scaled:,.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f} {unit}"
+    return f"{nbytes:.0f} bytes"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -30,6 +30,8 @@ ARGUMENTS = {
     "dequantize_int8": ("weight", "absmax", "dtype"),
     "dequantize_absmax": ("absmax", "nested_absmax", "nested_offset"),
     "quantize_absmax": ("absmax",),
+    "search_scales_4bit": ("float_weight", "importance", "quant_type", "block_size"),
+    "encode_scaled_4bit": ("float_weight", "absmax", "quant_type", "block_size"),
 }
 
 
@@ -52,6 +54,8 @@ def arguments_of(name, device, nested=False):
         "in_features": k,
         "threshold": 6.0,
         "dtype": torch.float16,
+        "float_weight": weight,
+        "importance": torch.rand(K, device=device),
     }
     if nested:
         given["absmax"], given["nested_absmax"], given["nested_offset"] = reference.quantize_absmax(absmax)
@@ -140,6 +144,10 @@ CASES = [  # op, whether scales are nested, the argument that does not fit, how 
     ("dequantize_absmax", True, "nested_absmax", resized(2), r"nested_absmax is torch\.float32 \[2\].*int32 \[1\]"),
     ("dequantize_absmax", True, "nested_absmax", cast(torch.float16), r"nested_absmax is torch\.float16 .*int32 \[1\]"),
     ("dequantize_absmax", True, "nested_offset", resized(2), r"nested_offset is torch\.float32 \[2\].*int32 \[1\]"),
+    ("search_scales_4bit", False, "importance", resized(69), r"importance is torch\.float32 \[69\].*float32 \[70\]"),
+    ("search_scales_4bit", False, "importance", cast(torch.float16), r"importance is torch\.float16 .*float32 \[70\]"),
+    ("encode_scaled_4bit", False, "absmax", resized(N, 2), r"scales is torch\.float32 \[6, 2\].*float32 \[6, 3\]"),
+    ("encode_scaled_4bit", False, "absmax", cast(torch.int32), r"scales is torch\.int32 .*float32 \[6, 3\]"),
     ("quantize_absmax", False, "absmax", cast(torch.bfloat16), r"scales are torch\.bfloat16; expected .*torch\.int32"),
 ]
 

@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 from bigq import ops
-from bigq.ops import library, reference
+from bigq.ops import code_tables, library, reference
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,6 +26,8 @@ def sample(name, dtype=torch.float32):
     bias = torch.randn(6, device=DEVICE)
     return {
         "quantize_4bit": (weight, "nf4", 32),
+        "search_scales_4bit": (weight, torch.rand(70, device=DEVICE), "nf4", 32),
+        "encode_scaled_4bit": (weight, -absmax, "nf4", 32),
         "dequantize_4bit": (packed, absmax, "nf4", 32, 70, torch.float16),
         "quantize_absmax": (absmax,),
         "dequantize_absmax": (codes, nested, offset),
@@ -190,7 +192,7 @@ def test_a_wrong_depth_is_refused_under_compilation(name):
 
 
 def test_tables_are_real_inside_a_meta_context():
-    reference._tables.cache_clear()
+    code_tables.tables_of.cache_clear()
     reference.nested_code.cache_clear()
     with torch.device("meta"):
         packed, _ = ops.quantize_4bit(torch.randn(1, 64, device="cpu"), "fp4", 64)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bigq.ops import reference
+from bigq.ops import code_tables, reference
 
 NAN, INF = float("nan"), float("inf")
 
@@ -47,25 +47,25 @@ def test_every_code_value_encodes_to_itself(quant_type):
     assert codes(packed) == [expected]
 
 
-@pytest.mark.parametrize("boundary", reference.NF4_BOUNDARIES)
+@pytest.mark.parametrize("boundary", code_tables.NF4_BOUNDARIES)
 def test_nf4_ties_go_to_the_lower_code(boundary):
     at = torch.tensor(boundary)
     around = torch.stack([torch.tensor(1.0), at, torch.nextafter(at, torch.tensor(2.0))])
     packed, _ = reference.quantize_4bit(around[None], "nf4", 32)
     _, tie, above, _ = codes(packed)[0]
-    assert tie == reference.NF4_BOUNDARIES.index(boundary)
+    assert tie == code_tables.NF4_BOUNDARIES.index(boundary)
     assert above == tie + 1
 
 
-@pytest.mark.parametrize("boundary", reference.FP4_MAGNITUDE_BOUNDARIES)
+@pytest.mark.parametrize("boundary", code_tables.FP4_MAGNITUDE_BOUNDARIES)
 def test_fp4_ties_go_to_the_smaller_magnitude_on_both_sides(boundary):
     at = torch.tensor(boundary)
     above = torch.nextafter(at, torch.tensor(2.0))
     packed, _ = reference.quantize_4bit(torch.stack([torch.tensor(1.0), at, above, -at, -above])[None], "fp4", 32)
     _, tie, up, minus_tie, minus_up, _ = codes(packed)[0]
-    rank = reference.FP4_MAGNITUDE_BOUNDARIES.index(boundary)
-    assert (tie, minus_tie) == (reference.FP4_MAGNITUDE_ORDER[rank], reference.FP4_MAGNITUDE_ORDER[rank] + 8)
-    assert (up, minus_up) == (reference.FP4_MAGNITUDE_ORDER[rank + 1], reference.FP4_MAGNITUDE_ORDER[rank + 1] + 8)
+    rank = code_tables.FP4_MAGNITUDE_BOUNDARIES.index(boundary)
+    assert (tie, minus_tie) == (code_tables.FP4_MAGNITUDE_ORDER[rank], code_tables.FP4_MAGNITUDE_ORDER[rank] + 8)
+    assert (up, minus_up) == (code_tables.FP4_MAGNITUDE_ORDER[rank + 1], code_tables.FP4_MAGNITUDE_ORDER[rank + 1] + 8)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 31, 33, 63, 65, 100])

@@ -14,8 +14,12 @@ DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytes
 
 
 def quantized_4bit(n, k, quant_type, block_size, nested, device):
-    """(weight, absmax, nested_absmax, nested_offset) and the exact dequantized weight in float64."""
+    """(weight, absmax, nested_absmax, nested_offset) and the exact dequantized weight in float64.
+
+    Half of the scales are negative, as those of a search may be.
+    """
     weight, absmax = reference.quantize_4bit(torch.randn(n, k, device=device), quant_type, block_size)
+    absmax = absmax * (1 - 2 * torch.randint(2, absmax.shape, device=device))
     scale, stored = absmax, (absmax, None, None)
     if nested:
         stored = reference.quantize_absmax(absmax)

@@ -1,6 +1,6 @@
 """Lists of names short enough for an error."""
 
-from bigq.system.text import shortlist
+from bigq.system.text import bytes_text, shortlist
 
 
 def test_the_first_ten_and_how_many_more():
@@ -10,3 +10,9 @@ def test_the_first_ten_and_how_many_more():
 
 def test_a_name_of_any_length_is_cut():
     assert shortlist(["a" * 10**6, "b"]) == "a" * 500 + "..., b"
+
+
+def test_numbers_of_bytes():
+    cases = {0: "0 bytes", 999: "999 bytes", 1000: "1.00 KB", 786_432: "786 KB", 9_996: "10.0 KB", 99_960: "100 KB"}
+    cases |= {999_600: "1.00 MB", 16_060_522_496: "16.1 GB", 141_107_412_992: "141 GB", 2.5e12: "2,500 GB"}
+    assert {nbytes: bytes_text(nbytes) for nbytes in cases} == cases

@@ -14,13 +14,16 @@ __all__ = [
     "check_dequantize_4bit",
     "check_dequantize_absmax",
     "check_dequantize_int8",
+    "check_encode_scaled_4bit",
     "check_linear_4bit",
     "check_linear_int8",
+    "check_search_scales_4bit",
 ]
 
 _BLOCK: int = NESTED_BLOCK_SIZE.value
 _UINT8 = (torch.uint8,)
 _INT8 = (torch.int8,)
+_FLOAT32 = (torch.float32,)
 _SCALES = (torch.float32, torch.int32)
 
 
@@ -85,6 +88,17 @@ def check_dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset:
     """Raise RuntimeError unless the tensors are those of nested scales, of any shape."""
     _check("absmax", codes, _UINT8, codes.shape, codes.device)
     _check_nested(nested_absmax, nested_offset, codes.numel(), codes.device)
+
+
+def check_search_scales_4bit(weight: Tensor, importance: Tensor) -> None:
+    """Raise RuntimeError unless `importance` has a float32 number for each column of a weight [N, K]."""
+    _check("importance", importance, _FLOAT32, (weight.shape[-1],), weight.device)
+
+
+def check_encode_scaled_4bit(weight: Tensor, scales: Tensor, block_size: int) -> None:
+    """Raise RuntimeError unless `scales` has a float32 number for each block of a float weight [N, K]."""
+    rows, columns = weight.shape
+    _check("scales", scales, _FLOAT32, (rows, (columns + block_size - 1) // block_size), weight.device)
 
 
 def _check_4bit(

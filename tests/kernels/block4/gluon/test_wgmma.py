@@ -61,15 +61,16 @@ def test_tiles(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):
         assert torch.equal(wgmma(x, packed, bias, config), actual)
 
 
-def test_a_scale_beyond_half_precision(wgmma, device):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scale_beyond_half_precision(sign, wgmma, device):
     """A float32 weight may have an absmax that float16 has not, and products that float16 has."""
     config = WgmmaConfig(block_m=64, block_n=128, split=1, warps=8, registers=None)
     weight = torch.full((128, 256), 0x88, dtype=torch.uint8, device=device)  # the least positive code
-    absmax = torch.full((128, 8), 100000.0, device=device)
+    absmax = torch.full((128, 8), sign * 100000.0, device=device)
     x = torch.zeros(33, 512, device=device, dtype=torch.float16)
     x[:, 3] = 1
     out = wgmma(x, packed4((weight, absmax, None, None)), None, config)
-    torch.testing.assert_close(out, torch.full_like(out, 100000.0 * 0.07958029955625534), rtol=2e-3, atol=0)
+    torch.testing.assert_close(out, torch.full_like(out, sign * 100000.0 * 0.07958029955625534), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -65,6 +65,7 @@ F16_SCALE_ASM = gl.constexpr("""{
 .reg .b16 high, same; .reg .f32 scale, near;
 mov.b32 scale, $2;
 min.f32 near, scale, 0f477FE000;
+max.f32 near, near, 0fC77FE000;
 cvt.rn.f16x2.f32 $0, near, near;
 mov.b32 {high, same}, $0;
 cvt.f32.f16 near, high;

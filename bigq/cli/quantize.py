@@ -1,0 +1,137 @@
+"""`bigq quantize`: a checkpoint as a folder of quantized weights that transformers and bigq load."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bigq.cli.config_options import (
+    AlsoOption,
+    BlockSizeOption,
+    DoubleQuantFlag,
+    FormatOption,
+    RulesOption,
+    SkipOption,
+    make_config,
+    one_of,
+)
+from bigq.cli.output import JsonFlag, answers, note, show
+from bigq.converting.push import push_folder, refuse_without_token
+from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
+from bigq.saving.layouts import LAYOUTS, OWN
+from bigq.system.text import bytes_text
+
+__all__ = ["EXAMPLES", "command"]
+
+EXAMPLES = (
+    "bigq quantize ./llama ./llama-nf4",
+    "bigq quantize meta-llama/Llama-3.1-8B ./llama-int8 --format int8 --skip lm_head",
+    "bigq quantize ./llama ./llama-bnb --double-quant --layout bitsandbytes --push me/llama-4bit",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """What was written, and the address to which it was pushed; None where it was not."""
+
+    made: QuantizedCheckpoint
+    address: str | None
+
+    def to_dict(self) -> dict[str, object]:
+        return {**self.made.to_dict(), "address": self.address}
+
+    def render(self, out: Console) -> None:
+        made = self.made
+        share = made.nbytes / made.source_nbytes if made.source_nbytes else 1.0
+        files = f"{len(made.files)} files" if len(made.files) > 1 else "one file"
+        out.print(f"{made.folder}", markup=False)
+        out.print(f"  {made.quantized} weights quantized, {made.kept} tensors kept")
+        out.print(f"  {bytes_text(made.nbytes)} in {files}, {share:.0%} of {bytes_text(made.source_nbytes)}")
+        out.print(f"  layout {made.layout}, {made.seconds:.1f} s")
+        if self.address is not None:
+            out.print(f"  {self.address}", markup=False)
+
+
+@answers
+def command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub repo (owner/name) with float weights.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; new, or empty.")],
+    weight_format: FormatOption = None,
+    double_quant: DoubleQuantFlag = False,
+    block_size: BlockSizeOption = None,
+    rules: RulesOption = None,
+    skip: SkipOption = None,
+    also: AlsoOption = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype of what is kept, such as bf16. Default: that of the checkpoint.")
+    ] = None,
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="dtype of products, such as bf16. Default: that of the activations.")
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            callback=one_of(*LAYOUTS),
+            metavar="|".join(LAYOUTS),
+            help="Whose tensors to write: bigq reads the first two, transformers and vLLM the last two without bigq.",
+        ),
+    ] = OWN,
+    device: Annotated[
+        str | None, typer.Option(help="Where to quantize: cuda, cuda:1 or cpu. Default: the GPU if there is one.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes of a file.")] = "5GB",
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite/--resume",
+            help="Begin anew and replace files in DST, or go on with what an interrupted run left there.",
+        ),
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="Upload the folder to this Hub repo (owner/name).")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repo of --push private.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Quantize a model into a folder with weights, config, tokenizer and model card.
+
+    Weights are read, quantized and written piece by piece, so the model need not fit in memory. Works without a GPU.
+
+    After an interruption, the same command goes on with the files that were not finished.
+    """
+    if push is not None:
+        refuse_without_token()
+    config = make_config(
+        weight_format,
+        rules=rules,
+        double_quant=double_quant,
+        block_size=block_size,
+        skip=skip,
+        also=also,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+    )
+    try:
+        made = quantize_checkpoint(
+            source,
+            destination,
+            config,
+            layout=layout,
+            max_shard_size=max_shard_size,
+            device=device,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+    except KeyboardInterrupt:
+        note("run it again, without --overwrite, to go on with the files that are not finished")
+        raise
+    if made.resumed:
+        note(f"{made.resumed} of {len(made.files)} files were finished by an earlier run")
+    address = None if push is None else push_folder(made.folder, push, private=private)
+    answer = _Answer(made=made, address=address)
+    show(answer, as_json=as_json, render=answer.render)

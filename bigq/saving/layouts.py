@@ -1,0 +1,121 @@
+"""The layouts of saved weights: which tensors, under which names, stand for the quantized weights of a model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from bigq.errors import ConfigError, UnsupportedError
+from bigq.formats import QUANT_STATE, state_name
+from bigq.interop.placeholders import with_placeholders
+from bigq.interop.transformers_model import is_transformers_model
+from bigq.model.tree import tensor_name
+from bigq.saving import bitsandbytes, compressed_tensors
+from bigq.saving.saved_weight import SavedWeight, kept_linears, quantized_weights
+from bigq.system.text import shortlist
+from bigq.weight.quantized_module import QuantizedModule
+
+__all__ = ["LAYOUTS", "OWN", "Saved", "check_layout", "foreign_tensors", "in_layout"]
+
+
+class _Foreign(NamedTuple):
+    """How another library stores weights: the functions of the file of its name."""
+
+    check: Callable[..., None]
+    tensors: Callable[[SavedWeight], dict[str, Tensor]]
+    quantization_config: Callable[[Sequence[SavedWeight], Sequence[str]], dict[str, object]]
+
+
+OWN = "bigq"
+LAYOUTS: dict[str, _Foreign | None] = {
+    OWN: None,
+    bitsandbytes.LAYOUT: _Foreign(bitsandbytes.check, bitsandbytes.tensors, bitsandbytes.quantization_config),
+    compressed_tensors.LAYOUT: _Foreign(
+        compressed_tensors.check, compressed_tensors.tensors, compressed_tensors.quantization_config
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What is saved of a model: `tensors` by name, tied ones under all of their names, and the `weights` among them.
+
+    `quantization_config` is what config.json says of a foreign layout; None in bigq's own.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weights: Sequence[SavedWeight]
+    quantization_config: dict[str, object] | None
+
+
+def check_layout(layout: str) -> None:
+    """Raise a ConfigError unless there is a layout of that name."""
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout is {layout!r}; expected one of {list(LAYOUTS)}")
+
+
+def in_layout(model: nn.Module, layout: str, *, on_meta: bool = False) -> Saved:
+    """The tensors of a quantized model as `layout` stores them; views of the model's where they can be.
+
+    Args:
+        on_meta: take tensors on meta, too. A scale that a layout writes as text has to have a number all the same.
+
+    Raises:
+        UnsupportedError: the model holds no quantized weight, or what cannot be saved, or a weight that the layout
+            cannot hold.
+    """
+    foreign, weights = LAYOUTS[layout], quantized_weights(model)
+    if not weights:
+        raise UnsupportedError(f"{type(model).__name__} holds no quantized weight: save it with its own library")
+    state = model.state_dict()
+    _refuse_unsaved(state, on_meta=on_meta)
+    if foreign is not None:
+        foreign.check(weights, in_transformers=is_transformers_model(model))
+        tensors = _replaced(model, state, weights, foreign)
+        said = foreign.quantization_config(weights, kept_linears(model))
+        return Saved(tensors=tensors, weights=weights, quantization_config=said)
+    if is_transformers_model(model):
+        state = with_placeholders(model, state)
+    return Saved(tensors=state, weights=weights, quantization_config=None)
+
+
+def foreign_tensors(layout: str, weight: SavedWeight) -> dict[str, Tensor] | None:
+    """The tensors that stand for `weight` in the layout of another library, by name; None in bigq's own."""
+    foreign = LAYOUTS[layout]
+    return None if foreign is None else foreign.tensors(weight)
+
+
+def _refuse_unsaved(state: Mapping[str, object], *, on_meta: bool) -> None:
+    """Raise an UnsupportedError if a state dict holds what safetensors cannot, or no numbers."""
+    reasons: dict[str, list[str]] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            reasons.setdefault("objects that are no tensors", []).append(name)
+        elif hasattr(tensor, "to_local"):
+            reasons.setdefault("shards of tensors, which have to be gathered first", []).append(name)
+        elif tensor.is_meta and not on_meta:
+            reasons.setdefault("tensors on meta", []).append(name)
+    if reasons:
+        listed = "; ".join(f"{what}: {shortlist(names)}" for what, names in reasons.items())
+        raise UnsupportedError(f"the model cannot be saved, because it holds {listed}")
+
+
+def _replaced(
+    model: nn.Module, state: Mapping[str, Tensor], weights: Sequence[SavedWeight], foreign: _Foreign
+) -> dict[str, Tensor]:
+    """`state` with the tensors of `foreign` in the places of quantized weights."""
+    replaced: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedModule):
+            replaced.add(tensor_name(name, QUANT_STATE))
+            for leaf, description in module.descriptions.items():
+                replaced |= {tensor_name(name, state_name(leaf, part)) for part in description.state_spec}
+    by_first = {state_name(weight.name, "packed"): weight for weight in weights}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in by_first:
+            tensors |= foreign.tensors(by_first[name])
+        elif name not in replaced:
+            tensors[name] = tensor
+    return tensors
