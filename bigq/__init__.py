@@ -8,6 +8,8 @@ from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_ch
 from bigq.dry_run.load_plan import LoadPlan
 from bigq.dry_run.plan import plan
 from bigq.errors import BigqError, CheckpointError, ConfigError, PlacementError, UnsupportedError
+from bigq.evaluation.compare import compare
+from bigq.evaluation.comparison import Comparison
 from bigq.footprint import MemoryFootprint, memory_footprint, num_parameters
 from bigq.formats import FP4, NF4, InputMoments, Int8
 from bigq.infer_device_map import infer_device_map
@@ -28,6 +30,7 @@ __all__ = [
     "NF4",
     "BigqError",
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "Fit",
     "InputMoments",
@@ -43,6 +46,7 @@ __all__ = [
     "QuantizedTensor",
     "QuantizedWeight",
     "UnsupportedError",
+    "compare",
     "dequantize",
     "dequantize_tensor",
     "fit",

@@ -11,6 +11,7 @@ import bigq
 
 LIBRARY_OF = {  # what has to be installed for a module of bigq.integrations to be imported
     "bigq.dry_run.estimate": "transformers",
+    "bigq.evaluation.compare": "transformers",
     "bigq.integrations.diffusers": "diffusers",
     "bigq.integrations.peft": "peft",
     "bigq.integrations.skeleton": "transformers",

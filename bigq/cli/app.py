@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bigq.cli import estimate, inspect, quantize
-from bigq.cli.bench import command as bench
+from bigq.cli import compare, doctor, estimate, inspect, quantize
+from bigq.cli.bench import app as bench
 
 __all__ = ["app", "main"]
 
@@ -42,9 +42,11 @@ def _examples(*lines: str) -> str:
 
 
 app.command("quantize", epilog=_examples(*quantize.EXAMPLES))(quantize.command)
-app.command("bench", epilog=_examples("bigq bench", "bigq bench --shapes 4096x4096 --tokens 1,16 --format nf4"))(bench)
 app.command("inspect", epilog=_examples(*inspect.EXAMPLES))(inspect.command)
 app.command("estimate", epilog=_examples(*estimate.EXAMPLES))(estimate.command)
+app.command("compare", epilog=_examples(*compare.EXAMPLES))(compare.command)
+app.add_typer(bench, name="bench")
+app.command("doctor", epilog=_examples(*doctor.EXAMPLES))(doctor.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

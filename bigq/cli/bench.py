@@ -1,44 +1,42 @@
-"""`bigq bench`: the linears of every format on this GPU, beside bf16 and beside what its memory allows."""
+"""`bigq bench`: how fast this library is on this machine, and whether another run was faster."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from torch import Tensor
-from torch.nn import functional as F
+from rich.console import Console
 
-from bigq.cli.output import answers, print_line
-from bigq.errors import UnsupportedError
-from bigq.formats import FP4, NF4, Format, Int8, State
+from bigq.benchmarks.compare_results import ResultComparison, compare_results
+from bigq.benchmarks.formats import BENCH_FORMATS
+from bigq.benchmarks.linears import bench_linears
+from bigq.benchmarks.llama import SHAPES
+from bigq.benchmarks.loading import bench_loading
+from bigq.benchmarks.model import bench_model
+from bigq.benchmarks.offload import bench_offload
+from bigq.benchmarks.result import BenchResult, read_result, short_number
+from bigq.cli.arguments import DeviceOption, device_of, numbers
+from bigq.cli.output import JsonFlag, answers, note, show, table
 
-__all__ = ["FORMATS", "Machine", "bench", "command", "parse_shapes", "parse_tokens"]
+__all__ = ["app", "parse_shapes"]
 
-FORMATS: dict[str, Format] = {
-    "nf4": NF4(),
-    "nf4-dq": NF4(double_quant=True),
-    "fp4": FP4(),
-    "int8": Int8(),
-}
-SHAPES = "4096x4096,1024x4096,14336x4096,4096x14336"  # N x K of the linears of an 8B Llama
-TOKENS = "1,4,16,64,512,4096"
-HEADER = ("N x K", "tokens", "format", "us", "GB/s", "of the floor", "bf16 us", "times bf16's speed")
+app = typer.Typer(
+    help="Time linears, a whole model, loading or offloading on this machine, also on a CPU.",
+    no_args_is_help=True,
+)
 
-Timer = Callable[[list[Callable[[], object]]], float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a GPU was measured to do: bytes a second of a copy, read plus written, and bf16 operations a second."""
-
-    bytes_per_s: float
-    operations_per_s: float
-
-    def floor_us(self, nbytes: int, operations: int) -> float:
-        """Microseconds that moving `nbytes` or computing takes, whichever is longer."""
-        return 1e6 * max(nbytes / self.bytes_per_s, operations / self.operations_per_s)
+FormatsOption = Annotated[
+    list[str] | None,
+    typer.Option("--format", help=f"One of {', '.join(BENCH_FORMATS)}; may be repeated. Default: all."),
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help=f"Of the model: {', '.join(SHAPES)}. Default: 1b on a GPU, tiny on a CPU.")
+]
+TokensOption = Annotated[str, typer.Option(help="Tokens of a call, separated by commas.")]
+FolderOption = Annotated[
+    Path | None, typer.Option(help="Where files are written for it. Default: the folder for temporary files.")
+]
+OutOption = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")]
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
@@ -48,108 +46,163 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
     except ValueError:
         shapes = []
     if not shapes or min(map(min, shapes)) < 1:
-        raise typer.BadParameter(f"{text!r} is no list of shapes; expected N x K like 4096x4096,14336x4096")
+        raise typer.BadParameter(
+            f"{text!r} is no list of shapes; expected N x K like 4096x4096,14336x4096", param_hint="--shapes"
+        )
     return shapes
 
 
-def parse_tokens(text: str) -> list[int]:
-    """[M, ...] of "M,M"; raises BadParameter for anything else."""
-    try:
-        tokens = [int(item) for item in text.split(",")]
-    except ValueError:
-        tokens = []
-    if not tokens or min(tokens) < 1:
-        raise typer.BadParameter(f"{text!r} is no list of numbers of tokens; expected one like 1,16,512")
-    return tokens
-
-
+@app.command("linears", epilog="Example: bigq bench linears --shapes 4096x4096 --tokens 1,16 --format nf4")
 @answers
-def command(
-    shapes: Annotated[str, typer.Option(help="N x K of the linears, separated by commas.")] = SHAPES,
-    tokens: Annotated[str, typer.Option(help="Rows of x, separated by commas.")] = TOKENS,
-    formats: Annotated[
-        list[str] | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}; may be repeated. Default: all.")
+def linears(
+    shapes: Annotated[
+        str | None, typer.Option(help="N x K, separated by commas. Default: those of an 8B Llama on a GPU.")
     ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Rows of x, separated by commas. Default: 1 to 4096 on a GPU, 1,16 on a CPU.")
+    ] = None,
+    formats: FormatsOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Time the linears of every format on this GPU, beside bf16."""
-    chosen = formats or list(FORMATS)
-    for name in chosen:
-        if name not in FORMATS:
-            raise typer.BadParameter(f"{name!r} is no format; expected one of {', '.join(FORMATS)}")
-    bench(parse_shapes(shapes), parse_tokens(tokens), chosen, print_line)
+    """Time x times the transposed weight in every format, beside float and beside what the memory allows."""
+    asked = {"shapes": None if shapes is None else parse_shapes(shapes)}
+    counts = None if tokens is None else numbers("--tokens", tokens)
+    chosen, place = _formats(formats), device_of(device)
+    _answer(lambda: bench_linears(place, **asked, tokens=counts, formats=chosen, progress=note), out, as_json)
 
 
-def bench(
-    shapes: Iterable[tuple[int, int]], tokens: Iterable[int], formats: Iterable[str], print_row: Callable[[str], object]
+@app.command("model", epilog="Example: bigq bench model --size 8b --format nf4 --format int8")
+@answers
+def model(
+    size: SizeOption = None,
+    tokens: TokensOption = "1,16,512",
+    formats: FormatsOption = None,
+    folder: FolderOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Measure on the current CUDA device and print a Markdown table row by row.
-
-    Weights rotate through more memory than the L2 cache holds, and calls run in a CUDA graph. The floor counts weight,
-    scales, x and output once at the rate of a device copy, or the product at that of an 8192^3 bf16 matmul.
-
-    Args:
-        shapes: (N, K) = (out_features, in_features) of the linears.
-        tokens: rows of x.
-        formats: keys of FORMATS.
-        print_row: takes each line.
-
-    Raises:
-        UnsupportedError: without a CUDA device.
-    """
-    if not torch.cuda.is_available():
-        raise UnsupportedError(f"bench needs a CUDA device, and torch {torch.__version__} sees none")
-    from bigq_kernels.timing import is_hot, microseconds
-
-    machine = _measure(microseconds)
-    print_row(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copies {machine.bytes_per_s / 1e12:.2f} TB/s, "
-        f"multiplies {machine.operations_per_s / 1e12:.0f} Tflop/s in bf16\n"
+    """Load a model of Llama's shape with random numbers, call it, and count its memory, by format."""
+    counts, chosen, place = numbers("--tokens", tokens), _formats(formats), device_of(device)
+    shape = _size(size)
+    _answer(
+        lambda: bench_model(place, size=shape, formats=chosen, tokens=counts, folder=folder, progress=note),
+        out,
+        as_json,
     )
-    print_row(_line(HEADER))
-    print_row(_line(["---"] * len(HEADER)))
-    with torch.no_grad():
-        for n, k in shapes:
-            weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-            states = {name: _rotation(FORMATS[name].quantize(weight)) for name in formats}
-            dense = _rotation({"weight": weight})
-            for m in tokens:
-                x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-                rest = is_hot(m, n, k)
-                bf16 = microseconds([partial(F.linear, x, state["weight"]) for state in dense], rest=rest)
-                for name, rotation in states.items():
-                    time = microseconds(
-                        [partial(FORMATS[name].linear, x, state, None) for state in rotation], rest=rest
-                    )
-                    print_row(_line(row(name, n, k, m, time, bf16, machine)))
 
 
-def row(name: str, n: int, k: int, m: int, time: float, bf16: float, machine: Machine) -> list[str]:
-    """The cells under HEADER of a linear that took `time` us where bf16 took `bf16`."""
-    spec = FORMATS[name].state_spec((n, k))
-    nbytes = sum(tensor.nbytes for tensor in spec.values()) + 2 * m * (n + k)
-    floor = machine.floor_us(nbytes, 2 * m * n * k)
-    cells = (f"{time:.1f}", f"{nbytes / time / 1e3:.0f}", f"{floor / time:.0%}", f"{bf16:.1f}", f"{bf16 / time:.2f}")
-    return [f"{n} x {k}", str(m), name, *cells]
+@app.command("loading", epilog="Example: bigq bench loading --size 16 --folder /mnt/nvme")
+@answers
+def loading(
+    size: Annotated[
+        float | None, typer.Option(help="GB (1e9 bytes) of the checkpoint. Default: 2 on a GPU, 0.02 on a CPU.")
+    ] = None,
+    formats: FormatsOption = None,
+    folder: FolderOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a checkpoint with random numbers, and load it from the drive (cold) and from memory (warm)."""
+    if size is not None and not 0 < size < 1e6:
+        raise typer.BadParameter(f"{size} GB; expected a positive number", param_hint="--size")
+    nbytes = None if size is None else int(size * 1e9)
+    chosen, place = _formats(formats), device_of(device)
+    _answer(lambda: bench_loading(place, nbytes=nbytes, formats=chosen, folder=folder, progress=note), out, as_json)
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _rotation(state: State) -> list[dict[str, Tensor]]:
-    """As many copies of a weight as it takes that none of them is still in the L2 cache."""
-    from bigq_kernels.timing import copies
-
-    nbytes = sum(tensor.nbytes for tensor in state.values())
-    return [{name: tensor.clone() for name, tensor in state.items()} for _ in range(copies(nbytes))]
-
-
-def _measure(microseconds: Timer) -> Machine:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy_us = microseconds([partial(target.copy_, source)])
-    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product_us = microseconds([partial(torch.mm, square, square)])
-    return Machine(
-        bytes_per_s=2 * source.nbytes / copy_us * 1e6, operations_per_s=2 * square.shape[0] ** 3 / product_us * 1e6
+@app.command("offload", epilog="Example: bigq bench offload --size 8b --format nf4")
+@answers
+def offload(
+    size: SizeOption = None,
+    tokens: TokensOption = "1,16,512",
+    format_name: Annotated[str, typer.Option("--format", help=f"One of {', '.join(BENCH_FORMATS)}.")] = "nf4",
+    folder: FolderOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Call a model whose blocks are on the CPU or the disk, beside what the link and the drive allow."""
+    counts, place = numbers("--tokens", tokens), device_of(device)
+    shape = _size(size)
+    _formats([format_name])
+    _answer(
+        lambda: bench_offload(place, size=shape, format_name=format_name, tokens=counts, folder=folder, progress=note),
+        out,
+        as_json,
     )
+
+
+@app.command("compare", epilog="Example: bigq bench compare before.json after.json")
+@answers
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="A result that --out wrote.")],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="Another result of the same benchmark.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare two results row by row, and say which differences are larger than the noise."""
+    found = compare_results(read_result(before), read_result(after))
+    show(found, as_json=as_json, render=lambda console: _print_changes(console, found))
+
+
+def _answer(measure: Callable[[], BenchResult], out: Path | None, as_json: bool) -> None:
+    if out is not None:
+        out.open("a").close()  # now, and not after minutes
+    found = measure()
+    if out is not None:
+        found.save(out)
+        note(f"wrote {out}")
+    show(found, as_json=as_json, render=lambda console: _print(console, found))
+
+
+def _print(console: Console, found: BenchResult) -> None:
+    torch_version = found.environment.versions["torch"]
+    console.print(f"{found.environment.device}, torch {torch_version}, {found.environment.date}", markup=False)
+    said = ", ".join(f"{name} {_setting(value)}" for name, value in found.settings.items())
+    console.print(said, markup=False)
+    console.print(table(found.columns(), found.cells(), text=len(found.rows[0].what) if found.rows else 1))
+
+
+def _print_changes(console: Console, found: ResultComparison) -> None:
+    for line in found.differences:
+        console.print(f"differs: {line}", markup=False)
+    names = list(found.changes[0].what) if found.changes else []
+    rows = [
+        [
+            *(str(value) for value in change.what.values()),
+            change.reading,
+            short_number(change.before),
+            short_number(change.after),
+            "-" if change.ratio is None else f"{change.ratio:.3f}",
+            f"{change.noise:.0%}",
+            change.verdict,
+        ]
+        for change in found.changes
+    ]
+    columns = [*names, "reading", "A", "B", "B / A", "noise", ""]
+    console.print(table(columns, rows, title=f"bench {found.benchmark}", text=len(names) + 1))
+    for which, cases in (("A", found.only_before), ("B", found.only_after)):
+        for case in cases:
+            console.print(f"only in {which}: {' '.join(map(str, case.values()))}", markup=False)
+
+
+def _setting(value: str | int | float | None) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _formats(names: list[str] | None) -> list[str] | None:
+    for name in names or []:
+        if name not in BENCH_FORMATS:
+            raise typer.BadParameter(
+                f"{name!r} is no format; expected one of {', '.join(BENCH_FORMATS)}", param_hint="--format"
+            )
+    return names or None
+
+
+def _size(name: str | None) -> str | None:
+    if name is not None and name not in SHAPES:
+        raise typer.BadParameter(f"{name!r} is no size; expected one of {', '.join(SHAPES)}", param_hint="--size")
+    return name

@@ -8,7 +8,7 @@ import typer
 
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError, ConfigError
-from bigq.formats import FORMATS, Format, make_format
+from bigq.formats import FORMATS, METHODS, Format, make_format
 from bigq.system.json_text import parse_json
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "BlockSizeOption",
     "DoubleQuantFlag",
     "FormatOption",
+    "MethodOption",
+    "MomentsOption",
     "RulesOption",
     "SkipOption",
     "make_config",
@@ -50,6 +52,19 @@ DoubleQuantFlag = Annotated[
 BlockSizeOption = Annotated[
     int | None, typer.Option(help="Weights that share a scale, with nf4 and fp4: 32 to 4096. Default: 64.")
 ]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        callback=one_of(*METHODS),
+        metavar="|".join(METHODS),
+        help="How the scales of 4-bit weights are chosen; search loses less, and needs --moments.",
+    ),
+]
+MomentsOption = Annotated[
+    Path | None,
+    typer.Option("--moments", help="File that bigq.input_moments(model).save wrote, for --method search."),
+]
 RulesOption = Annotated[
     Path | None,
     typer.Option(
@@ -74,6 +89,8 @@ def make_config(
     also: Sequence[str] | None = None,
     dtype: str | None = None,
     compute_dtype: str | None = None,
+    method: str = "absmax",
+    moments: Path | None = None,
 ) -> QuantizationConfig:
     """The QuantizationConfig that the options ask for.
 
@@ -81,10 +98,16 @@ def make_config(
         CheckpointError: the file of rules is missing or no JSON.
         ConfigError: an option contradicts another.
     """
+    if method == "search" and moments is None:
+        raise ConfigError(
+            "--method search needs --moments FILE, which bigq.input_moments(model).save(FILE) measures and writes"
+        )
     found = {} if rules is None else read_rules(rules)
     return QuantizationConfig(
         weight_format or (None if found else "nf4"),
         rules=found,
+        method=method,
+        moments=moments,
         double_quant=double_quant or None,
         block_size=block_size,
         skip_modules=tuple(skip or ()),

@@ -7,17 +7,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bigq.calibration.fit_result import Fit
 from bigq.cli.config_options import (
     AlsoOption,
     BlockSizeOption,
     DoubleQuantFlag,
     FormatOption,
+    MethodOption,
+    MomentsOption,
     RulesOption,
     SkipOption,
     make_config,
     one_of,
 )
 from bigq.cli.output import JsonFlag, answers, note, show
+from bigq.converting.fit_source import fit_source
 from bigq.converting.push import push_folder, refuse_without_token
 from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
 from bigq.saving.layouts import LAYOUTS, OWN
@@ -28,19 +32,24 @@ __all__ = ["EXAMPLES", "command"]
 EXAMPLES = (
     "bigq quantize ./llama ./llama-nf4",
     "bigq quantize meta-llama/Llama-3.1-8B ./llama-int8 --format int8 --skip lm_head",
+    "bigq quantize ./llama ./llama-5bit --bits 5.0",
     "bigq quantize ./llama ./llama-bnb --double-quant --layout bitsandbytes --push me/llama-4bit",
 )
+
+_FITTED = ("bits", "nbytes", "error", "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """What was written, and the address to which it was pushed; None where it was not."""
+    """What was written. `fitted` and `address` are None where no formats were fitted, and nothing was pushed."""
 
     made: QuantizedCheckpoint
+    fitted: Fit | None
     address: str | None
 
     def to_dict(self) -> dict[str, object]:
-        return {**self.made.to_dict(), "address": self.address}
+        fitted = None if self.fitted is None else {name: getattr(self.fitted, name) for name in _FITTED}
+        return {**self.made.to_dict(), "fit": fitted, "address": self.address}
 
     def render(self, out: Console) -> None:
         made = self.made
@@ -50,6 +59,8 @@ class _Answer:
         out.print(f"  {made.quantized} weights quantized, {made.kept} tensors kept")
         out.print(f"  {bytes_text(made.nbytes)} in {files}, {share:.0%} of {bytes_text(made.source_nbytes)}")
         out.print(f"  layout {made.layout}, {made.seconds:.1f} s")
+        if self.fitted is not None:
+            out.print(f"  {self.fitted.bits:.2f} bits a weight, {bytes_text(self.fitted.nbytes)} in memory")
         if self.address is not None:
             out.print(f"  {self.address}", markup=False)
 
@@ -62,6 +73,20 @@ def command(
     double_quant: DoubleQuantFlag = False,
     block_size: BlockSizeOption = None,
     rules: RulesOption = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="SIZE",
+            help="Choose a format for every weight, so that the whole model takes this much memory, such as 12GiB. "
+            "The float model is loaded for that, and has to fit into memory.",
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="The same, by the average bits of a weight, such as 5.0.", show_default=False)
+    ] = None,
+    method: MethodOption = "absmax",
+    moments: MomentsOption = None,
     skip: SkipOption = None,
     also: AlsoOption = None,
     dtype: Annotated[
@@ -104,6 +129,11 @@ def command(
 
     After an interruption, the same command goes on with the files that were not finished.
     """
+    is_fitted = max_bytes is not None or bits is not None
+    if is_fitted and layout != OWN:
+        raise typer.BadParameter(f"--fit and --bits give weights several formats, which only the layout {OWN} holds")
+    if max_bytes is not None and bits is not None:
+        raise typer.BadParameter("--fit and --bits are two budgets: give one of them")
     if push is not None:
         refuse_without_token()
     config = make_config(
@@ -115,7 +145,16 @@ def command(
         also=also,
         dtype=dtype,
         compute_dtype=compute_dtype,
+        method=method,
+        moments=moments,
     )
+    fitted = None
+    if is_fitted:
+        note("measuring the float model")
+        fitted = fit_source(
+            source, config, max_bytes=max_bytes, bits=bits, device=device, trust_remote_code=trust_remote_code
+        )
+        config = fitted.config
     try:
         made = quantize_checkpoint(
             source,
@@ -133,5 +172,5 @@ def command(
     if made.resumed:
         note(f"{made.resumed} of {len(made.files)} files were finished by an earlier run")
     address = None if push is None else push_folder(made.folder, push, private=private)
-    answer = _Answer(made=made, address=address)
+    answer = _Answer(made=made, fitted=fitted, address=address)
     show(answer, as_json=as_json, render=answer.render)

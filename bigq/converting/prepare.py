@@ -1,5 +1,6 @@
 """prepare: all of a quantized folder that is known before a weight is read: its files by name, and what is small."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,11 @@ from bigq.interop.transformers_model import introduce, is_transformers_model
 from bigq.model.transaction import Snapshot
 from bigq.model.tree import ModelTree
 from bigq.model_card import model_card
-from bigq.planning.plan import Plan
+from bigq.planning.plan import Plan, PlannedWeight
 from bigq.saving.layouts import Saved
 from bigq.saving.model_config import write_configs
 from bigq.system.interrupts import to_the_end
+from bigq.system.memory import memory_of
 
 __all__ = ["Request", "prepare", "refuse_too_little_space"]
 
@@ -107,6 +109,7 @@ def _described(request: Request, files: Sequence[Path], shards: Mapping[str, Sha
     return {
         "the source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
         "the quantization_config": request.config.to_dict(),
+        "the moments": _moments_digest(shards),
         "the layout": request.layout,
         "the metadata": dict(request.metadata),
         "the model or max_shard_size": {
@@ -118,3 +121,14 @@ def _described(request: Request, files: Sequence[Path], shards: Mapping[str, Sha
             for file, shard in shards.items()
         },
     }
+
+
+def _moments_digest(shards: Mapping[str, Shard]) -> str:
+    """What tells the importance of input features, by which scales are searched, from others."""
+    digest = hashlib.sha256()
+    for shard in shards.values():
+        for entry in shard:
+            if isinstance(entry.planned, PlannedWeight) and entry.planned.importance is not None:
+                digest.update(entry.planned.names[0].encode())
+                digest.update(memory_of(entry.planned.importance.contiguous()))
+    return digest.hexdigest()

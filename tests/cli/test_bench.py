@@ -1,70 +1,100 @@
-"""`bigq bench`: its arguments, its arithmetic, and its table on a GPU."""
+"""`bigq bench`: its commands on a CPU, the JSON that it writes, and what it says of wrong arguments."""
 
-import re
+import json
 
 import pytest
-import torch
 import typer
 
+from bigq.benchmarks.formats import BENCH_FORMATS
 from bigq.cli import bench
 from bigq.cli.app import main
+from command_page import commands
 
-MACHINE = bench.Machine(bytes_per_s=4e12, operations_per_s=8e14)
+
+def _run(capsys, *arguments):
+    """(exit code, stdout, stderr) of `bigq bench`."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return stopped.value.code or 0, out, err
 
 
-def test_shapes_and_tokens():
+def test_shapes():
     assert bench.parse_shapes("4096x1024,8x16") == [(4096, 1024), (8, 16)]
-    assert bench.parse_tokens("1,16") == [1, 16]
-    assert len(bench.parse_shapes(bench.SHAPES)) == 4
+    for text in ("", "4096", "4096x", "4096x1x2", "axb", "0x5", "4x-1"):
+        with pytest.raises(typer.BadParameter, match="expected N x K like"):
+            bench.parse_shapes(text)
 
 
-@pytest.mark.parametrize("text", ["", "4096", "4096x", "4096x1x2", "axb", "0x5", "4x-1"])
-def test_what_is_no_shape(text):
-    with pytest.raises(typer.BadParameter, match="expected N x K like"):
-        bench.parse_shapes(text)
+def test_linears_and_two_runs_of_them(tmp_path, capsys):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        code, out, err = _run(
+            capsys,
+            "linears",
+            "--shapes",
+            "64x128",
+            "--tokens",
+            "1",
+            "--format",
+            "nf4",
+            "--device",
+            "cpu",
+            "--out",
+            file,
+        )
+        assert (code, f"wrote {file}" in err) == (0, True)
+        assert "64x128" in out
+    code, out, _ = _run(capsys, "compare", *files, "--json")
+    changes = json.loads(out)["changes"]
+    assert [change["what"]["format"] for change in changes] == ["float32", "nf4"]
+    read = [json.loads(file.read_text())["rows"][1]["readings"]["us"]["value"] for file in files]
+    assert changes[1]["ratio"] == pytest.approx(read[1] / read[0])
+    code, out, _ = _run(capsys, "compare", *files)
+    assert "B / A" in out
 
 
-@pytest.mark.parametrize("text", ["", "1,", "0", "x", "1.5"])
-def test_what_is_no_number_of_tokens(text):
-    with pytest.raises(typer.BadParameter, match="expected one like 1,16,512"):
-        bench.parse_tokens(text)
+def test_the_lines_of_the_page_run(tmp_path, capsys, monkeypatch):
+    smaller = {"8b": "tiny", "16": "0.002", "/mnt/nvme": str(tmp_path), "4096x4096": "64x64", "1,16": "1"}
+    monkeypatch.chdir(tmp_path)
+    lines = commands("bench")
+    assert len(lines) == 6
+    for arguments in lines:
+        code, out, err = _run(capsys, *(smaller.get(argument, argument) for argument in arguments[1:]))
+        assert (code, bool(out)) == (0, True), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["after.json", "before.json"]
 
 
-def test_the_floor_is_the_slower_of_moving_and_multiplying():
-    assert MACHINE.floor_us(8_000_000, 0) == pytest.approx(2.0)
-    assert MACHINE.floor_us(8_000_000, 8_000_000_000) == pytest.approx(10.0)
+@pytest.mark.parametrize("command", ["model", "offload"])
+def test_json(command, tmp_path, capsys):
+    code, out, _ = _run(
+        capsys, command, "--tokens", "1", "--format", "int8", "--device", "cpu", "--folder", tmp_path, "--json"
+    )
+    found = json.loads(out)
+    assert (code, found["benchmark"]) == (0, command)
+    assert found["rows"]
+    assert found["environment"]["versions"]["torch"]
+    assert not any(tmp_path.iterdir())
 
 
-def test_a_row_counts_every_byte_once():
-    # 4096 * 4096 / 2 codes, 4 bytes for each 64 of them, and 2 bytes for each of 8192 activations
-    nbytes = 8388608 + 1048576 + 16384
-    cells = dict(zip(bench.HEADER, bench.row("nf4", 4096, 4096, 1, 10.0, 15.0, MACHINE), strict=True))
-    assert cells["GB/s"] == f"{nbytes / 1e4:.0f}" == "945"
-    assert cells["of the floor"] == "24%"  # 9.45 MB at 4 TB/s: 2.36 us
-    assert (cells["us"], cells["bf16 us"], cells["times bf16's speed"]) == ("10.0", "15.0", "1.50")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench"])
-    assert stopped.value.code == 1
-    assert "error: bench needs a CUDA device" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["--format", "nf5"], ["--tokens", "x"]], ids=str)
-def test_wrong_arguments(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench", *arguments])
-    assert stopped.value.code == 2
-    assert "Usage: bigq bench" in capsys.readouterr().err
-
-
-@pytest.mark.gpu
-def test_the_table(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench", "--shapes", "512x1024", "--tokens", "1,300"])
-    assert not stopped.value.code
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 512 x 1024")]
-    assert len(rows) == 2 * len(bench.FORMATS)
-    assert all(re.search(r"\| \d+\.\d \| \d+ \| \d+% \|", line) for line in rows)
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["linears", "--format", "nf5"], 2, f"'nf5' is no format; expected one of {', '.join(BENCH_FORMATS)}"),
+        (["linears", "--tokens", "x"], 2, "no list of positive numbers"),
+        (["linears", "--shapes", "4"], 2, "no list of shapes"),
+        (["linears", "--out", "missing/a.json"], 1, "missing/a.json: No such file"),
+        (["model", "--size", "9t"], 2, "'9t' is no size"),
+        (["loading", "--size", "-1"], 2, "expected a positive number"),
+        (["loading", "--folder", "missing"], 1, "No such file"),
+        (["offload", "--format", "nf5"], 2, "'nf5' is no format"),
+        (["compare", "a.json", "b.json"], 1, "a.json: No such file"),
+        (["hats"], 2, "No such command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_arguments(arguments, code, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = _run(capsys, *arguments)
+    assert (found, out) == (code, "")
+    assert said in " ".join(err.replace("│", " ").split())

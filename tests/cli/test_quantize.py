@@ -6,12 +6,15 @@ import re
 import pytest
 import torch
 
-from bigq import FP4, NF4, CheckpointError, ConfigError, Int8, QuantizationConfig
+import bigq
+from bigq import FP4, NF4, CheckpointError, ConfigError, Int8, QuantizationConfig, memory_footprint
 from bigq.cli import quantize
 from bigq.cli.app import main
 from bigq.cli.config_options import make_config, read_rules
 from command_page import PAGE, commands
 from quantized_folders import read_folder
+
+QUERY = "model.layers.0.self_attn.q_proj.weight_packed"
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,11 +47,13 @@ def test_the_lines_of_the_page_run(folder, capsys):
     lines = commands("quantize")
     (rules,) = re.findall(r"```json\n(.*?)```", PAGE.read_text().split("## inspect")[0], flags=re.DOTALL)
     (folder / "rules.json").write_text(rules.replace("model.layers.0", "*.q_proj"))  # this model has one layer
-    assert len(lines) == 8
+    assert len(lines) == 11
+    model = transformers.AutoModelForCausalLM.from_pretrained("llama")
+    bigq.input_moments(model).save("moments.safetensors")
     for arguments in lines:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            main(arguments)
+            main(["150KB" if argument == "12GiB" else argument for argument in arguments])  # of 526 KB
         assert not stopped.value.code, (arguments, capsys.readouterr().err)
     answer = json.loads(capsys.readouterr().out)  # the last has --json
     assert answer["folder"] == "llama-fp4"
@@ -56,6 +61,11 @@ def test_the_lines_of_the_page_run(folder, capsys):
     mixed = formats(folder / "llama-mixed")
     assert (mixed["k_proj"].format, mixed["o_proj"].format, mixed["q_proj"]) == (Int8(), NF4(), None)
     assert mixed["lm_head"].format == NF4(block_size=32)
+    assert memory_footprint(transformers.AutoModelForCausalLM.from_pretrained("llama-fit")).total_nbytes <= 150_000
+    assert len({what and what.format for what in formats(folder / "llama-5bit").values()}) > 1
+    searched, plain = (read_folder(folder / name) for name in ("llama-searched", "llama-nf4"))
+    assert searched.keys() == plain.keys()
+    assert not torch.equal(searched[QUERY], plain[QUERY])
     small = formats(folder / "llama-small")
     assert small["lm_head"].format == NF4(block_size=128, double_quant=True)
 
@@ -83,6 +93,10 @@ def test_what_it_prints(folder, capsys):
         (["llama", "to", "--skip", "layres"], 1, "layres"),
         (["llama", "to", "--rules", "none.json"], 1, "cannot read the rules in none.json: No such file or directory"),
         (["llama", "to", "--format", "int8", "--double-quant"], 1, "double_quant=True means nothing to format 'int8'"),
+        (["llama", "to", "--fit", "1GB", "--bits", "5"], 2, "two budgets: give one of them"),
+        (["llama", "to", "--fit", "1GB", "--layout", "bitsandbytes"], 2, "which only the layout bigq holds"),
+        (["llama", "to", "--fit", "1KB"], 1, "max_bytes='1KB' is too little"),
+        (["llama", "to", "--method", "search"], 1, "--method search needs --moments FILE"),
         (["llama", "to", "--dtype", "int4"], 1, "dtype is 'int4'"),
         (["llama", "to", "--layout", "compressed-tensors"], 1, "cannot hold 7 weights"),
     ],

@@ -15,6 +15,7 @@ from bigq import (
     NF4,
     CheckpointError,
     ConfigError,
+    InputMoments,
     Int8,
     PlacementError,
     QuantizationConfig,
@@ -24,7 +25,11 @@ from bigq import (
 )
 from quantized_folders import Wide, assert_same, load_and_save, read_folder, skeleton
 
+MOMENTS = InputMoments(
+    {f"blocks.{n}.{m}.weight": torch.rand(256 if m == 0 else 320) for n in range(3) for m in range(2)}
+)
 PAIRS = [  # every layout with what it can hold
+    ("bigq", QuantizationConfig("nf4", method="search", moments=MOMENTS)),
     ("bigq", QuantizationConfig(NF4(double_quant=True), dtype="bf16")),
     ("bigq", QuantizationConfig("int8", also_quantize=["embed", "head"])),
     ("bitsandbytes", QuantizationConfig(FP4(block_size=32))),
@@ -44,7 +49,8 @@ def source(tmp_path):
 
 def convert(source, to, config="nf4", model=None, **settings):
     model = skeleton() if model is None else model
-    return quantize_checkpoint(source, to, config, model=model, device="cpu", progress=False, **settings)
+    settings = {"device": "cpu"} | settings
+    return quantize_checkpoint(source, to, config, model=model, progress=False, **settings)
 
 
 @pytest.mark.parametrize("layout, config", PAIRS, ids=lambda value: value if isinstance(value, str) else "")
@@ -67,6 +73,17 @@ def test_the_tensors_are_those_of_load_and_save(source, tmp_path, layout, config
             assert (to / "config.json").read_text() == (expected / "config.json").read_text()
     assert type(model.blocks[0][0]) is nn.Linear, "the skeleton is left as it was"
     assert list(model.state_dict()) == list(Wide().state_dict())
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_the_tensors_of_load_and_save(source, tmp_path):
+    for number, (layout, config) in enumerate(PAIRS):
+        expected = tmp_path / f"expected-{number}"
+        load_and_save(skeleton(), source, config, expected, layout, device_map="cuda")
+        for budget in (None, 1 << 20):
+            to = tmp_path / f"{number}-{budget}"
+            convert(source, to, config, layout=layout, read_budget=budget, max_shard_size="300KB", device="cuda")
+            assert_same(to, expected)
 
 
 @pytest.mark.parametrize("tied_in_file", [True, False])

@@ -8,14 +8,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
-from bigq import BigqError, ConfigError, QuantizationConfig, load_and_quantize_model, quantize_checkpoint
+from bigq import BigqError, ConfigError, InputMoments, QuantizationConfig, load_and_quantize_model, quantize_checkpoint
 from bigq.converting import quantize_checkpoint as module
 from bigq.saving.shard_file import ShardFile
 from quantized_folders import Wide, assert_same, load_and_save, skeleton
 
 ROOT = Path(__file__).parents[2]
+MOMENTS = InputMoments({"blocks.0.0.weight": torch.rand(256)})
 SIZE = "150KB"  # of a shard: six of them
 
 
@@ -117,6 +119,7 @@ def test_a_process_that_ends_while_files_are_moved(source, tmp_path, monkeypatch
     "changed, what",
     [
         ({"config": QuantizationConfig("nf4", block_size=32)}, "the quantization_config"),
+        ({"config": QuantizationConfig("nf4", method="search", moments=MOMENTS)}, "the moments"),
         ({"layout": "bitsandbytes"}, "the layout"),
         ({"max_shard_size": "200KB"}, "the model or max_shard_size"),
         ({"metadata": {"of": "me"}}, "the metadata"),

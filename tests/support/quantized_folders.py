@@ -50,8 +50,10 @@ def assert_same(folder: Path, other: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def load_and_save(model: nn.Module, source: Path, config: object, folder: Path, layout: str = "bigq") -> Path:
+def load_and_save(
+    model: nn.Module, source: Path, config: object, folder: Path, layout: str = "bigq", device_map: str = "cpu"
+) -> Path:
     """Write `folder` the long way, from a model in memory."""
-    loaded = load_and_quantize_model(model, source, config, "cpu", progress=False)
+    loaded = load_and_quantize_model(model, source, config, device_map, progress=False)
     save_quantized(loaded, folder, layout=layout)
     return folder

@@ -20,7 +20,14 @@ def is_hot(m: int, n: int, k: int) -> bool:
 
 
 def microseconds(calls: list[Callable[[], object]], repeats: int = 20, graph: bool = True, rest: bool = False) -> float:
-    """Median time of one call, the calls captured in a graph in their order, or launched one by one.
+    """Median of `readings`."""
+    return readings(calls, repeats, graph, rest)[repeats // 2]
+
+
+def readings(
+    calls: list[Callable[[], object]], repeats: int = 20, graph: bool = True, rest: bool = False
+) -> list[float]:
+    """Microseconds of one call, sorted: the calls are captured in a graph in their order, or launched one by one.
 
     With `rest` the GPU idles for REST_S before them.
     """
@@ -47,7 +54,7 @@ def microseconds(calls: list[Callable[[], object]], repeats: int = 20, graph: bo
         stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) * 1e3 / len(calls))
-    return sorted(times[3:])[repeats // 2]
+    return sorted(times[3:])
 
 
 def host_microseconds(call: Callable[[], object], repeats: int = 1000) -> float:

@@ -1,0 +1,1 @@
+"""How fast bigq is on this machine: linears, a whole model, loading and offloading."""

@@ -1,0 +1,1 @@
+"""What quantizing changes in a model: its bytes, weights, outputs, perplexity and speed."""

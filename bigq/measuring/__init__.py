@@ -1,0 +1,1 @@
+"""How long a call takes, how fast this machine moves bytes, and what the machine is."""
