@@ -200,11 +200,18 @@ class QuantizationConfig:
     def quant_method(self) -> str:
         """ "bigq": the name by which transformers and diffusers find what loads a model with this config.
 
-        They ask for it in `from_pretrained`, and bigq registers itself there then.
+        They ask for it in `from_pretrained`, and bigq registers itself there then. Raises an ImportError if the library
+        that asks is of a release for which there is no integration; the other library may be of any release.
         """
-        for library, integration in _INTEGRATIONS.items():
-            if library in sys.modules:
-                import_module(integration)
+        frame = inspect.currentframe()
+        asking = str(frame.f_back.f_globals.get("__name__")) if frame is not None and frame.f_back is not None else ""
+        for module, integration in _INTEGRATIONS.items():
+            try:
+                if module in sys.modules:
+                    import_module(integration)
+            except ImportError:
+                if asking.partition(".")[0] == module.partition(".")[0]:
+                    raise
         return _METHOD
 
     def to_dict(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from bigq.model.transaction import Snapshot, restored_on_error
 from bigq.model.tree import ModelTree
 from bigq.offload.dispatch import dispatch, keep_float32_callable
 from bigq.open_source import open_source, with_own_tensors
+from bigq.planning.coverage import warn_of_weights_left
 from bigq.planning.device_map import DeviceMap, execution_device, is_offloaded
 from bigq.planning.places import expected_device, plan_and_place
 from bigq.planning.plan import Plan
@@ -217,6 +218,8 @@ def load_source(
                 offload=options.offload,
                 strict=options.strict,
             )
+            if config is not None:
+                warn_of_weights_left(tree, plan, config)
             refuse_strays(tree, {n for weight in plan.weights for n in weight.names}, in_place=source.in_place)
             aliases = aliases_of(tree)
             destinations = Destinations.open(plan, places, options.offload_folder, source)

@@ -9,7 +9,6 @@ from bigq.checkpoint import Checkpoint, Completed, Renamed, Source, with_bitsand
 from bigq.config import QuantizationConfig
 from bigq.formats import Int8, state_name
 from bigq.interop.diffusers_names import with_diffusers_names
-from bigq.interop.placeholders import is_placeholder
 from bigq.interop.transformers_names import with_transformers_names
 from bigq.loading.extra_state import ExtraStates
 from bigq.model.in_place import ModelTensors
@@ -17,6 +16,7 @@ from bigq.model.own_names import with_own_names
 from bigq.model.tree import ModelTree, is_dense
 from bigq.planning.make_plan import quant_states
 from bigq.weight.convert import is_transposed_linear
+from bigq.weight.placeholder import is_placeholder
 
 __all__ = ["open_source", "with_own_tensors"]
 
@@ -45,7 +45,7 @@ def open_source(
         checkpoint = Checkpoint.open(weights_location, strict=strict)
     extra_states = ExtraStates(checkpoint, tree.modules, strict=strict)
     source = with_bitsandbytes(
-        _without_placeholders(extra_states),
+        _without_placeholders(tree, extra_states),
         checkpoint.files[0].parent,
         is_transposed=partial(_is_transposed, tree),
         threshold=None if config is None else _threshold(config),
@@ -71,12 +71,15 @@ def with_own_tensors(tree: ModelTree, source: Source) -> Source:
     return Completed(source, ModelTensors(tree.model), missing) if missing else source
 
 
-def _without_placeholders(source: Source) -> Source:
-    """`source` without the empty tensors that `save_pretrained` puts in the place of quantized weights."""
+def _without_placeholders(tree: ModelTree, source: Source) -> Source:
+    """`source` without the placeholders that a transformers model has in its state."""
     if not quant_states(source.tensors):
         return source
-    empty = [name for name, stored in source.tensors.items() if is_placeholder(stored.shape, stored.dtype)]
-    return Renamed(source, dict.fromkeys(empty)) if empty else source
+    empty = [name for name, stored in source.tensors.items() if is_placeholder(stored)]
+    if not empty:
+        return source
+    own = {name for group in tree.tensors if is_placeholder(group.tensor) for name in group.names}
+    return Renamed(source, {name: None for name in empty if name not in own})
 
 
 def _is_transposed(tree: ModelTree, name: str) -> bool:

@@ -5,7 +5,6 @@ import math
 import warnings
 from pathlib import Path
 
-import accelerate
 import torch
 
 import bigq
@@ -14,6 +13,8 @@ from bigq.integrations.peft import merge_costs
 try:
     import peft
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from bigq.integrations.transformers import use_as_bitsandbytes
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error.name} is missing: pip install -c constraints.txt -e '.[examples]'") from None
 
@@ -24,13 +25,6 @@ parser.add_argument("--format", choices=["nf4", "fp4", "int8"], default="nf4")
 parser.add_argument("--output", type=Path, default=Path("qlora"), help="folder for the adapter and the merged model")
 parser.add_argument("--steps", type=int, default=200, help="of 8 rows of 128 tokens")
 args = parser.parse_args()
-
-
-def load(folder, config=None):
-    with accelerate.init_empty_weights():
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
-    skeleton.tie_weights()
-    return bigq.load_and_quantize_model(skeleton.eval(), folder, config, progress=False)
 
 
 def train(name, model, steps):
@@ -61,13 +55,18 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 ids = torch.tensor(AutoTokenizer.from_pretrained(args.model)(args.text.read_text(encoding="utf-8"))["input_ids"])
 rows = ids[: len(ids) // 128 * 128].view(-1, 128)
 training, held_out = rows[: -len(rows) // 10], rows[-len(rows) // 10 :][:100]
-config, lora = bigq.QuantizationConfig(args.format), peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+with torch.device("meta"):
+    skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
+# In bitsandbytes' layout a row is a whole number of blocks. A block has 64 numbers.
+uneven = [name for name, m in skeleton.named_modules() if getattr(m, "in_features", 64) % 64 and args.format != "int8"]
+config = bigq.QuantizationConfig(args.format, skip_modules=uneven)
 
 if device == "cuda":  # the memory of two steps of other kinds of training
     half = {"dtype": torch.float16, "device_map": 0}
     train("fp16, full", AutoModelForCausalLM.from_pretrained(args.model, **half), 2)
     train("fp16, LoRA", peft.get_peft_model(AutoModelForCausalLM.from_pretrained(args.model, **half), lora), 2)
-base = load(args.model, config)
+base = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config)
 show_perplexity(args.format, base)
 model = peft.get_peft_model(base, lora)
 train(f"{args.format}, LoRA", model, args.steps)
@@ -75,5 +74,6 @@ show_perplexity("with adapter", model)
 model.save_pretrained(args.output / "adapter")
 worst = max(merge_costs(model).values(), key=lambda cost: cost.rounding)
 print(f"a merge adds up to         {worst.rounding:>9.2%} of rounding to {worst.change:.2%} of change")
-accelerate.Accelerator().save_model(model.merge_and_unload(), args.output / "merged")
-show_perplexity("merged", load(args.output / "merged"))
+bigq.save_quantized(model.merge_and_unload(), args.output / "merged", layout="bitsandbytes")
+use_as_bitsandbytes()  # without this call, transformers loads the folder with bitsandbytes
+show_perplexity("merged", AutoModelForCausalLM.from_pretrained(args.output / "merged"))

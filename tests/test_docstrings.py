@@ -4,14 +4,16 @@ import doctest
 import importlib
 import importlib.util
 import pkgutil
+import sys
+from collections.abc import Iterator
 
 import pytest
 
 import bigq
 
 LIBRARY_OF = {  # what has to be installed for a module of bigq.integrations to be imported
-    "bigq.dry_run.estimate": "transformers",
     "bigq.evaluation.compare": "transformers",
+    "bigq.dry_run.estimate": "transformers",
     "bigq.integrations.diffusers": "diffusers",
     "bigq.integrations.peft": "peft",
     "bigq.integrations.skeleton": "transformers",
@@ -32,6 +34,16 @@ def _examples() -> dict[str, doctest.DocTest]:
 
 
 EXAMPLES = _examples()
+
+
+@pytest.fixture(autouse=True)
+def _transformers_as_before() -> Iterator[None]:
+    """`use_as_bitsandbytes` holds for a process, and tests of bitsandbytes may follow in this one."""
+    auto = sys.modules.get("transformers.quantizers.auto")
+    before = {} if auto is None else dict(auto.AUTO_QUANTIZER_MAPPING)
+    yield
+    if auto is not None:
+        auto.AUTO_QUANTIZER_MAPPING.update(before)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from bigq import QuantizationConfig, load_and_quantize_model, materialize, memory_footprint
+from bigq import QuantizationConfig, load_and_quantize_model, materialize, memory_footprint, plan
 from dequantized import dequantized
 
 WIDTH = 8
@@ -80,7 +80,11 @@ class RandomModel(nn.Module):
 def load(empty, tmp_path):
     def build(seed, weights, config, device_map, **options):
         options = {"offload": "quantized", "offload_folder": tmp_path / "offload", **options}
-        return load_and_quantize_model(empty(RandomModel, seed=seed).eval(), weights, config, device_map, **options)
+        skeleton = empty(RandomModel, seed=seed).eval()
+        planned = plan(skeleton, config, device_map, weights_location=weights, **options)
+        model = load_and_quantize_model(skeleton, weights, config, device_map, **options)
+        assert planned.nbytes == memory_footprint(model).nbytes
+        return model
 
     return build
 

@@ -89,11 +89,11 @@ def bench_linears(
             dense = _rotation({"weight": weight}, device)
             for m in tokens:
                 x = torch.randn(m, k, device=device).to(dtype)
-                base = _time([partial(F.linear, x, state["weight"]) for state in dense], device, m * n * k)
+                base = _time([partial(F.linear, x, state["weight"]) for state in dense], device, (m, n, k))
                 rows.append(_row(None, dtype, (n, k), m, base, base, floor))
                 for name, rotation in states.items():
                     calls: list[Call] = [partial(chosen[name].linear, x, state, None) for state in rotation]
-                    found = _time(calls, device, m * n * k)
+                    found = _time(calls, device, (m, n, k))
                     rows.append(_row((name, chosen[name]), dtype, (n, k), m, found, base, floor))
     return BenchResult(
         benchmark="linears",
@@ -135,13 +135,12 @@ def _row(
     )
 
 
-def _time(calls: list[Call], device: torch.device, products: int) -> Reading:
+def _time(calls: list[Call], device: torch.device, sizes: tuple[int, int, int]) -> Reading:
     if device.type != "cuda":
         return read_call(calls[0], device, repeats=_CPU_REPEATS, factor=1e6)
-    from bigq_kernels.timing import readings
+    from bigq_kernels.timing import is_hot, readings
 
-    hot = products > 2**34  # readings in a row meet an H100's 700 W: 612, 655 and 687 us at 4096 x 14336 x 4096
-    return Reading.of(readings(calls, rest=hot))
+    return Reading.of(readings(calls, rest=is_hot(*sizes)))
 
 
 def _rotation(state: State, device: torch.device) -> list[dict[str, Tensor]]:

@@ -100,7 +100,7 @@ class Llama(nn.Module):
         super().__init__()
         # `nn.Embedding` would draw numbers; on meta torch imports its compiler for that, which takes 5 s.
         numbers = torch.empty(shape.vocabulary, shape.hidden, **made)
-        self.embed = nn.Embedding.from_pretrained(numbers, freeze=False)
+        self.embed = nn.Embedding.from_pretrained(numbers, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Block(shape, made) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=_EPSILON, **made)
         self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, **made)

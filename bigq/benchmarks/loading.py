@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,17 +13,18 @@ from bigq.benchmarks.float_model import load_float
 from bigq.benchmarks.formats import BENCH_FORMATS
 from bigq.benchmarks.llama import SHAPES, LlamaShape, skeleton, write_checkpoint
 from bigq.benchmarks.result import BenchResult, Row
-from bigq.benchmarks.scratch import free, require_space, scratch_folder
+from bigq.benchmarks.scratch import require_space, scratch_folder
+from bigq.benchmarks.timed_loads import timed_loads
 from bigq.config import QuantizationConfig
 from bigq.formats import dtype_name
 from bigq.load import load_and_quantize_model
 from bigq.measuring.environment import Environment
 from bigq.measuring.page_cache import drop_cached, file_system
 from bigq.measuring.rates import disk_rate
-from bigq.measuring.reading import read_call
 
 __all__ = ["bench_loading"]
 
+_DTYPE = torch.bfloat16
 _WARM_REPEATS = 3
 
 
@@ -56,7 +58,7 @@ def bench_loading(
     """
     on_gpu = device.type == "cuda"
     wanted = nbytes or (2_000_000_000 if on_gpu else 20_000_000)
-    dtype = torch.bfloat16
+    dtype = _DTYPE
     shape = _shape(wanted, dtype)
     rows: list[Row] = []
     with scratch_folder(folder) as place:
@@ -68,25 +70,13 @@ def bench_loading(
             progress(dtype_name(dtype) if name is None else name)
             if on_gpu and name is not None:
                 _start_triton(name, device)
-            models: list[nn.Module] = []
-
-            def load(name: str | None = name, models: list[nn.Module] = models) -> None:
-                models.clear()
-                made = skeleton(shape, dtype)
-                if name is None:
-                    models.append(load_float(made, place, device))
-                else:
-                    config = QuantizationConfig(BENCH_FORMATS[name])
-                    models.append(load_and_quantize_model(made, place, config, device, progress=False))
-
+            load = partial(_load, name, shape, place, device)
             for cache, repeats in (("cold", 1), ("warm", _WARM_REPEATS)):
                 if cache == "cold":
                     _drop(place)
-                found = read_call(load, device, repeats=repeats, warm_ups=0)
+                found = timed_loads(load, device, repeats)
                 what: dict[str, str | int] = {"format": name or dtype_name(dtype), "cache": cache}
                 rows.append(Row(what=what, readings={"s": found}, derived={"GB/s": written / found.value / 1e9}))
-            models.clear()
-            free(device)
         kind = file_system(place)
     return BenchResult(
         benchmark="loading",
@@ -107,6 +97,13 @@ def _shape(nbytes: int, dtype: torch.dtype) -> LlamaShape:
     shapes = [replace(own, vocabulary=min(own.vocabulary, 32768)) for own in SHAPES.values()]
     fitting = [own for own in shapes if 4 * own.vocabulary * own.hidden * dtype.itemsize < nbytes]
     return (fitting or shapes)[-1 if fitting else 0].of_nbytes(nbytes, dtype)
+
+
+def _load(name: str | None, shape: LlamaShape, folder: Path, device: torch.device) -> nn.Module:
+    made = skeleton(shape, _DTYPE)
+    if name is None:
+        return load_float(made, folder, device)
+    return load_and_quantize_model(made, folder, QuantizationConfig(BENCH_FORMATS[name]), device, progress=False)
 
 
 def _drop(folder: Path) -> None:

@@ -11,7 +11,8 @@ from bigq.benchmarks.float_model import load_float
 from bigq.benchmarks.formats import BENCH_FORMATS
 from bigq.benchmarks.llama import SHAPES, LlamaShape, skeleton, write_checkpoint
 from bigq.benchmarks.result import BenchResult, Row
-from bigq.benchmarks.scratch import free, scratch_folder
+from bigq.benchmarks.scratch import free, require_space, scratch_folder
+from bigq.benchmarks.timed_loads import timed_loads
 from bigq.config import QuantizationConfig
 from bigq.footprint import memory_footprint
 from bigq.formats import dtype_name
@@ -22,6 +23,7 @@ from bigq.measuring.reading import Reading, read_call
 
 __all__ = ["bench_model"]
 
+_LOADS = 3
 _REPEATS = 5
 
 
@@ -51,6 +53,7 @@ def bench_model(
         a CUDA graph) and "peak load MB" (with what is being read).
 
     Raises:
+        PlacementError: the drive of `folder` has too little room.
         CheckpointError: the checkpoint cannot be written.
     """
     on_gpu = device.type == "cuda"
@@ -58,6 +61,7 @@ def bench_model(
     dtype = torch.bfloat16 if on_gpu else torch.float32
     rows = []
     with scratch_folder(folder) as place, torch.no_grad():
+        require_space(place, shape.nbytes(dtype))
         progress(f"writing a checkpoint of {shape.nbytes(dtype) / 1e9:.2f} GB to {place}")
         nbytes = write_checkpoint(shape, place, dtype, device)
         for name in (None, *(BENCH_FORMATS if formats is None else formats)):
@@ -81,18 +85,12 @@ def bench_model(
 def _row(
     name: str | None, shape: LlamaShape, folder: Path, device: torch.device, dtype: torch.dtype, tokens: Sequence[int]
 ) -> Row:
-    models: list[nn.Module] = []
-
-    def load() -> None:
-        models.clear()
-        models.append(_load(name, shape, folder, device, dtype))
-
-    readings = {"load s": read_call(load, device, repeats=1, warm_ups=1)}
-    free(device)
+    load = partial(_load, name, shape, folder, device, dtype)
+    timed_loads(load, device, repeats=1)  # the first one compiles kernels
+    readings = {"load s": timed_loads(load, device, repeats=_LOADS)}
     reset_peak(device)
-    load()
+    model = load()
     peak = peak_nbytes(device)
-    (model,) = models
     for count in tokens:
         ids = torch.zeros(1, count, dtype=torch.int64, device=device)
         readings[f"{count} tokens ms"] = read_call(

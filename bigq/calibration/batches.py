@@ -99,7 +99,7 @@ def _random(model: nn.Module, seed: int, rows: int, device: torch.device) -> lis
     tokens = min([_TOKENS, *_lengths(model, config)])
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (_ROWS, tokens), generator=generator, device="cpu")
-    return [make(part) for part in ids.split(rows)]
+    return [make(ids[start : start + rows]) for start in range(0, _ROWS, rows)]
 
 
 def _for_one(ids: Tensor) -> Batch:

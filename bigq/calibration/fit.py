@@ -110,8 +110,7 @@ def fit(
         sampled = sample_products(
             model, weights, given, size=tokens, seed=seed, gradients=sensitivity == "kfac", logits=logits
         )
-    measured = [weight_format for weight_format in sizes.formats if weight_format is not None]
-    errors = sensitivities(weights, measured, sampled, kind=sensitivity, method=own_config.method)
+    errors = sensitivities(weights, sizes.plans, sampled, kind=sensitivity)
     return _fitted(own_config, sizes, budget, limit, errors, sensitivity)
 
 

@@ -31,7 +31,10 @@ def with_formats(
     own = config.weight_format()  # taken where it is as common as another one
     default = max(counts, key=lambda weight_format: (counts[weight_format], weight_format == own))
     for rules in _ways(formats, default):
-        found = replace(config, format=default, rules=(*config.ordered_rules(), *rules))
+        every = (*config.ordered_rules(), *rules)
+        can_search = any(config.method in found.methods for _, found in [("", default), *every] if found is not None)
+        method = {} if can_search else {"method": "absmax", "moments": None}
+        found = replace(config, format=default, rules=every, **method)
         if is_right(found):
             return found
     raise AssertionError("rules of whole names give each weight its format")

@@ -77,17 +77,16 @@ class MeasuredInputs:
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
     """(leaf, K, the Parameter that holds it or its codes) of the weights of `module` that a product may read."""
-    if isinstance(module, nn.Embedding):
-        return
-    if isinstance(module, QuantizedModule):
-        for leaf, description in module.descriptions.items():
-            codes = module._parameters[state_name(leaf, _CODES)]
-            if codes is not None:
-                yield leaf, description.shape[-1], codes
-        return
-    for leaf in candidates(module):
+    own = candidates(module)  # of a quantized stack, its parts
+    described = module.descriptions if isinstance(module, QuantizedModule) else {}
+    parts = {state_name(leaf, part) for leaf, description in described.items() for part in description.state_spec}
+    for leaf, description in described.items():
+        codes = module._parameters[state_name(leaf, _CODES)]
+        if codes is not None and (leaf in own or state_name(leaf, _CODES) in own):
+            yield leaf, description.shape[-1], codes
+    for leaf in own:
         weight = module._parameters.get(leaf)
-        if weight is not None and weight.dim() >= 2:
+        if weight is not None and leaf not in parts:
             yield leaf, weight.shape[-2 if is_transposed(module) else -1], weight
 
 
@@ -99,21 +98,24 @@ class _Watch:
         held = [module._parameters.get(measured.leaf) for measured in inputs]
         is_stack = any(weight is not None and weight.dim() == 3 for weight in held)
         self.reads = _Reads(module, inputs) if is_stack else None
+        self._is_inside = False
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the forward."""
         x = first_tensor((args, dict(kwargs)))
-        if self.reads is not None:
-            self.reads.x = x
-            self.reads.__enter__()
-        elif x is not None:
+        if self.reads is None:
             _add_to(self._inputs, x)
+        else:
+            self.reads.x, self._is_inside = x, True
+            self.reads.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """After the forward, or an error in it."""
-        assert self.reads is not None
-        self.reads.__exit__(None, None, None)
-        _add_to(self.reads.unread(), self.reads.x)
+        if self.reads is not None and self._is_inside:  # not if another hook failed before `begin`
+            self._is_inside = False
+            self.reads.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            _add_to(self.reads.unread(), self.reads.x)
+            self.reads.x = None
 
 
 def _add_to(inputs: list[MeasuredInput], x: Tensor | None) -> None:

@@ -8,7 +8,7 @@ For a weight W [N, K] that a format changes by d, with inputs x and gradients g 
 - "output": |d x|^2 / |W x|^2, the squared relative error of the outputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from bigq.calibration.token_sample import Tokens
 from bigq.calibration.watched_products import WatchedWeight
 from bigq.errors import ConfigError
 from bigq.formats import Format, State
+from bigq.planning.plan import PlannedWeight
 from bigq.system.text import shortlist
 
 __all__ = ["SENSITIVITIES", "sensitivities"]
@@ -28,19 +29,18 @@ _MOST = 1 << 26  # numbers of a weight that are decoded at a time: 256 MiB as fl
 
 def sensitivities(
     weights: Sequence[WatchedWeight],
-    formats: Sequence[Format],
+    plans: Sequence[Mapping[str, PlannedWeight]],
     sampled: Sampled,
     *,
     kind: str,
-    method: str,
 ) -> dict[str, tuple[float, ...]]:
-    """The sensitivity of each weight in each of `formats`, by the name of the weight.
+    """The sensitivity of each weight in each format, by the name of the weight.
 
     Args:
         weights: with their numbers, on any device. Each is quantized there, one at a time.
+        plans: for each format {name of a weight: how it would be quantized}.
         sampled: what `sample_products` says of `weights`.
         kind: one of `SENSITIVITIES`; "kfac" needs gradients in `sampled`.
-        method: how codes and scales are chosen.
 
     Raises:
         ConfigError: a sensitivity is NaN or Inf, because a weight, an activation or a gradient is.
@@ -52,8 +52,11 @@ def sensitivities(
     for weight in weights:
         matrix = weight.matrix.contiguous()
         errors = []
-        for weight_format in formats:
-            state = weight_format.quantize(matrix, method=method)
+        for plan in plans:
+            planned = plan[weight.name]
+            weight_format, importance = planned.description.format, planned.importance
+            importance = None if importance is None else importance.to(matrix.device)
+            state = weight_format.quantize(matrix, method=planned.method, importance=importance)
             if kind == "kfac":
                 error = sum(_divergence(matrix, weight_format, state, *use) for use in uses[weight.name])
                 errors.append(error / (2 * sampled.predictions))

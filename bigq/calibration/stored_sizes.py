@@ -11,7 +11,7 @@ from bigq.formats import NF4, Format, Int8
 from bigq.model.in_place import ModelTensors
 from bigq.model.tree import ModelTree
 from bigq.planning.places import plan_at
-from bigq.planning.plan import Plan
+from bigq.planning.plan import Plan, PlannedWeight
 
 __all__ = ["StoredSize", "StoredSizes", "stored_sizes"]
 
@@ -31,6 +31,7 @@ class StoredSizes:
     Args:
         formats: to choose among; None: kept.
         weights: {first name of a weight: its size in each of `formats`}.
+        plans: {name: how it would be quantized} for each of `formats` that is not None.
         numel: {name: how many numbers it has}.
         transposed: {name: whether its module holds it as [..., K, N]}.
         fixed: {name of another weight that is quantized: the format that a rule gives it}.
@@ -39,6 +40,7 @@ class StoredSizes:
 
     formats: tuple[Format | None, ...]
     weights: Mapping[str, tuple[StoredSize, ...]]
+    plans: tuple[Mapping[str, PlannedWeight], ...]
     numel: Mapping[str, int]
     transposed: Mapping[str, bool]
     fixed: Mapping[str, Format]
@@ -72,9 +74,7 @@ def stored_sizes(tree: ModelTree, config: QuantizationConfig, formats: Sequence[
         ConfigError: the rules of `config` match every weight.
         UnsupportedError: the model has no weight to quantize.
     """
-    plans = {
-        found: _plan(tree, replace(config, format=found)) for found in (NF4(), Int8(), *formats) if found is not None
-    }
+    plans = {found: _plan(tree, _uniform(config, found)) for found in (NF4(), Int8(), *formats) if found is not None}
     first, second = (_formats(plans[found]) for found in (NF4(), Int8()))
     free = [name for name in first if first[name] != second[name]]
     fixed = {name: found for name, found in first.items() if first[name] == second[name]}
@@ -92,12 +92,22 @@ def stored_sizes(tree: ModelTree, config: QuantizationConfig, formats: Sequence[
     return StoredSizes(
         formats=tuple(formats),
         weights={name: tuple(of_format[found][name] for found in formats) for name in free},
+        plans=tuple(
+            {weight.names[0]: weight for weight in plans[found].weights} for found in formats if found is not None
+        ),
         numel={name: prod(weights[name].description.shape) for name in free},
         transposed={name: weights[name].description.transposed for name in free},
         fixed=fixed,
         other_nbytes=whole - sum(size.nbytes for size in _sizes(plans[NF4()], free).values()),
         _tree=tree,
     )
+
+
+def _uniform(config: QuantizationConfig, found: Format) -> QuantizationConfig:
+    """`config` with the format `found` for every weight without a rule, by the method of `config` if it knows it."""
+    if config.method in found.methods:
+        return replace(config, format=found)
+    return replace(config, format=found, method="absmax", moments=None)
 
 
 def _plan(tree: ModelTree, config: QuantizationConfig) -> Plan:
@@ -120,7 +130,8 @@ def _kept_sizes(
     tree: ModelTree, config: QuantizationConfig, names: Sequence[str], others: bool
 ) -> dict[str, StoredSize]:
     """Sizes of the same weights if they are kept. Where no `others` are quantized, a plan has to quantize one."""
-    plain = replace(config, format=None, rules=config.ordered_rules()) if others else None
+    config = replace(config, format=NF4(), method="absmax", moments=None)  # which do not matter for sizes
+    plain = replace(config, format=None) if others else None
     sizes: dict[str, int] = {}
     for alone in names[:2]:
         rules = (*config.ordered_rules(), (f"{REGEX}{re.escape(alone)}", NF4()))

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -21,10 +21,9 @@ from bigq.cli.limits import MaxMemory, parse_limits
 from bigq.cli.output import JsonFlag, answers, show, table
 from bigq.dry_run.estimate import TRAININGS, estimate_memory
 from bigq.dry_run.inspect_checkpoint import inspect_checkpoint
-from bigq.dry_run.memory_estimate import MemoryEstimate, MemoryItem
+from bigq.dry_run.memory_estimate import ITEM_COLUMNS, SUM_COLUMNS, MemoryEstimate
 from bigq.errors import ConfigError
 from bigq.planning.device_map import STRATEGIES
-from bigq.system.text import bytes_text
 
 __all__ = ["EXAMPLES", "command"]
 
@@ -95,9 +94,19 @@ def command(
         rank=rank,
         trust_remote_code=trust_remote_code,
     )
-    show(found, as_json=as_json, render=lambda out: _render(out, found, show_plan))
+    show(_Answer(found, show_plan), as_json=as_json, render=lambda out: _render(out, found, show_plan))
     if found.fits is False:
         raise typer.Exit(1)
+
+
+class _Answer(NamedTuple):
+    """An estimate, and whether the plan of every tensor is shown with it."""
+
+    found: MemoryEstimate
+    show_plan: bool
+
+    def to_dict(self) -> dict[str, object]:
+        return self.found.to_dict(with_tensors=self.show_plan)
 
 
 def _device_map(text: str | None) -> Any:
@@ -122,22 +131,9 @@ def _render(out: Console, found: MemoryEstimate, show_plan: bool) -> None:
         out.print(found.plan.table(out.width), markup=False)
     else:
         out.print(found.plan.summary(), markup=False)
-    rows = [(item.name, item.phase, item.device, _amount(item)) for item in found.items]
-    out.print(table(("what", "when", "device", "bytes"), rows, text=3))
-    sums = []
-    for device in found.devices:
-        for phase in found.phases:
-            nbytes, is_all = found.needed(device, phase)
-            has = bytes_text(found.limits[device]) if device in found.limits else "unknown"
-            sums.append((device, phase, f"{'' if is_all else 'more than '}{bytes_text(nbytes)}", has))
-    out.print(table(("device", "when", "needs", "has"), sums, text=2))
+    out.print(table(ITEM_COLUMNS, found.item_rows(), text=3))
+    out.print(table(SUM_COLUMNS, found.sum_rows(), text=2))
     out.print(found.verdict(), markup=False, soft_wrap=True)
     out.print("\nhow the numbers are made:", markup=False)
     for name, how in found.explanations():
         out.print(f"  {name}: {how}", markup=False, soft_wrap=True)
-
-
-def _amount(item: MemoryItem) -> str:
-    if item.nbytes is None:
-        return "unknown"
-    return f"{'' if item.is_exact else 'about '}{bytes_text(item.nbytes)}"

@@ -16,13 +16,12 @@ from typing import Annotated, ParamSpec, Protocol, TextIO, TypeVar
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from bigq.errors import BigqError
 
-__all__ = ["JsonFlag", "Result", "answers", "note", "print_line", "progress_of_bytes", "show", "table"]
+__all__ = ["JsonFlag", "Result", "answers", "note", "print_line", "show", "table"]
 
 _WIDTH = 120  # characters of a table that goes to a file or a pipe
 
@@ -99,16 +98,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
 def note(message: str) -> None:
     """Write a line to stderr."""
     print(message, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress_of_bytes(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr if that is a terminal; yields a function that takes how many of `total` bytes are done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 @contextmanager

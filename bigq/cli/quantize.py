@@ -118,6 +118,9 @@ def command(
         str | None, typer.Option(metavar="REPO_ID", help="Upload the folder to this Hub repo (owner/name).")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repo of --push private.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict/--no-strict", help="Refuse tensors that the model does not have, or ignore them.")
+    ] = True,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
     ] = False,
@@ -164,6 +167,7 @@ def command(
             max_shard_size=max_shard_size,
             device=device,
             overwrite=overwrite,
+            strict=strict,
             trust_remote_code=trust_remote_code,
         )
     except KeyboardInterrupt:

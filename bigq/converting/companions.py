@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from bigq.checkpoint.choose import INDEX_SUFFIX
+from bigq.checkpoint.choose import INDEX_SUFFIX, holds_weights
 from bigq.checkpoint.hub import Repository, download_files, parse_repository
 
 __all__ = ["card_data", "copy_companions", "find_companions", "repository_of"]
@@ -51,7 +51,7 @@ def find_companions(source: str | os.PathLike[str]) -> Path | None:
 def copy_companions(folder: Path, destination: Path) -> list[str]:
     """Copy the companions of the weights in `folder`, those in its subfolders too. Returns their names, sorted.
 
-    config.json and the model card are not among them: they are written anew.
+    config.json and the model card are not among them: they are written anew. Subfolders with weights are other models.
     """
     names = sorted(path.as_posix() for path in _found(folder))
     for name in names:
@@ -73,12 +73,14 @@ def card_data(folder: Path | None) -> dict[str, object]:
 
 
 def _found(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        is_hidden = any(part.startswith((".", "__")) for part in name.parts)
-        is_index = path.name.endswith(INDEX_SUFFIX)
-        is_own = len(name.parts) == 1 and any(fnmatch(path.name, pattern) for pattern in _OWN)
-        if is_hidden or is_index or is_own or not any(fnmatch(path.name, pattern) for pattern in PATTERNS):
+    for place, folders, files in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        is_top = inside == Path()
+        if not is_top and any(map(holds_weights, files)):
+            folders.clear()
             continue
-        if path.is_file():
-            yield name
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in files:
+            is_own = is_top and any(fnmatch(name, pattern) for pattern in _OWN)
+            if not is_own and not name.endswith(INDEX_SUFFIX) and any(fnmatch(name, own) for own in PATTERNS):
+                yield inside / name

@@ -10,7 +10,7 @@ from bigq.checkpoint.safetensors_file import DTYPE_NAMES
 from bigq.errors import UnsupportedError
 from bigq.formats import TensorSpec, dtype_name
 from bigq.loading.commit import commit_tensor, commit_weight
-from bigq.model.tree import ModelTree
+from bigq.model.tree import ModelTree, find_owner
 from bigq.planning.plan import Plan, PlannedTensor, PlannedWeight
 from bigq.saving.files import distinct
 from bigq.saving.layouts import Saved, foreign_tensors, in_layout
@@ -59,7 +59,7 @@ class Entry:
 
 
 def fill_with_meta(tree: ModelTree, plan: Plan) -> None:
-    """Make the model of `tree` what a load of `plan` would make it, with tensors on meta.
+    """Make the model of `tree` what a load of `plan` would make it, with the tensors of the checkpoint on meta.
 
     Whoever calls it restores the model. Single numbers are zeros in memory: a layout may write them as text.
     """
@@ -68,6 +68,8 @@ def fill_with_meta(tree: ModelTree, plan: Plan) -> None:
     for tensor in plan.tensors:
         if tensor.source is not None:
             commit_tensor(tree.modules, tensor, _empty(tensor.spec), frozen=False)
+        elif tensor.spec.dtype != (own := getattr(*find_owner(tree.modules, tensor.names[0]))).dtype:
+            commit_tensor(tree.modules, tensor, own.detach().to(tensor.spec.dtype), frozen=False)
 
 
 def outline_of(tree: ModelTree, plan: Plan, layout: str) -> tuple[list[Entry], Saved]:
@@ -84,18 +86,8 @@ def outline_of(tree: ModelTree, plan: Plan, layout: str) -> tuple[list[Entry], S
     entries = [_weight_entry(weight, tensors, weights, layout) for weight in plan.weights]
     for planned in plan.tensors:
         name = next((name for name in planned.names if name in tensors), None)
-        if planned.source is not None and name is not None:
-            entries.append(
-                Entry(
-                    planned=planned,
-                    specs={name: planned.spec},
-                    late=frozenset(),
-                    names={planned.names[0]: name},
-                    constants={},
-                    weight=None,
-                    layout=layout,
-                )
-            )
+        if name is not None:
+            entries.append(_kept_entry(planned, name, tensors[name], layout))
     _refuse_others(tensors, entries)
     position = {name: number for number, name in enumerate(tensors)}
     entries.sort(key=lambda entry: min(position[name] for name in entry.specs))
@@ -132,6 +124,19 @@ def _weight_entry(
         late=frozenset(),
         names=names,
         constants=constants,
+        weight=None,
+        layout=layout,
+    )
+
+
+def _kept_entry(planned: PlannedTensor, name: str, tensor: Tensor, layout: str) -> Entry:
+    """The entry of a tensor that is saved as `name`; `tensor` is the model's own where the checkpoint has none."""
+    return Entry(
+        planned=planned,
+        specs={name: planned.spec},
+        late=frozenset(),
+        names={planned.names[0]: name},
+        constants={} if planned.source is not None else {name: tensor},
         weight=None,
         layout=layout,
     )

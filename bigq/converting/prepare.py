@@ -21,7 +21,7 @@ from bigq.model.transaction import Snapshot
 from bigq.model.tree import ModelTree
 from bigq.model_card import model_card
 from bigq.planning.plan import Plan, PlannedWeight
-from bigq.saving.layouts import Saved
+from bigq.saving.layouts import OWN, Saved
 from bigq.saving.model_config import write_configs
 from bigq.system.interrupts import to_the_end
 from bigq.system.memory import memory_of
@@ -98,16 +98,20 @@ def _stage_configs(tree: ModelTree, request: Request, saved: Saved, folder: Path
         copy_companions(beside, folder)  # generation_config.json of the source says more than that of the skeleton
     repository = repository_of(request.source)
     card = model_card(tree.model, base_model=None if repository is None else repository.id)
-    for name, value in card_data(beside).items():
+    said = card_data(beside)
+    if request.layout != OWN:  # a tag says which library loads the model
+        tags: list[str] = vars(card.data)["tags"]
+        said["tags"] = [request.layout if tag == OWN else tag for tag in tags]
+    for name, value in said.items():
         setattr(card.data, name, value)
     card.save(folder / _CARD)
 
 
 def _described(request: Request, files: Sequence[Path], shards: Mapping[str, Shard]) -> dict[str, object]:
     """What decides the content of the files of weights, as JSON can hold it."""
-    stats = {path.name: path.stat() for path in files}
+    stats = [(path.name, path.stat()) for path in files]
     return {
-        "the source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
+        "the source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         "the quantization_config": request.config.to_dict(),
         "the moments": _moments_digest(shards),
         "the layout": request.layout,

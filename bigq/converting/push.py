@@ -4,7 +4,7 @@ import os
 
 from huggingface_hub import HfApi, get_token
 
-from bigq.errors import UnsupportedError
+from bigq.errors import CheckpointError, UnsupportedError
 
 __all__ = ["push_folder", "refuse_without_token"]
 
@@ -25,10 +25,16 @@ def push_folder(folder: str | os.PathLike[str], repo_id: str, *, private: bool =
 
     Raises:
         UnsupportedError: nobody is logged in.
-        OSError: the Hub refuses.
+        CheckpointError: the Hub refuses, or cannot be reached. The folder stays as it is.
     """
     refuse_without_token()
     api = HfApi()
-    address = str(api.create_repo(repo_id, private=private, exist_ok=True))
-    api.upload_folder(repo_id=repo_id, folder_path=os.fspath(folder), commit_message="Quantized with bigq")
+    try:
+        address = str(api.create_repo(repo_id, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repo_id, folder_path=os.fspath(folder), commit_message="Quantized with bigq")
+    except Exception as error:  # by version, huggingface_hub lets its HTTP client's own exceptions through
+        raise CheckpointError(
+            f"cannot upload to {repo_id!r} ({type(error).__name__}: {error}); {os.fspath(folder)} is complete: check "
+            f"the name and the connection, then run `hf upload {repo_id} {os.fspath(folder)}`"
+        ) from error
     return address

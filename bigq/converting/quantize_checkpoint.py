@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,6 +74,7 @@ def quantize_checkpoint(
     max_shard_size: int | str = "5GB",
     device: str | int | torch.device | None = None,
     overwrite: bool = False,
+    strict: bool = True,
     trust_remote_code: bool = False,
     metadata: Mapping[str, str] | None = None,
     progress: bool | None = None,
@@ -97,6 +99,8 @@ def quantize_checkpoint(
         max_shard_size: bytes of a file, or a string such as "5GB". A weight larger than that gets a file of its own.
         device: where weights are quantized. None: the current GPU, or the CPU if there is none.
         overwrite: drop what an interrupted call left, and replace files in `destination`.
+        strict: refuse tensors that are missing from the checkpoint, and unexpected ones. False: ignore unexpected
+            tensors, and write the model's own tensor in place of a missing one if it has numbers.
         trust_remote_code: whether code that comes with the model may run.
         metadata: further entries of the metadata of each safetensors file.
         progress: show a progress bar on stderr. None: only on a terminal.
@@ -130,8 +134,6 @@ def quantize_checkpoint(
     if quantization_config is None:
         raise ConfigError("quantization_config is None: pass a QuantizationConfig, or the name of a format")
     to = Path(destination)
-    if os.path.isdir(source) and to.resolve() == Path(source).resolve():
-        raise ConfigError(f"source and destination are both {to}: choose another folder to write to")
     budget = Budget.of_machine(read_threads, read_budget)
     if read_budget is None:
         budget = replace(budget, nbytes=min(budget.nbytes, _BUDGET_NBYTES))
@@ -141,7 +143,9 @@ def quantize_checkpoint(
         skeleton = build_skeleton(source, trust_remote_code=trust_remote_code) if model is None else model
         config = as_config(quantization_config, skeleton)
         tree = ModelTree(skeleton)
-        opened, extra_states = open_source(tree, source, strict=True, config=config)
+        opened, extra_states = open_source(tree, source, strict=strict, config=config)
+        if to.resolve() in {file.parent.resolve() for file in extra_states.files}:
+            raise ConfigError(f"source and destination are both {to}: choose another folder to write to")
         if quant_states(opened.tensors):
             raise UnsupportedError(
                 f"{source} is quantized already: quantize the original weights; to change its layout, load it and save "
@@ -163,33 +167,21 @@ def quantize_checkpoint(
     )
     with WarmUp(config, opened, runs_on) as warm_up:
         with timings.timed("plan"):
-            plan, _ = plan_and_place(tree, opened, config, runs_on)
+            plan, _ = plan_and_place(tree, opened, config, runs_on, strict=strict)
             shards, staging = prepare(tree, plan, request, extra_states.files)
             resumed = [*staging.done]
         if not staging.is_complete:
             refuse_too_little_space(shards, staging)
-            left = {name: shard for name, shard in shards.items() if name not in resumed}
-            last = [*shards][-1]
-            hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
-            total = _source_nbytes(opened, left)
-            try:
-                with tqdm(total=total, unit="B", unit_scale=True, desc="Quantizing", disable=hidden) as bar:  # type: ignore[no-untyped-call]
-                    for name, shard in left.items():
-                        write_shard(
-                            staging.folder / name,
-                            shard,
-                            opened,
-                            runs_on,
-                            budget=budget,
-                            timings=timings,
-                            warm_up=warm_up,
-                            metadata=request.metadata,
-                            advance=bar.update,
-                        )
-                        if name != last:  # nothing is left to resume after it
-                            staging.mark_done(name)
-            finally:
-                staging.wait()
+            write = partial(
+                write_shard,
+                source=opened,
+                device=runs_on,
+                budget=budget,
+                timings=timings,
+                warm_up=warm_up,
+                metadata=request.metadata,
+            )
+            _write_shards(shards, staging, write, opened, progress)
             _write_index(staging, shards, request.metadata)
     staging.publish()
     entries = [entry for shard in shards.values() for entry in shard]
@@ -206,6 +198,24 @@ def quantize_checkpoint(
         seconds=time.perf_counter() - began,
         stages=stage_reports(timings),
     )
+
+
+def _write_shards(
+    shards: Mapping[str, Shard], staging: Staging, write: Callable[..., int], source: Source, progress: bool | None
+) -> None:
+    """Write the files that are not done yet, with a progress bar over the bytes of `source`."""
+    left = {name: shard for name, shard in shards.items() if name not in staging.done}
+    last = [*shards][-1]
+    hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
+    total = _source_nbytes(source, left)
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Quantizing", disable=hidden) as bar:  # type: ignore[no-untyped-call]
+            for name, shard in left.items():
+                write(staging.folder / name, shard, advance=bar.update)
+                if name != last:  # nothing is left to resume after it
+                    staging.mark_done(name)
+    finally:
+        staging.wait()
 
 
 def _source_nbytes(source: Source, shards: Mapping[str, Shard]) -> int:

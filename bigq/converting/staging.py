@@ -44,9 +44,9 @@ class Staging:
             raise ConfigError(f"{destination} is a file; expected a folder to write to")
         self.destination, self.folder = destination, destination / _NAME
         self._described = {what: _digest(value) for what, value in described.items()}
-        if overwrite and self.folder.is_dir():
+        found = {} if overwrite else read_config(self.folder / _STATE)
+        if not found and self.folder.is_dir():  # nobody knows what its files are
             shutil.rmtree(self.folder)
-        found = read_config(self.folder / _STATE)
         if found:
             self._refuse_another_run(found)
         elif not overwrite:

@@ -42,9 +42,9 @@ class _KeptTensor:
 def write_shard(
     path: Path,
     entries: Sequence[Entry],
+    *,
     source: Source,
     device: torch.device,
-    *,
     budget: Budget,
     timings: Timings,
     warm_up: WarmUp,
@@ -74,7 +74,10 @@ def write_shard(
         jobs: dict[str, WeightJob | _KeptTensor] = {}
         entry_of: dict[str, Entry] = {}
         for entry in entries:
-            assert entry.planned.source is not None
+            if entry.planned.source is None:  # what the checkpoint lacks and the model has
+                for name, tensor in entry.constants.items():
+                    file.write(name, tensor)
+                continue
             entry_of[entry.planned.source] = entry
             if isinstance(entry.planned, PlannedWeight):
                 jobs[entry.planned.source] = WeightJob(entry.planned, destinations, batch)

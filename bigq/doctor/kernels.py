@@ -1,12 +1,16 @@
 """examine_kernels: which kernel multiplies by a weight of some shapes and numbers of tokens, and why."""
 
 from dataclasses import asdict, dataclass, is_dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from bigq.ops.library import cuda_implementation
 
-__all__ = ["KernelChoice", "examine_kernels"]
+if TYPE_CHECKING:
+    from bigq_kernels.gpu import Gpu
+
+__all__ = ["KernelChoice", "choices", "examine_kernels"]
 
 _SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # N, K of the linears of an 8B Llama
 _TOKENS = (1, 16, 128, 2048)
@@ -42,6 +46,11 @@ def examine_kernels(device: torch.device) -> tuple[KernelChoice, ...]:
         return (_reference("The device is a CPU, where torch's ops multiply by the dequantized weight."),)
     if cuda_implementation("linear_4bit").__module__ == "bigq.ops.reference":
         return (_reference("BIGQ_REFERENCE=1 is set, so torch's ops multiply by the dequantized weight."),)
+    return choices(device)
+
+
+def choices(device: "torch.device | Gpu") -> tuple[KernelChoice, ...]:
+    """The kernels of the linears of an 8B Llama on a CUDA device, or on a GPU that is described."""
     from bigq_kernels.block4.choose import choose as choose_4bit
     from bigq_kernels.int8.choose import choose as choose_int8
 

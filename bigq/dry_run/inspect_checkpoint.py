@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 
 from bigq.checkpoint import FLOAT8, Checkpoint, foreign_method, is_scaled, refuse_foreign
 from bigq.checkpoint.gguf import is_gguf, read_gguf
 from bigq.checkpoint.model_config import read_config
 from bigq.dry_run.held_weights import held_weights
+from bigq.dry_run.limits import as_limits
 from bigq.errors import CheckpointError
 from bigq.formats import dtype_name
 from bigq.system.text import shortlist
@@ -272,9 +272,6 @@ def _class_named(config: Mapping[str, object]) -> str | None:
 def _limits(max_memory: Mapping[int | str, int | str] | None) -> dict[str, int]:
     """{device: bytes} as asked for, or of this machine's GPUs."""
     if max_memory is not None:
-        return {
-            place if isinstance(place, str) else f"cuda:{place}": convert_file_size_to_int(nbytes)
-            for place, nbytes in max_memory.items()
-        }
+        return as_limits(max_memory)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return {f"cuda:{index}": torch.cuda.mem_get_info(index)[0] for index in range(count)}
+    return as_limits({index: torch.cuda.mem_get_info(index)[0] for index in range(count)})

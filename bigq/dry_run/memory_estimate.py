@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, field
 from bigq.dry_run.load_plan import LoadPlan
 from bigq.system.text import bytes_text, format_table
 
-__all__ = ["PHASES", "MemoryEstimate", "MemoryItem"]
+__all__ = ["ITEM_COLUMNS", "PHASES", "SUM_COLUMNS", "MemoryEstimate", "MemoryItem"]
 
 PHASES = ("always", "load", "generate", "train")
+ITEM_COLUMNS = ("what", "when", "device", "bytes")
+SUM_COLUMNS = ("device", "when", "needs", "has")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class MemoryEstimate:
         items: all memory, by device and phase.
         plan: what becomes of every tensor, and where it is stored.
         limits: {device: bytes} that each device has; empty if nothing is known of it.
+        strategy: the device map, if it is automatic.
         max_memory: the argument for the load, if the device map is automatic: the limits without what is needed beside
             the weights.
         problem: why no device map fits; then the items are those of a single device.
@@ -48,6 +51,7 @@ class MemoryEstimate:
     items: tuple[MemoryItem, ...]
     plan: LoadPlan
     limits: Mapping[str, int] = field(default_factory=dict)
+    strategy: str | None = None
     max_memory: Mapping[int | str, int] | None = None
     problem: str | None = None
 
@@ -85,17 +89,24 @@ class MemoryEstimate:
         """The devices of the items, in their order."""
         return tuple(dict.fromkeys(item.device for item in self.items))
 
-    def table(self) -> str:
-        """The items, and the sum of each device in each phase, as text. "about" marks the results of formulas."""
-        rows = [("what", "when", "device", "bytes")]
-        rows += [(item.name, item.phase, item.device, _amount(item)) for item in self.items]
-        sums = [("device", "when", "needs", "has")]
+    def item_rows(self) -> list[tuple[str, ...]]:
+        """(what, when, device, bytes) of each item, in words; "about" marks the results of formulas."""
+        return [(item.name, item.phase, item.device, _amount(item)) for item in self.items]
+
+    def sum_rows(self) -> list[tuple[str, ...]]:
+        """(device, when, what it needs, what it has) of each device in each phase, in words."""
+        rows: list[tuple[str, ...]] = []
         for device in self.devices:
+            has = bytes_text(self.limits[device]) if device in self.limits else "unknown"
             for phase in self.phases:
                 nbytes, is_all = self.needed(device, phase)
-                has = bytes_text(self.limits[device]) if device in self.limits else "unknown"
-                sums.append((device, phase, f"{'' if is_all else 'more than '}{bytes_text(nbytes)}", has))
-        return f"{format_table(rows)}\n\n{format_table(sums)}\n\n{self.verdict()}"
+                rows.append((device, phase, f"{'' if is_all else 'more than '}{bytes_text(nbytes)}", has))
+        return rows
+
+    def table(self) -> str:
+        """The items, the sums and whether it fits, as text."""
+        items = format_table([ITEM_COLUMNS, *self.item_rows()])
+        return f"{items}\n\n{format_table([SUM_COLUMNS, *self.sum_rows()])}\n\n{self.verdict()}"
 
     def verdict(self) -> str:
         """One line: whether it fits."""
@@ -106,26 +117,28 @@ class MemoryEstimate:
             is_limited = all(device in self.limits for device in self.devices if device not in ("cpu", "disk"))
             words += ": an item is unknown" if is_limited else ": pass max_memory"
         if self.max_memory is not None and self.fits is not False:
-            words += f'; load it with device_map="auto", max_memory={dict(self.max_memory)}'
+            words += f'; load it with device_map="{self.strategy}", max_memory={dict(self.max_memory)}'
         return words
 
     def explanations(self) -> list[tuple[str, str]]:
         """(name, how its number is made) of each kind of item, once."""
         return list(dict.fromkeys((item.name, item.how) for item in self.items))
 
-    def to_dict(self) -> dict[str, object]:
-        """The estimate as JSON can hold it; the plan without its tensors."""
+    def to_dict(self, *, with_tensors: bool = False) -> dict[str, object]:
+        """The estimate as JSON can hold it; `with_tensors` also gives what becomes of every tensor."""
         sums: dict[str, dict[str, object]] = {device: {} for device in self.devices}
         for device in self.devices:
             for phase in self.phases:
                 nbytes, is_all = self.needed(device, phase)
                 sums[device][phase] = {"nbytes": nbytes, "is_all": is_all}
         said = self.plan.to_dict()
-        del said["tensors"]
+        if not with_tensors:
+            del said["tensors"]
         return {
             "items": [asdict(item) for item in self.items],
             "needed": sums,
             "limits": dict(self.limits),
+            "strategy": self.strategy,
             "max_memory": None if self.max_memory is None else {str(k): v for k, v in self.max_memory.items()},
             "fits": self.fits,
             "problem": self.problem,

@@ -1,6 +1,7 @@
 """run_memory: what a model needs beside its weights while it generates or while adapters on it are trained."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ class RunMemory:
         self.dtype = _activation_dtype(model, resident)
         self._blocks = find_blocks(model)
         self._cache: list[LayerCache] | Unknown = measure_cache(model, self.dtype)
+        self._generates = isinstance(self._cache, Unknown) or bool(self._cache)
         config: Any = getattr(model, "config", None)
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         top_k = getattr(text, "num_experts_per_tok", None)
         self._top_k = top_k if isinstance(top_k, int) else None
+        self._is_grouped = getattr(text, "_experts_implementation", None) == "grouped_mm"
         self._is_eager = getattr(text, "_attn_implementation", None) == "eager"
         head = output_head(model)
         shape = None if head is None else getattr(head, "weight", torch.empty(0)).shape
@@ -140,8 +143,9 @@ class RunMemory:
             for device in devices
         ]
         if self._vocabulary is not None:
-            how = f"of the last token: {self._batch} x {self._vocabulary:,} x ({size} + 4) bytes, one copy in float32"
-            nbytes = self._batch * self._vocabulary * (size + _FLOAT32)
+            rows, words = (self._batch, "of the last token") if self._generates else (self.tokens, "of every token")
+            how = f"{words}: {rows:,} x {self._vocabulary:,} x ({size} + 4) bytes, one copy in float32"
+            nbytes = rows * self._vocabulary * (size + _FLOAT32)
             items.append(self._item("logits", "generate", plan.runs_on, nbytes, how))
         return items
 
@@ -174,18 +178,21 @@ class RunMemory:
         return items
 
     def _scratch(self, phase: str, where: Sequence[str]) -> list[MemoryItem]:
-        """The weight that is decoded for a product with many tokens."""
+        """The weight that is decoded for a product with many tokens, or for a gradient."""
         quantized = [tensor for tensor in self._resident.tensors if tensor.is_quantized]
+        if phase == "generate":  # int8 is multiplied as it is
+            quantized = [tensor for tensor in quantized if "block_size" in tensor.settings]
         if not quantized:
             return []
         devices = dict.fromkeys(where)
-        if any(len(tensor.shape) > 2 for tensor in quantized):
+        stacked = any(len(tensor.shape) > 2 for tensor in quantized)
+        if stacked and not self._is_grouped:
             how = "how many experts are decoded at once depends on how the model multiplies them"
-            return [self._item("decoded weights", phase, device, None, how) for device in devices]
-        largest = max(tensor.numel for tensor in quantized)
+            return [self._item("decoded weight", phase, device, None, how) for device in devices]
+        largest = max(prod(tensor.shape[-2:]) for tensor in quantized)
         how = (
-            f"the largest quantized weight, {largest:,} numbers, in {_name(self.dtype)}: products of more than 16 to "
-            "128 tokens may decode a weight as a whole"
+            f"the largest quantized weight, {largest:,} numbers, in {_name(self.dtype)}: products of 4-bit weights "
+            f"with more than 16 to 128 tokens, and gradients, may decode a weight{' of one expert' if stacked else ''}"
         )
         return [self._item("decoded weight", phase, device, largest * self.dtype.itemsize, how) for device in devices]
 
@@ -196,8 +203,13 @@ class RunMemory:
 
     def _why_unknown(self) -> str | None:
         """Why activations are unknown; None if they are known."""
-        if not is_transformers_model(self._model):
-            return "how many tokens the model makes of its input is not known; only models of transformers are"
+        known: Any = self._model
+        if not is_transformers_model(self._model) or known.main_input_name != "input_ids":
+            return "how many tokens the model makes of its input is not known: its input is no text of transformers"
+        if known.config.is_encoder_decoder:
+            return "an encoder and a decoder run, and the length of one of them is not given"
+        if not isinstance(self._cache, Unknown) and any(layer.constant for layer in self._cache):
+            return "its layers keep states, such as those of linear attention, for which there is no formula"
         if not any(block.parts for block in self._blocks):
             return "the model has no list of blocks with linears"
         if self._is_eager:

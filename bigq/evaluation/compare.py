@@ -21,7 +21,7 @@ from bigq.evaluation.open_models import (
     source_tensors,
     tokenizer_of,
 )
-from bigq.evaluation.outputs import Outputs, is_causal, outputs_of, takes_tokens, vocabulary_of
+from bigq.evaluation.outputs import Outputs, is_causal, outputs_of, refusal_of, vocabulary_of
 from bigq.evaluation.perplexity import compare_losses, split_windows
 from bigq.evaluation.speed import Speed, measure_speed
 from bigq.evaluation.weight_error import weight_errors
@@ -110,7 +110,7 @@ def compare(
     said(f"opening {source}")
     opened = source_tensors(source, trust_remote_code=trust_remote_code)
     model = open_source_model(source, runs_on, dtype=dtype, **settings)
-    windows = _windows(model, source, text, tokens, context, trust_remote_code, notes)
+    windows = _windows(model, runs_on, source, text, tokens, context, trust_remote_code, notes)
     lengths = _lengths(model, runs_on, prompt_tokens, new_tokens)
 
     def measured(model: nn.Module, which: str) -> tuple[Outputs | None, tuple[Speed, ...]]:
@@ -165,6 +165,7 @@ def _config(quantized: Name | None, config: object | None, dtype: torch.dtype | 
 
 def _windows(
     model: nn.Module,
+    device: torch.device,
     source: Name,
     text: str | None,
     tokens: int,
@@ -173,12 +174,11 @@ def _windows(
     notes: list[str],
 ) -> list[Tensor]:
     """The token ids that both models are called with; adds to `notes` what cannot be measured."""
-    kind, vocabulary = type(model).__name__, vocabulary_of(model)
-    if not takes_tokens(model) or vocabulary is None:
-        takes = getattr(model, "main_input_name", "other inputs")
+    kind, why, vocabulary = type(model).__name__, refusal_of(model, device), vocabulary_of(model)
+    if why is not None or vocabulary is None:
         if text is not None:
-            raise ConfigError(f"{kind} takes {takes}, not a text: leave the text out")
-        notes.append(f"Outputs and speed are left out: {kind} takes {takes}, and not token ids alone.")
+            raise ConfigError(f"{kind} is not called with token ids alone ({why}): leave the text out")
+        notes.append(f"Outputs and speed are left out: {kind} is not called with token ids alone: {why}.")
         return []
     length = min(context, _positions(model) or context)
     if text is None:

@@ -54,16 +54,25 @@ def open_source_model(
 
     Raises:
         ConfigError, CheckpointError: as of `source_tensors`.
+        UnsupportedError: its library refuses it.
     """
     _refuse_quantized(name, trust_remote_code)
     kind: Any = type(build_skeleton(name, trust_remote_code=trust_remote_code))
     place, found = _place(name)
-    settings: dict[str, Any] = found if device_map is None else {**found, "device_map": device_map}
+    settings: dict[str, Any] = dict(found)
+    if device_map is not None:
+        settings["device_map"] = device_map
     if _is_of_transformers(kind):
-        model = kind.from_pretrained(place, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **settings)
-    else:  # diffusers calls it otherwise
-        model = kind.from_pretrained(place, **({} if dtype is None else {"torch_dtype": dtype}), **settings)
-    loaded: nn.Module = model.eval() if device_map is not None else model.to(device).eval()
+        settings |= {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+        if device.type == "cuda":
+            settings.setdefault("device_map", {"": device})  # tensors go there one by one
+    elif dtype is not None:
+        settings["torch_dtype"] = dtype  # as diffusers calls it
+    try:
+        model = kind.from_pretrained(place, **settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedError(f"{kind.__name__}.from_pretrained cannot load {name}: {error}") from error
+    loaded: nn.Module = model.eval() if "device_map" in settings else model.to(device).eval()
     return loaded
 
 

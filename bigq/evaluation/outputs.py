@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bigq.errors import UnsupportedError
 
-__all__ = ["Outputs", "is_causal", "outputs_of", "takes_tokens", "vocabulary_of"]
+__all__ = ["Outputs", "is_causal", "outputs_of", "refusal_of", "vocabulary_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,16 @@ class Outputs:
     losses: tuple[Tensor, ...]
 
 
-def takes_tokens(model: nn.Module) -> bool:
-    """Whether `model` is one of transformers that is called with token ids alone."""
-    return getattr(model, "main_input_name", None) == "input_ids" and vocabulary_of(model) is not None
+def refusal_of(model: nn.Module, device: torch.device) -> str | None:
+    """Why `model`, which runs on `device`, cannot be called with token ids alone; None if it can. It is tried."""
+    takes = getattr(model, "main_input_name", "other inputs")
+    if takes != "input_ids" or vocabulary_of(model) is None:
+        return f"it takes {takes}"
+    try:
+        _call(model, torch.zeros(2, dtype=torch.int64, device=device))
+    except (AttributeError, TypeError, ValueError, UnsupportedError) as error:
+        return f"a call with token ids raises {type(error).__name__}: {error}"
+    return None
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
@@ -55,7 +62,7 @@ def outputs_of(model: nn.Module, windows: Sequence[Tensor], device: torch.device
     """Call `model` with one window after the other, without gradients.
 
     Args:
-        model: of transformers, in eval mode; see `takes_tokens`.
+        model: of transformers, in eval mode; see `refusal_of`.
         windows: token ids, int64 [L] each.
         device: that the model runs on.
         kept_tokens: the values of whole windows are kept until they are as many tokens; those of the first one always.

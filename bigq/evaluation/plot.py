@@ -89,7 +89,7 @@ def _bytes(axes: "Axes", comparison: Comparison) -> None:
     kinds = [kind for kind in kinds if all(kind[1])]
     unit, name = (1e9, "GB") if max(max(values) for _, values in kinds) >= 1e9 else (1e6, "MB")
     _pairs(axes, [kind for kind, _ in kinds], [[value / unit for value in values] for _, values in kinds])
-    axes.set_title(f"Memory, {name}")
+    axes.set_title(f"Size, {name}")
     axes.legend(fontsize=8)
 
 
@@ -126,7 +126,7 @@ def _pairs(axes: "Axes", names: list[str], values: list[list[float]]) -> None:
         bars = axes.bar(places, [pair[number] for pair in values], 0.36, color=color, label=label)
         axes.bar_label(bars, [_short(pair[number]) for pair in values], fontsize=8)
     axes.set_xticks(range(len(names)), names, fontsize=8)
-    axes.margins(y=0.15)
+    axes.margins(y=0.25)
 
 
 def _short(value: float) -> str:

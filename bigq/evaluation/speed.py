@@ -53,7 +53,7 @@ def measure_speed(
     """Measure eager calls of a model of transformers with random token ids.
 
     Args:
-        model: in eval mode; see `takes_tokens`.
+        model: in eval mode; see `refusal_of`.
         batches: sequences at once, one after the other.
         device: that the model runs on; it is waited for.
         prompt_tokens: of each sequence.

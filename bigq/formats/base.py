@@ -191,6 +191,21 @@ class Format(Protocol):
     def product(self, in_features: int | None = None) -> Product:
         """The call of products with a weight of K = `in_features`. None: any K that fits the tensors."""
 
+    @property
+    def has_stack_products(self) -> bool:
+        """Whether there are `stack_product`s. If not, the host reads which weight multiplies which row."""
+        return False
+
+    def stack_product(self, in_features: int | None = None, *, sorted_rows: bool) -> Product:
+        """The call of products with a stack of weights, each row by its own: `eager.routed(op, x, route, ...)`.
+
+        Args:
+            in_features: K of the weights.
+            sorted_rows: whether the rows are sorted by weight, and `route` says where those of each end, int32 [E].
+                Otherwise `route` holds the weight of each row of the result, int32 or int64 [S].
+        """
+        raise UnsupportedError(f"format {self.name!r} has no product with a stack of weights")
+
     def linear(self, x: Tensor, state: State, bias: Tensor | None, in_features: int | None = None) -> Tensor:
         """Compute x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N], in x's dtype."""
         op, parts, settings = self.product(in_features)

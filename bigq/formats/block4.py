@@ -133,6 +133,13 @@ class Block4(Format):
             return Product("linear_4bit", ("packed", "absmax", "bias", "nested_absmax", "nested_offset"), settings)
         return Product("linear_4bit", ("packed", "absmax", "bias"), (None, None, *settings))
 
+    @property
+    def has_stack_products(self) -> bool:
+        return True
+
+    def stack_product(self, in_features: int | None = None, *, sorted_rows: bool) -> Product:
+        return self.product(in_features)._replace(op="grouped_linear_4bit" if sorted_rows else "routed_linear_4bit")
+
     def describe(self) -> dict[str, str | int | float | bool]:
         return {"format": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
 

@@ -82,7 +82,7 @@ class InputMoments(Mapping[str, Tensor]):
         """
         where = os.fspath(path)
         try:
-            with safe_open(where, framework="pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(where, framework="pt") as file:
                 metadata = file.metadata() or {}
                 moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
         except (OSError, SafetensorError) as error:
@@ -91,7 +91,7 @@ class InputMoments(Mapping[str, Tensor]):
             raise CheckpointError(f"{where} holds no input moments; expected a file that InputMoments.save wrote")
         try:
             return cls(moments, unreached=json.loads(metadata.get("unreached", "[]")))
-        except ValueError as error:  # a ConfigError is one
+        except (TypeError, ValueError) as error:  # a ConfigError is a ValueError
             raise CheckpointError(f"{where} holds damaged input moments: {error}") from error
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from bigq.interop.adapter_refusals import refuse_loftq, watch_targets
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
@@ -27,6 +28,7 @@ from bigq.weight.stored import Stored
 __all__ = ["watch_adapters"]
 
 _BASE, _METHODS, _KEPT = "base_layer", ("merge", "unmerge"), "_bigq_kept"
+_LOFTQ = "loftq_init"  # of layers of LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class _Kept:
 
 
 class _Merge:
-    """Replaces `layer.merge` and `layer.unmerge` of a tuner layer.
+    """Replaces `layer.merge` and `layer.unmerge` of a tuner layer, and its `loftq_init` if it has one.
 
     It is a class and not a closure, so that the model pickles. It does not keep the layer alive.
     """
@@ -59,7 +61,8 @@ class _Merge:
         method = getattr(type(layer), self._name)
         if not isinstance(layer.base_layer, QuantizedModule):  # it was replaced since
             return method(layer, *args, **kwargs)
-        return (_merge if self._name == "merge" else _unmerge)(layer, method, args, kwargs)
+        own = {"merge": _merge, "unmerge": _unmerge, _LOFTQ: refuse_loftq}[self._name]
+        return own(layer, method, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Merge":
         return _Merge(memo[id(self._layer())], self._name)
@@ -69,13 +72,16 @@ class _Merge:
 
 
 def watch_adapters() -> None:
-    """From now on, give each tuner layer over a quantized module the `merge` and `unmerge` of this file."""
+    """From now on, give each tuner layer over a quantized module the methods of this file, and watch tuners."""
     register_module_module_registration_hook(_notice)
 
 
 def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if name == _BASE and isinstance(child, QuantizedModule) and all(hasattr(type(parent), own) for own in _METHODS):
-        vars(parent).update({own: _Merge(parent, own) for own in _METHODS})
+        optional = (_LOFTQ,) if hasattr(type(parent), _LOFTQ) else ()
+        vars(parent).update({own: _Merge(parent, own) for own in (*_METHODS, *optional)})
+    elif name == "model" and child is not None:
+        watch_targets(parent, child)
 
 
 def _merge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

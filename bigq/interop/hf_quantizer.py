@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer as Base
 
 from bigq.config import QuantizationConfig
-from bigq.interop.placeholders import with_placeholders
 from bigq.loading.dequantize import dequantize
 
 __all__ = ["HfQuantizer"]
@@ -34,8 +33,8 @@ class HfQuantizer(Base):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` saves."""
-        return with_placeholders(model, model.state_dict()), {}
+        """What `save_pretrained` saves, placeholders among it."""
+        return model.state_dict(), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if isinstance(dtype, str):  # save_pretrained leaves a string in the config

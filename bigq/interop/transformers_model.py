@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from bigq.model.placeholders import hold_placeholders
+
 __all__ = ["introduce", "is_transformers_model"]
 
 _SINCE = (5, 17)  # the first release of transformers whose quantizers are known here
@@ -13,8 +15,7 @@ _SINCE = (5, 17)  # the first release of transformers whose quantizers are known
 
 def is_transformers_model(model: nn.Module) -> bool:
     """Whether `model` is one of transformers, which is not imported for it."""
-    kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    return kind is not None and isinstance(model, kind)
+    return isinstance(model, _base_classes())
 
 
 def introduce(model: nn.Module, config: Any) -> None:
@@ -22,8 +23,12 @@ def introduce(model: nn.Module, config: Any) -> None:
 
     `save_pretrained` then writes `quantization_config` into config.json, Trainer refuses to train the model without
     adapters, and `model.dequantize()` works. Saved tensors have the names of the model, because transformers converts
-    none that it does not know.
+    none that it does not know. The state of each transformers model in `model` holds placeholders.
     """
+    bases = _base_classes()
+    for module in model.modules() if bases else ():
+        if isinstance(module, bases):
+            hold_placeholders(module)
     if not is_transformers_model(model) or _release() < _SINCE:
         return
     from bigq.interop.hf_quantizer import HfQuantizer
@@ -40,6 +45,12 @@ def introduce(model: nn.Module, config: Any) -> None:
     for module in model.modules():  # they share it, so that a change of it holds for all
         if vars(module).get("config") is own:
             vars(module)["config"] = described
+
+
+def _base_classes() -> tuple[type[nn.Module], ...]:
+    """PreTrainedModel, or nothing where transformers is not imported."""
+    kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    return () if kind is None else (kind,)
 
 
 def _release() -> tuple[int, ...]:

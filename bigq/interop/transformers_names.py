@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bigq.checkpoint import Conversion, Converted, Renamed, Source, StoredTensor
 from bigq.formats import NF4, QUANT_STATE, state_name
+from bigq.interop.quantized_stacks import Stack, stack_conversions, weights_of_parts
 from bigq.interop.transformers_model import is_transformers_model
 from bigq.model.tree import ModelTree, tensor_name
 
@@ -37,7 +38,7 @@ def with_transformers_names(tree: ModelTree, source: Source, mapping: Sequence[o
     if expected.keys() >= source.tensors.keys():
         return source
     try:
-        names, conversions = _planned(tree.model, source.tensors, expected, mapping)
+        names, conversions, stacks = _planned(tree.model, source.tensors, expected, mapping)
     except (ImportError, AttributeError, TypeError, NameError) as error:
         warnings.warn(
             f"transformers {sys.modules['transformers'].__version__} does not convert checkpoints as bigq knows it "
@@ -45,7 +46,9 @@ def with_transformers_names(tree: ModelTree, source: Source, mapping: Sequence[o
             stacklevel=2,
         )
         return source
-    return Renamed(Converted(source, conversions) if conversions else source, names)
+    of_stacks, dropped = stack_conversions(source, stacks)
+    conversions += of_stacks
+    return Renamed(Converted(source, conversions) if conversions else source, names | dropped)
 
 
 def expected_names(tree: ModelTree, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
@@ -60,8 +63,8 @@ def expected_names(tree: ModelTree, tensors: Mapping[str, StoredTensor]) -> dict
 
 def _planned(
     model: Any, tensors: Mapping[str, StoredTensor], expected: dict[str, bool], mapping: Sequence[object] | None
-) -> tuple[dict[str, str], list[Conversion]]:
-    """{old name: new name} of what is renamed alone, and what is made of several tensors."""
+) -> tuple[dict[str, str | None], list[Conversion], list[Stack]]:
+    """{old name: new name} of what is renamed alone; what is made of tensors, and what of quantized weights."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -71,10 +74,18 @@ def _planned(
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
-    names: dict[str, str] = {}
+    names: dict[str, str | None] = {}
     merged: dict[str, list[tuple[str, str]]] = {}  # by the first new name: the members, and their patterns
+    quantized: dict[str, list[tuple[str, str]]] = {}  # the same of weights whose parts the checkpoint holds
     taken: set[str] = set()
-    for name in sorted(tensors, key=dot_natural_key):
+    weight_of = weights_of_parts(tensors)
+    stacked: set[str] = set()
+    for weight in sorted(set(weight_of.values()), key=dot_natural_key):
+        new, pattern = rename_source_key(weight, renamings, converters, prefix, expected)
+        if new in expected and pattern is not None:
+            stacked.add(weight)
+            quantized.setdefault(new, []).append((weight, pattern))
+    for name in sorted([name for name in tensors if weight_of.get(name) not in stacked], key=dot_natural_key):
         new, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if new not in expected and name in expected:
             new, pattern = rename_source_key(name, [], [], prefix, expected)
@@ -86,10 +97,19 @@ def _planned(
             taken.add(new)
             if new != name:
                 names[name] = new
+    stacks = [
+        Stack(
+            names=tuple(name for name, _ in members),
+            convert=partial(_convert, model, by_pattern[members[0][1]], new, members),
+            moves_rows=_moves_rows(by_pattern[members[0][1]]),
+            floats=tuple(name for name, _ in merged.pop(new, ())),
+        )
+        for new, members in quantized.items()
+    ]
     conversions = [
         _conversion(model, by_pattern[members[0][1]], new, members, tensors) for new, members in merged.items()
     ]
-    return names, conversions
+    return names, conversions, stacks
 
 
 def _conversion(
@@ -105,8 +125,12 @@ def _conversion(
         tuple(name for name, _ in members),
         results,
         lambda held: [made[name] for made in [convert(held)] for name in results],
-        all(type(operation).__name__ in _MOVE_ROWS for operation in converter.operations),
+        _moves_rows(converter),
     )
+
+
+def _moves_rows(converter: Any) -> bool:
+    return all(type(operation).__name__ in _MOVE_ROWS for operation in converter.operations)
 
 
 def _convert(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from bigq.errors import ConfigError, UnsupportedError
+from bigq.model.placeholders import drop_placeholders
 from bigq.model.transaction import restored_on_error
 from bigq.model.tree import ModelTree, assign_tensor
 from bigq.offload.attach import allow_moves
@@ -62,6 +63,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             for leaf, weight in decoded.items():
                 assign_tensor(module, leaf, weight)
         for inner in modules.values():  # a model of transformers or diffusers, perhaps in a wrapper
+            drop_placeholders(inner)
             quantizer: Any = vars(inner).get("hf_quantizer")
             if quantizer is not None:
                 quantizer.remove_quantization_config(inner)

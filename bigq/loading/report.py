@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from bigq.formats import dtype_name
 from bigq.loading.timings import Timings
+from bigq.planning.coverage import quantized_share
 from bigq.planning.plan import Plan
 from bigq.system.text import format_table
 
@@ -42,13 +43,15 @@ class QuantizationReport:
     the time to queue it) and "commit" follow each other in the calling thread. "read" and "copy" (waiting for a chunk's
     copy to the GPU) run beside them in the reading threads; their seconds are those of all threads together.
     `modules`: every module that holds tensors, under its first name; a tied tensor counts at the first of its modules.
+    `quantized_share`: how many of all numbers in parameters are quantized, from 0 to 1.
     """
 
     stages: tuple[StageReport, ...]
     modules: tuple[ModuleReport, ...]
+    quantized_share: float
 
     def table(self) -> str:
-        """The stages, then the modules, those that only differ by name in one line."""
+        """The stages, the modules (those that only differ by name in one line), and the share that is quantized."""
         rows = [("stage", "seconds", "GB")]
         rows += [(stage.name, f"{stage.seconds:.3f}", f"{stage.nbytes / 1e9:.3f}") for stage in self.stages]
         alike: dict[tuple[str, str, str], list[int]] = {}
@@ -56,7 +59,8 @@ class QuantizationReport:
             alike.setdefault((module.rule, module.format, module.device), []).append(module.nbytes)
         modules = [("rule", "format", "device", "modules", "MB")]
         modules += [(*key, str(len(nbytes)), f"{sum(nbytes) / 1e6:.3f}") for key, nbytes in alike.items()]
-        return f"{format_table(rows)}\n\n{format_table(modules)}"
+        share = f"{100 * self.quantized_share:.1f} % of the numbers in parameters are quantized."
+        return f"{format_table(rows)}\n\n{format_table(modules)}\n\n{share}"
 
 
 def stage_reports(timings: Timings) -> tuple[StageReport, ...]:
@@ -94,6 +98,7 @@ def make_report(plan: Plan, places: Mapping[str, str], timings: Timings) -> Quan
     return QuantizationReport(
         stages=stage_reports(timings),
         modules=tuple(modules),
+        quantized_share=quantized_share(plan),
     )
 
 

@@ -33,7 +33,8 @@ class WarmUp:
         self._error: BaseException | None = None
         self._thread: Worker | None = None
         if config is not None and device.type == "cuda":
-            self._formats, self._method, self._device = config.formats(), config.method, device
+            self._formats, self._device = config.formats(), device
+            self._method = "absmax" if config.moments is None else config.method
             found = {info.dtype for info in source.tensors.values() if len(info.shape) >= 2}
             self._dtypes = found & {torch.float16, torch.bfloat16, torch.float32}
             self._thread = Worker(self._run)

@@ -51,7 +51,7 @@ def with_own_names(tree: ModelTree, source: Source) -> Source:
 def _after_hooks(tree: ModelTree, source: Source) -> dict[str, str | None]:
     """{name: new name, or None of what is thrown away} of the tensors of `source` that modules rename."""
     own = {kind for kind in set(map(type, tree.aliases)) if _overrides(kind)}
-    asked = [(module, aliases) for module, aliases in tree.aliases.items() if type(module) in own or _has_hooks(module)]
+    asked = [(module, aliases) for module, aliases in tree.aliases.items() if type(module) in own or load_hooks(module)]
     if not asked:
         return {}
     stored = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in source.tensors.items()}
@@ -70,10 +70,6 @@ def _after_hooks(tree: ModelTree, source: Source) -> dict[str, str | None]:
     new_names: dict[str, str | None] = dict.fromkeys(stored)
     new_names |= {names_of[id(tensor)]: name for name, tensor in state.items()}
     return {name: new for name, new in new_names.items() if new != name}
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(vars(module).get("_load_state_dict_pre_hooks"))
 
 
 def _overrides(kind: type[nn.Module]) -> bool:

@@ -39,7 +39,7 @@ class Snapshot:
         self._requires_grad = [
             (tensor, tensor.requires_grad) for _, held in self._tables for tensor in held.values() if tensor is not None
         ]
-        self._state_hooks = [(hooks, dict(hooks)) for module, _, _ in self._modules for hooks in [state_hooks(module)]]
+        self._state_hooks = [(hooks, dict(hooks)) for module, _, _ in self._modules for hooks in state_hooks(module)]
         kinds = {kind for _, kind, _ in self._modules if "GraphModuleImpl" in str(kind)}  # accelerate's own test
         self._forwards = [(kind, vars(kind)["forward"]) for kind in kinds if "forward" in vars(kind)]
         # An RNN keeps a second list of its weights.

@@ -23,7 +23,7 @@ from bigq.model.tree import assign_tensor, tensor_table
 from bigq.offload.saved_tensors import saved_offloaded
 from bigq.offload.slot import DeviceSlot
 from bigq.offload.transfer import Layout, Transfer
-from bigq.system.internals import can_hook_saved_tensors, saved_tensor_hooks
+from bigq.system.internals import SEES_EDITS, can_hook_saved_tensors, saved_tensor_hooks
 from bigq.system.interrupts import to_the_end
 
 __all__ = ["Call", "OffloadedBlock", "Prefetcher"]
@@ -187,7 +187,7 @@ class Prefetcher:
                 assert slot is not None
                 assert layout is not None
                 slot.wait_for_copies()
-                if block.ahead:
+                if block.ahead and SEES_EDITS:  # otherwise each copy counts as outdated: one made ahead is made again
                     self._follow(block)
                 if torch.is_grad_enabled() and can_hook_saved_tensors():
                     call.saving = saved_offloaded(slot.buffer, layout, self._transfer)

@@ -205,13 +205,16 @@ def read_stored(tensor: Tensor) -> Tensor:
     """The numbers of an offloaded tensor, read from its file if it lies in one; otherwise the tensor, detached.
 
     By descriptor and not through the map: a file that was cut short meanwhile is an error, and no SIGBUS. What was
-    edited in memory is in the map alone, so that is read there.
+    edited in memory is in the map alone, so that is read there, if the file is as long as it was.
 
     Raises:
         CheckpointError: the file ends before the tensor does.
     """
     own, place = tensor.detach(), mapping_of(tensor)
-    if place is None or not isinstance(place[0], FileMap) or not own.is_contiguous() or is_edited(tensor, place[0]):
+    if place is None or not isinstance(place[0], FileMap):
+        return own
+    if not own.is_contiguous() or is_edited(tensor, place[0]):
+        place[0].refuse_cut_short()
         return own
     numbers = torch.empty_like(own)
     place[0].read(place[1], numbers)
@@ -227,7 +230,7 @@ def refuse_cut_short(tensors: Iterable[Tensor]) -> None:
 
 
 def is_edited(tensor: Tensor, mapping: mmap.mmap) -> bool:
-    """Whether edits of `tensor`, which lies in `mapping`, are in memory only."""
+    """Whether edits of `tensor`, which lies in `mapping`, are in memory only, or may be where edits are not seen."""
     return isinstance(mapping, FileMap) and mapping.is_private and version_of(tensor) > 0
 
 

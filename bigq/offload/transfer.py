@@ -31,13 +31,17 @@ _CHUNKS = 2  # pinned ones a thread: one is filled while the other is copied
 
 @dataclass(kw_only=True)
 class _Extent:
-    """Bytes that are stored together, at `offset` of `mapping` or as `memory`; in the buffer they begin at `start`."""
+    """Bytes that are stored together, at `offset` of `mapping` or as `memory`; in the buffer they begin at `start`.
+
+    `file` is the one that `memory` is a map of: the bytes were edited, which its descriptor does not show.
+    """
 
     mapping: mmap.mmap | None
     offset: int
     start: int
     nbytes: int
     memory: Tensor | None = None
+    file: FileMap | None = None
 
 
 class Layout:
@@ -84,6 +88,10 @@ class Layout:
                 return last.start + distance
         extent = _Extent(mapping=mapping, offset=offset, start=align(self.nbytes), nbytes=tensor.nbytes)
         if mapping is None:
+            held = mapping_of(tensor)
+            if held is not None and isinstance(held[0], FileMap):
+                extent.file = held[0]
+                extent.file.refuse_cut_short()  # the next line may read
             extent.memory = tensor.contiguous().reshape(-1).view(torch.uint8)
         self.extents.append(extent)
         self.nbytes = extent.start + extent.nbytes
@@ -122,6 +130,8 @@ class Transfer:
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             for extent in layout.extents:
                 if extent.memory is not None:
+                    if extent.file is not None:
+                        extent.file.refuse_cut_short()  # a file that is too short makes reading its map a SIGBUS
                     buffer[extent.start : extent.start + extent.nbytes].copy_(extent.memory, non_blocking=True)
                 else:
                     reads += _reads(extent, buffer, stream)

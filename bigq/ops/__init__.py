@@ -6,11 +6,14 @@ from bigq.ops.library import (
     dequantize_absmax,
     dequantize_int8,
     encode_scaled_4bit,
+    grouped_linear_4bit,
+    grouped_matmul,
     linear_4bit,
     linear_int8,
     quantize_4bit,
     quantize_absmax,
     quantize_int8,
+    routed_linear_4bit,
     search_scales_4bit,
 )
 
@@ -20,10 +23,13 @@ __all__ = [
     "dequantize_absmax",
     "dequantize_int8",
     "encode_scaled_4bit",
+    "grouped_linear_4bit",
+    "grouped_matmul",
     "linear_4bit",
     "linear_int8",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "routed_linear_4bit",
     "search_scales_4bit",
 ]

@@ -21,8 +21,11 @@ __all__ = [
     "check_dequantize_absmax",
     "check_dequantize_int8",
     "check_encode_scaled_4bit",
+    "check_grouped_linear_4bit",
+    "check_grouped_matmul",
     "check_linear_4bit",
     "check_linear_int8",
+    "check_routed_linear_4bit",
     "check_search_scales_4bit",
 ]
 
@@ -85,6 +88,76 @@ def check_linear_4bit(
     _check_width(x, weight, (x.shape[-1] + 1) // 2, expect)
     check_dequantize_4bit(weight, absmax, nested_absmax, nested_offset, block_size, x.shape[-1], expect)
     _check_beside(x, weight, bias, expect)
+
+
+def check_grouped_linear_4bit(
+    x: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+    expect: Expect = _expect,
+) -> None:
+    """Check that x [S, K], stops [E], a stack of 4-bit weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, expect)
+    _check("stops", stops, (torch.int32,), (weight.shape[0],), weight.device, expect)
+
+
+def check_routed_linear_4bit(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+    expect: Expect = _expect,
+) -> None:
+    """Check that x [M, K], ids [S], a stack of 4-bit weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, expect)
+    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device, expect)
+    expect(
+        x.shape[0] == 0 or ids.shape[0] % x.shape[0] == 0,
+        lambda: f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x",
+    )
+
+
+def _check_stack(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+    expect: Expect,
+) -> None:
+    expect(
+        x.dim() == 2 and weight.dim() == 3,
+        lambda: f"x is {list(x.shape)} and the weight {list(weight.shape)}; expected [S, K] and [E, N, ceil(K/2)]",
+    )
+    matrix, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
+    row_bias = bias if bias is None else bias.flatten()
+    check_linear_4bit(x, matrix, scales, row_bias, nested_absmax, nested_offset, block_size, in_features, expect)
+
+
+def check_grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor, expect: Expect = _expect) -> None:
+    """Check that x [S, K], stops [E] and a stack of weights [E, K, N] fit together."""
+    expect(
+        x.dim() == 2 and dense.dim() == 3 and x.shape[1] == dense.shape[1] and x.dtype == dense.dtype,
+        lambda: (
+            f"x is {x.dtype} {list(x.shape)} and the weight {dense.dtype} {list(dense.shape)}; expected one dtype, "
+            "and [S, K] and [E, K, N]"
+        ),
+    )
+    _check("stops", stops, (torch.int32,), (dense.shape[0],), dense.device, expect)
 
 
 def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, expect: Expect = _expect) -> None:

@@ -1,8 +1,8 @@
 """The eager call of a linear: past the dispatcher where nothing there would act.
 
-In eager mode a linear of few tokens is bound by the host, and every Python instruction counts. On plain CUDA tensors
-that need no gradient, with no mode, transform, trace or profiler active, an op is its launcher, or a replay of it. All
-else goes through the dispatcher.
+In eager mode a linear of few tokens is bound by the host, and every Python instruction counts. On plain CUDA tensors,
+with no mode, transform, trace or profiler active, an op is its launcher, or a replay of it. If a gradient is needed,
+one node of autograd is around it. All else goes through the dispatcher.
 """
 
 import torch
@@ -11,10 +11,11 @@ from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.compiler import is_compiling
 
 from bigq.ops import library
+from bigq.ops.eager_gradient import linear_with_gradient
 from bigq.ops.replays import Settings, State, run
 from bigq.system.internals import something_listens
 
-__all__ = ["linear"]
+__all__ = ["linear", "routed"]
 
 
 def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
@@ -22,7 +23,9 @@ def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
     if is_compiling():
         return getattr(library, name)(x, *state, *settings)  # type: ignore[no-any-return]
     is_plain = type(x) is Tensor and x.is_cuda and not something_listens()
-    if is_plain and not (torch.is_grad_enabled() and _needs_gradient(x, state)):
+    if is_plain:
+        if torch.is_grad_enabled() and _needs_gradient(x, state):
+            return linear_with_gradient(name, x, state, settings)
         return run(library.cuda_implementation, name, x, state, settings)
     primal, tangent = unpack_dual(x)  # type: ignore[no-untyped-call]
     bias, bias_tangent = (None, None) if state[2] is None else unpack_dual(state[2])  # type: ignore[no-untyped-call]
@@ -34,6 +37,14 @@ def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
     if bias_tangent is not None:
         change = bias_tangent.expand_as(out) if change is None else change + bias_tangent
     return make_dual(out, change)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def routed(name: str, x: Tensor, route: Tensor, state: State, settings: Settings) -> Tensor:
+    """The op `name` of x [M, K] and a stack of quantized weights; `route` says which of them multiplies which row."""
+    is_plain = not is_compiling() and type(x) is Tensor and x.is_cuda and not something_listens()
+    if is_plain and not (torch.is_grad_enabled() and _needs_gradient(x, state)):
+        return run(library.cuda_implementation, name, x, state, settings, (route,))
+    return getattr(library, name)(x, route, *state, *settings)  # type: ignore[no-any-return]
 
 
 def _times_weight(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:

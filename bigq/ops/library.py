@@ -23,16 +23,21 @@ from bigq.ops.replays import run
 from bigq.system.internals import check
 
 __all__ = [
+    "bias_grad",
     "cuda_implementation",
+    "dense_weight",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
     "encode_scaled_4bit",
+    "grouped_linear_4bit",
+    "grouped_matmul",
     "linear_4bit",
     "linear_int8",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "routed_linear_4bit",
     "search_scales_4bit",
 ]
 
@@ -49,6 +54,15 @@ _SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, Tensor? nested_offset, "
         "str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
     ),
+    "grouped_linear_4bit": (
+        "(Tensor x, Tensor stops, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, "
+        "Tensor? nested_offset, str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
+    ),
+    "routed_linear_4bit": (
+        "(Tensor x, Tensor ids, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, "
+        "Tensor? nested_offset, str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
+    ),
+    "grouped_matmul": "(Tensor x, Tensor stops, Tensor dense) -> Tensor",
     "quantize_int8": "(Tensor weight) -> (Tensor, Tensor)",
     "dequantize_int8": "(Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
     "linear_int8": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
@@ -62,6 +76,9 @@ _LAUNCHERS = {  # the module of each launcher, imported on first use
     "quantize_absmax": "bigq_kernels.block4.absmax",
     "dequantize_absmax": "bigq_kernels.block4.absmax",
     "linear_4bit": "bigq_kernels.block4.linear",
+    "grouped_linear_4bit": "bigq_kernels.block4.grouped",
+    "routed_linear_4bit": "bigq_kernels.block4.grouped",
+    "grouped_matmul": "bigq_kernels.grouped_matmul",
     "quantize_int8": "bigq_kernels.int8.quantize",
     "dequantize_int8": "bigq_kernels.int8.dequantize",
     "linear_int8": "bigq_kernels.int8.linear",
@@ -158,6 +175,50 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@torch.library.register_fake("bigq::grouped_linear_4bit", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    checks.check_grouped_linear_4bit(
+        x, stops, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, check
+    )
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("bigq::routed_linear_4bit", lib=_LIBRARY)
+def _(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    checks.check_routed_linear_4bit(
+        x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, check
+    )
+    return x.new_empty(ids.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("bigq::grouped_matmul", lib=_LIBRARY)
+def _(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
+    checks.check_grouped_matmul(x, stops, dense, check)
+    return x.new_empty(x.shape[0], dense.shape[-1])
+
+
 @torch.library.register_fake("bigq::quantize_int8", lib=_LIBRARY)
 def _(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
@@ -192,6 +253,66 @@ def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, _bias_grad(ctx, grad, 3), None, None, None, None, None
 
 
+def _save_stack_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """For the grouped and the routed product, whose second input says which weight multiplies which row."""
+    x, route, weight, absmax, bias, nested_absmax, nested_offset, ctx.quant_type, ctx.block_size, _ = inputs
+    ctx.rows, ctx.in_features = x.shape
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(route, weight, absmax, nested_absmax, nested_offset)
+
+
+def _dequantized_stack(ctx: Any, dtype: torch.dtype) -> Tensor:
+    _, weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
+    if nested_absmax is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+    codes, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
+    dense: Tensor = dequantize_4bit(codes, scales, ctx.quant_type, ctx.block_size, ctx.in_features, dtype)
+    return dense.view(*weight.shape[:2], ctx.in_features)
+
+
+def _grouped_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY @ dequantize(weight), each row by its weight."""
+    stops = ctx.saved_tensors[0]
+    grad_x = grouped_matmul(grad, stops, _dequantized_stack(ctx, grad.dtype)) if ctx.needs_input_grad[0] else None
+    rows = torch.arange(grad.shape[0], device=grad.device, dtype=torch.int32)
+    ids = torch.searchsorted(stops, rows, right=True) if ctx.needs_input_grad[4] else None
+    return grad_x, None, None, None, _stack_bias_grad(ctx, grad, ids), None, None, None, None, None
+
+
+def _routed_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY @ dequantize(weight), each row by its weight, summed over the rows that read one row of x."""
+    ids, weight = ctx.saved_tensors[:2]
+    weights = weight.shape[0]
+    known = torch.where((ids >= 0) & (ids < weights), ids, weights)
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        ordered, order = known.sort(stable=True)
+        stops = torch.searchsorted(ordered, torch.arange(weights, device=ids.device), right=True, out_int32=True)
+        grouped = grouped_matmul(grad[order], stops, _dequantized_stack(ctx, grad.dtype))
+        each = torch.empty_like(grouped).index_copy(0, order, grouped)
+        grad_x = each.view(ctx.rows, -1, ctx.in_features).sum(dim=1)
+    return grad_x, None, None, None, _stack_bias_grad(ctx, grad, known), None, None, None, None, None
+
+
+def _stack_bias_grad(ctx: Any, grad: Tensor, ids: Tensor | None) -> Tensor | None:
+    """Of bias [E, N]: the sum of the rows of each weight; ids [S] has E where there is none."""
+    if not ctx.needs_input_grad[4] or ids is None:
+        return None
+    weights, n = ctx.saved_tensors[1].shape[:2]
+    total = torch.zeros(weights + 1, n, dtype=torch.float32, device=grad.device)
+    return total.index_add(0, ids, grad.float())[:weights].to(ctx.bias_dtype)
+
+
+def _save_grouped_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _grouped_matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY @ dense, each row by its weight. The weight is made of a frozen one and has no gradient."""
+    stops, dense = ctx.saved_tensors
+    return grouped_matmul(grad, stops, dense.mT) if ctx.needs_input_grad[0] else None, None, None
+
+
 def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, absmax, bias, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -206,13 +327,48 @@ def _linear_int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _bias_grad(ctx: Any, grad: Tensor, position: int) -> Tensor | None:
-    if not ctx.needs_input_grad[position]:
-        return None
-    return grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+    return bias_grad(grad, ctx.bias_dtype) if ctx.needs_input_grad[position] else None
+
+
+def bias_grad(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a bias [N] from that of the output [..., N], summed in float32."""
+    return grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(dtype)
+
+
+def dense_weight(
+    name: str, tensors: tuple[Tensor, ...], settings: tuple[Any, ...], in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """The dequantized weight [N, K] of the linear op `name` on a GPU, past the dispatcher.
+
+    Args:
+        name: "linear_4bit" or "linear_int8".
+        tensors: what the op takes after x, without the bias.
+        settings: the op's other arguments, which begin with the nested scales that are None.
+        in_features: K.
+        dtype: of the result.
+    """
+    if name == "linear_int8":
+        return cuda_implementation("dequantize_int8")(*tensors, dtype)  # type: ignore[no-any-return]
+    packed, absmax, *nested = tensors
+    quant_type, block_size = [setting for setting in settings if setting is not None][:2]
+    if nested:
+        absmax = cuda_implementation("dequantize_absmax")(absmax, *nested)
+    return cuda_implementation("dequantize_4bit")(  # type: ignore[no-any-return]
+        packed, absmax, quant_type, block_size, in_features, dtype
+    )
 
 
 torch.library.register_autograd(
     "bigq::linear_4bit", _linear_4bit_backward, setup_context=_save_linear_4bit, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "bigq::grouped_linear_4bit", _grouped_linear_4bit_backward, setup_context=_save_stack_4bit, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "bigq::routed_linear_4bit", _routed_linear_4bit_backward, setup_context=_save_stack_4bit, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "bigq::grouped_matmul", _grouped_matmul_backward, setup_context=_save_grouped_matmul, lib=_LIBRARY
 )
 torch.library.register_autograd(
     "bigq::linear_int8", _linear_int8_backward, setup_context=_save_linear_int8, lib=_LIBRARY
@@ -225,6 +381,9 @@ dequantize_4bit = torch.ops.bigq.dequantize_4bit.default
 quantize_absmax = torch.ops.bigq.quantize_absmax.default
 dequantize_absmax = torch.ops.bigq.dequantize_absmax.default
 linear_4bit = torch.ops.bigq.linear_4bit.default
+grouped_linear_4bit = torch.ops.bigq.grouped_linear_4bit.default
+routed_linear_4bit = torch.ops.bigq.routed_linear_4bit.default
+grouped_matmul = torch.ops.bigq.grouped_matmul.default
 quantize_int8 = torch.ops.bigq.quantize_int8.default
 dequantize_int8 = torch.ops.bigq.dequantize_int8.default
 linear_int8 = torch.ops.bigq.linear_int8.default

@@ -23,8 +23,11 @@ from bigq.ops.checks import (
     check_dequantize_4bit,
     check_dequantize_absmax,
     check_dequantize_int8,
+    check_grouped_linear_4bit,
+    check_grouped_matmul,
     check_linear_4bit,
     check_linear_int8,
+    check_routed_linear_4bit,
 )
 from bigq.ops.code_tables import CODES, bucket, row_chunks, tables_of
 from bigq.ops.scale_search import encode_scaled_4bit, search_scales_4bit
@@ -36,12 +39,15 @@ __all__ = [
     "dequantize_absmax",
     "dequantize_int8",
     "encode_scaled_4bit",
+    "grouped_linear_4bit",
+    "grouped_matmul",
     "linear_4bit",
     "linear_int8",
     "nested_code",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "routed_linear_4bit",
     "search_scales_4bit",
 ]
 
@@ -177,6 +183,73 @@ def linear_4bit(
         dense = dequantize_4bit(weight[rows], absmax[rows], quant_type, block_size, x.shape[-1], x.dtype)
         part = F.linear(x_product, dense.to(product_dtype), None if bias is None else bias[rows].to(product_dtype))
         out[..., rows] = part
+    return out
+
+
+def grouped_linear_4bit(
+    x: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    """x [S, K] times a stack of transposed 4-bit weights [E, N, K], each row by its own, plus bias [E, N]: [S, N].
+
+    Weight e multiplies the rows from stops[e - 1] (0 for the first) up to stops[e]. Rows after the last give zeros.
+    The stack is one matrix [E * N, K] to double quantization.
+    """
+    check_grouped_linear_4bit(x, stops, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
+    if nested_absmax is not None and nested_offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+    out = torch.zeros(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
+    start = 0
+    for e, stop in enumerate(stops.tolist()):
+        if stop > start:
+            own = None if bias is None else bias[e]
+            out[start:stop] = linear_4bit(x[start:stop], weight[e], absmax[e], own, None, None, quant_type, block_size)
+            start = stop
+    return out
+
+
+def routed_linear_4bit(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    """Row i of [S, N]: row i // (S / M) of x [M, K] times the transposed weight ids[i] of [E, N, K], plus its bias.
+
+    A row whose id is no weight's gives zeros. ids is int32 or int64 [S]; S is a multiple of M.
+    """
+    check_routed_linear_4bit(x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
+    rows, weights = ids.shape[0], weight.shape[0]
+    ordered, order = torch.where((ids >= 0) & (ids < weights), ids, weights).sort(stable=True)
+    stops = torch.searchsorted(ordered, torch.arange(weights, device=ids.device), right=True, out_int32=True)
+    sorted_x = x[order // (rows // max(x.shape[0], 1))]
+    nested = (nested_absmax, nested_offset)
+    out = grouped_linear_4bit(sorted_x, stops, weight, absmax, bias, *nested, quant_type, block_size)
+    return torch.empty_like(out).index_copy_(0, order, out)
+
+
+def grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
+    """x [S, K] times dense [E, K, N], each row by its own as in `grouped_linear_4bit`: [S, N], in x's dtype."""
+    check_grouped_matmul(x, stops, dense)
+    out, start = x.new_zeros(x.shape[0], dense.shape[-1]), 0
+    for e, stop in enumerate(stops.tolist()):
+        if stop > start:
+            out[start:stop] = x[start:stop] @ dense[e]
+            start = stop
     return out
 
 

@@ -42,8 +42,15 @@ class _Call:
         self.replay = None if replay is None else replay.bind([None if t is None else t.data_ptr() for t in state])
 
 
-def run(find: Callable[[str], Launcher], name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
-    """find(name)(x, *state, *settings), or a replay of it.
+def run(
+    find: Callable[[str], Launcher],
+    name: str,
+    x: Tensor,
+    state: State,
+    settings: Settings,
+    route: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """find(name)(x, *route, *state, *settings), or a replay of it.
 
     Args:
         find: gives the launcher of an op; it is not asked where there is a replay.
@@ -51,11 +58,14 @@ def run(find: Callable[[str], Launcher], name: str, x: Tensor, state: State, set
         x: activations [..., K] on a GPU.
         state: the tensors of a quantized weight: codes, scales, the bias or None, and what else its op takes.
         settings: the launcher's other arguments.
+        route: of a stack of weights, the tensor that says which one multiplies which row. It is another in each call.
     """
-    key = (id(state[0]), x.shape, x.dtype)
+    key: tuple[Any, ...] = (id(state[0]), x.shape, x.dtype)
+    if route:
+        key += (name, route[0].shape, route[0].dtype)
     call = _CALLS.get(key)
     if call is None or (call.settings is not settings and call.settings != settings):
-        return _first_calls(key, find, name, x, state, settings)
+        return _first_calls(key, find, name, x, state, settings, route)
     codes, bias = state[0], state[2]
     # Assigning to `.data` moves a tensor, and another may stand beside the codes: the addresses tell. A model that was
     # moved away, cast and moved back may have its old addresses: the dtypes of codes and bias tell.
@@ -64,19 +74,25 @@ def run(find: Callable[[str], Launcher], name: str, x: Tensor, state: State, set
         or codes.dtype is not call.dtype  # type: ignore[union-attr]
         or (bias is not None and bias.dtype is not call.bias_dtype)
     ):
-        return _first_calls(key, find, name, x, state, settings)
+        return _first_calls(key, find, name, x, state, settings, route)
     if call.replay is not None:
-        out = call.replay(x, state)
+        out = call.replay(x, state, route)
         if out is not None:
             return out
-    return find(name)(x, *state, *settings)
+    return find(name)(x, *route, *state, *settings)
 
 
 def _first_calls(
-    key: Any, find: Callable[[str], Launcher], name: str, x: Tensor, state: State, settings: Settings
+    key: Any,
+    find: Callable[[str], Launcher],
+    name: str,
+    x: Tensor,
+    state: State,
+    settings: Settings,
+    route: tuple[Tensor, ...],
 ) -> Tensor:
     """Run the launcher and work towards a replay: run once, recorded once, then bound to the tensors of each layer."""
-    launcher, tensors = find(name), (x, *state)
+    launcher, tensors = find(name), (x, *route, *state)
     few = 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
     if not (few and x.is_contiguous() and x.data_ptr() % 16 == 0):
         return launcher(*tensors, *settings)
@@ -92,12 +108,12 @@ def _first_calls(
 
         if not can_replay():
             return launcher(*tensors, *settings)
-        out, _REPLAYS[signature] = record(launcher, tensors, settings)
+        out, _REPLAYS[signature] = record(launcher, tensors, settings, live=1 + len(route))
         return out
     if len(_CALLS) >= MAX_KEPT:
         _CALLS.clear()
     _CALLS[key] = _Call(key, _REPLAYS[signature], state, settings)
-    return run(find, name, x, state, settings)
+    return run(find, name, x, state, settings, route)
 
 
 def _signature(tensor: Tensor) -> Any:

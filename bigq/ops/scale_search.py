@@ -101,10 +101,9 @@ def _bins(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
     Neighbouring boundaries are at least 0.0805 apart, so a bin holds at most one. One without has 2.0.
     """
     codes = CODES[quant_type]
-    if quant_type == "nf4":
-        values, boundaries = list(codes), NF4_BOUNDARIES
-    else:
-        values, boundaries = [codes[code] for code in FP4_MAGNITUDE_ORDER], FP4_MAGNITUDE_BOUNDARIES
+    values, boundaries = list(codes), list(NF4_BOUNDARIES)
+    if quant_type == "fp4":
+        values, boundaries = [codes[code] for code in FP4_MAGNITUDE_ORDER], list(FP4_MAGNITUDE_BOUNDARIES)
     bin_of = [round(boundary * 14) + 16 for boundary in boundaries]
     inside = torch.full((33,), 2.0, device="cpu")
     inside[bin_of] = torch.tensor(boundaries, device="cpu")

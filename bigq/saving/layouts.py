@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, state_name
-from bigq.interop.placeholders import with_placeholders
 from bigq.interop.transformers_model import is_transformers_model
 from bigq.model.tree import tensor_name
 from bigq.saving import bitsandbytes, compressed_tensors
@@ -75,8 +74,6 @@ def in_layout(model: nn.Module, layout: str, *, on_meta: bool = False) -> Saved:
         tensors = _replaced(model, state, weights, foreign)
         said = foreign.quantization_config(weights, kept_linears(model))
         return Saved(tensors=tensors, weights=weights, quantization_config=said)
-    if is_transformers_model(model):
-        state = with_placeholders(model, state)
     return Saved(tensors=state, weights=weights, quantization_config=None)
 
 
@@ -110,6 +107,7 @@ def _replaced(
         if isinstance(module, QuantizedModule):
             replaced.add(tensor_name(name, QUANT_STATE))
             for leaf, description in module.descriptions.items():
+                replaced.add(tensor_name(name, leaf))  # of a placeholder
                 replaced |= {tensor_name(name, state_name(leaf, part)) for part in description.state_spec}
     by_first = {state_name(weight.name, "packed"): weight for weight in weights}
     tensors: dict[str, Tensor] = {}

@@ -99,8 +99,8 @@ something_listens = _listener_check() if TELLS_LISTENERS else lambda: True
 
 
 # Versions of tensors, which count what torch sees of edits. Without them every tensor looks edited each time: an
-# offloaded block is laid out and copied anew for each call, through the memory map where a checkpoint's file holds it,
-# and a copy of a quantized weight has memory of its own.
+# offloaded block is laid out and copied anew for each call, never ahead, and through the memory map where a file of a
+# checkpoint holds it. A copy of a quantized weight has memory of its own.
 
 
 def _versions_count() -> bool:
@@ -299,9 +299,27 @@ def _check(condition: Any, message: Callable[[], str]) -> None:
 check: Callable[[Any, Callable[[], str]], object] = getattr(torch, "_check", _check)  # a trial takes seconds of imports
 
 # The products of groups of rows with the weights of a stack; without an entry, that weight is dequantized.
-GROUPED_PRODUCTS: tuple[Callable[..., Any], ...] = tuple(
-    product for product in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if product is not None
-)
+
+
+def _grouped_products() -> tuple[Callable[..., Any], ...]:
+    """torch's two, and what a subclass of Tensor hears of a call of the public one: in torch 2.13 the private one.
+
+    A release may read attributes of the tensors first, so names tell which function it is.
+    """
+    found = [getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)]
+
+    class Hears(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> None:
+            if "grouped" in getattr(func, "__name__", ""):
+                found.append(func)
+
+    x = torch.empty(0, device="meta").as_subclass(Hears)
+    _holds(lambda: F.grouped_mm(x, x))
+    return tuple(dict.fromkeys(product for product in found if product is not None))
+
+
+GROUPED_PRODUCTS = _grouped_products()
 
 
 def _attention_output() -> type[nn.Module] | None:
@@ -314,23 +332,35 @@ def _attention_output() -> type[nn.Module] | None:
 ATTENTION_OUTPUT = _attention_output()
 
 
-# What a module's load_state_dict does with names before it looks at them.
+# The tables of hooks that every module has: each is found by what torch's public function adds to a module's own.
+
+
+def _hook_table(register: str) -> str:
+    """The attribute of a module in which its method called `register` puts a hook; empty where it is not found."""
+    module = nn.Module()
+    getattr(module, register)(lambda *args: None)
+    return next((name for name, value in vars(module).items() if isinstance(value, dict) and value), "")
+
+
+_LOAD_HOOKS = _hook_table("register_load_state_dict_pre_hook")
+_BEFORE_STATE = _hook_table("register_state_dict_pre_hook")
+_AFTER_STATE = _hook_table("register_state_dict_post_hook")
+_FORWARD_HOOKS = _hook_table("register_forward_pre_hook")
 
 
 def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks of `load_state_dict` of this module itself: hook(state_dict, prefix, metadata, strict, ...)."""
-    return list(getattr(module, "_load_state_dict_pre_hooks", {}).values())
+    return list(getattr(module, _LOAD_HOOKS, {}).values())
 
 
-def state_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """The dict of the hooks that run before `state_dict` of this module; an empty one where it is not known."""
-    hooks: dict[int, Callable[..., Any]] = getattr(module, "_state_dict_pre_hooks", {})
-    return hooks
+def state_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], dict[int, Callable[..., Any]]]:
+    """The dicts of the hooks that run before and after `state_dict` of this module; empty ones where not known."""
+    return getattr(module, _BEFORE_STATE, {}), getattr(module, _AFTER_STATE, {})
 
 
 def has_forward_pre_hooks(module: nn.Module) -> bool:
     """Whether something runs before each call of this module; True where that is not known."""
-    return bool(getattr(module, "_forward_pre_hooks", True))
+    return bool(getattr(module, _FORWARD_HOOKS, True))
 
 
 EXTRA_STATE: str = getattr(nn.modules.module, "_EXTRA_STATE_KEY_SUFFIX", "_extra_state")  # the last part of its name

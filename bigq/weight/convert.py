@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bigq.formats import QUANT_STATE, Description, state_name
+from bigq.weight.experts import QuantizedExperts, are_fused_experts
 from bigq.weight.linear import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear
 from bigq.weight.quantized_module import QuantizedModule, weight_property
 
@@ -89,10 +90,11 @@ def _made_for(kind: type[nn.Module]) -> tuple[type[nn.Module], tuple[str, ...]]:
 def quantized_class(kind: type[nn.Module], leaves: tuple[str, ...]) -> type[QuantizedModule]:
     """Make the subclass of `kind` whose Parameters `leaves` are quantized.
 
-    If `kind` is a linear, a Conv1D or an embedding with the forward of torch or transformers, the class uses the
-    kernels. Any other forward is kept, and reads each weight as a QuantizedWeight.
+    If `kind` is a linear, a Conv1D, an embedding or fused experts with the forward of torch or transformers, the class
+    uses the kernels. Any other forward is kept, and reads each weight as a QuantizedWeight.
     """
-    base = _base(kind) if "weight" in leaves else QuantizedModule
+    experts = QuantizedExperts if are_fused_experts(kind) else QuantizedModule
+    base = _base(kind) if "weight" in leaves else experts
     if (base, kind, leaves) == (QuantizedLinear, nn.Linear, ("weight",)):
         return QuantizedLinear
     namespace: dict[str, Any] = {leaf: weight_property(leaf) for leaf in leaves}

@@ -57,14 +57,14 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 
 
 def _grouped_mm(input: Tensor, mat2: Tensor, *, offs: Tensor | None = None, **rest: Any) -> Tensor | None:
-    """x [S, K] times [E, K, N]. `offs` holds the end of each weight's rows; reading it waits for the GPU."""
+    """x [S, K] times [E, K, N]. `offs` holds the end of each weight's rows."""
     operand = _operand(input, mat2, dim=3, transposed=True)
     options = [value for value in rest.values() if value is not None]
     if operand is None or offs is None or options or input.dim() != 2:
         return None
-    if input.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    return operand.grouped_linear(input, offs.tolist())
+    if not operand.format.has_stack_products and input.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # the product of such a format reads `offs`, which no stream can record
+    return operand.grouped_linear(input, offs)
 
 
 def _embedding(

@@ -26,6 +26,7 @@ from bigq.formats import (
     state_name,
 )
 from bigq.weight.lazy_weight import plain
+from bigq.weight.placeholder import is_placeholder
 from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
 
@@ -234,7 +235,7 @@ class QuantizedModule(nn.Module):
             spec = {prefix + state_name(leaf, part): part_spec for part, part_spec in own.state_spec.items()}
             held = [name for name in spec if name in state_dict]
             weight = state_dict.pop(prefix + leaf, None)
-            if weight is None:
+            if weight is None or is_placeholder(weight):
                 self._check_parts(state_dict, prefix + leaf, spec, own, described.get(leaf))
                 continue
             if held:
@@ -292,7 +293,8 @@ class QuantizedModule(nn.Module):
         if quant_state.is_meta:
             return self.descriptions
         if hasattr(quant_state, "to_local"):  # a shard of FSDP2 or tensor parallelism has to equal ours
-            if own is not None and hasattr(own, "to_local") and not torch.equal(quant_state.to_local(), own.to_local()):
+            is_sharded = own is not None and hasattr(own, "to_local") and not own.is_meta
+            if is_sharded and not torch.equal(quant_state.to_local(), cast(Any, own).to_local()):
                 raise CheckpointError(f"{prefix}{QUANT_STATE} describes other weights than the sharded model holds")
             return self.descriptions
         return decode_quant_state(quant_state, f"{prefix}{QUANT_STATE} of the state dict")

@@ -30,23 +30,29 @@ def multiply(
     Raises:
         UnsupportedError: x is not floating point, or its width is not K.
     """
-    out_dtype = x.dtype
-    if not out_dtype.is_floating_point:
-        raise UnsupportedError(
-            f"a quantized weight is multiplied by activations of {out_dtype}; expected a floating dtype: cast them, or "
-            "name the layer in skip_modules"
-        )
+    out_dtype = _result_dtype(x)
     if x.is_nested:
         parts = [multiply(part, product, tensors, compute_dtype) for part in x.unbind()]
         return torch.nested.as_nested_tensor(parts, layout=x.layout)
-    device_type = "cuda" if x.is_cuda else x.device.type  # `device.type` takes as long as all other lines here
-    if torch.is_autocast_enabled(device_type) and out_dtype is not torch.float64:  # autocast does not cast float64
-        out_dtype = torch.get_autocast_dtype(device_type)
     dtype = compute_dtype or out_dtype
     op, _, settings = product
     # `to` takes a microsecond even if it casts nothing.
     out = eager.linear(op, x if x.dtype is dtype else x.to(dtype), tensors, settings)
     return out if out.dtype is out_dtype else out.to(out_dtype)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: that of autocast, or of x."""
+    dtype = x.dtype
+    if not dtype.is_floating_point:
+        raise UnsupportedError(
+            f"a quantized weight is multiplied by activations of {dtype}; expected a floating dtype: cast them, or "
+            "name the layer in skip_modules"
+        )
+    device_type = "cuda" if x.is_cuda else x.device.type  # `device.type` takes as long as all other lines here
+    if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:  # autocast does not cast float64
+        return torch.get_autocast_dtype(device_type)
+    return dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +123,40 @@ class Stored:
 
     def batched_linear(self, x: Tensor) -> Tensor:
         """Compute x[e] [M, K] times the transposed weight e of [E, N, K], for each e: [E, M, N]."""
-        if not len(x):
-            return x.new_empty(*x.shape[:2], self.shape[-2])
-        return torch.stack([self._entry(e).linear(rows) for e, rows in enumerate(x.unbind())])
+        weights, tokens = x.shape[:2]
+        if not weights or not tokens:
+            return x @ x.new_zeros(()).expand(weights, x.shape[-1], self.shape[-2])  # empty, and x gets a gradient
+        if not self.format.has_stack_products:
+            return torch.stack([self._entry(e).linear(rows) for e, rows in enumerate(x.unbind())])
+        stops = torch.arange(tokens, weights * tokens + 1, tokens, dtype=torch.int32, device=x.device)
+        return self.grouped_linear(x.flatten(0, 1), stops).view(weights, tokens, self.shape[-2])
 
-    def grouped_linear(self, x: Tensor, stops: Sequence[int]) -> Tensor:
-        """Compute groups of rows of x [S, K], each times one transposed weight of [E, N, K]: [S, N].
+    def grouped_linear(self, x: Tensor, stops: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute groups of rows of x [S, K], each times one transposed weight of [E, N, K], plus bias [E, N]: [S, N].
 
         Weight e multiplies the rows from `stops[e - 1]` (0 for the first) up to `stops[e]`. Rows after the last of
-        `stops` give zeros.
+        `stops` give zeros. The host reads `stops` if the format has no products with stacks; then there is no bias.
         """
+        if not self.format.has_stack_products:
+            assert bias is None
+            return self._one_by_one(x, stops.tolist())
+        return self._stack_linear(x, stops.int(), bias, sorted_rows=True)
+
+    def routed_linear(self, x: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute row i of [S, N]: row i // (S / M) of x [M, K] times the transposed weight ids[i], plus its bias.
+
+        A row whose id is no weight's gives zeros. The format has products with stacks.
+        """
+        return self._stack_linear(x, ids, bias, sorted_rows=False)
+
+    def _stack_linear(self, x: Tensor, route: Tensor, bias: Tensor | None, *, sorted_rows: bool) -> Tensor:
+        product = self.format.stack_product(self.shape[-1], sorted_rows=sorted_rows)
+        out_dtype = _result_dtype(x)
+        tensors = tuple(bias if part == "bias" else self.state[part] for part in product.parts)
+        rows = x.to(self.compute_dtype or out_dtype)
+        return eager.routed(product.op, rows, route, tensors, product.settings).to(out_dtype)
+
+    def _one_by_one(self, x: Tensor, stops: Sequence[int]) -> Tensor:
         starts = (0, *stops[:-1])
         groups = [(e, start, stop) for e, (start, stop) in enumerate(zip(starts, stops, strict=True)) if stop > start]
         parts = [self._entry(e).linear(x[start:stop]) for e, start, stop in groups]

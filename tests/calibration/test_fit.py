@@ -133,6 +133,19 @@ def test_a_config_keeps_its_settings_and_rules(tiny):
     assert formats == {name.removesuffix(".weight"): f for name, f in chosen(found).items() if f is not None}
 
 
+def test_searched_scales_are_what_is_measured(tiny):
+    model = tiny()
+    moments = bigq.input_moments(model)
+    config = bigq.QuantizationConfig("nf4", method="search", moments=moments)
+    found, plain = bigq.fit(model, bits=6, config=config), bigq.fit(model, bits=6)
+    assert found.config.method == "search"
+    assert found.uniform["nf4"].error < 0.95 * plain.uniform["nf4"].error
+    assert found.uniform["int8"] == plain.uniform["int8"]
+    assert bigq.memory_footprint(loaded(tiny(), found)).total_nbytes == found.nbytes
+    every = bigq.fit(model, bits=8.5, formats=["nf4", "int8"], config=config)
+    assert (every.config.weight_format(), every.config.method, every.config.moments) == (INT8, "absmax", None)
+
+
 def test_a_rule_quantizes_nothing_that_is_kept_by_default():
     """Both linears are called "up"; the one that is tied is kept, and a rule "up" would quantize it."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bigq import ConfigError, QuantizationConfig, input_moments, load_and_quantize_model
+from bigq import ConfigError, QuantizationConfig, QuantizedModule, input_moments, load_and_quantize_model
 
 
 class Block(nn.Module):
@@ -151,6 +151,65 @@ def test_fused_experts(implementation):
                 hidden.append(F.silu(gate) * up)
     torch.testing.assert_close(moments[f"{name}.down_proj"], torch.stack(hidden).square().mean(dim=0))
     assert moments.unreached == ()
+
+
+def test_other_weights_are_not_measured():
+    """The width of an image is no number of input features, also where it equals the width of a kernel."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(2), nn.Linear(9, 5))
+    config = QuantizationConfig("nf4", rules={"0": "nf4", "2": "nf4"})
+    loaded = load_and_quantize_model(model, None, config, device_map="cpu")
+    assert [name for name, m in loaded.named_modules() if isinstance(m, QuantizedModule)] == ["0", "2"]
+    moments = input_moments(loaded, [torch.randn(6, 2, 3, 3)])
+    assert list(moments) == ["2.weight"]
+    assert moments.unreached == ()
+
+
+class Experts(nn.Module):
+    """What transformers calls fused experts; with `is_transposed`, [E, K, N]."""
+
+    def __init__(self, *, is_transposed):
+        super().__init__()
+        self.num_experts, self.is_transposed = 2, is_transposed
+        shapes = ((2, 40, 24), (2, 24, 20))
+        self.gate_up_proj, self.down_proj = (
+            nn.Parameter(torch.randn(shape).mT.contiguous() if is_transposed else torch.randn(shape))
+            for shape in shapes
+        )
+
+    def forward(self, x):
+        entry = 1
+        up, down = (w[entry] if self.is_transposed else w[entry].mT for w in (self.gate_up_proj, self.down_proj))
+        return F.relu(x @ up)[..., :20] @ down
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_of_either_layout_offloaded_or_quantized(is_transposed):
+    x = torch.randn(7, 24)
+    model = nn.Sequential(nn.Linear(24, 24), Experts(is_transposed=is_transposed), nn.Linear(24, 3))
+    moments = input_moments(model, [x])
+    with torch.no_grad():
+        first = model[0](x)
+        up = model[1].gate_up_proj[1]
+        hidden = F.relu(first @ (up if is_transposed else up.mT))[:, :20]
+    wanted = {"0.weight": x, "1.gate_up_proj": first, "1.down_proj": hidden, "2.weight": model[1](first).detach()}
+    assert_close(moments, {name: inputs.square().mean(dim=0) for name, inputs in wanted.items()})
+
+    config = QuantizationConfig(rules={"0": "int8", "1.down_proj": "int8"})
+    int8 = load_and_quantize_model(
+        copy.deepcopy(model), None, config, device_map={"": "cpu", "1": "disk"}, offload="quantized"
+    )
+    found = input_moments(int8, [x])
+    assert torch.allclose(found["1.gate_up_proj"], moments["1.gate_up_proj"], rtol=0.1)
+    assert found.unreached == ("1.down_proj",)
+
+    def fail(module, args):
+        raise RuntimeError("a hook of someone else")
+
+    handle = model[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="someone else"):
+        input_moments(model, [x])
+    handle.remove()
+    assert set(input_moments(model, [x])) == set(wanted)
 
 
 def test_an_error_of_the_model_leaves_nothing_behind():

@@ -9,6 +9,8 @@ from bigq.calibration.sampled_passes import Sampled
 from bigq.calibration.sensitivity import sensitivities
 from bigq.calibration.token_sample import Tokens
 from bigq.calibration.watched_products import Use, WatchedWeight
+from bigq.formats import Description
+from bigq.planning.plan import PlannedWeight
 
 N, K, T = 24, 40, 30
 FORMATS = (bigq.NF4(block_size=32), bigq.NF4(block_size=32, double_quant=True), bigq.Int8())
@@ -21,7 +23,14 @@ def tokens(inputs, gradients, members=None, seen=None):
 def measured(weight, uses, *, kind="kfac", predictions=T, transposed=False):
     found = Sampled(tokens={Use("w", name): of for name, of in uses.items()}, predictions=predictions)
     weights = [WatchedWeight("w", weight, transposed)]
-    return sensitivities(weights, FORMATS, found, kind=kind, method="absmax")["w"]
+    plans = []
+    for weight_format in FORMATS:
+        shape = tuple(weights[0].matrix.shape)
+        described = Description(
+            format=weight_format, shape=shape, dtype=weight.dtype, compute_dtype=None, transposed=transposed
+        )
+        plans.append({"w": PlannedWeight(names=("w",), refs=(), description=described, source="w")})
+    return sensitivities(weights, plans, found, kind=kind)["w"]
 
 
 def changes(weight):

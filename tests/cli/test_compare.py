@@ -31,19 +31,15 @@ def test_a_real_model_and_text(story, assets, tmp_path, capsys):
     """NF4 costs stories260K .108 nats a token on 96,049 tokens."""
     text = tmp_path / "text.txt"
     text.write_text((assets / "text" / "tinystories_valid_stories.txt").read_text()[:6000])
-    picture = tmp_path / "out.svg"
-    arguments = (story, "--format", "nf4", "--text", text, "--context", 256, "--batch", "1", "--new", 2)
-    code, out, err = _run(capsys, *arguments, "--plot", picture, "--json")
+    arguments = (story, "--format", "nf4", "--text", text, "--context", 256, "--batch", "")
+    code, out, _ = _run(capsys, *arguments, "--json")
     found = json.loads(out)
     assert code == 0
     assert 0.03 < found["perplexity"]["change_nats"] < 0.25
     assert 0 < found["perplexity"]["standard_error"] < 0.03
     assert 0.7 < found["logits"]["top1_agreement"] < 1
     assert 0.088 < found["weight_error"] < 0.098
-    assert found["quantized"]["speeds"][0]["decode"]["value"] > 0
     assert found["environment"]["versions"]["torch"]
-    assert f"wrote {picture}" in err
-    assert "stories260K as nf4" in picture.read_text()
 
 
 def test_the_lines_of_the_page_run(story, assets, tmp_path, capsys, monkeypatch):
@@ -60,6 +56,7 @@ def test_the_lines_of_the_page_run(story, assets, tmp_path, capsys, monkeypatch)
         code, out, err = _run(capsys, *arguments[1:])
         assert code == 0, err
         assert "same likeliest token" in out
+        assert ("wrote compare.png" in err) == ("--plot" in arguments)
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,6 +1,7 @@
 """`bigq inspect` and `bigq estimate`: what they print, and their exit codes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import bigq
 from bigq import QuantizationConfig
 from bigq.cli.app import main
 from bigq.cli.limits import parse_limits
+from command_page import commands
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
@@ -61,6 +63,8 @@ def test_estimate(llama, capsys):
     assert "the output head:" in capsys.readouterr().out
     one, other = (said(capsys, "estimate", llama, "--format", name)["plan"]["total_nbytes"] for name in ("nf4", "int8"))
     assert one < other
+    planned = said(capsys, "estimate", llama, "--plan")["plan"]
+    assert sum(row["nbytes"] for row in planned["tensors"]) == planned["total_nbytes"] == one
     trained = said(capsys, "estimate", llama, "--train", "qlora", "--rank", "2")
     assert {"adapters", "optimizer"} < {item["name"] for item in trained["items"]}
 
@@ -106,3 +110,14 @@ def test_limits_of_devices():
     assert parse_limits("12GiB") == {0: 12 << 30}
     sizes = {1: 2 * 10**9, "cpu": 3 * 10**6, 0: 4000, "disk": 10**9}
     assert parse_limits("1=2GB, cpu=3MB,cuda:0=4KB,disk=1GB") == sizes
+
+
+def test_the_lines_of_the_page_run(llama, capsys, monkeypatch):
+    monkeypatch.chdir(Path(llama).parent)
+    for heading, count in {"inspect": 4, "estimate": 5}.items():
+        lines = commands(heading)
+        assert len(lines) == count
+        for arguments in lines:
+            capsys.readouterr()
+            assert run(*arguments) == 0, arguments
+        json.loads(capsys.readouterr().out)  # the last has --json

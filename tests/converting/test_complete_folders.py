@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 
 import bigq.checkpoint.hub as hub_module
 from bigq import (
+    CheckpointError,
     QuantizationConfig,
     UnsupportedError,
     load_and_quantize_model,
@@ -62,6 +63,8 @@ def source(tmp_path):
         "pytorch_model.bin.index.json": "{}",
         "events.out": "",
         ".git/config.json": "{}",
+        "onnx/config.json": "{}",
+        "onnx/model.safetensors": "",
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -116,6 +119,8 @@ def test_what_lies_beside_the_weights_comes_along(source, tmp_path):
     card = ModelCard.load(tmp_path / "to" / "README.md")
     assert (card.data.license, card.data.language, card.data.tags) == ("apache-2.0", "de", ["bigq", "nf4"])
     assert "LlamaForCausalLM, quantized to nf4" in card.text
+    convert(source, tmp_path / "theirs", layout="bitsandbytes")
+    assert ModelCard.load(tmp_path / "theirs" / "README.md").data.tags == ["bitsandbytes", "nf4"]
 
 
 def test_a_repository_of_the_hub(tmp_path, monkeypatch, source):
@@ -189,6 +194,8 @@ def test_a_folder_is_pushed(source, tmp_path, monkeypatch):
     with mock_hub(tmp_path / "pushed") as address:
         monkeypatch.setattr(push, "HfApi", partial(HfApi, address, token="hf_none"))
         assert push.push_folder(tmp_path / "to", "owner/name") == f"{address}/owner/name"
+    with pytest.raises(CheckpointError, match=r"cannot upload to 'owner/name'.*run `hf upload owner/name .*to`"):
+        push.push_folder(tmp_path / "to", "owner/name")  # the Hub is gone
     assert_same(tmp_path / "pushed", tmp_path / "to")
     files = {path.relative_to(tmp_path / "to") for path in (tmp_path / "to").rglob("*.*")}
     assert {path.relative_to(tmp_path / "pushed") for path in (tmp_path / "pushed").rglob("*.*")} == files

@@ -120,6 +120,22 @@ def test_it_loads_and_the_result_says_what_it_is(source, tmp_path):
     assert model.blocks[0][0].descriptions["weight"].format == NF4()
 
 
+def test_what_is_missing_or_unexpected_if_it_may_be(tmp_path):
+    state = {**Wide().state_dict(), "extra": torch.ones(2)}
+    del state["steps"], state["blocks.0.0.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="strict=False"):
+        convert(tmp_path / "model.safetensors", tmp_path / "to", model=Wide())
+    config, model = QuantizationConfig("nf4", dtype="bf16"), Wide()
+    convert(tmp_path / "model.safetensors", tmp_path / "to", config, model, strict=False)
+    found = read_folder(tmp_path / "to")
+    assert found["steps"] == 7
+    assert torch.equal(found["blocks.0.0.bias"], model.blocks[0][0].bias.bfloat16())
+    assert found["blocks.0.0.bias"].dtype == torch.bfloat16
+    assert "extra" not in found
+    assert model.blocks[0][0].bias.dtype == torch.float32, "the model is left as it was"
+
+
 def test_the_index_says_where_every_tensor_is(source, tmp_path):
     made = convert(source, tmp_path / "to", max_shard_size="300KB", metadata={"of": "wide"})
     index = json.loads((tmp_path / "to" / "model.safetensors.index.json").read_text())
@@ -167,8 +183,9 @@ class TestRefusals:
             ({"config": QuantizationConfig("nf4", skip_modules=["blokcs"])}, "blokcs"),
         ):
             self.refused(words, ConfigError, source, tmp_path, **settings)
-        with pytest.raises(ConfigError, match="source and destination are both"):
-            convert(source, source, overwrite=True)
+        for same in (source, source / "model.safetensors"):
+            with pytest.raises(ConfigError, match="source and destination are both"):
+                convert(same, source, overwrite=True)
         assert (source / "model.safetensors").exists()
 
     def test_a_layout_that_cannot_hold_a_weight(self, source, tmp_path):

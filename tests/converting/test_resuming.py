@@ -158,6 +158,15 @@ def test_a_folder_with_files_is_left_alone_unless_they_may_be_replaced(source, t
         convert(source, to / "mine.txt")
 
 
+def test_staged_files_of_an_unknown_run_are_dropped(source, tmp_path):
+    staged = tmp_path / "to" / ".bigq-quantize"
+    staged.mkdir(parents=True)
+    save_file({"a": torch.ones(2)}, staged / "model-00009-of-00009.safetensors")
+    (staged / "state.json").write_text("{")
+    made = convert(source, tmp_path / "to")
+    assert sorted(path.name for path in (tmp_path / "to").glob("*.safetensors")) == sorted(made.files)
+
+
 @pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
     """200 MB of weights, which become 100 MB: neither is in memory as a whole."""

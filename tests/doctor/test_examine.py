@@ -1,5 +1,6 @@
 """examine: what it measures, and what becomes a problem with advice."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from bigq.doctor import gpu, kernels
 from bigq.doctor.releases import Library
 from bigq.doctor.self_test import Check
 from bigq.measuring.reading import Reading
+from bigq_kernels.gpu import Gpu
 
 CPU = torch.device("cpu")
 
@@ -79,6 +81,47 @@ def test_the_driver_is_asked_of_nvidia_smi(tmp_path, monkeypatch):
     assert gpu._driver() == "580.95.05"
     program.write_text("#!/bin/sh\necho 'has failed'; exit 9\n")
     assert gpu._driver() is None
+
+
+def test_the_kernels_of_a_gpu_and_why():
+    rows = kernels.choices(Gpu.named("h100"))
+    assert len({(row.format, row.n, row.k, row.tokens) for row in rows}) == len(rows) == 2 * 4 * 4
+    one = next(row for row in rows if row.format == "nf4" and row.tokens == 1)
+    assert (one.way, one.why) == ("dp4a", "For 1 token and K up to 32768, byte dot products are fastest.")
+    assert one.config["warps"] > 0
+    assert {row.way for row in rows if row.format == "int8" and row.tokens == 16} == {"planes"}
+    assert all(row.config for row in rows if row.way != "dequantize")
+
+
+@pytest.mark.parametrize(
+    "change, why, advice",
+    [
+        ({}, "for 3 to some hundred tokens", None),
+        ({"gluon": False, "ptx": False}, "kernels are interpreted", "unset TRITON_INTERPRET on a GPU of NVIDIA"),
+        ({"gluon": False, "capability": (7, 5)}, "compute capability 7.5 is below 8.0", None),
+        ({"gluon": False}, "is none of 3.6, 3.7", "install Triton of 3.6, 3.7"),
+    ],
+    ids=str,
+)
+def test_why_gluon_is_off(change, why, advice, monkeypatch):
+    monkeypatch.setattr(Gpu, "of", lambda device: replace(Gpu.named("h100"), **change))
+    found = gpu.gluon_switch(torch.device("cuda"))
+    assert found.is_on == (not change)
+    assert why in found.why
+    assert found.advice is None if advice is None else found.advice.startswith(advice)
+
+
+def test_why_replays_are_off(monkeypatch):
+    def warns():
+        warnings.warn("launches are not replayed: Triton 9.9 is not one of 3.6", stacklevel=1)
+        return False
+
+    monkeypatch.setattr("bigq_kernels.replay.can_replay", warns)
+    assert gpu.replay_switch().why == "launches are not replayed: Triton 9.9 is not one of 3.6"
+    monkeypatch.setattr("bigq_kernels.replay.can_replay", lambda: False)
+    assert "it was tried before" in gpu.replay_switch().why
+    monkeypatch.setattr("bigq_kernels.replay.can_replay", lambda: True)
+    assert gpu.replay_switch().is_on
 
 
 @pytest.mark.gpu

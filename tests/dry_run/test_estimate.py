@@ -5,11 +5,13 @@ from math import prod
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import bigq
 from bigq import ConfigError, QuantizationConfig
 from bigq.dry_run.estimate import estimate_memory
 from bigq.dry_run.kv_cache import Unknown, measure_cache
+from bigq.dry_run.run_memory import RunMemory
 from bigq.integrations.skeleton import build_skeleton
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
@@ -38,9 +40,9 @@ FAMILIES = {
 }
 
 
-def build(name, kind, settings):
+def build(name, kind, settings, **options):
     config = getattr(transformers, kind)(**{"num_hidden_layers": 2} | settings)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options).eval()
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +165,20 @@ def test_several_gpus_hold_the_cache_of_their_blocks(llama):
 
 
 def test_what_is_unknown_is_said(tmp_path, llama):
-    build(*FAMILIES["experts"]).save_pretrained(tmp_path)
+    name, kind, settings = FAMILIES["experts"]
+    build(name, kind, settings).save_pretrained(tmp_path)
     found = estimate_memory(tmp_path, "nf4", max_memory={0: "10GB"})
-    unknown = {item.name: item.how for item in found.items if item.nbytes is None}
-    assert unknown.keys() == {"decoded weights"}
+    assert amounts(found)["decoded weight", "cuda:0"] == 2 * 192 * 64 * 2  # of one expert, in bfloat16
+    assert found.fits is True
+    t5 = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**t5)).save_pretrained(tmp_path)
+    found = estimate_memory(tmp_path, "int8", max_memory={0: "10GB"})
+    assert {item.name for item in found.items if item.nbytes is None} == {"KV cache", "activations"}
+    assert ("decoded weight", "cuda:0") not in amounts(found)
     assert found.fits is None
     assert not found.needed("cuda:0", "generate")[1]
+    assert "an item is unknown" in found.verdict()
+    assert "unknown" in found.table()
     assert estimate_memory(tmp_path, "nf4", {"": 0}, max_memory={0: 1000}).fits is False
     if not torch.cuda.is_available():
         without = estimate_memory(llama, "nf4")
@@ -200,3 +210,74 @@ def test_refusals(llama):
     ]:
         with pytest.raises(ConfigError, match=words):
             estimate_memory(llama, "nf4", **arguments)
+
+
+def test_activations_that_no_formula_says():
+    bart = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 16}
+    narrow = {f"{part}_{name}": 4 for part in ("encoder", "decoder") for name in ("attention_heads", "ffn_dim")}
+    image = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    for model, words in {
+        transformers.ViTModel(transformers.ViTConfig(**image)): "its input is no text",
+        transformers.BartModel(transformers.BartConfig(**bart, **narrow)): "an encoder and a decoder run",
+        build(*FAMILIES["states"]): "its layers keep states",
+        build(*FAMILIES["fused queries"], attn_implementation="eager"): "keeps the scores",
+    }.items():
+        plan = bigq.plan(model, "nf4", "cpu")
+        run = RunMemory(model, plan, batch=1, context=8)
+        for items in (run.generate(plan), run.train(plan, 2)):
+            (activations,) = [item for item in items if item.name == "activations"]
+            assert activations.nbytes is None
+            assert words in activations.how
+
+
+def test_a_model_that_does_not_generate_has_logits_of_every_token():
+    config = transformers.BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.BertForMaskedLM(config)
+    plan = bigq.plan(model, "nf4", "cpu")
+    said = {item.name: item.nbytes for item in RunMemory(model, plan, batch=2, context=8).generate(plan)}
+    assert said["logits"] == 2 * 8 * 100 * (4 + 4)
+    assert "KV cache" not in said
+
+
+def peak_nbytes(call, folder):
+    """The most bytes that `call` holds at a time on the CPU beside what there was, by torch's profiler."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    held = [event for event in events if event.get("name") == "[memory]"]
+    held.sort(key=lambda event: event["ts"])
+    before = held[0]["args"]["Total Allocated"] - held[0]["args"]["Bytes"]
+    return max(event["args"]["Total Allocated"] for event in held) - before
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("vocabulary", [64, 2000], ids=["small head", "large head"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Phi3"])
+def test_activations_are_near_what_is_measured(family, vocabulary, tmp_path):
+    """With float weights: what decoding a weight takes is an item of its own."""
+    peft = pytest.importorskip("peft")
+    settings = {**TEXT, "vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 384, "pad_token_id": 0}
+    settings |= {"head_dim": 32} if family == "Qwen3" else {}
+    model = build(f"{family}ForCausalLM", f"{family}Config", settings)
+    ids, plan = torch.zeros(1, 1024, dtype=torch.long), bigq.plan(model, "nf4", "cpu")
+    run = RunMemory(model, plan, batch=1, context=1024)
+    said = {item.name: item.nbytes for item in run.generate(plan)}
+    with torch.no_grad():
+        peak = peak_nbytes(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), tmp_path)
+    assert 0.95 < said["activations"] / (peak - said["KV cache"]) < 1.05
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear"))
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = adapted(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        adapted.zero_grad()
+
+    said = {item.name: item.nbytes for item in run.train(plan, 8)}
+    assert 0.9 < (said["activations"] + said["gradients"]) / peak_nbytes(step, tmp_path) < 1.15

@@ -80,6 +80,26 @@ def test_the_load_does_what_the_plan_says(name, place, tiny, empty, checkpoint, 
     assert_as_planned(plan, bigq.load_and_quantize_model(model, checkpoint, config, device_map, **limits))
 
 
+GPU_MAPS = {
+    "the GPU": None,
+    "a block on the CPU": {"": 0, "blocks.1": "cpu"},
+    "a block on the disk": {"": 0, "blocks.0": "disk"},
+    "automatic": "auto",
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["preserve", "quantized"])
+@pytest.mark.parametrize("place", GPU_MAPS)
+def test_the_load_does_what_the_plan_says_on_a_gpu(place, offload, tiny, empty, checkpoint, tmp_path):
+    limits = {"max_memory": {0: "60KB", "cpu": "1GB"}} if GPU_MAPS[place] == "auto" else {}
+    arguments = {"device_map": GPU_MAPS[place], "offload": offload, "offload_folder": tmp_path, **limits}
+    config = CONFIGS["nf4" if limits else "rules"]
+    plan = bigq.plan(empty(tiny), config, weights_location=checkpoint, **arguments)
+    assert "cuda:0" in plan.nbytes or (limits and offload == "preserve")  # two float blocks do not fit on it
+    assert_as_planned(plan, bigq.load_and_quantize_model(empty(tiny), checkpoint, config, **arguments))
+
+
 @pytest.mark.parametrize("offload", ["preserve", "quantized", torch.float32], ids=str)
 def test_how_offloaded_weights_are_stored(offload, tiny, empty, checkpoint):
     device_map = {"": "cpu", "blocks": "disk"}

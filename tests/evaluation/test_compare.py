@@ -1,6 +1,7 @@
 """compare: a folder beside what bigq and bitsandbytes made of it; every number against a computation of its own."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from bigq.evaluation import compare as module
 from bigq.evaluation.plot import plot_comparison
 
 transformers = pytest.importorskip("transformers")
+
+compare = partial(bigq.compare, device="cpu")
 
 RANDOM = "Perplexity is left out: there is no text. Outputs are those of random token ids."
 
@@ -44,7 +47,7 @@ def test_every_number_of_a_saved_model(llama, letters, tmp_path):
     model = _quantized(llama)
     bigq.save_quantized(model, tmp_path, layout="bigq")
     text = "a text of some letters, which is longer than one window"
-    found = bigq.compare(llama, tmp_path, text=text, context=16, batches=[1, 2], prompt_tokens=8, new_tokens=2)
+    found = compare(llama, tmp_path, text=text, context=16, batches=[1, 2], prompt_tokens=8, new_tokens=2)
 
     ids = letters(text, add_special_tokens=False)["input_ids"]
     windows = [[1, *ids[start : start + 15]] for start in range(0, len(ids), 15)]
@@ -89,8 +92,8 @@ def test_every_number_of_a_saved_model(llama, letters, tmp_path):
 def test_on_the_fly_and_bitsandbytes_layout_are_the_saved_model(llama, tmp_path):
     """The same codes and scales, so the same numbers bit for bit."""
     bigq.save_quantized(_quantized(llama, block_size=32), tmp_path, layout="bitsandbytes")
-    saved = bigq.compare(llama, tmp_path, batches=[])
-    made = bigq.compare(llama, None, bigq.QuantizationConfig("nf4", block_size=32), batches=[])
+    saved = compare(llama, tmp_path, batches=[])
+    made = compare(llama, None, bigq.QuantizationConfig("nf4", block_size=32), batches=[])
     assert made.logits == saved.logits
     assert made.groups == saved.groups
     assert made.notes == (RANDOM,)
@@ -101,7 +104,7 @@ def test_on_the_fly_and_bitsandbytes_layout_are_the_saved_model(llama, tmp_path)
 def test_a_model_beside_itself_differs_by_nothing(llama, monkeypatch):
     """The quantized side is the float model itself: every difference is 0."""
     monkeypatch.setattr(module, "open_quantized_model", lambda *a, **k: module.open_source_model(llama, a[3]))
-    found = bigq.compare(llama, None, bigq.QuantizationConfig("nf4"), batches=[])
+    found = compare(llama, None, bigq.QuantizationConfig("nf4"), batches=[])
     assert (found.logits.relative_error, found.logits.kl, found.logits.top1_agreement) == (0.0, 0.0, 1.0)
     assert {group.error for group in found.groups} == {0.0}
     assert found.weight_error == 0.0
@@ -112,12 +115,12 @@ def test_hidden_states_of_an_encoder(tmp_path):
         vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
-    found = bigq.compare(tmp_path, None, bigq.QuantizationConfig("int8"), batches=[1], prompt_tokens=8)
+    found = compare(tmp_path, None, bigq.QuantizationConfig("int8"), batches=[1], prompt_tokens=8)
     assert 0 < found.logits.relative_error < 0.1
     assert (found.logits.kl, found.source.speeds[0].decode) == (None, None)
     assert "BertModel does not predict the next token" in found.notes[0]
     with pytest.raises(ConfigError, match="BertModel does not predict the next token"):
-        bigq.compare(tmp_path, None, bigq.QuantizationConfig("int8"), text="a")
+        compare(tmp_path, None, bigq.QuantizationConfig("int8"), text="a")
 
 
 def test_a_model_of_pictures_has_weights_only(tmp_path):
@@ -125,36 +128,66 @@ def test_a_model_of_pictures_has_weights_only(tmp_path):
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32
     )
     transformers.ViTModel(config).save_pretrained(tmp_path)
-    found = bigq.compare(tmp_path, None, bigq.QuantizationConfig("nf4"))
+    found = compare(tmp_path, None, bigq.QuantizationConfig("nf4"))
     assert (found.logits, found.quantized.speeds) == (None, ())
-    assert found.notes == ("Outputs and speed are left out: ViTModel takes pixel_values, and not token ids alone.",)
+    assert found.notes == (
+        "Outputs and speed are left out: ViTModel is not called with token ids alone: it takes pixel_values.",
+    )
     assert 0.08 < found.weight_error < 0.11
 
 
+def test_a_model_of_tokens_and_pictures_has_weights_only(tmp_path):
+    """CLIP says that its main input is token ids, and raises without pictures."""
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 64}, vision_config={**small, "image_size": 32, "patch_size": 16}
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    found = compare(tmp_path, None, bigq.QuantizationConfig("nf4"))
+    assert (found.logits, len(found.notes)) == (None, 1)
+    assert "CLIPModel is not called with token ids alone: a call with token ids raises AttributeError" in found.notes[0]
+    with pytest.raises(ConfigError, match="is not called with token ids alone"):
+        compare(tmp_path, None, bigq.QuantizationConfig("nf4"), text="a text")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(llama):
+    found = bigq.compare(llama, None, bigq.QuantizationConfig("nf4"), batches=[1], prompt_tokens=8, new_tokens=2)
+    assert found.environment.device == torch.cuda.get_device_name()
+    assert found.notes == (RANDOM,)
+    peaks = [side.speeds[0].peak_nbytes for side in (found.source, found.quantized)]
+    assert all(peak >= side.memory_nbytes for peak, side in zip(peaks, (found.source, found.quantized), strict=True))
+    on_cpu = compare(llama, None, bigq.QuantizationConfig("nf4"), batches=[])
+    for one, other in zip(found.groups, on_cpu.groups, strict=True):
+        assert (one.group, one.format, one.nbytes) == (other.group, other.format, other.nbytes)
+        assert one.error == pytest.approx(other.error, rel=1e-5)
+    assert found.logits.kl == pytest.approx(on_cpu.logits.kl, rel=0.05)
+
+
 def test_a_dtype_is_that_of_both_models(llama):
-    found = bigq.compare(llama, None, bigq.QuantizationConfig("int8"), dtype=torch.bfloat16, batches=[])
+    found = compare(llama, None, bigq.QuantizationConfig("int8"), dtype=torch.bfloat16, batches=[])
     assert found.source.dtypes == found.quantized.dtypes == ("bfloat16",)
     with pytest.raises(ConfigError, match="which has dtypes of its own"):
-        bigq.compare(llama, llama, dtype=torch.bfloat16)
+        compare(llama, llama, dtype=torch.bfloat16)
 
 
 def test_what_is_refused(llama, tmp_path):
     config = bigq.QuantizationConfig("nf4")
     with pytest.raises(ConfigError, match="pass either a quantized checkpoint or a config"):
-        bigq.compare(llama)
+        compare(llama)
     with pytest.raises(ConfigError, match=r"tokens is 1; expected 2 or more"):
-        bigq.compare(llama, None, config, tokens=1)
+        compare(llama, None, config, tokens=1)
     with pytest.raises(ConfigError, match=r"batches is \[0\]"):
-        bigq.compare(llama, None, config, batches=[0])
+        compare(llama, None, config, batches=[0])
     with pytest.raises(ConfigError, match="exceed the 128 positions of LlamaForCausalLM"):
-        bigq.compare(llama, None, config, prompt_tokens=120)
+        compare(llama, None, config, prompt_tokens=120)
     with pytest.raises(CheckpointError, match="no such folder"):
-        bigq.compare(tmp_path / "nothing", None, config)
+        compare(tmp_path / "nothing", None, config)
     with pytest.raises(UnsupportedError, match="a text needs the tokenizer of"):
-        bigq.compare(llama, None, config, text="a text")
+        compare(llama, None, config, text="a text")
     bigq.save_quantized(_quantized(llama), tmp_path)
     with pytest.raises(ConfigError, match=r"is quantized already \(quant_method 'bigq'\)"):
-        bigq.compare(tmp_path, None, config)
+        compare(tmp_path, None, config)
 
 
 def test_infinite_outputs_are_said(llama, tmp_path):
@@ -162,4 +195,4 @@ def test_infinite_outputs_are_said(llama, tmp_path):
     model.model.norm.weight.data.fill_(float("inf"))
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM computes NaN or Inf for .* in torch.float32"):
-        bigq.compare(tmp_path, None, bigq.QuantizationConfig("nf4"))
+        compare(tmp_path, None, bigq.QuantizationConfig("nf4"))

@@ -306,3 +306,12 @@ assert isinstance(model.transformer_blocks[0].attn1.to_q, bigq.QuantizedLinear)
 """
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'triton_kernels'}", "PATH": "/usr/bin:/bin", "HOME": "/nowhere"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
+
+
+def test_a_transformers_that_is_too_old_refuses_only_its_own_loads(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bigq.integrations.transformers", None)  # to import it is an ImportError
+    config = QuantizationConfig("nf4")
+    model = diffusers.UNet2DConditionModel.from_pretrained(folders["unet"], quantization_config=config)
+    assert model.quantization_method == config.quant_method == "bigq"
+    with pytest.raises(ImportError, match=r"bigq\.integrations\.transformers"):
+        transformers.quantizers.AutoHfQuantizer.from_config(config)

@@ -1,12 +1,14 @@
 """from_pretrained of transformers, with bigq's config: what it returns, saves, loads again and refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import bigq
@@ -125,11 +127,21 @@ def test_a_model_that_load_and_quantize_model_made_is_saved_as_quantized(folder,
 
 
 def test_without_bigq_a_saved_folder_is_refused(folder, tmp_path):
+    """Also one of weights alone, to which somebody adds the config.json of the model or of the plain one."""
     for name in ("nf4", "int8"):
-        load(folder, FORMATS[name]).save_pretrained(tmp_path / name)
+        model = load(folder, FORMATS[name])
+        model.save_pretrained(tmp_path / name)
+        Accelerator().save_model(model, tmp_path / f"{name}-weights")
+        model.config.save_pretrained(tmp_path / f"{name}-weights")
+        (tmp_path / f"{name}-state").mkdir()
+        torch.save(model.state_dict(), tmp_path / f"{name}-state" / "pytorch_model.bin")
+        shutil.copy(folder / "config.json", tmp_path / f"{name}-state")
+        model.model.save_pretrained(tmp_path / f"{name}-base")
+    names = [path.name for path in tmp_path.iterdir()]
+    assert len(names) == 8
     code = f"""
 import transformers
-for name in ("nf4", "int8"):
+for name in {names}:
     try:
         transformers.LlamaForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + name)
     except RuntimeError as error:

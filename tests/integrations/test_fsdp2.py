@@ -1,12 +1,15 @@
 """FSDP2 over quantized modules: two processes compute the bits of one, also under a policy that casts parameters."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model
+from bigq.model.placeholders import hold_placeholders
+from bigq.weight.placeholder import is_placeholder
 
 FORMATS = {
     "nf4": NF4(),
@@ -75,8 +78,36 @@ def _compare(rank, port, folder):
                 kept,
                 ((gradient.float() - exact).norm() / exact.norm()).item(),
             )
+    found["state"] = _keeps_its_state(rank, mesh)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _keeps_its_state(rank, mesh):
+    """Whether torch and accelerate gather and distribute the state of a model that has placeholders."""
+    from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    models = [_model(NF4()) for _ in range(2)]
+    for model in models:
+        hold_placeholders(model)
+    state = models[0].state_dict()
+    models[1] = models[1].to("meta")
+    for model in models:
+        for block in model[:2]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
+    gathered = get_model_state_dict(models[0], options=options)
+    kept = rank > 0 or all(torch.equal(tensor, state[key]) for key, tensor in gathered.items())
+    set_model_state_dict(models[0], gathered, options=options)
+    fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=rank == 0), models[1], state)
+    for model in models:
+        held = {key: tensor.full_tensor() for key, tensor in model.state_dict().items()}
+        kept &= held.keys() == {key for key in state if not is_placeholder(state[key])}
+        kept &= all(torch.equal(tensor, state[key]) for key, tensor in held.items())
+    return kept
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +125,7 @@ def test_two_processes_compute_the_bits_of_one(compared, name, dtype):
         assert same_outputs
         assert same_state
         assert gradient_error < (1e-2 if dtype else 1e-5)  # the reduction sums in another order
+
+
+def test_a_state_with_placeholders_is_gathered_and_distributed(compared):
+    assert [found["state"] for found in compared] == [True, True]

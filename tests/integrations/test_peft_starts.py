@@ -1,9 +1,11 @@
 """Adapters of PEFT that start from the weight: PiSSA, OLoRA, KaSA and CorDA change it, EVA and LoRA-GA look at data."""
 
+import warnings
+
 import pytest
 import torch
 
-from bigq import NF4, Int8, QuantizedModule, dequantize_tensor, quantize_tensor
+from bigq import NF4, Int8, QuantizedModule, UnsupportedError, dequantize_tensor, quantize_tensor
 from dequantized import dequantized
 
 peft = pytest.importorskip("peft")
@@ -117,17 +119,18 @@ def test_lora_ga_needs_gradients_of_the_weights_and_says_so(weight_format):
         preprocess_loraga(quantized(weight_format), config, lambda: None)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="works with a GPU")
-def test_loftq_needs_a_gpu_and_says_so(weight_format):
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA driver"):
-        tuned(quantized(weight_format), lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4)))
+def test_loftq_is_refused_with_what_to_do(weight_format):
+    config = lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4))
+    with pytest.raises(UnsupportedError, match=r"'loftq' starts .* use 'olora', 'pissa'"):
+        tuned(quantized(weight_format), config)
 
 
-@pytest.mark.gpu
-def test_loftq_keeps_the_model_near_the_quantized_one():
-    pytest.importorskip("bitsandbytes")
-    config = lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4, loftq_iter=1))
-    base = quantized(NF4())
-    expected, quantization = logits(base), distance(logits(base), logits(llama()))
-    assert distance(logits(tuned(base, config)), expected) < 1.5 * quantization
+def test_loftq_would_start_with_zeros():
+    """bitsandbytes, with which PEFT computes it, quantizes the numbers of an NF4 weight to the same numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing it is not silent on every CPU
+        bnb = pytest.importorskip("bitsandbytes")
+    for module in bases(tuned(quantized(NF4()), lora())).values():
+        weight = module.dequantize()
+        codes = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        assert torch.equal(bnb.functional.dequantize_4bit(*codes), weight)

@@ -85,13 +85,6 @@ def test_glora_says_that_it_takes_plain_linears_only(weight_format):
         tuned(quantized(weight_format), config)
 
 
-def test_target_parameters_names_what_it_does_not_find(weight_format):
-    with pytest.raises(ValueError, match="no `target_parameters` found"):
-        tuned(quantized(weight_format), lora(target_modules=[], target_parameters=["q_proj.weight"]))
-    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
-        tuned(quantized(weight_format), lora(target_parameters=["k_proj.weight"]))
-
-
 def test_x_lora_mixes_adapters(weight_format, tmp_path):
     folders = {name: str(tmp_path / name) for name in ("0", "1")}  # PEFT gives the adapters these names
     for folder in folders.values():

@@ -13,12 +13,11 @@ from bigq_kernels import gpu, internals, launch, replay
 from renamed_internals import NAMES, ROOT, renamed
 
 NAME = "bigq_kernels.internals"
-pytestmark = pytest.mark.skipif(
-    internals.__spec__ is None, reason="all are renamed: tests/support/renamed_internals.py"
-)
+needs_all = pytest.mark.skipif(internals.__spec__ is None, reason="all are renamed: tests/support/renamed_internals.py")
 START = (3, 1, 1, 11, 7, ("metadata",), None, None, None)
 
 
+@needs_all
 def test_this_triton_has_all_that_is_private():
     assert internals.IS_COMPLETE
     assert internals.is_tested()
@@ -44,6 +43,7 @@ def launcher_of_triton(monkeypatch, scratch=0):
     return launcher, called
 
 
+@needs_all
 @pytest.mark.parametrize("scratch", [0, 64], ids=["direct", "scratch-memory"])
 def test_asks_tritons_launcher_what_it_calls(monkeypatch, scratch):
     launcher, called = launcher_of_triton(monkeypatch, scratch)
@@ -131,6 +131,8 @@ def test_a_compiled_kernel_that_cannot_be_started_is_left_to_triton(monkeypatch,
 @pytest.fixture
 def asked(monkeypatch):
     """asked(): whether replays work, from a start, on the CPU and on tiny kernels of Python's."""
+    if not internals.IS_COMPLETE:
+        pytest.skip("parts of Triton or torch are not there: replays are refused before they are tried")
     on_cpu = replay._has_the_bits_of_its_launcher
     monkeypatch.setattr(replay, "_has_the_bits_of_its_launcher", lambda device: on_cpu("cpu"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -210,6 +212,16 @@ def test_a_renamed_part_leaves_all_to_the_launcher(asked, monkeypatch, name):
         assert len(caught) == (name != "calls")  # which says that someone listens: it is asked again
     x, factor = torch.randn(8), torch.tensor([2.0])
     assert torch.equal(replay._multiply_twice(x, factor), 4 * x)
+
+
+def test_with_all_of_them_renamed_replays_are_off_and_a_warning_says_so(monkeypatch):
+    monkeypatch.setattr(replay, "internals", renamed(NAME, *NAMES[NAME]))
+    monkeypatch.setattr(replay, "_works", None)
+    with pytest.warns(UserWarning, match="up to 160 us .*: parts of Triton or torch that they use are not there"):
+        assert replay.can_replay() is False
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        assert replay.can_replay() is False
 
 
 @pytest.mark.parametrize("moment", ["capture", "trace", "listener", "interpreter"])

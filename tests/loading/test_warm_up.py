@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from bigq import QuantizationConfig
-from bigq.formats import Block4
+from bigq import InputMoments, QuantizationConfig
+from bigq.formats import NF4, Block4
 from bigq.loading.warm_up import WarmUp
 from bigq.model.in_place import ModelTensors
 
@@ -56,6 +56,21 @@ def test_what_it_runs_is_what_a_load_runs(source, monkeypatch):
     )
     WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")).wait()
     assert [(rows.dtype, tuple(rows.shape)) for rows in launches] == [(torch.float32, (16, 4096))]
+
+
+def test_it_searches_if_the_load_does(source, monkeypatch):
+    launches, plain, zeros = [], NF4.quantize_rows, torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, dtype, device: zeros(*args, dtype=dtype))
+    monkeypatch.setattr(
+        NF4,
+        "quantize_rows",
+        lambda self, rows, **how: launches.append((len(rows), how["method"])) or plain(self, rows, **how),
+    )
+    for moments, expected in ((None, [(16, "absmax")]), (InputMoments({}), [(8, "search"), (8, "search")])):
+        launches.clear()
+        config = QuantizationConfig("nf4", rules={"a": "int8"}, method="search", moments=moments)
+        WarmUp(config, source, torch.device("cuda:0")).wait()
+        assert launches == expected
 
 
 @pytest.mark.gpu

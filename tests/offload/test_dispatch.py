@@ -15,6 +15,7 @@ from bigq.offload.attach import attach
 from bigq.offload.dispatch import _units
 from bigq.offload.hooks import Float32Hook, PlacementHook
 from bigq.offload.space import is_file_backed
+from bigq.system.internals import COUNTS_HOLDERS, TELLS_HOOKS
 
 GPU = torch.cuda.is_available()
 RUNS_ON = 0 if GPU else "cpu"
@@ -317,14 +318,17 @@ def test_nothing_grows_from_pass_to_pass(tiny, checkpoint, empty, ids, tmp_path)
         gc.collect()
         return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
 
-    for _ in range(3):  # three blocks meet two slots in six ways
-        model(ids)
-    alive = tensors_alive()
-    for grad in (False, True):
-        for _ in range(5):
-            with torch.set_grad_enabled(grad):
+    levels = []
+    for grad in (True, False, True):
+        with torch.set_grad_enabled(grad):
+            for _ in range(3):  # three blocks meet two slots in six ways
                 model(ids)
-        assert tensors_alive() <= alive
+            levels.append(tensors_alive())
+            for _ in range(5):
+                model(ids)
+            assert tensors_alive() <= levels[-1]
+    if TELLS_HOOKS:  # otherwise a graph takes slots along, and fewer are kept
+        assert max(levels) == levels[0]
 
 
 def test_packed_weights_are_in_memory_in_two_slots_and_no_more(tiny, checkpoint, empty, ids, tmp_path):
@@ -340,7 +344,8 @@ def test_packed_weights_are_in_memory_in_two_slots_and_no_more(tiny, checkpoint,
         if issubclass(type(value), torch.Tensor) and value.dtype == torch.int8 and value.shape == (216, 72)
     }
     at_rest = {block.up.weight_packed.untyped_storage().data_ptr() for block in model.blocks}
-    assert len(memories - at_rest) == 2, "two slots for three blocks"
+    kept = 2 if COUNTS_HOLDERS and TELLS_HOOKS else 0  # otherwise each call of a graph has tensors of its own
+    assert len(memories - at_rest) == kept, "two slots for three blocks"
 
 
 def _peak_above_rest(model, ids):

@@ -159,7 +159,11 @@ def test_an_interrupted_materialize_moves_everything_or_nothing(tiny, checkpoint
         outcomes.append(look(model))
         assert outcomes[-1] in (offloaded, moved), i
         assert torch.equal(model(ids), expected), i
-        assert look(materialize(model)) == moved, i
+        began = time.perf_counter()
+        materialize(model)
+        if outcomes[-1] == offloaded:
+            usual_s.append(time.perf_counter() - began)  # a busy machine may have been slower before
+        assert look(model) == moved, i
         assert torch.equal(model(ids), expected), i
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()), i
     assert outcomes.count(offloaded) > 20, "most interrupts came before the end"

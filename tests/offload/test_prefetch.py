@@ -20,6 +20,7 @@ from bigq.offload.attach import attach
 from bigq.offload.hooks import PlacementHook
 from bigq.offload.prefetch import OffloadedBlock, Prefetcher
 from bigq.offload.space import FileMap, OffloadSpace, is_file_backed
+from bigq.system.internals import COUNTS_HOLDERS, SEES_EDITS, TELLS_HOOKS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WIDTH = 16
@@ -127,8 +128,12 @@ def test_a_block_is_lent_the_same_tensors_in_a_slot(pair):
         passes.append(lent.copy())
         lent.clear()
     assert len(passes[0]) == 5
-    assert passes[4] == passes[2], "dead references differ"
-    assert passes[5] == passes[3], "dead references differ"
+    if SEES_EDITS and COUNTS_HOLDERS:
+        assert passes[4] == passes[2], "dead references differ"
+        assert passes[5] == passes[3], "dead references differ"
+    else:  # new ones for each call, and those of the passes before are gone
+        gc.collect()
+        assert [reference() for tensors in passes[:-1] for reference in tensors] == [None] * 25
 
 
 def test_each_block_is_copied_once_a_pass_and_ahead(pair, monkeypatch):
@@ -143,7 +148,10 @@ def test_each_block_is_copied_once_a_pass_and_ahead(pair, monkeypatch):
     model(input_on(device))
     monkeypatch.setattr(transfer.Transfer, "start", counted)
     model(input_on(device))
-    assert copies == [1, 2, 3, 4, 0], "block 0 was there from the last pass, and is there for the next"
+    if SEES_EDITS:
+        assert copies == [1, 2, 3, 4, 0], "block 0 was there from the last pass, and is there for the next"
+    else:
+        assert copies == [0, 1, 2, 3, 4], "none is ahead: it would be made again"
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4, 9])
@@ -181,7 +189,7 @@ def test_the_order_that_runs_is_learnt(pair, monkeypatch):
 
     monkeypatch.setattr(Prefetcher, "_onload", onload)
     model(input_on(device), order)
-    assert missed == [False] * 3
+    assert missed == [not SEES_EDITS] * 3  # nothing is copied ahead where edits are not seen
 
 
 def test_blocks_that_call_blocks(pair):
@@ -335,13 +343,19 @@ class TestGradients:
 
     @pytest.mark.parametrize("edited", ["weight", "activation"])
     def test_an_edit_between_forward_and_backward_is_an_error(self, pair, edited):
-        model, _, device = pair
+        model, plain, device = pair
         between = []
         model.layers[1].norm.register_forward_hook(lambda module, args, out: between.append(args[0]))
-        out = model(input_on(device).requires_grad_()).sum()
+        x = input_on(device).requires_grad_()
+        out = model(x).sum()
         with torch.no_grad():
             (model.layers[1].up.weight if edited == "weight" else between[0]).add_(1)
-        with pytest.raises(RuntimeError, match="modified in place"):
+        if edited == "weight" and not TELLS_HOOKS:  # autograd holds the weight as it was copied
+            (expected,) = torch.autograd.grad(plain(x).sum(), x)
+            out.backward()
+            assert torch.equal(x.grad, expected)
+            return
+        with pytest.raises(RuntimeError, match="modified in place" if TELLS_HOOKS else "modified by an inplace"):
             out.backward()
 
 
@@ -381,7 +395,12 @@ def test_what_outlives_the_call_does_not_change(tmp_path, how):
             elif how == "itself in an attribute":
                 assert torch.equal(layer.kept[0], table)
         slots.append(set(prefetcher._slots))
-    assert slots[1].isdisjoint(slots[2]), "what outlives a call takes the slot along"
+        buffers = {slot.buffer.untyped_storage().data_ptr() for slot in prefetcher._slots}
+        for output, layer in zip(outputs, model.layers, strict=True):
+            kept = output["rows"][1] if "output" in how else layer.kept[0]
+            assert kept.untyped_storage().data_ptr() not in buffers
+    if SEES_EDITS:  # otherwise one slot is never used
+        assert slots[1].isdisjoint(slots[2]), "what outlives a call takes the slot along"
 
 
 class TestCopies:
@@ -431,6 +450,7 @@ def test_a_file_cut_short_is_an_error_and_then_it_is_not(tmp_path, monkeypatch):
     assert torch.equal(model(x), plain(x))
 
 
+@pytest.mark.skipif(not SEES_EDITS, reason="edits are not seen, so nothing is copied ahead")
 def test_reads_are_made_while_the_block_before_runs(tmp_path, monkeypatch):
     model = Stack(3)
     prefetcher = offload(model, tmp_path)

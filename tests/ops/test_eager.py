@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigq import QuantizedLinear, ops
 from bigq.formats import FP4, NF4, Description, Int8
 from bigq.ops import eager, library, replays
+from bigq.system.internals import TELLS_LISTENERS
 
 FORMATS = [
     NF4(),
@@ -47,7 +48,7 @@ class _Functions(torch.overrides.TorchFunctionMode):
 
 
 def test_this_torch_can_tell_what_listens():
-    assert not eager.something_listens()
+    assert eager.something_listens() is not TELLS_LISTENERS
 
 
 @pytest.mark.parametrize(
@@ -61,10 +62,10 @@ def test_this_torch_can_tell_what_listens():
 )
 def test_a_listener_hears_every_call(listener):
     x = torch.randn(2, 4)
-    assert is_plain(x, (None,))
+    assert is_plain(x, (None,)) is TELLS_LISTENERS
     with listener():
         assert not is_plain(x, (None,))
-    assert is_plain(x, (None,))
+    assert is_plain(x, (None,)) is TELLS_LISTENERS
 
 
 def test_transforms_and_traces_go_through_the_dispatcher():
@@ -81,12 +82,12 @@ def test_transforms_and_traces_go_through_the_dispatcher():
     assert heard == [False] * 3
 
 
-def test_gradients_go_through_the_dispatcher():
+def test_gradients_need_a_node_of_autograd():
     x, bias = torch.randn(2, 4), nn.Parameter(torch.randn(4))
     assert not is_plain(x, (None, bias))
     assert not is_plain(x.clone().requires_grad_(), (None,))
     with torch.no_grad():
-        assert is_plain(x, (None, bias))
+        assert is_plain(x, (None, bias)) is TELLS_LISTENERS
 
 
 def _dual(module, x, dx):
@@ -127,6 +128,8 @@ class _Launched:
         self.counts = {"launcher": 0, "recorded": 0, "replayed": 0}
         self.replays = self.tried = True
         monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        if not TELLS_LISTENERS:  # all calls take the dispatcher, which sees that these tensors are on a CPU
+            monkeypatch.setattr(eager, "something_listens", lambda: False)
         launcher = self.launcher  # one object: a method is made anew at each access
         monkeypatch.setattr(library, "cuda_implementation", lambda name: launcher)
         kernels = SimpleNamespace(record=self.record, can_replay=lambda: self.tried)
@@ -136,7 +139,7 @@ class _Launched:
         self.counts["launcher"] += 1
         return x @ weight.T
 
-    def record(self, launcher, tensors, settings):
+    def record(self, launcher, tensors, settings, live):
         self.counts["recorded"] += 1
         self.counts["launcher"] -= 1  # the call below
         return launcher(*tensors, *settings), self if self.replays else None
@@ -144,7 +147,7 @@ class _Launched:
     def bind(self, pointers):
         from ctypes import c_float
 
-        def replayed(x, inputs):
+        def replayed(x, inputs, live):
             self.counts["replayed"] += 1
             weight = torch.frombuffer((c_float * 32).from_address(pointers[0]), dtype=torch.float32).view(4, 8)
             return x @ weight.T
@@ -155,6 +158,16 @@ class _Launched:
 @pytest.fixture
 def launched(monkeypatch):
     return _Launched(monkeypatch)
+
+
+def test_where_listeners_are_not_told_every_call_goes_through_the_dispatcher(launched, monkeypatch):
+    monkeypatch.setattr(eager, "something_listens", lambda: True)
+    codes, absmax = library.quantize_4bit(torch.randn(4, 64), "nf4", 64)
+    x, state, settings = torch.randn(1, 64), (codes, absmax, torch.randn(4), None, None), ("nf4", 64, 64)
+    for _ in range(4):
+        out = eager.linear("linear_4bit", x, state, settings)
+        assert torch.equal(out, ops.linear_4bit(x, *state, *settings))
+    assert launched.counts == {"launcher": 0, "recorded": 0, "replayed": 0}
 
 
 def test_two_layers_share_a_recording_and_each_has_its_tensors(launched):

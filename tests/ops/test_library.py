@@ -24,6 +24,9 @@ def sample(name, dtype=torch.float32):
     int8, scale = ops.quantize_int8(weight)
     x = torch.randn(3, 70, dtype=dtype, device=DEVICE)
     bias = torch.randn(6, device=DEVICE)
+    stack = (packed.view(3, 2, 35), codes.view(3, 2, 3), bias.view(3, 2), nested, offset, "nf4", 32, 70)
+    stops = torch.tensor([1, 1, 2], dtype=torch.int32, device=DEVICE)
+    ids = torch.tensor([2, 0, 1, 1, 3, 2], device=DEVICE)
     return {
         "quantize_4bit": (weight, "nf4", 32),
         "search_scales_4bit": (weight, torch.rand(70, device=DEVICE), "nf4", 32),
@@ -32,6 +35,9 @@ def sample(name, dtype=torch.float32):
         "quantize_absmax": (absmax,),
         "dequantize_absmax": (codes, nested, offset),
         "linear_4bit": (x, packed, codes, bias, nested, offset, "nf4", 32),
+        "grouped_linear_4bit": (x, stops, *stack),
+        "routed_linear_4bit": (x, ids, *stack),
+        "grouped_matmul": (x, stops, torch.randn(3, 70, 4, dtype=dtype, device=DEVICE)),
         "quantize_int8": (weight,),
         "dequantize_int8": (int8, scale, torch.float16),
         "linear_int8": (x, int8, scale, bias, 2.0),
@@ -47,6 +53,8 @@ SCALES = {  # of each op that takes scales, where
     "linear_4bit": (4, 5),
     "linear_4bit-whole": (2,),
     "linear_4bit-fp4": (2,),
+    "grouped_linear_4bit": (5, 6),
+    "routed_linear_4bit": (5, 6),
     "dequantize_int8": (1,),
     "linear_int8": (2,),
 }
@@ -169,6 +177,31 @@ def test_gradients_are_those_of_the_dequantized_weight(name):
             dense = ops.dequantize_int8(arguments[1], arguments[2], torch.float32)
     torch.testing.assert_close(x.grad, 2 * out @ dense)
     torch.testing.assert_close(bias.grad, 2 * out.sum(dim=0))
+
+
+@pytest.mark.parametrize("name", ["grouped_linear_4bit", "routed_linear_4bit"])
+def test_gradients_of_a_stack_are_those_of_its_dequantized_weights(name):
+    arguments = list(sample(name))
+    x, route, bias = arguments[0].requires_grad_(), arguments[1], arguments[4].requires_grad_()
+    getattr(ops, name)(*arguments).square().sum().backward()
+    absmax = ops.dequantize_absmax(*(arguments[i] for i in (3, 5, 6)))
+    dense = ops.dequantize_4bit(arguments[2].flatten(0, 1), absmax.flatten(0, 1), "nf4", 32, 70, torch.float32)
+    ids = torch.searchsorted(route, torch.arange(3, device=DEVICE, dtype=torch.int32), right=True)
+    ids = ids if name == "grouped_linear_4bit" else route
+    own_x, own_bias = (tensor.detach().clone().requires_grad_() for tensor in (x, bias))
+    known = ids < 3
+    rows = own_x.repeat_interleave(len(ids) // len(x), dim=0)[known]
+    out = torch.einsum("sk,snk->sn", rows, dense.view(3, 2, 70)[ids[known]]) + own_bias[ids[known]]
+    out.square().sum().backward()
+    torch.testing.assert_close(x.grad, own_x.grad)
+    torch.testing.assert_close(bias.grad, own_bias.grad)
+
+
+def test_gradients_of_grouped_matmul_are_those_of_each_product():
+    x, stops, dense = sample("grouped_matmul")
+    gradient = torch.autograd.grad(ops.grouped_matmul(x.requires_grad_(), stops, dense).sum(), x)[0]
+    expected = torch.stack([dense[0].sum(-1), dense[2].sum(-1), torch.zeros(70, device=DEVICE)])
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_gradient_in_higher_rank_and_half_precision():

@@ -20,6 +20,7 @@ from bigq import (
     load_and_quantize_model,
     save_quantized,
 )
+from bigq.model.placeholders import hold_placeholders
 
 FORMATS = {
     "nf4": NF4(),
@@ -67,6 +68,7 @@ def test_bigqs_layout_is_what_save_model_writes(tiny, empty, tmp_path):
 
 def test_bitsandbytes_tensors_are_views_in_other_shapes(tiny, empty, tmp_path):
     model = quantized(tiny, empty, tmp_path, NF4(double_quant=True))
+    hold_placeholders(model)  # as a transformers model does
     save_quantized(model, tmp_path / "saved", layout="bitsandbytes")
     saved, up = load_file(tmp_path / "saved" / "model.safetensors"), model.blocks[0].up
     assert saved["blocks.0.up.weight"].shape == (192 * 64 // 2, 1)
@@ -95,6 +97,7 @@ def test_bitsandbytes_tensors_are_views_in_other_shapes(tiny, empty, tmp_path):
 
 def test_compressed_tensors(tiny, empty, tmp_path):
     model = quantized(tiny, empty, tmp_path, Int8(), {"": "cpu", "blocks.1": "disk"})
+    hold_placeholders(model)  # as a transformers model does
     save_quantized(model, tmp_path / "saved", layout="compressed-tensors")
     saved, down = load_file(tmp_path / "saved" / "model.safetensors"), model.blocks[1].down
     assert torch.equal(saved["blocks.1.down.weight"], down.weight_packed)

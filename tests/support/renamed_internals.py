@@ -1,7 +1,9 @@
 """A file of internals as it is with a torch or a Triton that has other names for private parts.
 
-Renaming them in the file has the effect of renaming them there. As a pytest plugin (`PYTHONPATH=tests/support python -m
-pytest -p renamed_internals`) it renames all of them, before anything else is imported.
+Renaming them in the file has the effect of renaming them there. As a pytest plugin it does so before anything else is
+imported, with all of them or with some (`--renamed=_version,driver`):
+
+    PYTHONPATH=.:triton_kernels:tests/support python -m pytest -p renamed_internals
 """
 
 import re
@@ -20,11 +22,14 @@ NAMES = {
     "bigq.system.internals": (
         "DisableTorchFunctionSubclass",
         "NonDynamicallyQuantizableLinear",
+        "_EXTRA_STATE_KEY_SUFFIX",
         "_cdata",
         "_check",
+        "_current_level",
         "_functorch",
         "_get_tracing_state",
         "_grouped_mm",
+        "_indices",
         "_len_torch_dispatch_stack",
         "_len_torch_function_stack",
         "_make_wrapper_subclass",
@@ -34,11 +39,14 @@ NAMES = {
         "_storage_Use_Count",
         "_top_saved_tensors_default_hooks",
         "_use_count",
+        "_values",
         "_version",
         "unflatten_dense_tensors",
     ),
     "bigq_kernels.internals": (
         "TorchDispatchMode",
+        "active",
+        "add",
         "calls",
         "driver",
         "function",
@@ -46,8 +54,10 @@ NAMES = {
         "global_scratch_size",
         "knobs",
         "launch_enter_hook",
+        "launch_exit_hook",
         "packed_metadata",
         "profile_scratch_size",
+        "remove",
         "run",
     ),
 }
@@ -65,8 +75,18 @@ def renamed(module: str, *names: str) -> ModuleType:
     return made
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    every = ",".join(dict.fromkeys(name for names in NAMES.values() for name in names))
+    parser.addoption("--renamed", default=every, help="private names of torch and Triton, between commas (all of them)")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests() -> None:
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     assert not any(name.partition(".")[0] in ("bigq", "bigq_kernels") for name in sys.modules), "too late"
+    wanted = early_config.known_args_namespace.renamed.split(",")
     for module, names in NAMES.items():
-        sys.modules[module] = renamed(module, *names)
+        sys.modules[module] = renamed(module, *(name for name in names if name in wanted))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"renamed, with the tests skipped of what only they can do: {config.getoption('--renamed')}"

@@ -15,8 +15,10 @@ __all__ = [
     "check_dequantize_absmax",
     "check_dequantize_int8",
     "check_encode_scaled_4bit",
+    "check_grouped_linear_4bit",
     "check_linear_4bit",
     "check_linear_int8",
+    "check_routed_linear_4bit",
     "check_search_scales_4bit",
 ]
 
@@ -56,6 +58,64 @@ def check_linear_4bit(
         raise _widths_differ(x, weight, (k + 1) // 2)
     _check_4bit(weight, absmax, nested_absmax, nested_offset, block_size, k, shape[0], device)
     _check_beside(x, bias, shape[0], device)
+
+
+def check_grouped_linear_4bit(
+    x: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+) -> None:
+    """Raise RuntimeError unless x [S, K], stops [E], 4-bit weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
+    _check("stops", stops, (torch.int32,), (len(weight),), weight.device)
+
+
+def check_routed_linear_4bit(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+) -> None:
+    """Raise RuntimeError unless x [M, K], ids [S], 4-bit weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
+    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device)
+    if len(ids) % max(len(x), 1):
+        raise RuntimeError(f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x")
+
+
+def _check_stack(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int | None,
+) -> None:
+    if x.dim() != 2 or weight.dim() != 3:
+        raise RuntimeError(
+            f"x is {list(x.shape)} and the weight {list(weight.shape)}; expected [S, K] and [E, N, ceil(K/2)]"
+        )
+    (e, n, width), k = weight.shape, x.shape[1]
+    if in_features is not None and k != in_features:
+        raise RuntimeError(f"x is {list(x.shape)}; expected [..., {in_features}], the in_features of the weight")
+    if width != (k + 1) // 2:
+        raise _widths_differ(x, weight, (k + 1) // 2)
+    matrix, scales = weight.view(e * n, width), absmax.view(e * n, -1)
+    _check_4bit(matrix, scales, nested_absmax, nested_offset, block_size, k, e * n, weight.device)
+    _check_beside(x, bias if bias is None else bias.view(-1), e * n, weight.device)
 
 
 def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:

@@ -79,7 +79,7 @@ def counted_launches() -> Iterator[Callable[[], int]]:
     def note(_: Any) -> None:
         threads.append(get_ident())
 
-    if not hasattr(hooks, "add"):  # someone put a hook of their own in the chain's place
+    if not (hasattr(hooks, "add") and hasattr(hooks, "remove")):  # someone put a hook of their own in the chain's place
         yield lambda: -1
         return
     hooks.add(note)

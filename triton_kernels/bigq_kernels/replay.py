@@ -65,6 +65,7 @@ class _Watch(internals.DispatchMode):  # type: ignore[misc]
 class Replay:
     """What `record` saw; input 0 is the tensor whose dtype and device the output shares.
 
+    Inputs 0 to `live` - 1 are others in each call, and the ones behind them are bound.
     With a `dense_linear` at the end, "out" is its weight, and `bias` the number of the input it adds.
     """
 
@@ -73,16 +74,17 @@ class Replay:
     workspace_numel: int  # in elements of input 0's dtype
     launches: tuple[internals.Launch, ...]
     constants: tuple[Tensor, ...]  # tables of the launcher's own, kept alive for their addresses
+    live: int = 1
     multiplies: bool = False
     bias: int | None = None
 
     def bind(self, pointers: Sequence[int | None]) -> "BoundReplay":
-        """For inputs 1 and up at these addresses, each aligned as its like was when recorded; None for no tensor."""
+        """For inputs `live` and up at these addresses, each aligned as when recorded; None for no tensor."""
         return BoundReplay(self, pointers)
 
 
 class BoundReplay:
-    """A Replay whose inputs but the first have their addresses.
+    """A Replay whose inputs but the live ones have their addresses.
 
     A call puts all that its launches need into one list, from which each picks its 30 arguments in C.
     """
@@ -98,12 +100,13 @@ class BoundReplay:
         self._fixed: list[Any] = []
         known = {_Source("input"): 0, _Source("out"): 1, _Source("stream"): 2}
         known |= {_Source("workspace", offset): 3 + i for i, offset in enumerate(self._offsets)}
+        known |= {_Source("input", place): len(known) + place - 1 for place in range(1, replay.live)}
 
         def index(argument: Any) -> int:
             if isinstance(argument, _Source):
                 if argument in known:
                     return known[argument]
-                argument = pointers[argument.place - 1]
+                argument = pointers[argument.place - replay.live]
             self._fixed.append(argument)
             return len(known) + len(self._fixed) - 1
 
@@ -112,10 +115,11 @@ class BoundReplay:
             for start, args, last in replay.launches
         ]
 
-    def __call__(self, x: Tensor, inputs: Sequence[Tensor | None]) -> Tensor | None:
+    def __call__(self, x: Tensor, inputs: Sequence[Tensor | None], live: Sequence[Tensor] = ()) -> Tensor | None:
         """The launcher's output for an x of the recorded shape and dtype; None where this moment needs the launcher.
 
-        `inputs` are the tensors whose addresses were bound.
+        `inputs` are the tensors whose addresses were bound, and `live` are the other live inputs, of the shapes and
+        dtypes that were recorded.
         """
         address = x.data_ptr()
         if (
@@ -131,6 +135,10 @@ class BoundReplay:
             workspace = x.new_empty(self._replay.workspace_numel)
             base = workspace.data_ptr()
             values += [base + offset for offset in self._offsets]
+        for tensor in live:
+            if tensor.data_ptr() % 16 != 0 or not tensor.is_contiguous():
+                return None
+            values.append(tensor.data_ptr())
         values += self._fixed
         for start, pick, pick_last in self._launches:
             if pick_last is None:
@@ -212,9 +220,12 @@ def _has_the_bits_of_its_launcher(device: str) -> bool:
 
 
 def record(
-    launcher: Callable[..., Tensor], tensors: Sequence[Tensor | None], settings: Sequence[Any]
+    launcher: Callable[..., Tensor], tensors: Sequence[Tensor | None], settings: Sequence[Any], live: int = 1
 ) -> tuple[Tensor, Replay | None]:
-    """Run launcher(*tensors, *settings) once; its output, and its Replay if it did nothing that one cannot repeat."""
+    """Run launcher(*tensors, *settings) once; its output, and its Replay if it did nothing that one cannot repeat.
+
+    The first `live` tensors are others in each call.
+    """
     seen: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
     with _Watch() as watch, observed(lambda *launch: seen.append(launch)), internals.counted_launches() as count:
         out = launcher(*tensors, *settings)
@@ -222,12 +233,12 @@ def record(
     if not watch.pure or count() != len(seen):  # a kernel started without `launch` was not seen
         return out, None
     if product is None:
-        return out, _replay(out, tensors, watch, seen)
+        return out, _replay(out, tensors, watch, seen, live)
     x, dense, bias, result = product
     place = next((place for place, tensor in enumerate(tensors) if tensor is bias and bias is not None), None)
     if result is not out or x is not tensors[0] or (place is None) != (bias is None):
         return out, None
-    replay = _replay(dense, tensors, watch, seen)
+    replay = _replay(dense, tensors, watch, seen, live)
     return out, replay and replace(replay, multiplies=True, bias=place)
 
 
@@ -236,6 +247,7 @@ def _replay(
     tensors: Sequence[Tensor | None],
     watch: _Watch,
     seen: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]],
+    live: int,
 ) -> Replay | None:
     first = tensors[0]
     assert first is not None
@@ -277,4 +289,5 @@ def _replay(
         workspace_numel=nbytes // first.itemsize,
         launches=tuple(launches),
         constants=tuple(constants),
+        live=live,
     )

@@ -33,10 +33,13 @@ def expected_tiles(x, block_m):
 def test_tile_tokens(m, k, block_m, counts, dtype, device):
     x = torch.randn(m, k, device=device).to(dtype)
     count = torch.full((counts,), -1, dtype=torch.int32, device=device)
-    tiles = tile_tokens(x, block_m, count)
+    tiles = tile_tokens(x, block_m, k, count)
+    wider = tile_tokens(x, block_m, k + 192, count)
     written = torch.arange(tiles.shape[0] * block_m, device=device).view(-1, 1, block_m, 1) < m
     expected = expected_tiles(x.cpu(), block_m).to(device)
     assert torch.equal(tiles.masked_fill(~written, 0.0), expected)
+    assert torch.equal(wider[:, : k // 64].masked_fill(~written, 0.0), expected)
+    assert not wider[:, k // 64 :].masked_fill(~written, 0.0).any()
     assert not count.any()
 
 

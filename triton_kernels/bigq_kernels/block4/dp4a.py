@@ -81,9 +81,12 @@ def _linear_4bit_dp4a_kernel(
     offset_ptr,
     code_ptr,
     out_ptr,  # [M, N]
+    ids_ptr,  # [S] of a stack of weights: which one multiplies each row of out; or None
     N,
     CHUNKS,
     B,
+    E,  # weights of the stack
+    repeat,  # rows of out that read one row of x
     BLOCKS,  # of rows that a program takes
     t0, t1, t2, t3, t4, t5, t6, t7,  # BYTE_TABLES: eight arguments, since the interpreter takes no tuple
     QUANT_TYPE: tl.constexpr,
@@ -103,16 +106,32 @@ def _linear_4bit_dp4a_kernel(
     # The last blocks start early enough to be whole. A row that is computed twice gets the same bits.
     last = tl.maximum(N - BLOCK_N, 0)
     row = tl.minimum(tl.arange(0, BLOCK_N), N - 1)
-    first = tl.minimum(tl.program_id(0) * (BLOCKS * BLOCK_N), last)
+    n_tile = tl.program_id(0)
+    base = 0  # the first row of the weight in a stack
+    tokens = CHUNKS  # the chunks of x that are read: none where no weight multiplies the row, whose result is 0
+    if ids_ptr is not None:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        n_tiles = tl.cdiv(N, BLOCKS * BLOCK_N)
+        out_row = n_tile // n_tiles
+        n_tile = n_tile % n_tiles
+        weight = tl.load(ids_ptr + out_row).to(tl.int64)
+        tokens = tl.where((weight >= 0) & (weight < E), CHUNKS, 0)
+        base = tl.minimum(tl.maximum(weight, 0), E - 1) * N
+        x_ptr += (out_row // repeat).to(tl.int64) * CHUNKS * CHUNK
+        out_ptr += out_row.to(tl.int64) * N
+        if bias_ptr is not None:
+            bias_ptr += base
+    first = tl.minimum(n_tile * (BLOCKS * BLOCK_N), last)
     pointers = (weight_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr)
-    words, absmax = _load_rows(pointers, first, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS)
-    if PDL:
+    words, absmax = _load_rows(pointers, base + first, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS)
+    if PDL and ids_ptr is None:
         tl.extra.cuda.gdc_wait()  # the first codes are on their way while another kernel makes x
     planes, scales, excesses = tl.tuple([]), tl.tuple([]), tl.tuple([])
     for c in tl.static_range(COVERS):
         chunk = c * BLOCK_C + tl.arange(0, BLOCK_C)
         for m in tl.static_range(M):
-            x = _load_token(x_ptr + m * CHUNKS * CHUNK, chunk, chunk < CHUNKS)
+            x = _load_token(x_ptr + m * CHUNKS * CHUNK, chunk, chunk < tokens)
             plane, scale, excess = split_token(x, USE_ASM)
             planes += plane
             scales += (scale,)
@@ -123,7 +142,7 @@ def _linear_4bit_dp4a_kernel(
         next_words, next_absmax = words, absmax
         if block + 1 < BLOCKS:
             next_words, next_absmax = _load_rows(
-                pointers, after, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS
+                pointers, base + after, N, CHUNKS, B, BLOCK_SIZE, EVEN_K, BLOCK_N, BLOCK_C, COVERS
             )
         total = tl.zeros((BLOCK_N, BLOCK_C, M), tl.float32)
         for c in tl.static_range(COVERS):
@@ -135,27 +154,37 @@ def _linear_4bit_dp4a_kernel(
             total += products[0][:, :, None] if M == 1 else tl.join(products[0], products[1])
         out = tl.sum(total, axis=1)
         if bias_ptr is not None:
-            out += tl.load(bias_ptr + first + row).to(tl.float32)[:, None]
+            bias = tl.load(bias_ptr + first + row).to(tl.float32)[:, None]
+            out += bias if ids_ptr is None else tl.where(tokens > 0, bias, 0.0)
         out_ptrs = out_ptr + tl.arange(0, M)[None, :] * N + (first + row)[:, None]
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty))
         words, absmax = next_words, next_absmax
         first = after
 
 
-def linear_4bit_dp4a(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: Dp4aConfig) -> None:
+def linear_4bit_dp4a(
+    x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: Dp4aConfig, ids: Tensor | None = None
+) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
-    M <= 2, K % 32 == 0 and K <= MAX_DP4A_K.
+    M <= 2, K % 32 == 0 and K <= MAX_DP4A_K. With `ids` [S], packed is [E, N, K/2], bias [E, N] and out [S, N]: row i is
+    row i // (S / M) of x, for any M, times the weight ids[i], and 0 if there is no such weight.
     """
     m, k = x.shape
-    n, chunks = packed.weight.shape[0], k // CHUNK.value
+    n, chunks = packed.weight.shape[-2], k // CHUNK.value
     gpu = Gpu.of(x.device)
+    programs = ceil_div(n, config.block_n * config.blocks)
+    weights, repeat, read_nbytes = 1, 1, packed.weight.nbytes
+    if ids is not None:
+        weights, repeat = len(packed.weight), len(ids) // m
+        read_nbytes = read_nbytes // weights * len(ids)
+        programs, m = programs * len(ids), 1
     launch(
-        _linear_4bit_dp4a_kernel, (ceil_div(n, config.block_n * config.blocks),),
-        x, packed.weight.view(torch.int32), packed.absmax, bias, *packed.nested, out,
-        n, chunks, packed.absmax.shape[1], config.blocks, *BYTE_TABLES[packed.quant_type],
+        _linear_4bit_dp4a_kernel, (programs,),
+        x, packed.weight.view(torch.int32), packed.absmax, bias, *packed.nested, out, ids,
+        n, chunks, packed.absmax.shape[-1], weights, repeat, config.blocks, *BYTE_TABLES[packed.quant_type],
         QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size, EVEN_K=chunks % (32 * config.warps) == 0,
-        USE_ASM=gpu.ptx, PDL=gpu.pdl, EARLY=gpu.pdl and packed.weight.nbytes <= MAX_EARLY_NBYTES,
+        USE_ASM=gpu.ptx, PDL=gpu.pdl, EARLY=gpu.pdl and read_nbytes <= MAX_EARLY_NBYTES,
         M=m, BLOCK_N=config.block_n, BLOCK_C=32 * config.warps, COVERS=ceil_div(chunks, 32 * config.warps),
         options={"num_warps": config.warps, "num_stages": 1, "maxnreg": config.registers, "launch_pdl": gpu.pdl},
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Multiply by a 4-bit weight in the way that `choose` says: fused for few tokens, dequantized for cuBLAS for many."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 
@@ -15,7 +15,7 @@ from bigq_kernels.block4.packed import Nested, Packed4
 from bigq_kernels.checks import as_floats, check_linear_4bit
 from bigq_kernels.launch import dense_linear
 
-__all__ = ["linear_4bit"]
+__all__ = ["contiguous", "device_of", "launcher", "linear_4bit"]
 
 _MODULES = {  # imported on first use: not all releases of Triton have what the Gluon kernels import
     "dp4a": "bigq_kernels.block4.dp4a",
@@ -27,15 +27,21 @@ _NO_CHANGE = nullcontext()
 
 
 @cache
-def _launcher(way: str) -> Callable[..., None]:
-    """A function (x [M, K], Packed4, bias, out [M, N], config) of contiguous tensors."""
+def launcher(way: str) -> Callable[..., None]:
+    """The function (x [M, K], Packed4, bias, out [M, N], config, stops of a stack) of a way; contiguous tensors."""
     return getattr(import_module(_MODULES[way]), f"linear_4bit_{way}")  # type: ignore[no-any-return]
 
 
-def _contiguous(t: Tensor) -> Tensor:
+def contiguous(t: Tensor) -> Tensor:
     """Contiguous and 16-byte aligned, for vector loads of words."""
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """The context in which kernels are launched on the device of x."""
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return _NO_CHANGE if here else torch.cuda.device_of(x)
 
 
 def linear_4bit(
@@ -68,9 +74,8 @@ def linear_4bit(
         return dense_linear(x, dense, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
 
     out = x.new_empty(*x.shape[:-1], n)
-    packed = Packed4(_contiguous(weight), absmax.contiguous(), nested, quant_type, block_size)
+    packed = Packed4(contiguous(weight), absmax.contiguous(), nested, quant_type, block_size)
     bias = None if bias is None else bias.contiguous()
-    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
-    with _NO_CHANGE if here else torch.cuda.device_of(x):
-        _launcher(choice.way)(_contiguous(x.reshape(m, k)), packed, bias, out, choice.config)
+    with device_of(x):
+        launcher(choice.way)(contiguous(x.reshape(m, k)), packed, bias, out, choice.config)
     return out

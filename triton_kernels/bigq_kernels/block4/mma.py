@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigq_kernels.block4.absmax import load_absmax
 from bigq_kernels.block4.configs import MmaConfig
+from bigq_kernels.block4.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.tokens import split_tokens
 from bigq_kernels.gpu import Gpu
@@ -34,6 +35,7 @@ def _linear_4bit_mma_kernel(
     partial_ptr,  # [tiles, SPLIT, BLOCK_M, BLOCK_N] float32
     count_ptr,  # [tiles] int32, zero: how many programs have finished the tile
     out_ptr,  # [M, N]
+    groups_ptr,  # of `group_tokens` for a stack of weights, or None
     M,
     N,
     PAIRS,
@@ -52,18 +54,32 @@ def _linear_4bit_mma_kernel(
     GROUP: tl.constexpr = min(BLOCK_SIZE, 64)  # elements of K in one dot; they share one absmax
     HALF: tl.constexpr = GROUP // 2
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    tile = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(0).to(tl.int64)  # of all results; n_tile is that of the weight's rows
     split = tl.program_id(1)
-    first_row = tile * BLOCK_N
+    n_tile, first_weight_row = tile, tile * BLOCK_N
+    if groups_ptr is not None:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        n_tiles = tl.cdiv(N, BLOCK_N)
+        weight, n_tile, m_tile, first_m, M = place_in_group(groups_ptr, tl.program_id(0), n_tiles, BLOCK_M)
+        if M <= 0:
+            return
+        tile = m_tile * n_tiles + n_tile
+        first_weight_row = weight * N + n_tile * BLOCK_N
+        x_ptr += first_m * (2 * PAIRS)
+        out_ptr += first_m * N
+        if bias_ptr is not None:
+            bias_ptr += weight * N
+    first_row = n_tile * BLOCK_N
     # Rows past N read the last row instead of taking a mask; their result is not stored.
     row = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_row).to(tl.int32))
     token = tl.arange(0, BLOCK_M)
     pair = tl.arange(0, HALF)[None, :]
-    weight_ptrs = weight_ptr + first_row * PAIRS + (row[:, None] * PAIRS + pair)
+    weight_ptrs = weight_ptr + first_weight_row * PAIRS + (row[:, None] * PAIRS + pair)
     x_ptrs = x_ptr + token[:, None] * (2 * PAIRS) + pair
     in_m = (token < M)[:, None]
 
-    if PDL:
+    if PDL and groups_ptr is None:
         tl.extra.cuda.gdc_wait()
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first_group = split * groups_per_split
@@ -80,7 +96,7 @@ def _linear_4bit_mma_kernel(
             x_even = tl.load(x_ptrs + group * HALF, mask=in_x, other=0)
             x_odd = tl.load(x_ptrs + PAIRS + group * HALF, mask=in_x, other=0)
             block = row * B + min(group * GROUP // BLOCK_SIZE, B - 1)
-            absmax = load_absmax(absmax_ptr, first_row * B, block, nested_ptr, offset_ptr, code_ptr)
+            absmax = load_absmax(absmax_ptr, first_weight_row * B, block, nested_ptr, offset_ptr, code_ptr)
             high, low = decode_pair(packed, QUANT_TYPE, DTYPE, USE_PRMT)
             product = tl.dot(high, x_even.T)
             product = tl.dot(low, x_odd.T, product)
@@ -101,21 +117,31 @@ def _linear_4bit_mma_kernel(
         tl.store(out_ptr + token.to(tl.int64)[None, :] * N + n[:, None], total.to(DTYPE), mask=in_m & (n < N)[:, None])
 
 
-def linear_4bit_mma(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: MmaConfig) -> None:
-    """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; M <= 128 and K % 32 == 0."""
+def linear_4bit_mma(
+    x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: MmaConfig, stops: Tensor | None = None
+) -> None:
+    """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous; K % 32 == 0, M <= 128.
+
+    With `stops`, packed is [E, N, K/2] and bias [E, N], and each weight multiplies its rows, any number, of x.
+    """
     m, k = x.shape
-    n, pairs = packed.weight.shape
+    n, pairs = packed.weight.shape[-2:]
     group = min(packed.block_size, 64)
     groups = ceil_div(k, group)
     split = config.split
     groups_per_split = ceil_div(ceil_div(groups, split), config.unroll) * config.unroll
     tiles = ceil_div(n, config.block_n)
+    if stops is not None:
+        tiles *= most_tiles(m, len(packed.weight), config.block_m)
     gpu = Gpu.of(x.device)
     partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
+    token_groups = None
+    if stops is not None:
+        token_groups = group_tokens(stops, len(packed.weight), config.block_m, count, out)
     launch(
         _linear_4bit_mma_kernel, (tiles, split),
-        split_tokens(x, count), packed.weight, packed.absmax, bias, *packed.nested, partial, count, out,
-        m, n, pairs, packed.absmax.shape[1], groups_per_split,
+        split_tokens(x, count), packed.weight, packed.absmax, bias, *packed.nested, partial, count, out, token_groups,
+        m, n, pairs, packed.absmax.shape[-1], groups_per_split,
         QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size,
         EVEN_K=k % (group * groups_per_split) == 0 and groups % split == 0, USE_PRMT=gpu.ptx, PDL=gpu.pdl,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split, UNROLL=config.unroll,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.block4.groups import place_in_group
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div
@@ -74,25 +75,32 @@ def split_tokens(x: Tensor, count: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["M", "counts"])
 def _tile_tokens_kernel(
     x_ptr,  # [M, PAIRS] int32: two elements
-    out_ptr,  # [cdiv(M, BLOCK_M), PAIRS / 32, BLOCK_M, 32] int32
+    out_ptr,  # [cdiv(M, BLOCK_M), OUT_PAIRS / 32, BLOCK_M, 32] int32
     count_ptr,  # [counts] int32, zeroed
+    groups_ptr,  # of `group_tokens` for a stack of weights, or None
     M,
     PAIRS,
+    OUT_PAIRS,
     counts,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (m, i): BLOCK pairs of token m."""
+    """Program (m, i): BLOCK pairs of token m; of row m of all tiles, with groups."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     m = tl.program_id(0).to(tl.int64)
+    row = m
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < PAIRS
+    mask = index < OUT_PAIRS
+    if groups_ptr is not None:
+        _, _, _, first_row, rows = place_in_group(groups_ptr, tl.program_id(0) // BLOCK_M, 1, BLOCK_M)
+        row = first_row + m % BLOCK_M
+        mask = mask & (m % BLOCK_M < rows)
     pair = index % 32
     source = index - pair + pair % 4 * 8 + pair // 8 * 2 + pair // 4 % 2
-    value = tl.load(x_ptr + m * PAIRS + source, mask=mask)
-    tile = out_ptr + m // BLOCK_M * BLOCK_M * PAIRS + m % BLOCK_M * 32
+    value = tl.load(x_ptr + row * PAIRS + source, mask=mask & (index < PAIRS), other=0)
+    tile = out_ptr + m // BLOCK_M * BLOCK_M * OUT_PAIRS + m % BLOCK_M * 32
     tl.store(tile + index // 32 * (BLOCK_M * 32) + pair, value, mask=mask)
     first = m * tl.num_programs(1) + tl.program_id(1)
     for start in range(first * BLOCK, counts, tl.num_programs(1).to(tl.int64) * M * BLOCK):
@@ -102,22 +110,28 @@ def _tile_tokens_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
 
-def tile_tokens(x: Tensor, block_m: int, count: Tensor) -> Tensor:
-    """x [M, K] of 16 bits as tiles [ceil(M / block_m), K / 64, block_m, 64], rows past M not written; zeroes count.
+def tile_tokens(x: Tensor, block_m: int, width: int, count: Tensor, groups: Tensor | None = None) -> Tensor:
+    """x [M, K] of 16 bits as tiles [ceil(M / block_m), width / 64, block_m, 64]; zeroes count.
 
+    Columns past K are 0, and rows past M are not written. With `groups` of `group_tokens` the tiles are theirs:
+    [most_tiles, width / 64, block_m, 64].
     K % 64 == 0, x contiguous. A kernel launched after it with `launch_pdl` may start meanwhile.
     """
     m, k = x.shape
     pdl = Gpu.of(x.device).pdl
-    tiles = torch.empty(ceil_div(m, block_m), k // 64, block_m, 64, dtype=x.dtype, device=x.device)
+    of_groups = ceil_div(m, block_m) if groups is None else len(groups)
+    rows = m if groups is None else of_groups * block_m
+    tiles = torch.empty(of_groups, width // 64, block_m, 64, dtype=x.dtype, device=x.device)
     launch(
         _tile_tokens_kernel,
-        (m, ceil_div(k // 2, _PAIRS)),
+        (rows, ceil_div(width // 2, _PAIRS)),
         x.view(torch.int32),
         tiles.view(torch.int32),
         count,
-        m,
+        groups,
+        rows,
         k // 2,
+        width // 2,
         count.numel(),
         BLOCK_M=block_m,
         BLOCK=_PAIRS,

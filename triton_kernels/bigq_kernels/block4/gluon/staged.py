@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_wait
 
 from bigq_kernels.block4.configs import StagedConfig
+from bigq_kernels.block4.gluon.groups import place_in_group
 from bigq_kernels.block4.gluon.operands import code_layout, code_tables, decode_words
 from bigq_kernels.block4.gluon.scales import (
     add_splits,
@@ -29,6 +30,7 @@ from bigq_kernels.block4.gluon.scales import (
     scale_layout,
     scales_of,
 )
+from bigq_kernels.block4.groups import group_tokens, most_tiles
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
@@ -81,6 +83,7 @@ def _linear_4bit_staged_kernel(
     partial_ptr,  # [tiles, SPLIT, BLOCK_N, BLOCK_M] float32
     count_ptr,  # [tiles] int32, zero once the kernel before has ended: how many programs have finished the tile
     out_ptr,  # [M, N]
+    groups_ptr,  # of `group_tokens` for a stack of weights, or None
     M,
     N,
     PAIRS,
@@ -110,13 +113,27 @@ def _linear_4bit_staged_kernel(
     x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 4 * BLOCK_M, 64], gl.SwizzledSharedLayout(8, 1, 2, order=[1, 0]))
     x_blocks = reinterpret(x_smem, DTYPE, [STAGES * 4, 64, BLOCK_M], _token_layout(BLOCK_M))
 
-    tile = gl.program_id(0).to(gl.int64)
+    tile = gl.program_id(0).to(gl.int64)  # of all results; n_tile is that of the weight's rows
     split = gl.program_id(1)
-    first_row = tile * BLOCK_N
+    n_tile, first_weight_row = tile, tile * BLOCK_N
+    if groups_ptr is not None:
+        if PDL:
+            gdc_wait()
+        n_tiles = gl.cdiv(N, BLOCK_N)
+        weight, n_tile, m_tile, first_m, M = place_in_group(groups_ptr, gl.program_id(0), n_tiles, BLOCK_M)
+        if M <= 0:
+            return
+        tile = m_tile * n_tiles + n_tile
+        first_weight_row = weight * N + n_tile * BLOCK_N
+        x_ptr += first_m * (PAIRS * 2)
+        out_ptr += first_m * N
+        if bias_ptr is not None:
+            bias_ptr += weight * N
+    first_row = n_tile * BLOCK_N
     last_row = (N - 1 - first_row).to(gl.int32)  # rows past N read the last row; their result is not stored
     row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
     byte = gl.arange(0, STEP_BYTES, gl.SliceLayout(0, W_COPY))[None, :] + row * 0
-    w_ptrs = weight_ptr + first_row * PAIRS + (row * PAIRS + byte)
+    w_ptrs = weight_ptr + first_weight_row * PAIRS + (row * PAIRS + byte)
     part = gl.arange(0, 4 * BLOCK_M, gl.SliceLayout(1, X_COPY))[:, None]  # 64 elements of a token
     token = part % BLOCK_M
     column = part // BLOCK_M * 64 + gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :]
@@ -124,7 +141,7 @@ def _linear_4bit_staged_kernel(
     in_m = (token < M) & (column >= 0)  # the second for the shape
     absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCALES)), last_row)[:, None]
     quarter = gl.arange(0, 4, gl.SliceLayout(0, SCALES))[None, :]
-    first_block = first_row * B
+    first_block = first_weight_row * B
 
     start = split * steps_per_split
     stop = gl.minimum(start + steps_per_split, gl.cdiv(PAIRS, STEP_BYTES))
@@ -132,7 +149,7 @@ def _linear_4bit_staged_kernel(
         if start + i < stop:
             _copy_weights(start + i, w_smem, w_ptrs, byte, PAIRS, STAGES, EVEN)
     value, nested = load_scales(absmax_ptr, first_block, absmax_row, start, quarter, B, nested_ptr, BLOCK_SIZE, EVEN)
-    if PDL:
+    if PDL and groups_ptr is None:
         gdc_wait()  # for the tokens, and the counts
     for i in gl.static_range(STAGES - 1):
         if start + i < stop:
@@ -173,21 +190,30 @@ def _linear_4bit_staged_kernel(
         gl.store(out_ptrs, total.to(DTYPE), mask=in_m & (n <= last_row)[:, None])
 
 
-def linear_4bit_staged(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: StagedConfig) -> None:
+def linear_4bit_staged(
+    x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: StagedConfig, stops: Tensor | None = None
+) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
-    M <= 32, K % 32 == 0, block_size >= 64, x and weight aligned to 16 bytes.
+    M <= 32, K % 32 == 0, block_size >= 64, x and weight aligned to 16 bytes. With `stops`, packed is [E, N, K/2] and
+    bias [E, N], and each weight multiplies its rows, any number, of x.
     """
-    m, (n, pairs) = x.shape[0], packed.weight.shape
+    m, (n, pairs) = x.shape[0], packed.weight.shape[-2:]
     tiles = ceil_div(n, config.block_n)
+    if stops is not None:
+        tiles *= most_tiles(m, len(packed.weight), config.block_m)
     split = config.split
     pdl = Gpu.of(x.device).pdl
     partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
-    zero_counts(count, pdl)
+    token_groups = None
+    if stops is None:
+        zero_counts(count, pdl)
+    else:
+        token_groups = group_tokens(stops, len(packed.weight), config.block_m, count, out)
     launch(
         _linear_4bit_staged_kernel, (tiles, split),
-        x, packed.weight, packed.absmax, bias, *packed.nested, partial, count, out,
-        m, n, pairs, packed.absmax.shape[1], config.steps_per_split, *code_tables(packed.quant_type, x.dtype),
+        x, packed.weight, packed.absmax, bias, *packed.nested, partial, count, out, token_groups,
+        m, n, pairs, packed.absmax.shape[-1], config.steps_per_split, *code_tables(packed.quant_type, x.dtype),
         QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size, EVEN=pairs % STEP_BYTES.value == 0, PDL=pdl,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split, STAGES=config.stages,
         options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": pdl},

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from triton.language.extra.cuda import gdc_wait
 
 from bigq_kernels.block4.configs import WgmmaConfig
+from bigq_kernels.block4.gluon.groups import place_in_group
 from bigq_kernels.block4.gluon.operands import code_layout, code_tables, decode_scaled
 from bigq_kernels.block4.gluon.scales import (
     add_splits,
@@ -31,6 +32,7 @@ from bigq_kernels.block4.gluon.scales import (
     scale_layout,
     scales_of,
 )
+from bigq_kernels.block4.groups import group_tokens, most_tiles
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.tokens import tile_tokens
 from bigq_kernels.launch import launch
@@ -44,18 +46,28 @@ W_STAGES = gl.constexpr(3)
 
 
 @gluon.jit
-def _copy_weights(step, w_smem, absmax_smem, w_ptrs, absmax_ptr, row, part, B, nested_ptr, BLOCK_SIZE: gl.constexpr):
-    """Start the copies of one step: STEP_BYTES of every row, and its four scales if these are plain."""
+def _copy_weights(
+    step, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr, row, part, PAIRS, B, nested_ptr, BLOCK_SIZE: gl.constexpr,
+    EVEN: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of one step: STEP_BYTES of every row, and its four scales if these are plain.
+
+    Behind a row's end nothing is copied. Its codes are then those of an earlier step, and meet tokens that are 0.
+    """
     stage = step % W_STAGES
-    copy_async(w_smem.index(stage), w_ptrs + step * STEP_BYTES, eviction_policy="evict_first")
+    w_ptrs += step * STEP_BYTES
+    if EVEN:
+        copy_async(w_smem.index(stage), w_ptrs, eviction_policy="evict_first")
+    else:
+        copy_async(w_smem.index(stage), w_ptrs, mask=byte + step * STEP_BYTES < PAIRS)
     if nested_ptr is None:
-        index = scale_index(row * B, step, part, B, BLOCK_SIZE, True)
+        index = scale_index(row * B, step, part, B, BLOCK_SIZE, EVEN)
         copy_async(absmax_smem.index(stage), absmax_ptr + index)
 
 
 @gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
 def _linear_4bit_wgmma_kernel(
-    x_ptr,  # [cdiv(M, BLOCK_M), K / 64, BLOCK_M, 64] of `tile_tokens`, the kernel before
+    x_ptr,  # [cdiv(M, BLOCK_M), 4 * steps, BLOCK_M, 64] of `tile_tokens`, the kernel before
     weight_ptr,  # [N, PAIRS] uint8: element 2i in the high nibble
     absmax_ptr,  # [N, B] float32, or uint8 if nested
     bias_ptr,  # [N] or None
@@ -65,6 +77,7 @@ def _linear_4bit_wgmma_kernel(
     partial_ptr,  # [tiles, SPLIT, BLOCK_N, BLOCK_M] float32
     count_ptr,  # [tiles] int32, zero once the kernel before has ended: how many programs have finished the tile
     out_ptr,  # [M, N]
+    groups_ptr,  # of `group_tokens` for a stack of weights, or None
     M,
     N,
     PAIRS,
@@ -73,6 +86,7 @@ def _linear_4bit_wgmma_kernel(
     t0, t1, t2, t3, t4, t5, t6, t7,  # code_tables
     QUANT_TYPE: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    EVEN: gl.constexpr,  # K divides into whole steps: no masks
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -114,41 +128,57 @@ def _linear_4bit_wgmma_kernel(
     first_m = m_tile * BLOCK_M
     first_n = tile // m_tiles * BLOCK_N
     first_row = first_n.to(gl.int64)
+    if groups_ptr is not None:
+        gdc_wait()
+        n_tiles = gl.cdiv(N, BLOCK_N)
+        weight, n_tile, m_tile, first_m, M = place_in_group(groups_ptr, tile, n_tiles, BLOCK_M)
+        if M <= 0:
+            return
+        tile = (m_tile * n_tiles).to(gl.int32) + n_tile
+        first_n = n_tile * BLOCK_N
+        first_row = weight * N + first_n
+        if bias_ptr is not None:
+            bias_ptr += weight * N
+        M += first_m  # the row of x after the last
     split = gl.program_id(1)
     last_row = N - 1 - first_n  # rows past N read the last row; their result is not stored
     row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
     byte = gl.arange(0, STEP_BYTES, gl.SliceLayout(0, W_COPY))[None, :]
+    if not EVEN:
+        byte += row * 0  # for the shape
     w_ptrs = weight_ptr + first_row * PAIRS + (row * PAIRS + byte)
     token = gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_COPY))[:, None]
     column = gl.arange(0, 64, gl.SliceLayout(0, X_COPY))[None, :]
-    x_ptrs = x_ptr + m_tile * (PAIRS * 2).to(gl.int64) * BLOCK_M + (token * 64 + column)
+    width = PAIRS * 2 if EVEN else gl.cdiv(PAIRS, STEP_BYTES) * (STEP_BYTES * 2)
+    x_ptrs = x_ptr + m_tile * width.to(gl.int64) * BLOCK_M + (token * 64 + column)
     SLICE: gl.constexpr = BLOCK_M * 64
     first_block = first_row * B
     absmax_row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, ABSMAX_COPY)), last_row)[:, None]
     part = gl.arange(0, 4, gl.SliceLayout(0, ABSMAX_COPY))[None, :]
 
     start = split * steps_per_split
-    stop = gl.minimum(start + steps_per_split, PAIRS // STEP_BYTES)
+    stop = gl.minimum(start + steps_per_split, PAIRS // STEP_BYTES if EVEN else gl.cdiv(PAIRS, STEP_BYTES))
     # The loop runs at least once. Otherwise a second path initializes the sums, and ptxas serializes every product.
     gl.assume(start < stop)
     for i in gl.static_range(2):
         if start + i < stop:
             _copy_weights(
-                start + i, w_smem, absmax_smem, w_ptrs, absmax_ptr + first_block, absmax_row, part, B, nested_ptr,
-                BLOCK_SIZE,
+                start + i, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr + first_block, absmax_row, part, PAIRS, B,
+                nested_ptr, BLOCK_SIZE, EVEN,
             )  # fmt: skip
         async_copy.commit_group()
     if nested_ptr is not None:
-        value, nested = load_scales(absmax_ptr, first_block, absmax_row, start, part, B, nested_ptr, BLOCK_SIZE, True)
+        value, nested = load_scales(absmax_ptr, first_block, absmax_row, start, part, B, nested_ptr, BLOCK_SIZE, EVEN)
         for i in gl.static_range(2):  # the next ones are on their way while these are looked up
             value_before, nested_before = value, nested
             value, nested = load_scales(
                 absmax_ptr, first_block, absmax_row, gl.minimum(start + i + 1, stop - 1), part, B, nested_ptr,
-                BLOCK_SIZE, True,
+                BLOCK_SIZE, EVEN,
             )  # fmt: skip
             scales = scales_of(value_before, nested_before, nested_ptr, offset_ptr, code_ptr)
             absmax_smem.index((start + i) % W_STAGES).store(scales)
-    gdc_wait()  # for the tokens, and the counts
+    if groups_ptr is None:
+        gdc_wait()  # for the tokens, and the counts
     for i in gl.static_range(2):
         copy_async(x_smem[i], x_ptrs + (start * 4 + i) * SLICE)
         async_copy.commit_group()
@@ -167,8 +197,8 @@ def _linear_4bit_wgmma_kernel(
             async_copy.commit_group()
             if i == 0 and step + 2 < stop:
                 _copy_weights(
-                    step + 2, w_smem, absmax_smem, w_ptrs, absmax_ptr + first_block, absmax_row, part, B, nested_ptr,
-                    BLOCK_SIZE,
+                    step + 2, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr + first_block, absmax_row, part, PAIRS, B,
+                    nested_ptr, BLOCK_SIZE, EVEN,
                 )  # fmt: skip
             async_copy.commit_group()
             if i == 0:
@@ -179,7 +209,7 @@ def _linear_4bit_wgmma_kernel(
                 absmax_smem.index((step + 2) % W_STAGES).store(scales)
                 value, nested = load_scales(
                     absmax_ptr, first_block, absmax_row, gl.minimum(step + 3, stop - 1), part, B, nested_ptr,
-                    BLOCK_SIZE, True,
+                    BLOCK_SIZE, EVEN,
                 )  # fmt: skip
             w = decode_scaled(words[i], absmax[i], t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
             total = warpgroup_mma(w, x_smem[i].permute((1, 0)), total, is_async=True)
@@ -197,7 +227,7 @@ def _linear_4bit_wgmma_kernel(
     if is_last:
         if bias_ptr is not None:
             bias_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-            bias = gl.load(bias_ptr + first_row + bias_n, mask=bias_n <= last_row, other=0.0)
+            bias = gl.load(bias_ptr + first_n + bias_n, mask=bias_n <= last_row, other=0.0)
             total += bias.to(gl.float32)[:, None]
         out = gl.convert_layout(total.to(DTYPE), OUT)  # 16 bytes of an output row a store
         m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))[None, :]
@@ -205,23 +235,31 @@ def _linear_4bit_wgmma_kernel(
         gl.store(out_ptr + first_m * N + (m.to(gl.int64) * N + n), out, mask=(first_m + m < M) & (n < N))
 
 
-def linear_4bit_wgmma(x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: WgmmaConfig) -> None:
+def linear_4bit_wgmma(
+    x: Tensor, packed: Packed4, bias: Tensor | None, out: Tensor, config: WgmmaConfig, stops: Tensor | None = None
+) -> None:
     """out [M, N] = x [M, K] times packed [N, K/2] transposed, plus bias, all contiguous.
 
-    K % 256 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M.
+    K % 64 == 0, block_size >= 64, x and weight aligned to 16 bytes; any M. With `stops`, packed is [E, N, K/2] and
+    bias [E, N], and each weight multiplies its rows of x.
     """
     m, _ = x.shape
-    n, pairs = packed.weight.shape
-    tiles = ceil_div(n, config.block_n) * ceil_div(m, config.block_m)
-    steps = pairs // STEP_BYTES.value
+    n, pairs = packed.weight.shape[-2:]
+    m_tiles = ceil_div(m, config.block_m) if stops is None else most_tiles(m, len(packed.weight), config.block_m)
+    tiles = ceil_div(n, config.block_n) * m_tiles
+    steps = ceil_div(pairs, STEP_BYTES.value)
     steps_per_split = ceil_div(steps, config.split)
     split = ceil_div(steps, steps_per_split)
     partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
+    groups = None
+    if stops is not None:
+        groups = group_tokens(stops, len(packed.weight), config.block_m, count, out)
+    x_tiles = tile_tokens(x, config.block_m, steps * 2 * STEP_BYTES.value, count, groups)
     launch(
         _linear_4bit_wgmma_kernel, (tiles, split),
-        tile_tokens(x, config.block_m, count), packed.weight, packed.absmax, bias, *packed.nested, partial, count, out,
-        m, n, pairs, packed.absmax.shape[1], steps_per_split, *code_tables(packed.quant_type, x.dtype),
-        QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size,
+        x_tiles, packed.weight, packed.absmax, bias, *packed.nested, partial, count, out, groups,
+        m, n, pairs, packed.absmax.shape[-1], steps_per_split, *code_tables(packed.quant_type, x.dtype),
+        QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size, EVEN=pairs % STEP_BYTES.value == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split,
         options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": True},
     )  # fmt: skip

@@ -1,0 +1,82 @@
+"""QuantizedExperts: transformers' fused experts, whose forward multiplies the rows of all experts in one launch.
+
+transformers sorts the rows by expert for its own products, also those of one token. Here few rows are multiplied as
+they come: a product finds the expert of each row by itself. No step reads a tensor on the host.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from bigq.weight.quantized_module import QuantizedModule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["QuantizedExperts", "are_fused_experts"]
+
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
+UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
+
+
+def are_fused_experts(kind: "type[nn.Module]") -> bool:
+    """Whether transformers lets a class of experts compute its products in several ways."""
+    return hasattr(kind, "_apply_gate")
+
+
+class QuantizedExperts(QuantizedModule):
+    """Fused experts with the products of a format that has them for stacks of weights.
+
+    Where that does not hold, the forward is that of transformers: for another format, another `experts_implementation`
+    than the ones that transformers takes by default, or weights that a parametrization changes.
+    """
+
+    num_experts: int
+    has_gate: bool
+    _apply_gate: Callable[[Tensor], Tensor]
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
+        """Sum the experts of each row of `hidden_states` [T, H], weighted.
+
+        Args:
+            hidden_states: floating point.
+            top_k_index: which experts a row has, [T, top_k]. One that does not exist adds nothing.
+            top_k_weights: their weights, [T, top_k].
+            args: what a class of experts takes in addition; then the forward is that of transformers.
+        """
+        up = "gate_up_proj" if self.has_gate else "up_proj"
+        if args or not self._multiplies(up, "down_proj"):
+            return cast(Tensor, super().forward(hidden_states, top_k_index, top_k_weights, *args))
+        ids, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
+        weights = top_k_weights.reshape(-1, 1)
+        if len(ids) <= max(top_k, self.num_experts // UNSORTED_SHARE):
+            out = self._experts(hidden_states, up, ids, sorted_rows=False) * weights
+        else:
+            ordered, order = ids.sort(stable=True)
+            experts = torch.arange(self.num_experts, device=ids.device, dtype=ids.dtype)
+            stops = torch.searchsorted(ordered, experts, right=True, out_int32=True)
+            rows = self._experts(hidden_states[order // top_k], up, stops, sorted_rows=True) * weights[order]
+            out = torch.zeros_like(rows).index_copy(0, order, rows)
+        return out.view(*top_k_index.shape, -1).sum(dim=-2).to(hidden_states.dtype)
+
+    def _experts(self, x: Tensor, up: str, route: Tensor, *, sorted_rows: bool) -> Tensor:
+        """The rows of all experts, each by its own: `route` says which, as the products of `Stored` take it."""
+        for leaf in (up, "down_proj"):
+            stored, bias = self.stored_weight(leaf), self._parameters.get(f"{leaf}_bias")
+            x = stored.grouped_linear(x, route, bias) if sorted_rows else stored.routed_linear(x, route, bias)
+            if leaf == up:
+                x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+        return self.post_expert_norm(x) if getattr(self, "has_post_expert_norm", False) else x  # not before 5.18
+
+    def _multiplies(self, *leaves: str) -> bool:
+        """Whether the products of stacks compute what the forward of transformers would."""
+        described = self._quantized
+        return (
+            getattr(self.config, "_experts_implementation", None) in IMPLEMENTATIONS
+            and "parametrizations" not in self._modules
+            and all(leaf in described and described[leaf].format.has_stack_products for leaf in leaves)
+        )

@@ -1,0 +1,103 @@
+"""The node of autograd around an eager linear: the gradients are those of the op behind the dispatcher, bit for bit."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from bigq import ops
+from bigq.ops import eager, library, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """Without a GPU, CPU tensors claim to be on one, and the reference plays the launchers."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        monkeypatch.setattr(library, "cuda_implementation", lambda name: getattr(reference, name))
+        monkeypatch.setattr("bigq.ops.replays.MAX_TOKENS", 0)  # nothing to record
+
+
+def cases():
+    weight = torch.randn(48, 64, device=DEVICE)
+    packed, absmax = ops.quantize_4bit(weight, "nf4", 32)
+    bits = absmax.view(torch.int32)
+    nested = ops.quantize_absmax(absmax)
+    bias = torch.randn(48, device=DEVICE, requires_grad=True)
+    return {
+        "plain": ("linear_4bit", (packed, bits, bias), (None, None, "nf4", 32, 64)),
+        "nested": ("linear_4bit", (packed, nested[0], bias, *nested[1:]), ("nf4", 32, 64)),
+        "no-bias": ("linear_4bit", (packed, bits, None), (None, None, "nf4", 32, 64)),
+        "int8": ("linear_int8", (*ops.quantize_int8(weight), bias), (6.0,)),
+    }
+
+
+CASES = ("plain", "nested", "no-bias", "int8")
+
+
+def gradients(out, x, bias):
+    leaves = [leaf for leaf in (x, bias) if leaf is not None]
+    return torch.autograd.grad((out.float() ** 2).sum(), leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_behind_the_dispatcher(name):
+    op, state, settings = cases()[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, 64, device=DEVICE).to(dtype).requires_grad_()
+        got, expected = eager.linear(op, x, state, settings), getattr(library, op)(x, *state, *settings)
+        assert type(got.grad_fn).__name__ == "_LinearBackward"
+        assert torch.equal(got, expected)
+        for mine, theirs in zip(gradients(got, x, state[2]), gradients(expected, x, state[2]), strict=True):
+            assert mine.dtype == theirs.dtype
+            assert torch.equal(mine, theirs)
+
+
+def test_a_gradient_of_a_gradient_is_that_behind_the_dispatcher():
+    op, state, settings = cases()["nested"]
+    x, second = torch.randn(3, 64, device=DEVICE, requires_grad=True), []
+    for linear in (lambda: eager.linear(op, x, state, settings), lambda: getattr(library, op)(x, *state, *settings)):
+        (first,) = torch.autograd.grad(linear().square().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), x)[0])
+    assert torch.equal(*second)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    op, state, settings = cases()["plain"]
+    x = torch.randn(3, 64, device=DEVICE)
+    eager.linear(op, x, state, settings).sum().backward()  # the bias alone
+    assert state[2].grad.tolist() == [3.0] * 48
+    frozen = (*state[:2], state[2].detach())
+    x.requires_grad_()
+    eager.linear(op, x, frozen, settings).sum().backward()
+    assert x.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert eager.linear(op, x, state, settings).grad_fn is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensors", "reentrant"])
+def test_checkpointing_computes_again_what_it_did_not_keep(reentrant):
+    op, state, settings = cases()["plain"]
+    state = (*state[:2], state[2].detach())
+    gradients = []
+    for is_kept in (True, False):
+        x = torch.linspace(-1, 1, 192, device=DEVICE).view(3, 64).requires_grad_()
+
+        def block(x):
+            return torch.tanh(eager.linear(op, x * 2, state, settings))
+
+        out = block(x) if is_kept else checkpoint(block, x, use_reentrant=reentrant)
+        out.sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_the_result_can_be_changed_in_place():
+    op, state, settings = cases()["plain"]
+    x = torch.randn(1, 3, 64, device=DEVICE, requires_grad=True)
+    out = eager.linear(op, x, state, settings)
+    out += 1
+    torch.relu_(out)
+    out.sum().backward()
+    assert x.grad.shape == x.shape

@@ -1,0 +1,136 @@
+"""Fused experts: the forward with products of stacks computes what transformers computes with dequantized weights."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+import bigq
+from bigq.ops import eager
+from bigq.weight.experts import QuantizedExperts
+
+FORMATS = (bigq.NF4(), bigq.NF4(double_quant=True), bigq.FP4(block_size=32), bigq.Int8())
+CLASSES = {  # module, class and config of transformers
+    "mixtral": ("mixtral", "MixtralExperts", "MixtralConfig"),
+    "gpt-oss": ("gpt_oss", "GptOssExperts", "GptOssConfig"),  # transposed, interleaved, with biases
+    "nemotron-h": ("nemotron_h", "NemotronHExperts", "NemotronHConfig"),  # without a gate
+    "qwen3-moe": ("qwen3_moe", "Qwen3MoeExperts", "Qwen3MoeConfig"),
+}
+E, TOP_K, H, INNER = 16, 2, 64, 96
+
+
+def experts_of(name, implementation="grouped_mm"):
+    module, kind, config = CLASSES[name]
+    pytest.importorskip("transformers")
+    configs = import_module(f"transformers.models.{module}.configuration_{module}")
+    kinds = import_module(f"transformers.models.{module}.modeling_{module}")
+    if not hasattr(kinds, kind):
+        pytest.skip(f"this transformers has no {kind}")
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    config = getattr(configs, config)(
+        hidden_size=H, intermediate_size=INNER, moe_intermediate_size=INNER, **dict.fromkeys(names, E)
+    )
+    config._experts_implementation = implementation
+    experts = getattr(kinds, kind)(config)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return experts
+
+
+def quantized(experts, weight_format):
+    model = torch.nn.Sequential(experts)
+    config = bigq.QuantizationConfig(weight_format)
+    return bigq.load_and_quantize_model(model, None, config, device_map="cpu")[0]
+
+
+def inputs(tokens, dtype=torch.float32):
+    x = torch.randn(tokens, H, dtype=dtype)
+    ids = torch.stack([torch.randperm(E)[:TOP_K] for _ in range(tokens)])
+    return x, ids, torch.rand(tokens, TOP_K, dtype=dtype)
+
+
+def dense_output(name, module, arguments, implementation="grouped_mm"):
+    plain = experts_of(name, implementation)
+    for leaf in module.descriptions:
+        with torch.no_grad():
+            getattr(plain, leaf).copy_(getattr(module, leaf).dequantize())
+    for leaf, parameter in module.named_parameters():
+        if leaf.endswith("_bias"):
+            with torch.no_grad():
+                getattr(plain, leaf).copy_(parameter)
+    return plain(*arguments)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_output_is_that_of_the_dequantized_experts(name, implementation):
+    for weight_format in FORMATS:
+        module = quantized(experts_of(name, implementation), weight_format)
+        assert isinstance(module, QuantizedExperts)
+        for tokens in (1, 2, 19):
+            arguments = inputs(tokens)
+            got, expected = module(*arguments), dense_output(name, module, arguments)
+            assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+            limit = 0.02 if weight_format.name == "int8" else 1e-5  # int8 quantizes the activations too
+            assert (got - expected).norm() <= limit * expected.norm(), (weight_format, tokens)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen, original = [], eager.routed
+
+    def routed(name, *args):
+        seen.append(name)
+        return original(name, *args)
+
+    monkeypatch.setattr(eager, "routed", routed)
+    return seen
+
+
+def test_few_rows_are_not_sorted(calls):
+    module = quantized(experts_of("mixtral"), bigq.NF4())
+    for tokens, op in ((1, "routed_linear_4bit"), (2, "routed_linear_4bit"), (3, "grouped_linear_4bit")):
+        calls.clear()
+        module(*inputs(tokens))
+        assert calls == [op, op]
+
+
+def test_an_expert_that_does_not_exist_adds_nothing():
+    module = quantized(experts_of("gpt-oss"), bigq.NF4())
+    for tokens in (1, 9):
+        x, ids, weights = inputs(tokens)
+        everywhere = module(x, ids, weights)
+        ids_of_others = torch.cat([ids, torch.full_like(ids, E)], dim=1)
+        torch.testing.assert_close(module(x, ids_of_others, torch.cat([weights, weights], dim=1)), everywhere)
+
+
+def test_gradients_are_those_of_the_dequantized_experts():
+    module = quantized(experts_of("gpt-oss"), bigq.NF4(double_quant=True))
+    for tokens in (1, 9):
+        x, ids, weights = inputs(tokens)
+        grads = []
+        for forward in (module, lambda *arguments: dense_output("gpt-oss", module, arguments)):
+            leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+            forward(leaves[0], ids, leaves[1]).square().sum().backward()
+            grads.append([leaf.grad for leaf in leaves])
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_and_bfloat16_decide_the_dtype_as_for_linears():
+    module = quantized(experts_of("mixtral"), bigq.NF4())
+    x, ids, weights = inputs(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = module(x, ids, weights)
+    assert got.dtype == torch.float32
+    expected = module(x, ids, weights)
+    assert 0 < (got - expected).norm() < 0.02 * expected.norm()
+    assert module(x.bfloat16(), ids, weights.bfloat16()).dtype == torch.bfloat16
+
+
+def test_compiled_experts_use_the_products_without_a_break():
+    module = quantized(experts_of("mixtral"), bigq.NF4())
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for tokens in (1, 19):
+        arguments = inputs(tokens)
+        torch.testing.assert_close(compiled(*arguments), module(*arguments))

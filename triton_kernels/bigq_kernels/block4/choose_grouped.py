@@ -1,0 +1,118 @@
+"""choose_grouped: which kernel multiplies the rows of x by a stack of 4-bit weights, each by its own, and why.
+
+How many rows each weight has is known on the GPU alone. So the average number of rows of the weights that are hit
+decides.
+
+    >>> import torch
+    >>> from bigq_kernels.gpu import Gpu
+    >>> choice = choose_grouped(Gpu.named("h200"), rows=8, e=128, n=1536, k=2048, block_size=64, dtype=torch.bfloat16)
+    >>> choice.way, choice.why
+    ('dp4a', 'Up to 32 rows for 128 weights hardly share one, and byte dot products are fastest for single rows.')
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from bigq_kernels.block4.choose import MIN_GLUON_BLOCK, Config
+from bigq_kernels.block4.configs import (
+    MAX_DP4A_K,
+    STEP,
+    Dp4aConfig,
+    MmaConfig,
+    StagedConfig,
+    WgmmaConfig,
+    dp4a_config,
+    mma_config,
+    staged_config,
+)
+from bigq_kernels.choice import Choice
+from bigq_kernels.gpu import Gpu
+from bigq_kernels.split_k import split_steps
+from bigq_kernels.tiles import ceil_div, next_power_of_2
+
+__all__ = ["choose_grouped"]
+
+MAX_SINGLE_ROWS = 2  # dp4a up to this many rows, whatever the number of weights
+SINGLE_BLOCKS = 4  # 26 us for 32 rows of 128 weights of 1536 x 2048; with as many as fit at once, 34 (H200)
+MAX_STAGED_ROWS = 12  # of a weight: with 16, 338 us and 289 of wgmma (8 weights of 28672 x 4096, H200)
+MAX_MMA_ROWS = 64
+
+# Tokens of a tile: (rows of the weight in a tile, warps, registers).
+WGMMA: dict[int, tuple[int, int, int | None]] = {
+    32: (64, 4, 128),
+    64: (128, 8, 128),
+    128: (128, 8, None),
+    256: (128, 8, None),
+}
+
+
+@lru_cache(maxsize=4096)
+def choose_grouped(
+    device: torch.device | Gpu, rows: int, e: int, n: int, k: int, block_size: int, dtype: torch.dtype
+) -> Choice[Config | None]:
+    """The way of x [rows, k] of `dtype`, each row times one of e 4-bit weights [n, k], on a device or a `Gpu`."""
+    gpu = device if isinstance(device, Gpu) else Gpu.of(device)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return _dequantize(f"x is {dtype}, and fused kernels multiply torch.bfloat16 and torch.float16.")
+    if k % 32:
+        return _dequantize(f"K = {k} is no multiple of 32, so rows are no whole vectors of 16 bytes.")
+    if rows == 0 or n == 0 or e == 0:
+        return _dequantize(f"The output is empty: {rows} x {n}.")
+    hit = max(1, round(e * (1 - (1 - 1 / e) ** rows)))  # on average, if each row chooses its weight at random
+    mean = rows / hit
+    # Two rows seldom have the same weight then, which dp4a would read twice. 32 rows of 128 weights of 1536 x 2048 take
+    # 27 us, and 31 staged; 16 of 32 weights of 5760 x 2880, which leave staged a partial step, 68 and 83 (H200).
+    few = max(MAX_SINGLE_ROWS, e // (4 if k % STEP == 0 else 2))
+    if rows <= few and k <= MAX_DP4A_K:
+        why = f"Up to {few} rows for {e} weights hardly share one, and byte dot products are fastest for single rows."
+        return Choice(way="dp4a", config=_dp4a_config(gpu, rows, n, k), why=why)
+    each = f"{mean:.3g} rows for each of {hit} weights"
+    if gpu.gluon and block_size >= MIN_GLUON_BLOCK:
+        if mean <= MAX_STAGED_ROWS:
+            why = f"With {each}, codes that are staged in shared memory are fastest."
+            return Choice(way="staged", config=_staged_config(gpu, hit, mean, n, k), why=why)
+        if k % 64 == 0 and gpu.capability == (9, 0):
+            tile = next(m for m in WGMMA if mean <= 0.9 * m or m == max(WGMMA))
+            why = f"With {each}, wgmma decodes each weight once for a tile of {tile}."
+            return Choice(way="wgmma", config=_wgmma_config(tile), why=why)
+    if mean <= MAX_MMA_ROWS:
+        why = f"With {each}, mma is faster than dequantizing all weights."
+        return Choice(way="mma", config=_mma_config(gpu, hit, mean, n, k, block_size), why=why)
+    return _dequantize(f"With {each}, one dequantization of all weights is shared by enough rows.")
+
+
+def _tile(mean: float) -> int:
+    """Rows of a tile that hold those of most weights, if each row chose its weight at random."""
+    return next(m for m in (8, 16, 32, 64, 128) if mean + mean**0.5 <= m or m == 128)
+
+
+def _dp4a_config(gpu: Gpu, rows: int, n: int, k: int) -> Dp4aConfig:
+    config = dp4a_config(gpu, 1, n * rows, k)
+    return (
+        config if rows <= MAX_SINGLE_ROWS else replace(config, blocks=min(SINGLE_BLOCKS, ceil_div(n, config.block_n)))
+    )
+
+
+def _staged_config(gpu: Gpu, hit: int, mean: float, n: int, k: int) -> StagedConfig:
+    tile = min(_tile(mean), 32)
+    config = staged_config(gpu, tile, n, k)
+    split, steps = split_steps(
+        ceil_div(n, config.block_n) * hit, ceil_div(k, STEP), gpu.multiprocessors, config.block_m / 16
+    )
+    return replace(config, split=split, steps_per_split=steps)
+
+
+def _wgmma_config(tile: int) -> WgmmaConfig:
+    block_n, warps, registers = WGMMA[tile]
+    return WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
+
+
+def _mma_config(gpu: Gpu, hit: int, mean: float, n: int, k: int, block_size: int) -> MmaConfig:
+    config = mma_config(gpu, _tile(mean), n, k, block_size)
+    return replace(config, split=max(1, config.split // next_power_of_2(hit)))
+
+
+def _dequantize(why: str) -> Choice[None]:
+    return Choice(way="dequantize", config=None, why=why)
