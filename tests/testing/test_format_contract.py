@@ -75,6 +75,15 @@ class _NoBias(_Named):
         return super().linear(x, state, None, in_features)
 
 
+class _SearchesBadly(_Named):
+    @property
+    def methods(self):
+        return ("absmax", "search")
+
+    def quantize_rows(self, rows, *, method="absmax", measured=None, importance=None):
+        return super().quantize_rows(rows if method == "absmax" else (8 * rows).round() / 8)
+
+
 class _ForgetsASetting(_Named):
     def describe(self):
         return {"format": "named"}
@@ -89,6 +98,7 @@ BROKEN = {
     _RoundsTwice: "decoding to torch.bfloat16 is not decoding once and rounding once",
     _OtherRows: "take_rows does not decode to that part",
     _NoBias: "a product in torch.float32: the relative error is",
+    _SearchesBadly: "'search' has an error of .*, and 'absmax' of",
     _ForgetsASetting: r"describe\(\) is {'format': 'named'}; expected .*'threshold': 6.0",
 }
 
