@@ -32,12 +32,16 @@ class _Linear(torch.autograd.Function):
         return run(library.cuda_implementation, name, x, state, settings)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            with torch.no_grad():
-                dense = library.dense_weight(ctx.name, ctx.saved_tensors, ctx.settings, ctx.in_features, grad.dtype)
-            grad_x = grad @ dense
+            packed, absmax, *nested = ctx.saved_tensors
+            settings = ctx.settings if ctx.name == "linear_int8" else (*ctx.settings[:-1], ctx.in_features)
+            if torch.is_grad_enabled():  # the gradient of this gradient may be asked for
+                grad_x = grad @ library.dequantized(ctx.name, packed, absmax, nested, settings, grad.dtype)
+            else:
+                state = (packed, absmax, None, *nested)
+                grad_x = run(library.cuda_implementation, f"{ctx.name}_backward", grad, state, settings)
         if ctx.needs_input_grad[1]:
             grad_bias = library.bias_grad(grad, ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None

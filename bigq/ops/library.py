@@ -9,7 +9,7 @@ that do not fit together raise a RuntimeError, on each device and under fake ten
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -25,10 +25,10 @@ from bigq.system.internals import check
 __all__ = [
     "bias_grad",
     "cuda_implementation",
-    "dense_weight",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
+    "dequantized",
     "encode_scaled_4bit",
     "grouped_linear_4bit",
     "grouped_matmul",
@@ -82,6 +82,8 @@ _LAUNCHERS = {  # the module of each launcher, imported on first use
     "quantize_int8": "bigq_kernels.int8.quantize",
     "dequantize_int8": "bigq_kernels.int8.dequantize",
     "linear_int8": "bigq_kernels.int8.linear",
+    "linear_4bit_backward": "bigq_kernels.block4.linear",  # no op: the backward pass of an eager linear
+    "linear_int8_backward": "bigq_kernels.int8.linear",
 }
 
 
@@ -335,27 +337,16 @@ def bias_grad(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(dtype)
 
 
-def dense_weight(
-    name: str, tensors: tuple[Tensor, ...], settings: tuple[Any, ...], in_features: int, dtype: torch.dtype
+def dequantized(
+    name: str, packed: Tensor, absmax: Tensor, nested: Sequence[Tensor], settings: tuple[Any, ...], dtype: torch.dtype
 ) -> Tensor:
-    """The dequantized weight [N, K] of the linear op `name` on a GPU, past the dispatcher.
-
-    Args:
-        name: "linear_4bit" or "linear_int8".
-        tensors: what the op takes after x, without the bias.
-        settings: the op's other arguments, which begin with the nested scales that are None.
-        in_features: K.
-        dtype: of the result.
-    """
+    """The weight [N, K] in `dtype` of the linear op `name`, whose last settings say K, if its tensors do not."""
     if name == "linear_int8":
-        return cuda_implementation("dequantize_int8")(*tensors, dtype)  # type: ignore[no-any-return]
-    packed, absmax, *nested = tensors
-    quant_type, block_size = [setting for setting in settings if setting is not None][:2]
+        return dequantize_int8(packed, absmax, dtype)  # type: ignore[no-any-return]
+    quant_type, block_size, in_features = settings[-3:]
     if nested:
-        absmax = cuda_implementation("dequantize_absmax")(absmax, *nested)
-    return cuda_implementation("dequantize_4bit")(  # type: ignore[no-any-return]
-        packed, absmax, quant_type, block_size, in_features, dtype
-    )
+        absmax = dequantize_absmax(absmax, *nested)
+    return dequantize_4bit(packed, absmax, quant_type, block_size, in_features, dtype)  # type: ignore[no-any-return]
 
 
 torch.library.register_autograd(

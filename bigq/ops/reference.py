@@ -42,7 +42,9 @@ __all__ = [
     "grouped_linear_4bit",
     "grouped_matmul",
     "linear_4bit",
+    "linear_4bit_backward",
     "linear_int8",
+    "linear_int8_backward",
     "nested_code",
     "quantize_4bit",
     "quantize_absmax",
@@ -296,6 +298,28 @@ def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
     for start, stop in row_chunks(*weight.shape):
         out[start:stop] = weight[start:stop].float() * absmax[start:stop] * (1.0 / 127.0)
     return out
+
+
+def linear_4bit_backward(
+    grad: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    """The gradient of x in `linear_4bit`: grad [..., N] times the dequantized weight [N, K], in grad's dtype."""
+    if nested_absmax is not None and nested_offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+    return grad @ dequantize_4bit(weight, absmax, quant_type, block_size, in_features, grad.dtype)
+
+
+def linear_int8_backward(grad: Tensor, weight: Tensor, absmax: Tensor, bias: None, threshold: float) -> Tensor:
+    """The gradient of x in `linear_int8`, where that of rounding x to int8 is 1 (straight-through estimator)."""
+    return grad @ dequantize_int8(weight, absmax, grad.dtype)
 
 
 def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:

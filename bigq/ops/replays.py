@@ -60,9 +60,9 @@ def run(
         settings: the launcher's other arguments.
         route: of a stack of weights, the tensor that says which one multiplies which row. It is another in each call.
     """
-    key: tuple[Any, ...] = (id(state[0]), x.shape, x.dtype)
+    key: tuple[Any, ...] = (id(state[0]), name, x.shape, x.dtype)
     if route:
-        key += (name, route[0].shape, route[0].dtype)
+        key += (route[0].shape, route[0].dtype)
     call = _CALLS.get(key)
     if call is None or (call.settings is not settings and call.settings != settings):
         return _first_calls(key, find, name, x, state, settings, route)

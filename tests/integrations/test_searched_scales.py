@@ -72,6 +72,9 @@ def test_diffusers_from_pretrained_searches(tmp_path):
     ours = load_and_quantize_model(model, None, config, device_map="cpu")
     assert all(torch.equal(tensor, state(ours)[name]) for name, tensor in state(loaded).items())
     assert torch.equal(run(loaded), run(ours))
+    loaded.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(tensor, state(ours)[name]) for name, tensor in state(again).items())
 
 
 @pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS.keys())

@@ -236,6 +236,32 @@ def test_ends_with_a_product_of_torchs(kernels, with_bias):
     assert torch.equal(again, launcher(x, weight, bias))
 
 
+def test_ends_with_a_product_by_the_transposed_weight(kernels):
+    launcher = _dense_launcher(kernels, lambda grad, dense, bias: dense_linear(grad, dense.mT, bias))
+    (_, weight, _), grad = inputs(), torch.randn(1, 5, N)
+    out, kept = record(launcher, (grad, weight, None), ())
+    torch.testing.assert_close(out, grad @ (2 * weight))
+    other, grad = torch.randn(N, K), torch.randn(1, 5, N)
+    again = kept.bind(addresses(other, None))(grad, (other, None))
+    assert torch.equal(again, launcher(grad, other, None))
+
+
+def test_other_live_inputs_are_those_of_each_call(kernels):
+    launcher = launcher_of(kernels)
+
+    def with_weight_in_front(x, weight, bias, factor):
+        return launcher(x, weight, bias, factor)
+
+    x, weight, bias = inputs()
+    _, kept = record(with_weight_in_front, (x, weight, bias), (3.0,), live=2)
+    bound = kept.bind(addresses(bias))
+    for _ in range(2):
+        x, weight, _ = inputs()
+        assert torch.equal(bound(x, (bias,), (weight,)), launcher(x, weight, bias, 3.0))
+    unaligned = torch.randn(1 + N * K)[1:].view(N, K)
+    assert bound(x, (bias,), (unaligned,)) is None
+
+
 @pytest.mark.parametrize(
     "multiply",
     [

@@ -66,7 +66,8 @@ class Replay:
     """What `record` saw; input 0 is the tensor whose dtype and device the output shares.
 
     Inputs 0 to `live` - 1 are others in each call, and the ones behind them are bound.
-    With a `dense_linear` at the end, "out" is its weight, and `bias` the number of the input it adds.
+    With a `dense_linear` at the end, "out" is its weight, transposed if it `transposes`, and `bias` is the number of
+    the input that it adds.
     """
 
     device_index: int
@@ -76,6 +77,7 @@ class Replay:
     constants: tuple[Tensor, ...]  # tables of the launcher's own, kept alive for their addresses
     live: int = 1
     multiplies: bool = False
+    transposes: bool = False
     bias: int | None = None
 
     def bind(self, pointers: Sequence[int | None]) -> "BoundReplay":
@@ -147,7 +149,8 @@ class BoundReplay:
                 start(*pick(values), pick_last(values))
         if self._replay.multiplies:
             bias = self._replay.bias
-            return F.linear(x, out, None if bias is None else inputs[bias - 1])
+            weight = out.mT if self._replay.transposes else out
+            return F.linear(x, weight, None if bias is None else inputs[bias - 1])
         return out
 
 
@@ -238,8 +241,9 @@ def record(
     place = next((place for place, tensor in enumerate(tensors) if tensor is bias and bias is not None), None)
     if result is not out or x is not tensors[0] or (place is None) != (bias is None):
         return out, None
-    replay = _replay(dense, tensors, watch, seen, live)
-    return out, replay and replace(replay, multiplies=True, bias=place)
+    transposes = not dense.is_contiguous()  # and its transposed view is, or there is no replay
+    replay = _replay(dense.mT if transposes else dense, tensors, watch, seen, live)
+    return out, replay and replace(replay, multiplies=True, transposes=transposes, bias=place)
 
 
 def _replay(

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.block4.packed import Nested
 from bigq_kernels.checks import as_floats, check_dequantize_absmax
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import FLOAT32_TINY, NESTED_BLOCK_SIZE, absmax_bits, ceil_div
 
-__all__ = ["dequantize_absmax", "load_absmax", "nested_code", "quantize_absmax"]
+__all__ = ["dequantize_absmax", "load_absmax", "nested_code", "quantize_absmax", "with_code"]
 
 
 @cache
@@ -28,6 +29,13 @@ def nested_code(device: torch.device) -> Tensor:
     magnitudes = torch.cat(positive)
     ends = torch.tensor([0.0, 1.0], device="cpu")
     return torch.cat([magnitudes, -magnitudes, ends]).sort().values.to(device)
+
+
+def with_code(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> tuple[Tensor, Nested]:
+    """(absmax, what kernels decode it with): float32 and no tensors, or uint8 codes and the three of `Nested`."""
+    if nested_absmax is None or nested_offset is None:
+        return as_floats(absmax), (None, None, None)
+    return absmax, (as_floats(nested_absmax).contiguous(), as_floats(nested_offset), nested_code(absmax.device))
 
 
 @triton.jit

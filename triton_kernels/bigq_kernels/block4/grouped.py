@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bigq_kernels.block4.absmax import nested_code
+from bigq_kernels.block4.absmax import with_code
 from bigq_kernels.block4.choose_grouped import choose_grouped
 from bigq_kernels.block4.dequantize import dequantize_4bit
 from bigq_kernels.block4.groups import weights_of_rows
 from bigq_kernels.block4.linear import contiguous, device_of, launcher
-from bigq_kernels.block4.packed import Nested, Packed4
-from bigq_kernels.checks import as_floats, check_grouped_linear_4bit, check_routed_linear_4bit
+from bigq_kernels.block4.packed import Packed4
+from bigq_kernels.checks import check_grouped_linear_4bit, check_routed_linear_4bit
 from bigq_kernels.grouped_matmul import grouped_matmul
 
 __all__ = ["grouped_linear_4bit", "routed_linear_4bit"]
@@ -41,7 +41,7 @@ def grouped_linear_4bit(
     check_grouped_linear_4bit(x, stops, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     (e, n, _), (rows, k) = weight.shape, x.shape
     choice = choose_grouped(x.device, rows, e, n, k, block_size, x.dtype)
-    packed = _packed(x.device, weight, absmax, nested_absmax, nested_offset, quant_type, block_size)
+    packed = _packed(weight, absmax, nested_absmax, nested_offset, quant_type, block_size)
     if choice.way == "dequantize":
         out = grouped_matmul(x, stops, _dequantized(packed, k, x.dtype).mT)
         if bias is None:
@@ -83,7 +83,7 @@ def routed_linear_4bit(
         state = (weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size, in_features)
         out = grouped_linear_4bit(grouped, stops, *state)
         return torch.empty_like(out).index_copy_(0, order, out)
-    packed = _packed(x.device, weight, absmax, nested_absmax, nested_offset, quant_type, block_size)
+    packed = _packed(weight, absmax, nested_absmax, nested_offset, quant_type, block_size)
     out, bias = x.new_empty(rows, n), bias if bias is None else bias.contiguous()
     with device_of(x):
         launcher("dp4a")(contiguous(x), packed, bias, out, choice.config, ids.contiguous())
@@ -91,7 +91,6 @@ def routed_linear_4bit(
 
 
 def _packed(
-    device: torch.device,
     weight: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
@@ -99,11 +98,7 @@ def _packed(
     quant_type: str,
     block_size: int,
 ) -> Packed4:
-    nested: Nested = (None, None, None)
-    if nested_absmax is not None and nested_offset is not None:
-        nested = (as_floats(nested_absmax).contiguous(), as_floats(nested_offset), nested_code(device))
-    else:
-        absmax = as_floats(absmax)
+    absmax, nested = with_code(absmax, nested_absmax, nested_offset)
     return Packed4(contiguous(weight), absmax.contiguous(), nested, quant_type, block_size)
 
 

@@ -8,14 +8,14 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from bigq_kernels.block4.absmax import nested_code
+from bigq_kernels.block4.absmax import with_code
 from bigq_kernels.block4.choose import choose
 from bigq_kernels.block4.dequantize import dequantize_4bit
-from bigq_kernels.block4.packed import Nested, Packed4
-from bigq_kernels.checks import as_floats, check_linear_4bit
+from bigq_kernels.block4.packed import Packed4
+from bigq_kernels.checks import check_linear_4bit
 from bigq_kernels.launch import dense_linear
 
-__all__ = ["contiguous", "device_of", "launcher", "linear_4bit"]
+__all__ = ["contiguous", "device_of", "launcher", "linear_4bit", "linear_4bit_backward"]
 
 _MODULES = {  # imported on first use: not all releases of Triton have what the Gluon kernels import
     "dp4a": "bigq_kernels.block4.dp4a",
@@ -64,11 +64,7 @@ def linear_4bit(
     n, k = weight.shape[0], x.shape[-1]
     m = x.numel() // k if k else 0
     choice = choose(x.device, m, n, k, block_size, x.dtype)
-    nested: Nested = (None, None, None)
-    if nested_absmax is not None and nested_offset is not None:
-        nested = (as_floats(nested_absmax).contiguous(), as_floats(nested_offset), nested_code(x.device))
-    else:
-        absmax = as_floats(absmax)
+    absmax, nested = with_code(absmax, nested_absmax, nested_offset)
     if choice.way == "dequantize":
         dense = dequantize_4bit(weight, absmax, quant_type, block_size, k, x.dtype, nested)
         return dense_linear(x, dense, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
@@ -79,3 +75,20 @@ def linear_4bit(
     with device_of(x):
         launcher(choice.way)(contiguous(x.reshape(m, k)), packed, bias, out, choice.config)
     return out
+
+
+def linear_4bit_backward(
+    grad: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    """The gradient of x in `linear_4bit`: grad [..., N] times the packed weight [N, ceil(K/2)], in grad's dtype."""
+    absmax, nested = with_code(absmax, nested_absmax, nested_offset)
+    dense = dequantize_4bit(weight, absmax, quant_type, block_size, in_features, grad.dtype, nested)
+    return dense_linear(grad, dense.mT, None)

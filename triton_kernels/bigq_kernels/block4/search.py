@@ -1,8 +1,9 @@
 """Search the scales of 4-bit blocks that lose least where a weight's inputs are large, and encode with given scales.
 
-A program has a tile of whole blocks in registers and tries nine scales on it, five with FP4. That is some 200
-instructions an element, so it takes several times as long as reading the weight from GPU memory, and a fraction of what
-the link to the host takes to bring it.
+A program has a tile of whole blocks in registers and tries nine scales on it, five with FP4. A scale takes 40
+instructions an element (compiled for Hopper). So the search takes many times as long as reading the weight from GPU
+memory would. It was written to take less than the link to the host takes to bring the weight: 2.7 ns for 64 elements
+at 47 GB/s.
 """
 
 import torch

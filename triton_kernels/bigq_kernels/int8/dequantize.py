@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.checks import as_floats, check_dequantize_int8
+from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
 __all__ = ["dequantize_int8"]
@@ -45,7 +46,9 @@ def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
     block_n = 4096 // block_k  # 4096 elements a program: 32 registers a thread
     grid = (ceil_div(rows, block_n) * ceil_div(columns, block_k),)
     with torch.cuda.device_of(weight):
-        _dequantize_int8_kernel[grid](
+        launch(
+            _dequantize_int8_kernel,
+            grid,
             weight.contiguous(),
             absmax.contiguous(),
             out,
@@ -53,6 +56,6 @@ def dequantize_int8(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tenso
             columns,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            enable_fp_fusion=True,
+            options={},
         )
     return out

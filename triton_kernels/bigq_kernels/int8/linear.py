@@ -229,3 +229,11 @@ def linear_int8(
             },
         )  # fmt: skip
     return out
+
+
+def linear_int8_backward(grad: Tensor, weight: Tensor, absmax: Tensor, bias: None, threshold: float) -> Tensor:
+    """The gradient of x in `linear_int8`: grad [..., N] times the weight [N, K], in grad's dtype.
+
+    The gradient of rounding x to int8 is 1 (straight-through estimator).
+    """
+    return dense_linear(grad, dequantize_int8(weight, absmax, grad.dtype).mT, None)
