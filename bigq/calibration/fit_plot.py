@@ -40,6 +40,7 @@ def plot_fit(
     axes.set_xlabel("bytes of the model, MB")
     axes.set_ylabel(error_label)
     axes.grid(alpha=0.3)
+    axes.margins(y=0.1)
     axes.legend()
     figure.savefig(path, dpi=150)
 

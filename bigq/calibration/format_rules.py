@@ -33,8 +33,8 @@ def with_formats(
     for rules in _ways(formats, default):
         every = (*config.ordered_rules(), *rules)
         can_search = any(config.method in found.methods for _, found in [("", default), *every] if found is not None)
-        method = {} if can_search else {"method": "absmax", "moments": None}
-        found = replace(config, format=default, rules=every, **method)
+        method, moments = (config.method, config.moments) if can_search else ("absmax", None)
+        found = replace(config, format=default, rules=every, method=method, moments=moments)
         if is_right(found):
             return found
     raise AssertionError("rules of whole names give each weight its format")

@@ -83,6 +83,10 @@ def sample_products(
             f"{len(watch.without_grad)} weights multiply where the model turns gradients off (torch.no_grad): "
             f"{shortlist([*watch.without_grad])}; {_ADVICE}"
         )
+    if gradients and not predictions:
+        raise ConfigError(
+            "the model predicts nothing on these batches: by their attention_mask, all is padding"
+        )
     return Sampled(tokens=watch.tokens(), predictions=predictions)
 
 
@@ -108,7 +112,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _logits(out: Any, logits: Callable[[Any], Tensor] | None) -> Tensor:
     """The logits [..., C] in what a model returned: `.logits`, the tensor itself, or the first one of a tuple."""
     if logits is not None:
-        found = logits(out)
+        found: object = logits(out)
     elif isinstance(out, Mapping) or hasattr(out, "logits"):
         found = out.get("logits") if isinstance(out, Mapping) else out.logits
     else:
@@ -140,9 +144,11 @@ def _backward(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -
     probabilities = log_probabilities.detach().exp()
     if not probabilities.isfinite().all():
         raise ConfigError("the logits hold NaN or Inf: the model cannot compute these batches in its dtype")
+    if not len(probabilities):
+        return 0
     labels = torch.multinomial(probabilities, 1, generator=generator)
     try:
-        log_probabilities.gather(1, labels).sum().backward()
+        log_probabilities.gather(1, labels).sum().backward()  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # an op without a gradient, or an activation that was written to

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -70,6 +70,10 @@ def _matmul(input: Tensor, other: Tensor, **rest: Any) -> list[_Product]:
     return found
 
 
+def _mm(input: Tensor, mat2: Tensor, **rest: Any) -> list[_Product]:
+    return _matmul(input, mat2)
+
+
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **rest: Any) -> list[_Product]:
     return [_Product(mat1, mat2)]
 
@@ -81,7 +85,7 @@ def _grouped_mm(input: Tensor, mat2: Tensor, *, offs: Tensor | None = None, **re
 _PRODUCTS: dict[Function, Callable[..., list[_Product]]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
-    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _matmul),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _mm),
     Tensor.__rmatmul__: lambda weight, other: _matmul(other, weight),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     **dict.fromkeys(GROUPED_PRODUCTS, _grouped_mm),
@@ -141,7 +145,7 @@ class WatchedProducts(TorchFunctionMode):
 
     def _find(self, matrix: Tensor) -> tuple[WatchedWeight, str, int] | None:
         """(weight, kind of its use, place in its stack) if `matrix` [..., A, B] is a weight, or one of a stack."""
-        if matrix.layout is not torch.strided or matrix.is_nested:
+        if type(matrix) not in (Tensor, nn.Parameter) or matrix.layout is not torch.strided or matrix.is_nested:
             return None
         for weight in self._by_storage.get(matrix.untyped_storage().data_ptr(), ()):
             stored = weight.matrix
@@ -206,5 +210,5 @@ class WatchedProducts(TorchFunctionMode):
         if not out.requires_grad:
             out = out.detach().requires_grad_().clone()  # a clone, because models write to activations in place
         if add is not None:
-            out.register_hook(add)
+            out.register_hook(add)  # type: ignore[no-untyped-call]
         return out

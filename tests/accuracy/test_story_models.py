@@ -93,13 +93,18 @@ def nats(protocol: ModuleType, model: nn.Module, groups: list[list[list[int]]]) 
     return torch.tensor([math.log(protocol.ppl(model, group)) for group in groups], dtype=torch.float64)
 
 
+@cache
+def stories260k_records(assets: Path) -> list[list[int]]:
+    """60 records, 10,865 tokens."""
+    tokenizer = protocol(assets).Tok512(assets / "stories260K" / "tok512.bin")
+    texts = protocol(assets).STORIES.read_text().split("<|endoftext|>")[:60]
+    return [tokenizer.encode(text.strip()[:400]) for text in texts]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_stories260k_sample(assets, bnb, name):
-    """60 records, 10,865 tokens, through both libraries; the difference is judged by its own standard error."""
-    protocol_ = protocol(assets)
-    tokenizer = protocol_.Tok512(assets / "stories260K" / "tok512.bin")
-    texts = protocol_.STORIES.read_text().split("<|endoftext|>")[:60]
-    records = [tokenizer.encode(text.strip()[:400]) for text in texts]
+    """60 records through both libraries; the difference is judged by its own standard error."""
+    protocol_, records = protocol(assets), stories260k_records(assets)
     groups = [records[start : start + 4] for start in range(0, len(records), 4)]
     tokens = torch.tensor([sum(len(record) - 1 for record in group) for group in groups], dtype=torch.float64)
     share = tokens / tokens.sum()
@@ -167,3 +172,39 @@ def test_full_protocol(assets, model_name):
             assert change <= LLM_INT8_FIGURES[model_name] + LLM_INT8_TOLERANCE
         change = math.log(protocol_.ppl(with_dequantized_weights(folder, model), records) / baseline)
         assert change <= figures[name] + FIGURE_TOLERANCE, name
+
+
+def change_by(protocol_: ModuleType, folder: Path, records: list[list[int]], config: bigq.QuantizationConfig) -> float:
+    """The change in nats a token, with the weights as `config` quantizes them and all else in float32."""
+    model = with_dequantized_weights(folder, quantized_model(folder, config))
+    return math.log(protocol_.ppl(model, records) / protocol_.ppl(dense_model(folder), records))
+
+
+def test_fit_on_stories260k(assets):
+    """At the 5 bits of blocks of 32 (+.0805): with formats that are chosen +.0733, with searched scales too +.0544.
+
+    Random ids are all that both are measured on. With other ids, the first was +.0761.
+    """
+    folder, protocol_, records = assets / "stories260K", protocol(assets), stories260k_records(assets)
+    uniform = change_by(protocol_, folder, records, bigq.QuantizationConfig("nf4", block_size=32))
+    model = dense_model(folder)
+    searched = bigq.QuantizationConfig("nf4", method="search", moments=bigq.input_moments(model))
+    for config, most in ((None, 0.96), (searched, 0.75)):
+        found = bigq.fit(model, bits=5.0, config=config)
+        assert found.bits <= 5.0
+        assert change_by(protocol_, folder, records, found.config) <= most * uniform
+
+
+FIT_FIGURES = {"kfac": 0.0, "output": 0.0}  # blocks of 32, at 5.0 bits: +.0000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FIT_FIGURES)
+def test_fit_by_the_full_protocol(assets, kind):
+    folder = assets / "stories15M"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"{folder} has no model.safetensors: get_stories15M.py makes it")
+    found = bigq.fit(dense_model(folder), bits=5.0, sensitivity=kind)
+    assert found.bits <= 5.0
+    change = change_by(protocol(assets), folder, protocol(assets).records("stories15M"), found.config)
+    assert change <= FIT_FIGURES[kind] + 1e-3  # another CPU may choose another layer where two are nearly alike

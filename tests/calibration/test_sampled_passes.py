@@ -124,6 +124,8 @@ def test_padding_predicts_nothing():
     assert found.predictions == 4
     assert len(tokens.inputs) == 4
     assert (tokens.gradients.abs().sum(1) > 0).all()
+    with pytest.raises(bigq.ConfigError, match="predicts nothing on these batches: by their attention_mask"):
+        sampled(Logits(), [{"ids": ids, "attention_mask": 0 * mask}])
 
 
 def test_gradient_mode_outside_does_not_matter():
