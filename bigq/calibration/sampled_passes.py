@@ -84,9 +84,7 @@ def sample_products(
             f"{shortlist([*watch.without_grad])}; {_ADVICE}"
         )
     if gradients and not predictions:
-        raise ConfigError(
-            "the model predicts nothing on these batches: by their attention_mask, all is padding"
-        )
+        raise ConfigError("the model predicts nothing on these batches: by their attention_mask, all is padding")
     return Sampled(tokens=watch.tokens(), predictions=predictions)
 
 
