@@ -195,7 +195,7 @@ def test_fit_on_stories260k(assets):
         assert change_by(protocol_, folder, records, found.config) <= most * uniform
 
 
-FIT_FIGURES = {"kfac": 0.0, "output": 0.0}  # blocks of 32, at 5.0 bits: +.0000
+FIT_FIGURES = {"kfac": 0.0667, "output": 0.0606}  # blocks of 32, which take 5.0 bits too: +.0758
 
 
 @pytest.mark.slow
