@@ -34,7 +34,8 @@ def infer_device_map(
             to be those of the checkpoint.
         quantization_config: as in `load_and_quantize_model`.
         device_map: "auto", "balanced", "balanced_low_0" or "sequential".
-        no_split_module_classes, max_memory: as in `load_and_quantize_model`.
+        no_split_module_classes: as in `load_and_quantize_model`.
+        max_memory: as in `load_and_quantize_model`.
         offload_folder: if given, the map may use "disk". Nothing is written to it.
 
     Returns:

@@ -1,11 +1,10 @@
-"""Every Python snippet of docs/finetuning.md runs as it stands, one after the other."""
+"""The Python snippets of docs/finetuning.md that need no network run as they stand, one after the other."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text()
+from pages import ROOT, snippets
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -14,11 +13,11 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(snippets) == 6
+    found = [snippet for snippet in snippets(ROOT / "docs" / "finetuning.md") if snippet.needs is None]
+    assert len(found) == 6
     namespace: dict[str, object] = {"__name__": "finetuning"}
-    for snippet in snippets:
-        exec(compile(snippet, "docs/finetuning.md", "exec"), namespace)
+    for snippet in found:
+        exec(compile(snippet.code, "docs/finetuning.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert len(re.findall(r"the adapter changes it by [\d.]+%, rounding by [\d.]+%", printed)) == 2
     assert (tmp_path / "merged" / "model.safetensors").exists()

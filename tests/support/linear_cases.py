@@ -1,24 +1,16 @@
-"""Quantized weights of linears, and the error that a product with one may have."""
+"""Quantized weights of linears."""
 
 import pytest
 import torch
 
 from bigq.ops import reference
+from bigq.testing import assert_within_budget
 from bigq_kernels.block4.absmax import nested_code
 from bigq_kernels.block4.linear import linear_4bit
 from bigq_kernels.block4.packed import Packed4
 
 # The interpreter truncates float32 to bfloat16 instead of rounding.
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-
-
-def assert_within_budget(out, exact, baseline):
-    """Twice the baseline's error plus one rounding of the output, in the Frobenius norm: a maximum is mostly luck."""
-    assert out.shape == baseline.shape
-    assert out.dtype == baseline.dtype
-    error, allowed = ((t.double() - exact).norm() for t in (out, baseline))
-    rounding = exact.norm() * torch.finfo(out.dtype).eps / 2
-    assert error <= 2 * allowed + rounding
 
 
 def quantized_4bit(n, k, quant_type, block_size, nested, device):

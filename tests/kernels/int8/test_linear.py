@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bigq.ops import reference
+from bigq.testing import assert_within_budget
 from bigq_kernels.int8.choose import choose
 from bigq_kernels.int8.linear import linear_int8
-from linear_cases import DTYPES, assert_within_budget, int8_case
+from linear_cases import DTYPES, int8_case
 
 
 def exact_linear_int8(x, weight, absmax, threshold):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from bigq.ops import reference
+from bigq.testing import assert_within_budget
 from bigq_kernels.block4.choose import choose
 from bigq_kernels.block4.configs import staged_config
 from bigq_kernels.block4.linear import linear_4bit
 from bigq_kernels.gpu import Gpu
-from linear_cases import assert_within_budget, check_linear_4bit, packed4, quantized_4bit
+from linear_cases import check_linear_4bit, packed4, quantized_4bit
 
 pytestmark = pytest.mark.gpu
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from bigq.ops import reference
+from bigq.testing import assert_within_budget
 from bigq_kernels.block4.configs import WGMMA, WgmmaConfig
 from bigq_kernels.gpu import Gpu
-from linear_cases import assert_within_budget, packed4, quantized_4bit
+from linear_cases import packed4, quantized_4bit
 
 pytestmark = pytest.mark.gpu
 ROWS = sorted({row for rows in WGMMA[9, 0].values() for row in rows.values()}, key=str)

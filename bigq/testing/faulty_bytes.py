@@ -1,4 +1,4 @@
-"""Testing: sources of bytes that fail, end early, return a wrong byte or take long, to test how a load reacts."""
+"""Sources of bytes that fail, end early, return a wrong byte or take long, to test how a load reacts."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
