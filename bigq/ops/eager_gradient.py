@@ -1,8 +1,8 @@
 """The eager call of a linear whose input needs a gradient: one node of autograd around the launcher, or its replay.
 
-torch.library's node for an op takes 450 us of host time in the forward pass and 280 in the backward pass (H200), and a
-step of QLoRA is bound by the host. This node does the same: the packed weight is frozen, and dX is dY times the
-dequantized weight.
+torch.library's node for an op took 271 us of host time a call in the forward pass and 262 in the backward pass (H200,
+with a profiler on), and a step of QLoRA is bound by the host. This node does the same: the packed weight is frozen, and
+dX is dY times the dequantized weight.
 """
 
 from typing import Any
