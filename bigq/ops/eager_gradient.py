@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigq.ops import library
 from bigq.ops.replays import Settings, State, run
+from bigq.system.internals import something_listens
 
 __all__ = ["linear_with_gradient"]
 
@@ -37,11 +38,12 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             packed, absmax, *nested = ctx.saved_tensors
             settings = ctx.settings if ctx.name == "linear_int8" else (*ctx.settings[:-1], ctx.in_features)
-            if torch.is_grad_enabled():  # the gradient of this gradient may be asked for
-                grad_x = grad @ library.dequantized(ctx.name, packed, absmax, nested, settings, grad.dtype)
-            else:
+            is_plain = type(grad) is Tensor and grad.is_cuda and not something_listens()
+            if is_plain and not torch.is_grad_enabled():  # then nobody asks for the gradient of this gradient
                 state = (packed, absmax, None, *nested)
                 grad_x = run(library.cuda_implementation, f"{ctx.name}_backward", grad, state, settings)
+            else:
+                grad_x = grad @ library.dequantized(ctx.name, packed, absmax, nested, settings, grad.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = library.bias_grad(grad, ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None

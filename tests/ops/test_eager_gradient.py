@@ -63,6 +63,16 @@ def test_a_gradient_of_a_gradient_is_that_behind_the_dispatcher():
     assert torch.equal(*second)
 
 
+def test_a_batch_of_gradients_is_each_of_them():
+    for name in CASES:
+        op, state, settings = cases()[name]
+        x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
+        out, grads = eager.linear(op, x, state, settings), torch.randn(4, 3, 48, device=DEVICE)
+        (batched,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(out, x, grad, retain_graph=True)[0] for grad in grads]
+        torch.testing.assert_close(batched, torch.stack(each))
+
+
 def test_only_what_needs_a_gradient_gets_one():
     op, state, settings = cases()["plain"]
     x = torch.randn(3, 64, device=DEVICE)
