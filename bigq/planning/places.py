@@ -8,6 +8,7 @@ import torch
 
 from bigq.checkpoint import Source, read_small
 from bigq.config import QuantizationConfig, check_offload
+from bigq.errors import UnsupportedError
 from bigq.formats import Description, check_quant_state, decode_quant_state
 from bigq.model.tree import ModelTree
 from bigq.planning.automatic import automatic_map
@@ -22,6 +23,7 @@ from bigq.planning.device_map import (
 )
 from bigq.planning.make_plan import Described, make_plan, quant_states
 from bigq.planning.plan import Plan
+from bigq.system.text import shortlist
 
 __all__ = ["expected_device", "plan_and_place", "plan_at"]
 
@@ -47,6 +49,7 @@ def plan_and_place(
     the sizes in the plan, so it comes after it.
     """
     check_offload(offload)
+    _refuse_shards(tree)
     source.check()
     quantized = _descriptions(source)
     policy = offload if offload is not None or config is None else config.offload
@@ -72,6 +75,16 @@ def plan_and_place(
         if policy is None and config is not None:
             policy = config.formats()[0].custom_map_offload if config.formats() else None
     return make(places, policy), places
+
+
+def _refuse_shards(tree: ModelTree) -> None:
+    """Raise an UnsupportedError if tensors of the model are shards: with whole ones in their place, its calls fail."""
+    shards = [group.names[0] for group in tree.tensors if hasattr(group.tensor, "to_local")]
+    if shards:
+        raise UnsupportedError(
+            f"{len(shards)} tensors of the model are sharded (DTensor), such as by fully_shard: {shortlist(shards)}; "
+            "load the model first, in each process, and then shard it"
+        )
 
 
 def plan_at(

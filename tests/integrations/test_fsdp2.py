@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model
+from bigq.errors import UnsupportedError
 from bigq.model.placeholders import hold_placeholders
 from bigq.weight.placeholder import is_placeholder
 
@@ -79,8 +81,28 @@ def _compare(rank, port, folder):
                 ((gradient.float() - exact).norm() / exact.norm()).item(),
             )
     found["state"] = _keeps_its_state(rank, mesh)
+    found["refused"] = _refused(mesh, folder)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _refused(mesh, folder):
+    """What a load into a sharded skeleton, and of a sharded model's own weights, says."""
+    from torch.distributed.fsdp import fully_shard
+
+    said = []
+    for device, weights in (("meta", ""), ("cpu", None)):
+        with torch.device(device):
+            model = nn.Sequential(_Block(), nn.Linear(64, 10))
+        fully_shard(model, mesh=mesh)
+        if weights is not None:
+            weights = f"{folder}/{torch.distributed.get_rank()}.safetensors"
+            save_file({name: torch.zeros(p.shape) for name, p in model.named_parameters()}, weights)
+        try:
+            load_and_quantize_model(model, weights, QuantizationConfig("nf4"), "cpu")
+        except UnsupportedError as error:
+            said.append(str(error))
+    return said
 
 
 def _keeps_its_state(rank, mesh):
@@ -125,6 +147,14 @@ def test_two_processes_compute_the_bits_of_one(compared, name, dtype):
         assert same_outputs
         assert same_state
         assert gradient_error < (1e-2 if dtype else 1e-5)  # the reduction sums in another order
+
+
+def test_a_load_into_a_sharded_model_is_refused(compared):
+    for found in compared:
+        assert len(found["refused"]) == 2
+        for said in found["refused"]:
+            assert said.startswith("8 tensors of the model are sharded (DTensor)")
+            assert "0.norm.weight" in said
 
 
 def test_a_state_with_placeholders_is_gathered_and_distributed(compared):
