@@ -77,8 +77,6 @@ def command(
     One model is in memory at a time. Speeds are those of eager calls, with random tokens.
     """
     asks = (weight_format, rules, skip, also, moments, block_size)
-    if quantized is None and weight_format is None and rules is None:
-        raise typer.BadParameter("pass DST, or --format or --rules", param_hint="DST")
     if quantized is not None and (double_quant or method != "absmax" or any(option is not None for option in asks)):
         raise typer.BadParameter(
             "options that quantize SRC say nothing of DST: pass one or the other", param_hint="DST"

@@ -100,7 +100,7 @@ def command(
         typer.Option(
             callback=one_of(*LAYOUTS),
             metavar="|".join(LAYOUTS),
-            help="Whose tensors to write: bigq reads the first two, transformers and vLLM the last two without bigq.",
+            help="Whose tensors to write: bigq reads the first two; transformers reads the last two without bigq.",
         ),
     ] = OWN,
     device: Annotated[

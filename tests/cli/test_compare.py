@@ -72,7 +72,6 @@ def test_the_table(story, capsys):
     "arguments, code, said",
     [
         ([], 2, "Missing argument"),
-        (["STORY"], 2, "pass DST, or --format or --rules"),
         (["STORY", "STORY", "--format", "nf4"], 2, "options that quantize SRC say nothing of DST"),
         (["STORY", "STORY", "--double-quant"], 2, "options that quantize SRC say nothing of DST"),
         (["STORY", "--format", "nf4", "--method", "search"], 1, "--method search needs --moments FILE"),
