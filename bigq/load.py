@@ -186,7 +186,7 @@ def _load_checkpoint(
 ) -> nn.Module:
     timings = Timings()
     refuse_bitsandbytes(tree)
-    with timings.timed("plan"):
+    with timings.timed("plan"), _collector_paused():
         source, extra_states = open_source(tree, weights_location, strict=options.strict, config=config)
         if not options.strict:
             source = with_own_tensors(tree, source)

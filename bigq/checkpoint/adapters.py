@@ -3,6 +3,8 @@
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
+from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -160,58 +162,61 @@ class Converted(Adapter):
 
 def _made(conversion: Conversion, members: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
     """The descriptions of what `conversion` makes of `members`, by name."""
+    where = shortlist(list(dict.fromkeys(member.where for member in members)), limit=2)
+    moved = _moved_rows(conversion, members)
+    found: list[tuple[torch.Size, torch.dtype, tuple[Span, ...]]]
+    if moved is None:
+        found = [(tensor.shape, tensor.dtype, ()) for tensor in _made_on_meta(conversion, members)]
+    else:
+        dtype, width = members[0].dtype, members[0].shape[-1:] if len(members[0].shape) > 1 else None
+        shapes = [rows.shape if width is None else rows.shape[:-1] + width for rows in moved]
+        found = [(shape, dtype, _pieces(rows.reshape(-1), members)) for shape, rows in zip(shapes, moved, strict=True)]
+    return {
+        name: StoredTensor(name=name, shape=shape, dtype=dtype, where=where, spans=spans)
+        for name, (shape, dtype, spans) in zip(conversion.names, found, strict=True)
+    }
+
+
+def _made_on_meta(conversion: Conversion, members: Sequence[StoredTensor]) -> list[Tensor]:
     try:
-        tensors = conversion.convert([torch.empty(m.shape, dtype=m.dtype, device="meta") for m in members])
+        return conversion.convert([torch.empty(m.shape, dtype=m.dtype, device="meta") for m in members])
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         held = [f"{m.name!r} is {m.dtype} {list(m.shape)} in {m.where}" for m in members]
         names = shortlist([repr(name) for name in conversion.names])
         raise CheckpointError(f"cannot make {names}: {error}; {shortlist(held, limit=3)}") from error
-    spans = _spans(conversion, members, tensors)
-    where = shortlist(list(dict.fromkeys(member.where for member in members)), limit=2)
-    return {
-        name: StoredTensor(name=name, shape=tensor.shape, dtype=tensor.dtype, where=where, spans=own)
-        for name, tensor, own in zip(conversion.names, tensors, spans, strict=True)
-    }
 
 
-def _spans(
-    conversion: Conversion, members: Sequence[StoredTensor], made: Sequence[Tensor]
-) -> Sequence[tuple[Span, ...]]:
-    """The spans of each tensor that is `made`; none where its bytes are not those of `members`, in a few pieces.
+def _moved_rows(conversion: Conversion, members: Sequence[StoredTensor]) -> list[Tensor] | None:
+    """What `conversion` makes of the numbers of the members' rows; None where it does not move whole rows alone.
 
-    Found by converting the numbers of the members' rows: those of the result say which row comes from where.
+    Its shapes are those of the result, but for a last dimension of 1 in place of the width of a row. Stacking numbers
+    takes 1 ms for 128 experts, and stacking tensors on meta 8.
     """
-    none = [()] * len(made)
     kinds = {(m.dtype, m.shape[-1:] if len(m.shape) > 1 else None) for m in members}
     if not conversion.moves_rows or len(kinds) > 1 or not all(m.spans for m in members):
-        return none
+        return None
     is_flat = len(members[0].shape) < 2  # then a row is a single number
-    numbers, first_rows, end = [], [], 0
+    numbers, first = [], 0
     for member in members:
         shape = member.shape if is_flat else torch.Size([*member.shape[:-1], 1])
-        numbers.append(torch.arange(end, end + shape.numel()).view(shape))
-        first_rows.append(end)
-        end += shape.numel() + 1  # rows of two members never follow each other
+        numbers.append(torch.arange(first, first + shape.numel()).view(shape))
+        first += shape.numel() + 1  # rows of two members never follow each other
     try:
         moved = conversion.convert(numbers)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
-        return none
-    row_nbytes = members[0].dtype.itemsize * (1 if is_flat else members[0].shape[-1])
-    return [
-        _pieces(rows.reshape(-1), members, first_rows, row_nbytes)
-        if rows.shape == (tensor.shape if is_flat else torch.Size([*tensor.shape[:-1], 1]))
-        and tensor.dtype == members[0].dtype
-        else ()
-        for rows, tensor in zip(moved, made, strict=True)
-    ]
+        return None
+    is_whole = is_flat or all(rows.dim() > 1 and rows.shape[-1] == 1 for rows in moved)
+    return moved if is_whole and len(moved) == len(conversion.names) else None
 
 
-def _pieces(
-    rows: Tensor, members: Sequence[StoredTensor], first_rows: Sequence[int], row_nbytes: int
-) -> tuple[Span, ...]:
-    """The spans of the `rows` of `members`, of which the first have the numbers `first_rows`."""
+def _pieces(rows: Tensor, members: Sequence[StoredTensor]) -> tuple[Span, ...]:
+    """The spans of the `rows` of `members`, by the numbers of `_moved_rows`; none if they are more than the members."""
     if not len(rows):
         return members[0].spans[:1]
+    is_flat = len(members[0].shape) < 2
+    row_nbytes = members[0].dtype.itemsize * (1 if is_flat else members[0].shape[-1])
+    counts = [prod(member.shape if is_flat else member.shape[:-1]) + 1 for member in members]
+    first_rows = [0, *accumulate(counts)]
     starts = [0, *(torch.nonzero(rows.diff() != 1).flatten() + 1).tolist()]
     if len(starts) > len(members):
         return ()

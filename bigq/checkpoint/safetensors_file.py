@@ -17,6 +17,7 @@ from bigq.system.text import shortlist
 __all__ = ["DTYPE_NAMES", "MAX_HEADER_NBYTES", "SafetensorsFile", "describe_header"]
 
 # The dtypes of the format that torch has; the format also has F6_E2M3 and F6_E3M2.
+_LARGEST_INT64 = 2**63 - 1
 _DTYPES = {
     "BOOL": torch.bool,
     "F4": torch.float4_e2m1fn_x2,
@@ -139,7 +140,7 @@ def _stored(name: str, dtype: torch.dtype, shape: list[int], source: ByteSource,
                 f"so its last dimension must be even, but its shape is {shape}"
             )
         shape = [*shape[:-1], shape[-1] // 2]
-    if max(shape, default=0) > torch.iinfo(torch.int64).max:  # only an empty tensor gets this far
+    if max(shape, default=0) > _LARGEST_INT64:  # only an empty tensor gets this far
         raise CheckpointError(f"{source.name}: tensor {name!r} has a shape beyond 64 bits: {shape}")
     span = Span(source, offset, math.prod(shape) * dtype.itemsize)
     return StoredTensor(name=name, shape=torch.Size(shape), dtype=dtype, where=source.name, spans=(span,))
