@@ -19,11 +19,16 @@ __all__ = ["QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
+_NO_SIGN = (1 << 31) - 1  # makes a negative id that of no expert, in one launch
 
 
 def are_fused_experts(kind: "type[nn.Module]") -> bool:
-    """Whether transformers lets a class of experts compute its products in several ways."""
-    return hasattr(kind, "_apply_gate")
+    """Whether the forward of `kind` is that of transformers, which computes the products of experts in several ways.
+
+    A class with a forward of its own, such as Step3p7Experts, may have the same methods and inherit the rest.
+    """
+    namespace = getattr(kind.forward, "__globals__", {})  # a wrapper has the name and module of what it wraps
+    return namespace.get("__name__") == "transformers.integrations.moe"
 
 
 class QuantizedExperts(QuantizedModule):
@@ -56,12 +61,12 @@ class QuantizedExperts(QuantizedModule):
         if len(ids) <= max(top_k, self.num_experts // UNSORTED_SHARE):
             out = self._experts(hidden_states, up, ids, sorted_rows=False) * weights
         else:
-            ordered, order = ids.sort(stable=True)
+            ordered, order = (ids & _NO_SIGN).sort(stable=True)
             experts = torch.arange(self.num_experts, device=ids.device, dtype=ids.dtype)
             stops = torch.searchsorted(ordered, experts, right=True, out_int32=True)
             rows = self._experts(hidden_states[order // top_k], up, stops, sorted_rows=True) * weights[order]
             out = torch.zeros_like(rows).index_copy(0, order, rows)
-        return out.view(*top_k_index.shape, -1).sum(dim=-2).to(hidden_states.dtype)
+        return out.view(*top_k_index.shape, out.shape[-1]).sum(dim=-2).to(hidden_states.dtype)
 
     def _experts(self, x: Tensor, up: str, route: Tensor, *, sorted_rows: bool) -> Tensor:
         """The rows of all experts, each by its own: `route` says which, as the products of `Stored` take it."""

@@ -102,6 +102,36 @@ def test_an_expert_that_does_not_exist_adds_nothing():
         everywhere = module(x, ids, weights)
         ids_of_others = torch.cat([ids, torch.full_like(ids, E)], dim=1)
         torch.testing.assert_close(module(x, ids_of_others, torch.cat([weights, weights], dim=1)), everywhere)
+        ids_of_others[:, TOP_K:] = -1
+        torch.testing.assert_close(module(x, ids_of_others, torch.cat([weights, weights], dim=1)), everywhere)
+
+
+def test_no_token_and_no_expert_of_a_token_give_zeros_and_gradients():
+    for name in ("gpt-oss", "nemotron-h"):
+        module = quantized(experts_of(name), bigq.NF4())
+        for tokens, top_k in ((0, TOP_K), (3, 0)):
+            x = torch.randn(tokens, H, requires_grad=True)
+            ids, weights = torch.zeros(tokens, top_k, dtype=torch.int64), torch.rand(tokens, top_k, requires_grad=True)
+            out = module(x, ids, weights)
+            assert torch.equal(out, torch.zeros(tokens, H))
+            out.sum().backward()
+            assert torch.equal(x.grad, torch.zeros(tokens, H))
+            assert weights.grad.shape == (tokens, top_k)
+
+
+def test_a_class_with_a_forward_of_its_own_keeps_it():
+    fused = type(experts_of("mixtral"))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return 2 * fused.forward(self, hidden_states, top_k_index, top_k_weights)
+
+    module = experts_of("mixtral")
+    module.__class__ = type("TwiceMixtralExperts", (fused,), {"forward": forward})
+    module = quantized(module, bigq.NF4())
+    assert not isinstance(module, QuantizedExperts)
+    for tokens in (1, 19):
+        arguments = inputs(tokens)
+        torch.testing.assert_close(module(*arguments), 2 * dense_output("mixtral", module, arguments))
 
 
 def test_gradients_are_those_of_the_dequantized_experts():
