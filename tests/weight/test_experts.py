@@ -146,6 +146,25 @@ def test_gradients_are_those_of_the_dequantized_experts():
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
 
 
+def test_forward_mode_is_that_of_the_dequantized_experts():
+    module = quantized(experts_of("gpt-oss"), bigq.NF4(double_quant=True))
+    bias = module.down_proj_bias.detach()
+    for tokens in (1, 9):
+        x, ids, weights = inputs(tokens)
+        changes = torch.randn_like(x), torch.randn_like(bias)
+        found = []
+        for forward in (module, lambda *arguments: dense_output("gpt-oss", module, arguments, "eager")):
+            _, change = torch.func.jvp(lambda x, forward=forward: forward(x, ids, weights), (x,), (changes[0],))
+            found.append(change)
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+        def of_bias(bias, x=x, ids=ids, weights=weights):
+            return torch.func.functional_call(module, {"down_proj_bias": bias}, (x, ids, weights))
+
+        _, change = torch.func.jvp(of_bias, (bias,), (changes[1],))  # the output is linear in the last bias
+        torch.testing.assert_close(change, (changes[1][ids] * weights[..., None]).sum(dim=1))
+
+
 def test_autocast_and_bfloat16_decide_the_dtype_as_for_linears():
     module = quantized(experts_of("mixtral"), bigq.NF4())
     x, ids, weights = inputs(5)
