@@ -149,20 +149,24 @@ def test_gradients_are_those_of_the_dequantized_experts():
 def test_forward_mode_is_that_of_the_dequantized_experts():
     module = quantized(experts_of("gpt-oss"), bigq.NF4(double_quant=True))
     bias = module.down_proj_bias.detach()
+
+    def change_of(forward, primal, tangent):
+        return torch.func.jvp(forward, (primal,), (tangent,))[1]
+
     for tokens in (1, 9):
-        x, ids, weights = inputs(tokens)
-        changes = torch.randn_like(x), torch.randn_like(bias)
-        found = []
-        for forward in (module, lambda *arguments: dense_output("gpt-oss", module, arguments, "eager")):
-            _, change = torch.func.jvp(lambda x, forward=forward: forward(x, ids, weights), (x,), (changes[0],))
-            found.append(change)
-        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+        x, *routes = inputs(tokens)
+        dx, dbias = torch.randn_like(x), torch.randn_like(bias)
 
-        def of_bias(bias, x=x, ids=ids, weights=weights):
-            return torch.func.functional_call(module, {"down_proj_bias": bias}, (x, ids, weights))
+        def dense(x, routes=routes):
+            return dense_output("gpt-oss", module, (x, *routes), "eager")
 
-        _, change = torch.func.jvp(of_bias, (bias,), (changes[1],))  # the output is linear in the last bias
-        torch.testing.assert_close(change, (changes[1][ids] * weights[..., None]).sum(dim=1))
+        def of_bias(bias, x=x, routes=routes):
+            return torch.func.functional_call(module, {"down_proj_bias": bias}, (x, *routes))
+
+        got = change_of(lambda x, routes=routes: module(x, *routes), x, dx)
+        torch.testing.assert_close(got, change_of(dense, x, dx), rtol=1e-4, atol=1e-4)
+        expected = (dbias[routes[0]] * routes[1][..., None]).sum(dim=1)  # the output is linear in the last bias
+        torch.testing.assert_close(change_of(of_bias, bias, dbias), expected)
 
 
 def test_autocast_and_bfloat16_decide_the_dtype_as_for_linears():
