@@ -1,7 +1,8 @@
 """QuantizedExperts: transformers' fused experts, whose forward multiplies the rows of all experts in one launch.
 
 transformers sorts the rows by expert for its own products, also those of one token. Here few rows are multiplied as
-they come: a product finds the expert of each row by itself. No step reads a tensor on the host.
+they come: a product finds the expert of each row by itself. In bfloat16 no step reads a tensor on the host. In float32, or
+for as many rows of float16 that the weights are dequantized for them, the host reads how many rows each expert has.
 """
 
 from collections.abc import Callable
