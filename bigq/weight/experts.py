@@ -1,8 +1,8 @@
 """QuantizedExperts: transformers' fused experts, whose forward multiplies the rows of all experts in one launch.
 
 transformers sorts the rows by expert for its own products, also those of one token. Here few rows are multiplied as
-they come: a product finds the expert of each row by itself. In bfloat16 no step reads a tensor on the host. In float32, or
-for as many rows of float16 that the weights are dequantized for them, the host reads how many rows each expert has.
+they come: a product finds the expert of each row by itself. In bfloat16 no step reads a tensor on the host. In float32,
+and for so many rows of float16 that the weights are dequantized, the host reads how many rows each expert has.
 """
 
 from collections.abc import Callable
@@ -45,18 +45,22 @@ class QuantizedExperts(QuantizedModule):
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sum the experts of each row, weighted. The arguments are those of `_weighted_sum`, or of the class itself."""
+        up = "gate_up_proj" if self.has_gate else "up_proj"
+        if self._multiplies(up, "down_proj"):
+            return self._weighted_sum(up, *args, **kwargs)
+        return cast(Tensor, super().forward(*args, **kwargs))  # some classes have other names for them
+
+    def _weighted_sum(self, up: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum the experts of each row of `hidden_states` [T, H], weighted.
 
         Args:
+            up: the name of the first weight.
             hidden_states: floating point.
             top_k_index: which experts a row has, [T, top_k]. One that does not exist adds nothing.
             top_k_weights: their weights, [T, top_k].
-            args: what a class of experts takes in addition; then the forward is that of transformers.
         """
-        up = "gate_up_proj" if self.has_gate else "up_proj"
-        if args or not self._multiplies(up, "down_proj"):
-            return cast(Tensor, super().forward(hidden_states, top_k_index, top_k_weights, *args))
         ids, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
         weights = top_k_weights.reshape(-1, 1)
         if len(ids) <= max(top_k, self.num_experts // UNSORTED_SHARE):

@@ -106,6 +106,17 @@ def test_an_expert_that_does_not_exist_adds_nothing():
         torch.testing.assert_close(module(x, ids_of_others, torch.cat([weights, weights], dim=1)), everywhere)
 
 
+def test_arguments_may_have_the_names_that_transformers_has_for_them():
+    arguments = inputs(3)
+    for implementation, names in (
+        ("grouped_mm", ("top_k_index", "top_k_weights")),
+        ("eager", ("router_indices", "routing_weights")),  # of the forward of GptOssExperts
+    ):
+        module = quantized(experts_of("gpt-oss", implementation), bigq.NF4())
+        named = dict(zip(names, arguments[1:], strict=True))
+        assert torch.equal(module(hidden_states=arguments[0], **named), module(*arguments))
+
+
 def test_no_token_and_no_expert_of_a_token_give_zeros_and_gradients():
     for name in ("gpt-oss", "nemotron-h"):
         module = quantized(experts_of(name), bigq.NF4())
