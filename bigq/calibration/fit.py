@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
@@ -262,6 +262,8 @@ def _fitted(
         now[place] = to
         curve.append(point(now))
     found = {name: own[chosen[name]].format for name, own in costs.items()}
+    if not sizes.searches(found):  # a load would refuse a search of nothing
+        config = replace(config, method="absmax", moments=None)
     fitted = with_formats(config, found, lambda tried: sizes.formats_by(tried) == sizes.expected(found))
     here = point(chosen.values())
     numbers = sum(sizes.weights[name][at].numbers_nbytes for name, at in chosen.items())

@@ -31,10 +31,7 @@ def with_formats(
     own = config.weight_format()  # taken where it is as common as another one
     default = max(counts, key=lambda weight_format: (counts[weight_format], weight_format == own))
     for rules in _ways(formats, default):
-        every = (*config.ordered_rules(), *rules)
-        can_search = any(config.method in found.methods for _, found in [("", default), *every] if found is not None)
-        method, moments = (config.method, config.moments) if can_search else ("absmax", None)
-        found = replace(config, format=default, rules=every, method=method, moments=moments)
+        found = replace(config, format=default, rules=(*config.ordered_rules(), *rules))
         if is_right(found):
             return found
     raise AssertionError("rules of whole names give each weight its format")

@@ -33,7 +33,8 @@ def input_moments(model: nn.Module, batches: Iterable[object] | None = None, *, 
         seed: of the random ids.
 
     Returns:
-        {name of the weight: float32 [K], on the CPU}. Weights whose module no batch reached are in `unreached`.
+        {name of the weight: float32 [K], on the CPU}. `unreached` are weights whose inputs were not seen: no batch
+        reached their module, or they are the `down_proj` of experts that are quantized or multiply copies of it.
 
     Raises:
         ConfigError: `batches` is no list of batches, or is None and the model does not take token ids alone; or an

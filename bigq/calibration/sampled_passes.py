@@ -77,7 +77,7 @@ def sample_products(
             del out
             watch.compact()
     seen = {use.name for use in watch.samples}
-    _refuse_unseen(model, [weight.name for weight in weights if weight.name not in seen])
+    _refuse_unseen(model, [weight for weight in weights if weight.name not in seen])
     if watch.without_grad:
         raise UnsupportedError(
             f"{len(watch.without_grad)} weights multiply where the model turns gradients off (torch.no_grad): "
@@ -163,11 +163,16 @@ def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
     return None if bool(kept.all()) else kept
 
 
-def _refuse_unseen(model: nn.Module, names: Sequence[str]) -> None:
+def _refuse_unseen(model: nn.Module, weights: Sequence[WatchedWeight]) -> None:
     """Raise a ConfigError if nothing is known of some weights."""
-    if names:
-        raise ConfigError(
-            f"{type(model).__name__} multiplied nothing by {len(names)} of its weights on these batches: "
-            f"{shortlist(names)}; pass batches that reach them, or give them a format with rules= in the config, such "
-            f"as {{{names[0]!r}: 'nf4'}}: a weight with a rule is not measured"
-        )
+    if not weights:
+        return
+    names = [weight.name for weight in weights]
+    advice = "pass batches that reach them"
+    if any(weight.tensor.dim() == 3 for weight in weights):
+        advice += " (experts_implementation='batched_mm' multiplies copies, which are not seen: use 'grouped_mm')"
+    raise ConfigError(
+        f"{type(model).__name__} multiplied nothing by {len(names)} of its weights on these batches: "
+        f"{shortlist(names)}; {advice}, or give them a format with rules= in the config, such as "
+        f"{{{names[0]!r}: 'nf4'}}: a weight with a rule is not measured"
+    )

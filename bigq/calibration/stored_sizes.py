@@ -35,6 +35,7 @@ class StoredSizes:
         numel: {name: how many numbers it has}.
         transposed: {name: whether its module holds it as [..., K, N]}.
         fixed: {name of another weight that is quantized: the format that a rule gives it}.
+        searched: names of the weights whose scales are searched, by the config and its moments, where the format can.
         other_nbytes: of everything in the model but `weights`.
     """
 
@@ -44,6 +45,7 @@ class StoredSizes:
     numel: Mapping[str, int]
     transposed: Mapping[str, bool]
     fixed: Mapping[str, Format]
+    searched: frozenset[str]
     other_nbytes: int
     _tree: ModelTree = field(repr=False)
 
@@ -59,6 +61,10 @@ class StoredSizes:
     def expected(self, chosen: Mapping[str, Format | None]) -> dict[str, Format]:
         """What `formats_by` says of a config that gives the weights the `chosen` formats."""
         return {**self.fixed, **{name: found for name, found in chosen.items() if found is not None}}
+
+    def searches(self, chosen: Mapping[str, Format | None]) -> bool:
+        """Whether a weight has its scales searched if the weights get the `chosen` formats."""
+        return any("search" in found.methods for name, found in self.expected(chosen).items() if name in self.searched)
 
     def nbytes_by(self, config: QuantizationConfig) -> int:
         """Bytes of the whole model if it is loaded with `config`."""
@@ -98,6 +104,7 @@ def stored_sizes(tree: ModelTree, config: QuantizationConfig, formats: Sequence[
         numel={name: prod(weights[name].description.shape) for name in free},
         transposed={name: weights[name].description.transposed for name in free},
         fixed=fixed,
+        searched=frozenset(name for name, weight in weights.items() if weight.method == "search"),
         other_nbytes=whole - sum(size.nbytes for size in _sizes(plans[NF4()], free).values()),
         _tree=tree,
     )

@@ -27,7 +27,8 @@ class InputMoments(Mapping[str, Tensor]):
 
     Args:
         moments: {name of the weight in the model: floating point [K]}. They are copied to the CPU as float32.
-        unreached: names of the weights whose module no batch reached. They have no moments.
+        unreached: names of the weights whose inputs were not seen, so they have no moments: no batch reached their
+            module, or their experts are quantized or multiply copies of their weights.
 
     Raises:
         ConfigError: a tensor is not floating point or has more dimensions, or holds a negative number, NaN or Inf.

@@ -90,11 +90,18 @@ def stack_conversions(source: Source, stacks: Sequence[Stack]) -> tuple[list[Con
             "the checkpoint holds weights quantized one by one, which the model holds in one, and they do not fit "
             f"together: {shortlist(problems, limit=5)}; load the original weights, with a quantization_config"
         )
-    dropped: dict[str, None] = {}
+    kept_of: dict[str, str] = {}  # of the quant_states behind a module, the one that becomes its own
+    by_kept: dict[str, dict[str, dict[str, Description]]] = {}  # several modules, if rows are split between them
     for module, weights in by_module.items():
-        kept, *rest = dict.fromkeys(name for name in members[module] if name not in dropped)
-        conversions.append(Conversion((kept,), (tensor_name(module, QUANT_STATE),), partial(_encoded, weights)))
-        dropped |= dict.fromkeys(rest)
+        states = members[module]
+        kept = next((kept_of[name] for name in states if name in kept_of), states[0])
+        for name in states:
+            kept_of.setdefault(name, kept)
+        by_kept.setdefault(kept, {})[module] = weights
+    for kept, made in by_kept.items():
+        names = tuple(tensor_name(module, QUANT_STATE) for module in made)
+        conversions.append(Conversion((kept,), names, partial(_encoded, list(made.values()))))
+    dropped = {name: None for name, kept in kept_of.items() if name != kept}
     return conversions, dropped
 
 
@@ -183,8 +190,8 @@ def _decoded(description: Description, absmax: Tensor, nested_absmax: Tensor, ne
     return as_bits(description.format.scales(state))
 
 
-def _encoded(weights: Mapping[str, Description], held: list[Tensor]) -> list[Tensor]:
-    return [encode_quant_state(weights)]
+def _encoded(modules: Sequence[Mapping[str, Description]], held: list[Tensor]) -> list[Tensor]:
+    return [encode_quant_state(weights) for weights in modules]
 
 
 def _words(description: Description) -> str:

@@ -123,7 +123,7 @@ def check_routed_linear_4bit(
     _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, expect)
     _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device, expect)
     expect(
-        x.shape[0] == 0 or ids.shape[0] % x.shape[0] == 0,
+        ids.shape[0] % x.shape[0] == 0 if x.shape[0] else ids.shape[0] == 0,
         lambda: f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x",
     )
 

@@ -41,10 +41,19 @@ def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
 
 def routed(name: str, x: Tensor, route: Tensor, state: State, settings: Settings) -> Tensor:
     """The op `name` of x [M, K] and a stack of quantized weights; `route` says which of them multiplies which row."""
-    is_plain = not is_compiling() and type(x) is Tensor and x.is_cuda and not something_listens()
+    if is_compiling():
+        return getattr(library, name)(x, route, *state, *settings)  # type: ignore[no-any-return]
+    is_plain = type(x) is Tensor and x.is_cuda and not something_listens()
     if is_plain and not (torch.is_grad_enabled() and _needs_gradient(x, state)):
         return run(library.cuda_implementation, name, x, state, settings, (route,))
-    return getattr(library, name)(x, route, *state, *settings)  # type: ignore[no-any-return]
+    primal, tangent = unpack_dual(x)  # type: ignore[no-untyped-call]
+    bias, bias_tangent = (None, None) if state[2] is None else unpack_dual(state[2])  # type: ignore[no-untyped-call]
+    if tangent is None and bias_tangent is None:
+        return getattr(library, name)(x, route, *state, *settings)  # type: ignore[no-any-return]
+    out = routed(name, primal, route, (*state[:2], bias, *state[3:]), settings)
+    tangent = torch.zeros_like(primal) if tangent is None else tangent
+    change = routed(name, tangent, route, (*state[:2], bias_tangent, *state[3:]), settings)
+    return make_dual(out, change)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _times_weight(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:

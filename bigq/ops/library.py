@@ -292,7 +292,7 @@ def _routed_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None,
         stops = torch.searchsorted(ordered, torch.arange(weights, device=ids.device), right=True, out_int32=True)
         grouped = grouped_matmul(grad[order], stops, _dequantized_stack(ctx, grad.dtype))
         each = torch.empty_like(grouped).index_copy(0, order, grouped)
-        grad_x = each.view(ctx.rows, -1, ctx.in_features).sum(dim=1)
+        grad_x = each.view(ctx.rows, len(ids) // max(ctx.rows, 1), ctx.in_features).sum(dim=1)
     return grad_x, None, None, None, _stack_bias_grad(ctx, grad, known), None, None, None, None, None
 
 

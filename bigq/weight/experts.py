@@ -1,7 +1,8 @@
 """QuantizedExperts: transformers' fused experts, whose forward multiplies the rows of all experts in one launch.
 
 transformers sorts the rows by expert for its own products, also those of one token. Here few rows are multiplied as
-they come: a product finds the expert of each row by itself. No step reads a tensor on the host.
+they come: a product finds the expert of each row by itself. In bfloat16 no step reads a tensor on the host. In float32,
+and for so many rows of float16 that the weights are dequantized, the host reads how many rows each expert has.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,16 @@ __all__ = ["QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
+_NO_SIGN = (1 << 31) - 1  # makes a negative id that of no expert, in one launch
 
 
 def are_fused_experts(kind: "type[nn.Module]") -> bool:
-    """Whether transformers lets a class of experts compute its products in several ways."""
-    return hasattr(kind, "_apply_gate")
+    """Whether the forward of `kind` is that of transformers, which computes the products of experts in several ways.
+
+    A class with a forward of its own, such as Step3p7Experts, may have the same methods and inherit the rest.
+    """
+    namespace = getattr(kind.forward, "__globals__", {})  # a wrapper has the name and module of what it wraps
+    return namespace.get("__name__") == "transformers.integrations.moe"
 
 
 class QuantizedExperts(QuantizedModule):
@@ -39,29 +45,33 @@ class QuantizedExperts(QuantizedModule):
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sum the experts of each row, weighted. The arguments are those of `_weighted_sum`, or of the class itself."""
+        up = "gate_up_proj" if self.has_gate else "up_proj"
+        if self._multiplies(up, "down_proj"):
+            return self._weighted_sum(up, *args, **kwargs)
+        return cast(Tensor, super().forward(*args, **kwargs))  # some classes have other names for them
+
+    def _weighted_sum(self, up: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum the experts of each row of `hidden_states` [T, H], weighted.
 
         Args:
+            up: the name of the first weight.
             hidden_states: floating point.
             top_k_index: which experts a row has, [T, top_k]. One that does not exist adds nothing.
             top_k_weights: their weights, [T, top_k].
-            args: what a class of experts takes in addition; then the forward is that of transformers.
         """
-        up = "gate_up_proj" if self.has_gate else "up_proj"
-        if args or not self._multiplies(up, "down_proj"):
-            return cast(Tensor, super().forward(hidden_states, top_k_index, top_k_weights, *args))
         ids, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
         weights = top_k_weights.reshape(-1, 1)
         if len(ids) <= max(top_k, self.num_experts // UNSORTED_SHARE):
             out = self._experts(hidden_states, up, ids, sorted_rows=False) * weights
         else:
-            ordered, order = ids.sort(stable=True)
+            ordered, order = (ids & _NO_SIGN).sort(stable=True)
             experts = torch.arange(self.num_experts, device=ids.device, dtype=ids.dtype)
             stops = torch.searchsorted(ordered, experts, right=True, out_int32=True)
             rows = self._experts(hidden_states[order // top_k], up, stops, sorted_rows=True) * weights[order]
             out = torch.zeros_like(rows).index_copy(0, order, rows)
-        return out.view(*top_k_index.shape, -1).sum(dim=-2).to(hidden_states.dtype)
+        return out.view(*top_k_index.shape, out.shape[-1]).sum(dim=-2).to(hidden_states.dtype)
 
     def _experts(self, x: Tensor, up: str, route: Tensor, *, sorted_rows: bool) -> Tensor:
         """The rows of all experts, each by its own: `route` says which, as the products of `Stored` take it."""

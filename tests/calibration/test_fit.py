@@ -133,6 +133,24 @@ def test_a_config_keeps_its_settings_and_rules(tiny):
     assert formats == {name.removesuffix(".weight"): f for name, f in chosen(found).items() if f is not None}
 
 
+def test_a_search_that_no_chosen_format_would_do_is_left_out(tiny):
+    """Its moments are of a weight that gets int8; a weight with a rule keeps its search."""
+    model = tiny(width=64, blocks=2)
+    first = bigq.fit(model, bits=4.5).weights[0].name
+    moments = bigq.InputMoments({first: torch.rand(64) ** 30})  # so NF4 is bad for it
+    config = bigq.QuantizationConfig("nf4", method="search", moments=moments)
+    found = bigq.fit(model, bits=7, config=config)
+    assert (chosen(found)[first], found.config.method, found.config.moments) == (INT8, "absmax", None)
+    assert NF4 in chosen(found).values()
+    assert formats_of(loaded(tiny(width=64, blocks=2), found)).keys() == {
+        n.removesuffix(".weight") for n in chosen(found)
+    }
+
+    ruled = dataclasses.replace(config, rules={first: NF4})
+    found = bigq.fit(model, bits=20, config=ruled, formats=["int8", None])
+    assert (found.config.method, found.config.moments) == ("search", moments)
+
+
 def test_searched_scales_are_what_is_measured(tiny):
     model = tiny()
     moments = bigq.input_moments(model)

@@ -79,6 +79,13 @@ def test_every_weight_is_measured_and_bytes_are_exact(name):
     assert {weight.format for weight in found.weights} == {bigq.NF4(), bigq.Int8()}
 
 
+def test_experts_that_multiply_copies_are_refused_with_what_helps():
+    with pytest.raises(
+        bigq.ConfigError, match=r"nothing by 4 of its weights.*'batched_mm' multiplies copies.*'grouped_mm'"
+    ):
+        bigq.fit(mixtral("batched_mm").eval(), bits=6)
+
+
 def test_both_implementations_of_experts_are_measured_alike():
     torch.manual_seed(0)
     model = mixtral().eval()

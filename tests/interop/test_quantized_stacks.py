@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bigq import QuantizationConfig, load_and_quantize_model, save_quantized
-from bigq.checkpoint import Checkpoint
+from bigq import NF4, QuantizationConfig, load_and_quantize_model, save_quantized
+from bigq.checkpoint import Checkpoint, Converted, Renamed
 from bigq.errors import CheckpointError
 from bigq.interop.quantized_stacks import Stack, stack_conversions
 from bigq.model.tree import ModelTree
@@ -192,6 +192,27 @@ def test_what_takes_rows_apart_is_refused(tmp_path, convert, moves_rows, reason)
     stack = Stack(names=("a.weight", "b.weight"), convert=convert, moves_rows=moves_rows)
     with pytest.raises(CheckpointError, match=reason):
         stack_conversions(Checkpoint.open(tmp_path / "model.bin"), [stack])
+
+
+def test_rows_that_are_split_between_modules(tmp_path):
+    def linears(**rows):
+        return nn.ModuleDict({name: nn.Linear(64, n, bias=False) for name, n in rows.items()})
+
+    fused = load_and_quantize_model(linears(a=192), None, QuantizationConfig(NF4(double_quant=True)), "cpu")
+    torch.save(fused.state_dict(), tmp_path / "model.bin")
+    source = Checkpoint.open(tmp_path / "model.bin")
+    names = tuple(f"{name}.weight" for name in "qkv")
+    stack = Stack(
+        names=("a.weight",),
+        convert=lambda held: dict(zip(names, held[0].chunk(3), strict=True)),
+        moves_rows=True,
+    )
+    conversions, dropped = stack_conversions(source, [stack])
+    made = Renamed(Converted(source, conversions), dropped)
+    save_file({name: t.clone() for name, t in made.read(list(made.tensors))}, tmp_path / "split.safetensors")
+    model = load_and_quantize_model(linears(q=64, k=64, v=64), tmp_path / "split.safetensors", None, "cpu")
+    rows = torch.cat([linear.weight.dequantize() for linear in model.values()])
+    assert torch.equal(rows, fused["a"].weight.dequantize())
 
 
 def test_from_pretrained_reads_them_as_well(empty, tmp_path, monkeypatch):

@@ -197,6 +197,14 @@ def test_gradients_of_a_stack_are_those_of_its_dequantized_weights(name):
     torch.testing.assert_close(bias.grad, own_bias.grad)
 
 
+def test_ids_without_rows_of_x_are_refused():
+    x, ids, *rest = sample("routed_linear_4bit")
+    for given in (x[:0], x[:2]):
+        with pytest.raises(RuntimeError, match="expected a multiple of the rows of x"):
+            ops.routed_linear_4bit(given, ids[:5], *rest)
+    assert ops.routed_linear_4bit(x[:0], ids[:0], *rest).shape == (0, 2)
+
+
 def test_gradients_of_grouped_matmul_are_those_of_each_product():
     x, stops, dense = sample("grouped_matmul")
     gradient = torch.autograd.grad(ops.grouped_matmul(x.requires_grad_(), stops, dense).sum(), x)[0]

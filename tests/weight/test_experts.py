@@ -102,6 +102,47 @@ def test_an_expert_that_does_not_exist_adds_nothing():
         everywhere = module(x, ids, weights)
         ids_of_others = torch.cat([ids, torch.full_like(ids, E)], dim=1)
         torch.testing.assert_close(module(x, ids_of_others, torch.cat([weights, weights], dim=1)), everywhere)
+        ids_of_others[:, TOP_K:] = -1
+        torch.testing.assert_close(module(x, ids_of_others, torch.cat([weights, weights], dim=1)), everywhere)
+
+
+def test_arguments_may_have_the_names_that_transformers_has_for_them():
+    arguments = inputs(3)
+    for implementation, names in (
+        ("grouped_mm", ("top_k_index", "top_k_weights")),
+        ("eager", ("router_indices", "routing_weights")),  # of the forward of GptOssExperts
+    ):
+        module = quantized(experts_of("gpt-oss", implementation), bigq.NF4())
+        named = dict(zip(names, arguments[1:], strict=True))
+        assert torch.equal(module(hidden_states=arguments[0], **named), module(*arguments))
+
+
+def test_no_token_and_no_expert_of_a_token_give_zeros_and_gradients():
+    for name in ("gpt-oss", "nemotron-h"):
+        module = quantized(experts_of(name), bigq.NF4())
+        for tokens, top_k in ((0, TOP_K), (3, 0)):
+            x = torch.randn(tokens, H, requires_grad=True)
+            ids, weights = torch.zeros(tokens, top_k, dtype=torch.int64), torch.rand(tokens, top_k, requires_grad=True)
+            out = module(x, ids, weights)
+            assert torch.equal(out, torch.zeros(tokens, H))
+            out.sum().backward()
+            assert torch.equal(x.grad, torch.zeros(tokens, H))
+            assert weights.grad.shape == (tokens, top_k)
+
+
+def test_a_class_with_a_forward_of_its_own_keeps_it():
+    fused = type(experts_of("mixtral"))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return 2 * fused.forward(self, hidden_states, top_k_index, top_k_weights)
+
+    module = experts_of("mixtral")
+    module.__class__ = type("TwiceMixtralExperts", (fused,), {"forward": forward})
+    module = quantized(module, bigq.NF4())
+    assert not isinstance(module, QuantizedExperts)
+    for tokens in (1, 19):
+        arguments = inputs(tokens)
+        torch.testing.assert_close(module(*arguments), 2 * dense_output("mixtral", module, arguments))
 
 
 def test_gradients_are_those_of_the_dequantized_experts():
@@ -114,6 +155,29 @@ def test_gradients_are_those_of_the_dequantized_experts():
             forward(leaves[0], ids, leaves[1]).square().sum().backward()
             grads.append([leaf.grad for leaf in leaves])
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_is_that_of_the_dequantized_experts():
+    module = quantized(experts_of("gpt-oss"), bigq.NF4(double_quant=True))
+    bias = module.down_proj_bias.detach()
+
+    def change_of(forward, primal, tangent):
+        return torch.func.jvp(forward, (primal,), (tangent,))[1]
+
+    for tokens in (1, 9):
+        x, *routes = inputs(tokens)
+        dx, dbias = torch.randn_like(x), torch.randn_like(bias)
+
+        def dense(x, routes=routes):
+            return dense_output("gpt-oss", module, (x, *routes), "eager")
+
+        def of_bias(bias, x=x, routes=routes):
+            return torch.func.functional_call(module, {"down_proj_bias": bias}, (x, *routes))
+
+        got = change_of(lambda x, routes=routes: module(x, *routes), x, dx)
+        torch.testing.assert_close(got, change_of(dense, x, dx), rtol=1e-4, atol=1e-4)
+        expected = (dbias[routes[0]] * routes[1][..., None]).sum(dim=1)  # the output is linear in the last bias
+        torch.testing.assert_close(change_of(of_bias, bias, dbias), expected)
 
 
 def test_autocast_and_bfloat16_decide_the_dtype_as_for_linears():

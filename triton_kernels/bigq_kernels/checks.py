@@ -90,7 +90,7 @@ def check_routed_linear_4bit(
     """Raise RuntimeError unless x [M, K], ids [S], 4-bit weights [E, N, K] and bias [E, N] fit together."""
     _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device)
-    if len(ids) % max(len(x), 1):
+    if len(ids) % len(x) if len(x) else len(ids):
         raise RuntimeError(f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x")
 
 
