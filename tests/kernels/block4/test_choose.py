@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigq_kernels.block4.choose import choose
@@ -77,6 +77,7 @@ def test_gpus_that_are_not_hopper_have_no_wgmma():
 
 
 @settings(max_examples=300, deadline=None)
+@example(gpu=Gpu.named("h100"), m=1, n=1, k=0, block_size=64, dtype=torch.float16)
 @given(
     gpu=st.sampled_from([H100, Gpu.named("a100"), Gpu.named("rtx4090"), Gpu.of(torch.device("cpu"))]),
     m=st.integers(0, 3000),
@@ -90,6 +91,7 @@ def test_every_question_has_an_answer_that_its_kernel_can_run(gpu, m, n, k, bloc
     if chosen != "dequantize":
         assert m > 0
         assert n > 0
+        assert k > 0
         assert k % 32 == 0
         assert dtype != torch.float32
     if chosen in ("staged", "wgmma"):

@@ -44,9 +44,10 @@ def test_tiles_grow_with_the_rows_of_a_weight():
         ({"dtype": torch.float32}, "x is torch.float32"),
         ({"k": 2050}, "no multiple of 32"),
         ({"rows": 0}, "output is empty"),
+        ({"k": 0}, "K is 0"),
         ({"gpu": "rtx4090", "rows": 30000}, "shared by enough rows"),
     ],
-    ids=["dtype", "width", "empty", "many-rows-without-wgmma"],
+    ids=["dtype", "width", "empty", "no-width", "many-rows-without-wgmma"],
 )
 def test_what_no_kernel_takes_is_dequantized(change, why):
     given = {"rows": 64, "e": 128, "n": 1536, "k": 2048, "block_size": 64, "dtype": torch.bfloat16} | change

@@ -57,6 +57,8 @@ def choose(
         return _dequantize(f"K = {k} is no multiple of 32, so rows are no whole vectors of 16 bytes.")
     if m == 0 or n == 0:
         return _dequantize(f"The output is empty: {m} x {n}.")
+    if k == 0:
+        return _dequantize("K is 0, so there is nothing to multiply.")
     tokens = "1 token" if m == 1 else f"{m} tokens"
     longest = DP4A_MAX_K.get(m, 0)
     if 0 < k <= longest:

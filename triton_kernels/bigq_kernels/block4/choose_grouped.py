@@ -60,6 +60,8 @@ def choose_grouped(
         return _dequantize(f"K = {k} is no multiple of 32, so rows are no whole vectors of 16 bytes.")
     if rows == 0 or n == 0 or e == 0:
         return _dequantize(f"The output is empty: {rows} x {n}.")
+    if k == 0:
+        return _dequantize("K is 0, so there is nothing to multiply.")
     hit = max(1, round(e * (1 - (1 - 1 / e) ** rows)))  # on average, if each row chooses its weight at random
     mean = rows / hit
     # Two rows seldom have the same weight then, which dp4a would read twice. 32 rows of 128 weights of 1536 x 2048 take
