@@ -24,6 +24,7 @@ from bigq.cli.output import JsonFlag, answers, note, show
 from bigq.converting.fit_source import fit_source
 from bigq.converting.push import push_folder, refuse_without_token
 from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
+from bigq.converting.staging import refuse_taken
 from bigq.saving.layouts import LAYOUTS, OWN
 from bigq.system.text import bytes_text
 
@@ -153,6 +154,7 @@ def command(
     )
     fitted = None
     if is_fitted:
+        refuse_taken(destination, overwrite=overwrite)  # now, and not after minutes
         note("measuring the float model")
         fitted = fit_source(
             source, config, max_bytes=max_bytes, bits=bits, device=device, trust_remote_code=trust_remote_code

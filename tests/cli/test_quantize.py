@@ -110,6 +110,20 @@ def test_refusals(folder, capsys, arguments, code, words):
     assert not (folder / "to").exists()
 
 
+def test_what_would_fail_after_the_float_model_is_measured_fails_before(folder, capsys):
+    assert run("llama", "taken") == 0
+    refused = {
+        ("llama", "taken", "--bits", "5"): "taken is not empty, it holds",
+        ("taken", "to", "--bits", "5"): "taken is quantized already (quant_method 'bigq')",
+    }
+    for arguments, words in refused.items():
+        capsys.readouterr()
+        assert run(*arguments) == 1
+        err = capsys.readouterr().err
+        assert words in err
+        assert "Loading weights" not in err
+
+
 def test_ctrl_c_says_how_to_go_on(folder, capsys, monkeypatch):
     def interrupted(*args, **settings):
         raise KeyboardInterrupt
