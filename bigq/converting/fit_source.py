@@ -20,6 +20,7 @@ def fit_source(
     *,
     max_bytes: int | str | None = None,
     bits: float | None = None,
+    sensitivity: str = "kfac",
     device: str | int | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> Fit:
@@ -33,6 +34,7 @@ def fit_source(
         config: which weights are quantized, as in `bigq.fit`.
         max_bytes: bytes of the whole model, or a string such as "12GiB".
         bits: average bits of a weight; one of the two is given.
+        sensitivity: as in `bigq.fit`: "kfac" needs a model that returns logits, "output" any.
         device: where the model runs. None: the current GPU, or the CPU if there is none.
         trust_remote_code: whether code that comes with the model may run.
 
@@ -45,4 +47,4 @@ def fit_source(
     model = open_float_model(source, expected_device(device), trust_remote_code=trust_remote_code)
     smallest = config.weight_format() or NF4()
     formats = [smallest, None] if isinstance(smallest, Int8) else [smallest, Int8(), None]
-    return fit(model, max_bytes=max_bytes, bits=bits, config=config, formats=formats)
+    return fit(model, max_bytes=max_bytes, bits=bits, config=config, formats=formats, sensitivity=sensitivity)
