@@ -135,7 +135,11 @@ def read_rules(path: Path) -> dict[str, Format | None]:
     if twice:
         raise ConfigError(f"{path} gives {twice[0]!r} twice: a rule has one pattern")
     pairs = list(content.items()) if isinstance(content, dict) else content
-    if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+    if (
+        not pairs
+        or not isinstance(pairs, list)
+        or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+    ):
         raise ConfigError(f"{path} holds no rules; expected {{pattern: format}}")
     return {str(pattern): _format(rule, str(pattern), path) for pattern, rule in pairs}
 

@@ -73,6 +73,8 @@ def _count(number: int | None) -> str:
 
 
 def _fits(found: CheckpointSummary) -> str:
+    if found.fits is None and found.limits:
+        return "unknown: --max-memory names neither a GPU nor cpu"
     if found.fits is None:
         return "unknown: this machine has no GPU; pass --max-memory 12GiB"
     room = ", ".join(f"{device} {bytes_text(nbytes)}" for device, nbytes in found.limits.items())

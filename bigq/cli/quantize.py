@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from bigq.calibration.fit_result import Fit
+from bigq.calibration.sensitivity import SENSITIVITIES
 from bigq.cli.config_options import (
     AlsoOption,
     BlockSizeOption,
@@ -24,6 +25,7 @@ from bigq.cli.output import JsonFlag, answers, note, show
 from bigq.converting.fit_source import fit_source
 from bigq.converting.push import push_folder, refuse_without_token
 from bigq.converting.quantize_checkpoint import QuantizedCheckpoint, quantize_checkpoint
+from bigq.converting.staging import refuse_taken
 from bigq.saving.layouts import LAYOUTS, OWN
 from bigq.system.text import bytes_text
 
@@ -85,6 +87,14 @@ def command(
     bits: Annotated[
         float | None, typer.Option(help="The same, by the average bits of a weight, such as 5.0.", show_default=False)
     ] = None,
+    sensitivity: Annotated[
+        str,
+        typer.Option(
+            callback=one_of(*SENSITIVITIES),
+            metavar="|".join(SENSITIVITIES),
+            help="How --fit and --bits measure what a weight matters: output also takes models without logits.",
+        ),
+    ] = SENSITIVITIES[0],
     method: MethodOption = "absmax",
     moments: MomentsOption = None,
     skip: SkipOption = None,
@@ -135,6 +145,8 @@ def command(
     is_fitted = max_bytes is not None or bits is not None
     if is_fitted and layout != OWN:
         raise typer.BadParameter(f"--fit and --bits give weights several formats, which only the layout {OWN} holds")
+    if not is_fitted and sensitivity != SENSITIVITIES[0]:
+        raise typer.BadParameter("--sensitivity is for --fit and --bits, which measure it")
     if max_bytes is not None and bits is not None:
         raise typer.BadParameter("--fit and --bits are two budgets: give one of them")
     if push is not None:
@@ -153,9 +165,16 @@ def command(
     )
     fitted = None
     if is_fitted:
+        refuse_taken(destination, overwrite=overwrite)  # now, and not after minutes
         note("measuring the float model")
         fitted = fit_source(
-            source, config, max_bytes=max_bytes, bits=bits, device=device, trust_remote_code=trust_remote_code
+            source,
+            config,
+            max_bytes=max_bytes,
+            bits=bits,
+            sensitivity=sensitivity,
+            device=device,
+            trust_remote_code=trust_remote_code,
         )
         config = fitted.config
     try:

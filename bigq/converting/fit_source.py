@@ -1,17 +1,14 @@
 """fit_source: the formats that fit a budget best, measured on the float model of a folder or Hub repository."""
 
 import os
-from typing import Any
 
 import torch
 
 from bigq.calibration.fit import fit
 from bigq.calibration.fit_result import Fit
-from bigq.checkpoint.hub import parse_repository
 from bigq.config import QuantizationConfig
 from bigq.formats import NF4, Int8
-from bigq.integrations.skeleton import build_skeleton
-from bigq.interop.diffusers_names import is_diffusers_model
+from bigq.integrations.float_model import open_float_model
 from bigq.planning.places import expected_device
 
 __all__ = ["fit_source"]
@@ -23,6 +20,7 @@ def fit_source(
     *,
     max_bytes: int | str | None = None,
     bits: float | None = None,
+    sensitivity: str = "kfac",
     device: str | int | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> Fit:
@@ -36,23 +34,17 @@ def fit_source(
         config: which weights are quantized, as in `bigq.fit`.
         max_bytes: bytes of the whole model, or a string such as "12GiB".
         bits: average bits of a weight; one of the two is given.
+        sensitivity: as in `bigq.fit`: "kfac" needs a model that returns logits, "output" any.
         device: where the model runs. None: the current GPU, or the CPU if there is none.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         CheckpointError: there is no such folder or repo, or it holds no model.
-        ConfigError, PlacementError, UnsupportedError: as `bigq.fit`.
+        ConfigError: as `bigq.fit`, and if the checkpoint is quantized.
+        UnsupportedError: as `bigq.fit`, and if the library of the model refuses the files.
+        PlacementError: as `bigq.fit`.
     """
-    skeleton: Any = build_skeleton(source, trust_remote_code=trust_remote_code)
-    repository = None if os.path.isdir(source) else parse_repository(str(source))
-    where: dict[str, object] = {}
-    if repository is not None:
-        where = {"revision": repository.revision or "main", "subfolder": repository.folder}
-    if not is_diffusers_model(skeleton):  # which keeps the dtype of the file anyway
-        where |= {"dtype": "auto", "trust_remote_code": trust_remote_code}
-    kind = type(skeleton)
-    del skeleton
-    model = kind.from_pretrained(str(source) if repository is None else repository.id, **where)
+    model = open_float_model(source, expected_device(device), trust_remote_code=trust_remote_code)
     smallest = config.weight_format() or NF4()
     formats = [smallest, None] if isinstance(smallest, Int8) else [smallest, Int8(), None]
-    return fit(model.to(expected_device(device)), max_bytes=max_bytes, bits=bits, config=config, formats=formats)
+    return fit(model, max_bytes=max_bytes, bits=bits, config=config, formats=formats, sensitivity=sensitivity)

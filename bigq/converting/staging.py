@@ -19,11 +19,29 @@ from bigq.system.files import synchronize
 from bigq.system.interrupts import Worker
 from bigq.system.text import shortlist
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "refuse_taken"]
 
 _NAME = ".bigq-quantize"
 _STATE = "state.json"
 _LAST = "config.json"  # whoever loads a folder by it finds all else
+
+
+def refuse_taken(destination: Path, *, overwrite: bool) -> None:
+    """Raise a ConfigError if a run that writes to `destination` would have to replace files that are none of its own.
+
+    Args:
+        destination: folder to write to.
+        overwrite: whether files in it may be replaced.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise ConfigError(f"{destination} is a file; expected a folder to write to")
+    if overwrite or not destination.is_dir() or read_config(destination / _NAME / _STATE):
+        return
+    names = sorted(path.name for path in destination.iterdir() if path.name != _NAME)
+    if names:
+        raise ConfigError(
+            f"{destination} is not empty, it holds {shortlist(names)}: choose another folder, or overwrite it"
+        )
 
 
 class Staging:
@@ -40,8 +58,7 @@ class Staging:
     """
 
     def __init__(self, destination: Path, described: Mapping[str, object], *, overwrite: bool) -> None:
-        if destination.exists() and not destination.is_dir():
-            raise ConfigError(f"{destination} is a file; expected a folder to write to")
+        refuse_taken(destination, overwrite=overwrite)
         self.destination, self.folder = destination, destination / _NAME
         self._described = {what: _digest(value) for what, value in described.items()}
         found = {} if overwrite else read_config(self.folder / _STATE)
@@ -49,8 +66,6 @@ class Staging:
             shutil.rmtree(self.folder)
         if found:
             self._refuse_another_run(found)
-        elif not overwrite:
-            self._refuse_files()
         done = found.get("done")
         self.done: list[str] = [name for name in done if isinstance(name, str)] if isinstance(done, list) else []
         self._syncing: tuple[str, Worker] | None = None
@@ -110,14 +125,6 @@ class Staging:
             raise ConfigError(
                 f"{self.destination} holds a part of another run, which differs in {shortlist(changed)}: repeat that "
                 "run as it was to go on with it, overwrite to begin anew, or choose another folder"
-            )
-
-    def _refuse_files(self) -> None:
-        names = sorted(path.name for path in self.destination.iterdir()) if self.destination.is_dir() else []
-        names = [name for name in names if name != _NAME]
-        if names:
-            raise ConfigError(
-                f"{self.destination} is not empty, it holds {shortlist(names)}: choose another folder, or overwrite it"
             )
 
     def _save(self) -> None:

@@ -129,7 +129,7 @@ def inspect_checkpoint(
     limits = _limits(max_memory)
     gguf = _gguf_files(location)
     found = _of_gguf(location, gguf) if gguf else _of_tensors(location)
-    on_gpus = [nbytes for device, nbytes in limits.items() if device != "cpu"]
+    on_gpus = [nbytes for device, nbytes in limits.items() if device.startswith("cuda:")]
     room = sum(on_gpus) if on_gpus else limits.get("cpu")
     return CheckpointSummary(**found, limits=limits, fits=None if room is None else found["nbytes"] <= room)
 

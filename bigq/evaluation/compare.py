@@ -15,9 +15,9 @@ from bigq.errors import ConfigError
 from bigq.evaluation.comparison import Comparison, Side
 from bigq.evaluation.logits import compare_logits
 from bigq.evaluation.open_models import (
+    check_quantized_model,
     files_nbytes,
     open_quantized_model,
-    open_source_model,
     source_tensors,
     tokenizer_of,
 )
@@ -27,6 +27,7 @@ from bigq.evaluation.speed import Speed, measure_speed
 from bigq.evaluation.weight_error import weight_errors
 from bigq.footprint import memory_footprint
 from bigq.formats import dtype_name
+from bigq.integrations.float_model import open_float_model
 from bigq.interop.bitsandbytes_configs import as_config
 from bigq.measuring.environment import Environment
 
@@ -109,7 +110,8 @@ def compare(
 
     said(f"opening {source}")
     opened = source_tensors(source, trust_remote_code=trust_remote_code)
-    model = open_source_model(source, runs_on, dtype=dtype, **settings)
+    check_quantized_model(source, quantized, config, runs_on, trust_remote_code=trust_remote_code)
+    model = open_float_model(source, runs_on, dtype=dtype, **settings)
     windows = _windows(model, runs_on, source, text, tokens, context, trust_remote_code, notes)
     lengths = _lengths(model, runs_on, prompt_tokens, new_tokens)
 

@@ -1,11 +1,13 @@
 """The formats by name. This is the only list of them."""
 
+from inspect import signature
 from reprlib import repr as short
 
 from bigq.errors import ConfigError
 from bigq.formats.base import Format
 from bigq.formats.block4 import FP4, NF4
 from bigq.formats.int8 import Int8
+from bigq.system.text import shortlist
 
 __all__ = ["FORMATS", "make_format"]
 
@@ -17,7 +19,8 @@ def make_format(name: object, /, **settings: object) -> Format:
     if not isinstance(name, str) or name not in FORMATS:
         *names, last = map(repr, FORMATS)
         raise ConfigError(f"format is {short(name)}; expected {', '.join(names)} or {last}")
-    try:
-        return FORMATS[name](**settings)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ConfigError(f"format {name!r}: {error}") from error
+    known = list(signature(FORMATS[name]).parameters)
+    unknown = [setting for setting in settings if setting not in known]
+    if unknown:
+        raise ConfigError(f"format {name!r} has no {shortlist(unknown)}; expected {shortlist(known)}")
+    return FORMATS[name](**settings)  # type: ignore[arg-type]

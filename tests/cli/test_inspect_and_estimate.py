@@ -44,6 +44,8 @@ def test_inspect(llama, capsys):
     shown = capsys.readouterr().out
     assert "nobody: it is not quantized" in shown
     assert "model.layers.*.mlp.up_proj.weight" in shown
+    assert run("inspect", llama, "--max-memory", "disk=1GB") == 1
+    assert "unknown: --max-memory names neither a GPU nor cpu" in capsys.readouterr().out
     assert run("inspect", llama, "--max-memory", "1KB") == 1
     assert "no, the weights as they are" in capsys.readouterr().out
     found = said(capsys, "inspect", llama, "--max-memory", "0=1GB,cpu=2GB")

@@ -96,6 +96,7 @@ def test_what_it_prints(folder, capsys):
         (["llama", "to", "--fit", "1GB", "--bits", "5"], 2, "two budgets: give one of them"),
         (["llama", "to", "--fit", "1GB", "--layout", "bitsandbytes"], 2, "which only the layout bigq holds"),
         (["llama", "to", "--fit", "1KB"], 1, "max_bytes='1KB' is too little"),
+        (["llama", "to", "--sensitivity", "output"], 2, "--sensitivity is for --fit and --bits"),
         (["llama", "to", "--method", "search"], 1, "--method search needs --moments FILE"),
         (["llama", "to", "--dtype", "int4"], 1, "dtype is 'int4'"),
         (["llama", "to", "--layout", "compressed-tensors"], 1, "cannot hold 7 weights"),
@@ -108,6 +109,34 @@ def test_refusals(folder, capsys, arguments, code, words):
     assert words in re.sub(r"[\s│]+", " ", shown.err)
     assert shown.out == ""
     assert not (folder / "to").exists()
+
+
+def test_what_would_fail_after_the_float_model_is_measured_fails_before(folder, capsys):
+    assert run("llama", "taken") == 0
+    refused = {
+        ("llama", "taken", "--bits", "5"): "taken is not empty, it holds",
+        ("taken", "to", "--bits", "5"): "taken is quantized already (quant_method 'bigq')",
+    }
+    for arguments, words in refused.items():
+        capsys.readouterr()
+        assert run(*arguments) == 1
+        err = capsys.readouterr().err
+        assert words in err
+        assert "Loading weights" not in err
+
+
+def test_formats_of_an_encoder_are_fitted_by_its_output(folder, capsys):
+    """It returns no logits, whose distribution the default measures."""
+    config = transformers.BertConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    transformers.BertModel(config).save_pretrained("encoder")
+    assert run("encoder", "to", "--bits", "6") == 1
+    assert "returned no logits" in capsys.readouterr().err
+    assert run("encoder", "to", "--bits", "6", "--sensitivity", "output", "--json") == 0
+    fitted = json.loads(capsys.readouterr().out)["fit"]
+    assert fitted["sensitivity"] == "output"
+    assert 4.5 < fitted["bits"] <= 6
 
 
 def test_ctrl_c_says_how_to_go_on(folder, capsys, monkeypatch):
@@ -158,7 +187,12 @@ def test_the_config_that_options_make(tmp_path):
         ('{"a": 4}', ConfigError, r"the rule 'a' is 4; expected the name of a format"),
         ('{"a": {"block_size": 32}}', ConfigError, r'expected the name of a format, an object with "format"'),
         ('{"a": "nf5"}', ConfigError, "format is 'nf5'; expected"),
-        ('{"a": {"format": "nf4", "blocksize": 3}}', ConfigError, "blocksize"),
+        (
+            '{"a": {"format": "nf4", "blocksize": 3}}',
+            ConfigError,
+            "'nf4' has no blocksize; expected block_size, double",
+        ),
+        ("{}", ConfigError, r"rules\.json holds no rules"),
         ('{"a": "nf4", "a": "fp4"}', ConfigError, "gives 'a' twice"),
         ("[1]", ConfigError, r"holds no rules; expected \{pattern: format\}"),
         ('"nf4"', ConfigError, "holds no rules"),

@@ -153,6 +153,8 @@ def test_weights_that_are_not_quantized(checkpoint, tiny):
     assert found.bits == 8 * found.nbytes / found.parameters
     assert (dict(found.limits), found.fits) == ({"cuda:0": 100, "cpu": 10**9}, False)
     assert inspect_checkpoint(checkpoint, max_memory={"cpu": found.nbytes}).fits is True
+    assert inspect_checkpoint(checkpoint, max_memory={0: 100, "disk": "1GB"}).fits is False
+    assert inspect_checkpoint(checkpoint, max_memory={"disk": "1GB"}).fits is None
     if not torch.cuda.is_available():
         assert inspect_checkpoint(checkpoint).fits is None
 

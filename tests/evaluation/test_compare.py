@@ -103,7 +103,7 @@ def test_on_the_fly_and_bitsandbytes_layout_are_the_saved_model(llama, tmp_path)
 
 def test_a_model_beside_itself_differs_by_nothing(llama, monkeypatch):
     """The quantized side is the float model itself: every difference is 0."""
-    monkeypatch.setattr(module, "open_quantized_model", lambda *a, **k: module.open_source_model(llama, a[3]))
+    monkeypatch.setattr(module, "open_quantized_model", lambda *a, **k: module.open_float_model(llama, a[3]))
     found = compare(llama, None, bigq.QuantizationConfig("nf4"), batches=[])
     assert (found.logits.relative_error, found.logits.kl, found.logits.top1_agreement) == (0.0, 0.0, 1.0)
     assert {group.error for group in found.groups} == {0.0}
@@ -196,3 +196,19 @@ def test_infinite_outputs_are_said(llama, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM computes NaN or Inf for .* in torch.float32"):
         compare(tmp_path, None, bigq.QuantizationConfig("nf4"))
+
+
+def test_what_is_wrong_with_the_quantized_model_is_said_before_the_source_is_loaded(llama, tmp_path, monkeypatch):
+    def loaded(*args, **settings):
+        raise AssertionError("the source was loaded")
+
+    monkeypatch.setattr(module, "open_float_model", loaded)
+    nowhere = tmp_path / "nowhere"
+    cases = [
+        (nowhere, None, CheckpointError, "nowhere"),
+        (llama, None, ConfigError, "is not quantized"),
+        (None, bigq.QuantizationConfig("nf4", skip_modules=["layres"]), ConfigError, "layres"),
+    ]
+    for quantized, config, error, words in cases:
+        with pytest.raises(error, match=words):
+            compare(llama, quantized, config, device="cpu")

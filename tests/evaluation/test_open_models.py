@@ -1,23 +1,13 @@
-"""Where the two models of a comparison come from: folders, and repositories with a revision or a folder in them."""
+"""Where the two models of a comparison come from."""
 
 import pytest
 import torch
 
 import bigq
-from bigq.errors import ConfigError, UnsupportedError
-from bigq.evaluation.open_models import _place, files_nbytes, open_quantized_model, open_source_model, source_tensors
+from bigq.errors import ConfigError
+from bigq.evaluation.open_models import files_nbytes, open_quantized_model, source_tensors
 from bigq.evaluation.outputs import is_causal
-
-
-def test_a_repository_has_a_revision_and_a_folder(tmp_path):
-    places = {
-        "owner/name": ("owner/name", {}),
-        "owner/name@v1": ("owner/name", {"revision": "v1"}),
-        "owner/name/unet@v1": ("owner/name", {"revision": "v1", "subfolder": "unet"}),
-        str(tmp_path): (str(tmp_path), {}),
-        tmp_path: (str(tmp_path), {}),
-    }
-    assert {name: _place(name) for name in places} == places
+from bigq.integrations.float_model import open_float_model
 
 
 def test_the_source_is_read_from_its_headers(llama):
@@ -29,7 +19,7 @@ def test_the_source_is_read_from_its_headers(llama):
 def test_both_models_are_in_eval_mode(llama):
     cpu = torch.device("cpu")
     models = [
-        open_source_model(llama, cpu),
+        open_float_model(llama, cpu),
         open_quantized_model(llama, None, bigq.QuantizationConfig("nf4"), cpu),
     ]
     assert [type(model).__name__ for model in models] == ["LlamaForCausalLM"] * 2
@@ -37,15 +27,3 @@ def test_both_models_are_in_eval_mode(llama):
     assert all(map(is_causal, models))
     with pytest.raises(ConfigError, match="pass either a quantized checkpoint or a config"):
         open_quantized_model(llama, llama, bigq.QuantizationConfig("nf4"), cpu)
-
-
-def test_what_the_library_refuses_is_said(llama, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-
-    def refuse(*args, **kwargs):
-        raise ValueError("offload_folder is missing")
-
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", refuse)
-    cpu = torch.device("cpu")
-    with pytest.raises(UnsupportedError, match=r"from_pretrained cannot load .*: offload_folder is missing"):
-        open_source_model(llama, cpu, device_map="auto")
