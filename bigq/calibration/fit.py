@@ -25,7 +25,7 @@ from bigq.model.tree import ModelTree, find_owner
 from bigq.system.text import shortlist
 from bigq.weight.quantized_module import QuantizedModule
 
-__all__ = ["fit"]
+__all__ = ["check_budget", "fit"]
 
 _TOKENS = 256  # with 1024, stories15M got the same formats, and so it did with other random ids
 
@@ -112,6 +112,11 @@ def fit(
         )
     errors = sensitivities(weights, sizes.plans, sampled, kind=sensitivity)
     return _fitted(own_config, sizes, budget, limit, errors, sensitivity)
+
+
+def check_budget(max_bytes: object, bits: object) -> None:
+    """Raise a ConfigError unless one of the two is a budget that `fit` takes."""
+    _Budget.of(max_bytes, bits, None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from bigq.calibration.fit import fit
+from bigq.calibration.fit import check_budget, fit
 from bigq.calibration.fit_result import Fit
 from bigq.config import QuantizationConfig
 from bigq.formats import NF4, Int8
@@ -44,6 +44,7 @@ def fit_source(
         UnsupportedError: as `bigq.fit`, and if the library of the model refuses the files.
         PlacementError: as `bigq.fit`.
     """
+    check_budget(max_bytes, bits)  # now, and not after the model is loaded
     model = open_float_model(source, expected_device(device), trust_remote_code=trust_remote_code)
     smallest = config.weight_format() or NF4()
     formats = [smallest, None] if isinstance(smallest, Int8) else [smallest, Int8(), None]

@@ -116,6 +116,8 @@ def test_what_would_fail_after_the_float_model_is_measured_fails_before(folder, 
     refused = {
         ("llama", "taken", "--bits", "5"): "taken is not empty, it holds",
         ("taken", "to", "--bits", "5"): "taken is quantized already (quant_method 'bigq')",
+        ("llama", "to", "--bits", "0"): "bits is 0.0; expected a number of bits, such as 5.0",
+        ("llama", "to", "--fit", "foo"): "max_bytes is 'foo'",
     }
     for arguments, words in refused.items():
         capsys.readouterr()
