@@ -169,6 +169,18 @@ def test_other_dtypes_and_widths_dequantize(device):
         check(torch.randn(S, k, device=device).to(dtype), STOPS["all weights"], tensors, exact, chosen)
 
 
+def test_stops_and_ids_may_have_gaps_between_them(device):
+    (weight, absmax, *nested), exact = stack("nf4", 64, False, device)
+    x, stops = torch.randn(S, K, device=device).half(), STOPS["rows behind the last"]
+    ids = torch.tensor([3, 0, 0, 2, 1, 1, 3, 2, 0], device=device)
+    apart = torch.tensor([[stop, 99] for stop in stops], dtype=torch.int32, device=device)[:, 0]
+    args = (weight, absmax, None, *nested, "nf4", 64)
+    assert torch.equal(grouped_linear_4bit(x, apart, *args), grouped_linear_4bit(x, apart.contiguous(), *args))
+    ids_apart = torch.stack([ids, ids + 1], dim=1)[:, 0]
+    assert torch.equal(routed_linear_4bit(x, ids_apart, *args), routed_linear_4bit(x, ids, *args))
+    check(x, stops, (weight, absmax, *nested), exact, lambda x, stops, *_: grouped_linear_4bit(x, apart, *args))
+
+
 def test_a_stack_of_one_weight_is_that_weight(device):
     tensors, _ = stack("nf4", 64, False, device, e=1)
     x = torch.randn(2, K, device=device).half()

@@ -39,7 +39,7 @@ def grouped_linear_4bit(
     together, or K is not in_features.
     """
     check_grouped_linear_4bit(x, stops, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
-    (e, n, _), (rows, k) = weight.shape, x.shape
+    (e, n, _), (rows, k), stops = weight.shape, x.shape, stops.contiguous()
     choice = choose_grouped(x.device, rows, e, n, k, block_size, x.dtype)
     packed = _packed(weight, absmax, nested_absmax, nested_offset, quant_type, block_size)
     if choice.way == "dequantize":
