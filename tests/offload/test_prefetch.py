@@ -11,87 +11,13 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as checkpointed
 
 from bigq import CheckpointError
-from bigq.formats import TensorSpec
 from bigq.offload import transfer
-from bigq.offload.attach import attach
-from bigq.offload.hooks import PlacementHook
-from bigq.offload.prefetch import OffloadedBlock, Prefetcher
-from bigq.offload.space import FileMap, OffloadSpace, is_file_backed
-from bigq.system.internals import COUNTS_HOLDERS, SEES_EDITS, TELLS_HOOKS
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-WIDTH = 16
-
-
-class Layer(nn.Module):
-    """A linear and a norm; keeps the addresses of what it was lent."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.up = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.seen = []
-
-    def forward(self, x, fail=False, then=None):
-        self.seen.append(self.up.weight.data_ptr())
-        if fail:
-            raise ValueError("on purpose")
-        x = x + torch.tanh(self.up(self.norm(x)))
-        return x if then is None else then(x)
-
-
-class Stack(nn.Module):
-    def __init__(self, count=5):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(count))
-
-    def forward(self, x, order=None, checkpointing=None):
-        for i in order if order is not None else range(len(self.layers)):
-            layer = self.layers[i]
-            x = layer(x) if checkpointing is None else checkpointed(layer, x, use_reentrant=checkpointing)
-        return x
-
-
-def offload(model, folder, device="cpu", place="disk", blocks=None, slots=2):
-    """Move the tensors of each of `blocks` to a file or to pinned memory and hook it; returns the Prefetcher."""
-    device = torch.device(device)
-    blocks = list(model.layers) if blocks is None else blocks
-    named = {f"{i}.{name}": p for i, block in enumerate(blocks) for name, p in block.named_parameters()}
-    specs = {name: TensorSpec(shape=tuple(p.shape), dtype=p.dtype) for name, p in named.items()}
-    space = OffloadSpace.in_file(folder, specs) if place == "disk" else OffloadSpace.pinned(specs)
-    prefetcher = Prefetcher(device, slots=slots)
-    for i, block in enumerate(blocks):
-        borrowed = [(owner, leaf) for owner in block.modules() for leaf in owner._parameters]
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_(False)
-            parameter.data = space.empty(f"{i}.{name}").copy_(parameter.data)
-        lent = OffloadedBlock(borrowed, ahead=True)
-        prefetcher.add(lent)
-        attach(block, PlacementHook(device, block=lent, prefetcher=prefetcher))
-    return prefetcher
-
-
-@pytest.fixture(params=[*DEVICES, pytest.param("cuda-pinned", marks=pytest.mark.gpu)])
-def pair(request, tmp_path):
-    """(a model whose layers are offloaded, the same model resident, their device)."""
-    device, _, pinned = request.param.partition("-")
-    plain = Stack()
-    model = copy.deepcopy(plain)
-    offload(model, tmp_path, device, "cpu" if pinned else "disk")
-    plain.to(device).requires_grad_(False)
-    yield model, plain, device
-    assert all(t.device.type == "cpu" for t in model.state_dict().values()), "given back"
-    assert not any(layer._hf_hook.block.calls for layer in model.layers)
-
-
-def prefetcher_of(model):
-    return model.layers[0]._hf_hook.prefetcher
-
-
-def input_on(device):
-    return torch.randn(3, WIDTH, device=device)
+from bigq.offload.prefetch import Prefetcher
+from bigq.offload.space import FileMap, is_file_backed
+from bigq.system.internals import COUNTS_HOLDERS, SEES_EDITS
+from offloaded_stack import WIDTH, Stack, input_on, offload, prefetcher_of
 
 
 def test_every_call_sees_its_own_weights(pair):
@@ -277,86 +203,6 @@ def test_edits_are_seen(pair):
     both(lambda stack: stack.load_state_dict({k: (v + 1).to(device) for k, v in state.items()}, assign=True))
     for layer in model.layers:
         layer.cpu()
-
-
-class TestGradients:
-    @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
-    def test_backward_through_frozen_blocks(self, pair, checkpointing):
-        model, plain, device = pair
-        for _ in range(2):
-            x = input_on(device).requires_grad_()
-            y = x.detach().clone().requires_grad_()
-            model(x, checkpointing=checkpointing).square().sum().backward()
-            plain(y, checkpointing=checkpointing).square().sum().backward()
-            assert torch.equal(x.grad, y.grad)
-
-    def test_two_graphs_at_a_time_in_reverse(self, pair):
-        model, plain, device = pair
-        x, y = (input_on(device).requires_grad_() for _ in range(2))
-        outputs = [model(x).sum(), model(y).sum()]
-        got = [torch.autograd.grad(out, leaf)[0] for out, leaf in zip(outputs, (x, y), strict=True)]
-        assert torch.equal(got[0], torch.autograd.grad(plain(x).sum(), x)[0])
-        assert torch.equal(got[1], torch.autograd.grad(plain(y).sum(), y)[0])
-
-    def test_second_derivatives(self, pair):
-        model, plain, device = pair
-        x = input_on(device).requires_grad_()
-
-        def second(stack):
-            (first,) = torch.autograd.grad(stack(x).square().sum(), x, create_graph=True)
-            return torch.autograd.grad(first.square().sum(), x)[0]
-
-        assert torch.equal(second(model), second(plain))
-
-    def test_an_adapter_inside_a_block_is_trained(self, pair):
-        model, plain, device = pair
-        for stack in (model, plain):
-            layer = stack.layers[2]
-            layer.adapter = nn.Linear(WIDTH, WIDTH).to(device)
-            nn.init.constant_(layer.adapter.weight, 0.1)
-            nn.init.zeros_(layer.adapter.bias)
-            layer.up.register_forward_hook(lambda m, args, out, layer=layer: out + layer.adapter(args[0]))
-        x = input_on(device)
-        for stack in (model, plain):
-            stack(x).square().sum().backward()
-        for name in ("weight", "bias"):
-            got, expected = (getattr(stack.layers[2].adapter, name).grad for stack in (model, plain))
-            assert torch.equal(got, expected)
-        model.layers[2].adapter.cpu()
-
-    def test_the_graph_keeps_no_weights(self, pair):
-        model, _, device = pair
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().data_ptr()) or t, id):
-            model(input_on(device).requires_grad_())
-        assert kept, "activations go to the hooks outside"
-        assert not {slot.buffer.data_ptr() for slot in prefetcher_of(model)._slots} & set(kept)
-
-    def test_graphs_are_freed(self, pair):
-        model, _, device = pair
-        x = input_on(device).requires_grad_()
-        outputs = []
-        model.layers[1].up.register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out)))
-        model(x)
-        gc.collect()
-        assert outputs[0]() is None
-
-    @pytest.mark.parametrize("edited", ["weight", "activation"])
-    def test_an_edit_between_forward_and_backward_is_an_error(self, pair, edited):
-        model, plain, device = pair
-        between = []
-        model.layers[1].norm.register_forward_hook(lambda module, args, out: between.append(args[0]))
-        x = input_on(device).requires_grad_()
-        out = model(x).sum()
-        with torch.no_grad():
-            (model.layers[1].up.weight if edited == "weight" else between[0]).add_(1)
-        if edited == "weight" and not TELLS_HOOKS:  # autograd holds the weight as it was copied
-            (expected,) = torch.autograd.grad(plain(x).sum(), x)
-            out.backward()
-            assert torch.equal(x.grad, expected)
-            return
-        with pytest.raises(RuntimeError, match="modified in place" if TELLS_HOOKS else "modified by an inplace"):
-            out.backward()
 
 
 class Returns(nn.Module):

@@ -265,6 +265,7 @@ def test_the_suite_passes_with_all_of_them_renamed():
         "offload/test_dispatch.py",
         "offload/test_materialize.py",
         "offload/test_prefetch.py",
+        "offload/test_prefetch_gradients.py",
         "offload/test_state_guard.py",
         "ops/test_eager.py",
         "system/test_internals.py",
