@@ -20,6 +20,7 @@ from torch import Tensor
 from bigq.errors import UnsupportedError
 from bigq.ops import checks, reference
 from bigq.ops.replays import run
+from bigq.ops.routes import sort_by_weight
 from bigq.system.internals import check
 
 __all__ = [
@@ -246,12 +247,9 @@ def _save_linear_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dX = dY @ dequantize(weight). The packed weight is frozen and has no gradient."""
-    weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
-    grad_x = None
-    if ctx.needs_input_grad[0]:
-        if nested_absmax is not None:
-            absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
-        grad_x = grad @ dequantize_4bit(weight, absmax, ctx.quant_type, ctx.block_size, ctx.in_features, grad.dtype)
+    weight, absmax, *nested = ctx.saved_tensors
+    settings = (ctx.quant_type, ctx.block_size, ctx.in_features)
+    grad_x = grad @ _dense_4bit(weight, absmax, nested, settings, grad.dtype) if ctx.needs_input_grad[0] else None
     return grad_x, None, None, _bias_grad(ctx, grad, 3), None, None, None, None, None
 
 
@@ -264,11 +262,9 @@ def _save_stack_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _dequantized_stack(ctx: Any, dtype: torch.dtype) -> Tensor:
-    _, weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
-    if nested_absmax is not None:
-        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
-    codes, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
-    dense: Tensor = dequantize_4bit(codes, scales, ctx.quant_type, ctx.block_size, ctx.in_features, dtype)
+    _, weight, absmax, *nested = ctx.saved_tensors
+    settings = (ctx.quant_type, ctx.block_size, ctx.in_features)
+    dense = _dense_4bit(weight.flatten(0, 1), absmax.flatten(0, 1), nested, settings, dtype)
     return dense.view(*weight.shape[:2], ctx.in_features)
 
 
@@ -288,8 +284,7 @@ def _routed_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None,
     known = torch.where((ids >= 0) & (ids < weights), ids, weights)
     grad_x = None
     if ctx.needs_input_grad[0]:
-        ordered, order = known.sort(stable=True)
-        stops = torch.searchsorted(ordered, torch.arange(weights, device=ids.device), right=True, out_int32=True)
+        order, stops = sort_by_weight(ids, weights)
         grouped = grouped_matmul(grad[order], stops, _dequantized_stack(ctx, grad.dtype))
         each = torch.empty_like(grouped).index_copy(0, order, grouped)
         grad_x = each.view(ctx.rows, len(ids) // max(ctx.rows, 1), ctx.in_features).sum(dim=1)
@@ -343,10 +338,16 @@ def dequantized(
     """The weight [N, K] in `dtype` of the linear op `name`, whose last settings say K, if its tensors do not."""
     if name == "linear_int8":
         return dequantize_int8(packed, absmax, dtype)  # type: ignore[no-any-return]
-    quant_type, block_size, in_features = settings[-3:]
-    if nested:
+    return _dense_4bit(packed, absmax, nested, settings[-3:], dtype)
+
+
+def _dense_4bit(
+    packed: Tensor, absmax: Tensor, nested: Sequence[Tensor | None], settings: tuple[Any, ...], dtype: torch.dtype
+) -> Tensor:
+    """The weight [N, K] in `dtype`. `nested` are the two tensors that absmax is decoded with, or None or nothing."""
+    if nested and nested[0] is not None:
         absmax = dequantize_absmax(absmax, *nested)
-    return dequantize_4bit(packed, absmax, quant_type, block_size, in_features, dtype)  # type: ignore[no-any-return]
+    return dequantize_4bit(packed, absmax, *settings, dtype)  # type: ignore[no-any-return]
 
 
 torch.library.register_autograd(

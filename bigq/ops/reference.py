@@ -30,6 +30,7 @@ from bigq.ops.checks import (
     check_routed_linear_4bit,
 )
 from bigq.ops.code_tables import CODES, bucket, row_chunks, tables_of
+from bigq.ops.routes import sort_by_weight
 from bigq.ops.scale_search import encode_scaled_4bit, search_scales_4bit
 
 __all__ = [
@@ -235,10 +236,8 @@ def routed_linear_4bit(
     A row whose id is no weight's gives zeros. ids is int32 or int64 [S]; S is a multiple of M.
     """
     check_routed_linear_4bit(x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
-    rows, weights = ids.shape[0], weight.shape[0]
-    ordered, order = torch.where((ids >= 0) & (ids < weights), ids, weights).sort(stable=True)
-    stops = torch.searchsorted(ordered, torch.arange(weights, device=ids.device), right=True, out_int32=True)
-    sorted_x = x[order // (rows // max(x.shape[0], 1))]
+    order, stops = sort_by_weight(ids, weight.shape[0])
+    sorted_x = x[order // (ids.shape[0] // max(x.shape[0], 1))]
     nested = (nested_absmax, nested_offset)
     out = grouped_linear_4bit(sorted_x, stops, weight, absmax, bias, *nested, quant_type, block_size)
     return torch.empty_like(out).index_copy_(0, order, out)

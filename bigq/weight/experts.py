@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from bigq.ops.routes import sort_by_weight
 from bigq.weight.quantized_module import QuantizedModule
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ __all__ = ["QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
-_NO_SIGN = (1 << 31) - 1  # makes a negative id that of no expert, in one launch
 
 
 def are_fused_experts(kind: "type[nn.Module]") -> bool:
@@ -66,9 +66,7 @@ class QuantizedExperts(QuantizedModule):
         if len(ids) <= max(top_k, self.num_experts // UNSORTED_SHARE):
             out = self._experts(hidden_states, up, ids, sorted_rows=False) * weights
         else:
-            ordered, order = (ids & _NO_SIGN).sort(stable=True)
-            experts = torch.arange(self.num_experts, device=ids.device, dtype=ids.dtype)
-            stops = torch.searchsorted(ordered, experts, right=True, out_int32=True)
+            order, stops = sort_by_weight(ids, self.num_experts)
             rows = self._experts(hidden_states[order // top_k], up, stops, sorted_rows=True) * weights[order]
             out = torch.zeros_like(rows).index_copy(0, order, rows)
         return out.view(*top_k_index.shape, out.shape[-1]).sum(dim=-2).to(hidden_states.dtype)

@@ -1,0 +1,16 @@
+"""Routes: which weight of a stack multiplies which row, as an order in which the rows are sorted by weight."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["sort_by_weight"]
+
+
+def sort_by_weight(ids: Tensor, weights: int) -> tuple[Tensor, Tensor]:
+    """The order int64 [S] that sorts rows by their weight, and where the rows of each end in it: int32 [weights].
+
+    A row whose id is no weight's comes behind the last. ids is int32 or int64 [S].
+    """
+    ordered, order = (ids & torch.iinfo(ids.dtype).max).sort(stable=True)  # without its sign, -1 is the largest id
+    every = torch.arange(weights, device=ids.device, dtype=ids.dtype)
+    return order, torch.searchsorted(ordered, every, right=True, out_int32=True)
