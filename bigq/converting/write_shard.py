@@ -16,7 +16,7 @@ from bigq.loading.runs import Piece, Target
 from bigq.loading.stream import Budget, stream
 from bigq.loading.timings import Timings
 from bigq.loading.warm_up import WarmUp
-from bigq.planning.plan import PlannedTensor, PlannedWeight
+from bigq.planning.plan import PlannedWeight
 from bigq.saving.shard_file import ShardFile
 from bigq.system.text import shortlist
 
@@ -28,7 +28,7 @@ _CPU = torch.device("cpu")
 class _KeptTensor:
     """A tensor that is written as it is, or cast, piece by piece."""
 
-    def __init__(self, entry: Entry, planned: PlannedTensor, file: ShardFile) -> None:
+    def __init__(self, entry: Entry, file: ShardFile) -> None:
         ((self._name, self._spec),) = entry.specs.items()
         self._file = file
 
@@ -82,7 +82,7 @@ def write_shard(
             if isinstance(entry.planned, PlannedWeight):
                 jobs[entry.planned.source] = WeightJob(entry.planned, destinations, batch)
             else:
-                jobs[entry.planned.source] = _KeptTensor(entry, entry.planned, file)
+                jobs[entry.planned.source] = _KeptTensor(entry, file)
         targets = {name: job.target(source.tensors[name]) for name, job in jobs.items()}
         for pieces in stream(source, targets, budget, timings):
             nbytes = sum(piece.tensor.nbytes for piece in pieces)
