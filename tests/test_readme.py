@@ -39,9 +39,8 @@ def test_the_first_ten_lines_leave_a_model_in_eval_mode_that_loads_again(tmp_pat
 
 def test_the_commands():
     commands = bash(README)
-    assert commands[0] == "pip install bigq"
+    assert commands[0] == "pip install -c constraints.txt -e '.[examples]' && python examples/quickstart.py"
     tests = "pip install -c constraints.txt -e '.[test]' && python -m pytest"
     assert tests in commands
     assert tests in bash(ROOT / "CONTRIBUTING.md")
     assert tests in (ROOT / ".ci" / "run").read_text()
-    assert "pip install -c constraints.txt -e '.[examples]' && python\n  examples/quickstart.py" in README.read_text()
