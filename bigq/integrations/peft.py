@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from bigq.errors import ConfigError
+from bigq.interop.expert_adapters import adapted_leaf, adapted_module
+from bigq.model.tree import tensor_name
 from bigq.weight.convert import revert
-from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["MergeCost", "merge_costs"]
+
+_INNER = ".base_layer"  # of layers that adapt one weight each, and are nested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,8 @@ def merge_costs(model: nn.Module, adapter_names: Sequence[str] | None = None) ->
         adapter_names: those that would be merged, as in PEFT's `merge_adapter`. None: the active ones.
 
     Returns:
-        {name of the adapted module: its MergeCost}, for modules with quantized weights.
+        {name of the adapted module: its MergeCost}, for modules with quantized weights. For adapters of experts the
+        name is that of the weight.
 
     Raises:
         ConfigError: an adapter is merged, or no adapter is on a quantized module.
@@ -71,24 +75,27 @@ def merge_costs(model: nn.Module, adapter_names: Sequence[str] | None = None) ->
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The tuner layers over quantized modules, by name."""
+    """The tuner layers over quantized modules, by the name of what each adapts."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "base_layer", None), QuantizedModule) and hasattr(module, "merge"):
-            yield name, module
+        if hasattr(module, "merge") and adapted_module(module) is not None:
+            leaf = adapted_leaf(module)
+            yield name if leaf is None else tensor_name(name.replace(_INNER, ""), leaf), module
 
 
 def _merge_cost(layer: Any, adapter_names: Sequence[str] | None) -> MergeCost:
-    base: QuantizedModule = layer.base_layer
+    base, leaf = adapted_module(layer), adapted_leaf(layer)
+    assert base is not None
+    described = {own: description for own, description in base.descriptions.items() if leaf in (None, own)}
     plain = copy.copy(base)
     revert(plain, {})
-    before = {leaf: base.stored_weight(leaf).dequantize(own.dtype) for leaf, own in base.descriptions.items()}
-    for leaf, weight in before.items():
-        plain.register_parameter(leaf, nn.Parameter(weight.clone(), requires_grad=False))
+    before = {own: base.stored_weight(own).dequantize(description.dtype) for own, description in described.items()}
+    for own, weight in before.items():
+        plain.register_parameter(own, nn.Parameter(weight.clone(), requires_grad=False))
     merged_layer = copy.deepcopy(layer, {id(base): plain})  # the same adapters on the plain module
     merged_layer.merge(adapter_names=None if adapter_names is None else list(adapter_names))
     size = change = rounding = 0.0
-    for leaf, weight in before.items():
-        merged, stored = plain.get_parameter(leaf).detach(), base.stored_weight(leaf)
+    for own, weight in before.items():
+        merged, stored = plain.get_parameter(own).detach(), base.stored_weight(own)
         size += _square(weight.float())
         change += _square(merged.float() - weight.float())
         if not torch.equal(merged, weight):  # equal numbers keep their codes

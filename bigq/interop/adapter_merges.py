@@ -6,7 +6,7 @@ back the codes that the first has replaced. Therefore `merge` keeps them here, i
 the layer is deleted, as `merge_and_unload` does. A merge that raises an error leaves the weight as it was.
 
 torch reports each module that becomes a part of another one. So nothing of PEFT is imported, and none of its classes is
-changed: only the two methods of the layer that got a quantized module.
+changed: only these methods of the layer that got a quantized module, and the forward of one over experts.
 """
 
 import warnings
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from bigq.interop.adapter_refusals import refuse_loftq, watch_targets
+from bigq.interop.expert_adapters import adapted_forward, adapted_leaf, adapted_module
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
@@ -44,8 +45,8 @@ class _Kept:
     sums: tuple[Tensor, ...] = ()
 
 
-class _Merge:
-    """Replaces `layer.merge` and `layer.unmerge` of a tuner layer, and its `loftq_init` if it has one.
+class _Method:
+    """Replaces a method of a tuner layer: `merge`, `unmerge`, and `loftq_init` or `forward` where they are watched.
 
     It is a class and not a closure, so that the model pickles. It does not keep the layer alive.
     """
@@ -55,20 +56,19 @@ class _Merge:
         self._name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method of the layer's class, and keep or put back the codes of the weight."""
+        """Do what bigq does around the method of the layer's class, or in its place."""
         layer = self._layer()
         assert layer is not None
         method = getattr(type(layer), self._name)
-        if not isinstance(layer.base_layer, QuantizedModule):  # it was replaced since
+        if adapted_module(layer) is None:  # it was replaced since
             return method(layer, *args, **kwargs)
-        own = {"merge": _merge, "unmerge": _unmerge, _LOFTQ: refuse_loftq}[self._name]
-        return own(layer, method, args, kwargs)
+        return _OWN[self._name](layer, method, args, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Merge":
-        return _Merge(memo[id(self._layer())], self._name)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Method":
+        return _Method(memo[id(self._layer())], self._name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Merge, (self._layer(), self._name)
+        return _Method, (self._layer(), self._name)
 
 
 def watch_adapters() -> None:
@@ -77,46 +77,62 @@ def watch_adapters() -> None:
 
 
 def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if name == _BASE and isinstance(child, QuantizedModule) and all(hasattr(type(parent), own) for own in _METHODS):
-        optional = (_LOFTQ,) if hasattr(type(parent), _LOFTQ) else ()
-        vars(parent).update({own: _Merge(parent, own) for own in (*_METHODS, *optional)})
+    if name == _BASE and child is not None:
+        kind, own = type(parent), list(_METHODS)
+        # the child is no part of the parent yet
+        base = child if isinstance(child, QuantizedModule) else adapted_module(child) if adapted_leaf(parent) else None
+        if base is None or not all(hasattr(kind, method) for method in _METHODS):
+            return
+        own += [_LOFTQ] if hasattr(kind, _LOFTQ) else []
+        own += ["forward"] if adapted_leaf(parent) else []
+        vars(parent).update({method: _Method(parent, method) for method in own})
     elif name == "model" and child is not None:
         watch_targets(parent, child)
 
 
 def _merge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    base: QuantizedModule = layer.base_layer
     if not layer.merged:
-        vars(layer)[_KEPT] = _Kept(weights=_in_host_memory(base))
-    elif not _is_as_merged(layer, base):
+        vars(layer)[_KEPT] = _Kept(weights=_in_host_memory(layer))
+    elif not _is_as_merged(layer):
         vars(layer).pop(_KEPT, None)
     try:
         return method(layer, *args, **kwargs)  # which may itself unmerge and merge other adapters
     finally:
         kept: _Kept | None = vars(layer).pop(_KEPT, None)
         if kept is not None and layer.merged:
-            vars(layer)[_KEPT] = replace(kept, sums=_sums(base))
+            vars(layer)[_KEPT] = replace(kept, sums=_sums(layer))
         elif kept is not None:  # an error came after the weight was written
-            _put_back(base, kept)
+            _put_back(layer, kept)
 
 
 def _unmerge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    base: QuantizedModule = layer.base_layer
-    was_merged, is_as_merged = layer.merged, _is_as_merged(layer, base)
+    was_merged, is_as_merged = layer.merged, _is_as_merged(layer)
     result = method(layer, *args, **kwargs)
     kept: _Kept | None = vars(layer).pop(_KEPT, None)
     if kept is not None and is_as_merged and not layer.merged:
-        _put_back(base, kept)
+        _put_back(layer, kept)
     elif was_merged:
         warnings.warn(
-            f"the weight of {base} has changed since an adapter was merged into it: the adapter is subtracted from the "
-            "new weight, and the difference is quantized",
+            f"the weight of {_adapted(layer)[0]} has changed since an adapter was merged into it: the adapter is "
+            "subtracted from the new weight, and the difference is quantized",
             stacklevel=3,
         )
     return result
 
 
-def _put_back(base: QuantizedModule, kept: _Kept) -> None:
+_OWN = {"merge": _merge, "unmerge": _unmerge, _LOFTQ: refuse_loftq, "forward": adapted_forward}
+
+
+def _adapted(layer: nn.Module) -> tuple[QuantizedModule, list[str]]:
+    """The quantized module that `layer` adapts, and the leaves of the weights that a merge changes."""
+    base = adapted_module(layer)
+    assert base is not None
+    leaf = adapted_leaf(layer)
+    return base, list(base.descriptions) if leaf is None else [leaf]
+
+
+def _put_back(layer: nn.Module, kept: _Kept) -> None:
+    base, _ = _adapted(layer)
     for leaf, (stored, dtype) in kept.weights.items():
         device = base.stored_weight(leaf).state["packed"].device
         state = {part: tensor.to(device) for part, tensor in stored.state.items()}
@@ -124,22 +140,24 @@ def _put_back(base: QuantizedModule, kept: _Kept) -> None:
         base.write_weight(leaf, weight, follows=True)
 
 
-def _in_host_memory(base: QuantizedModule) -> dict[str, tuple[Stored, torch.dtype]]:
+def _in_host_memory(layer: nn.Module) -> dict[str, tuple[Stored, torch.dtype]]:
+    base, leaves = _adapted(layer)
     kept = {}
-    for leaf, description in base.descriptions.items():
+    for leaf in leaves:
         stored = base.stored_weight(leaf)
         state = {part: tensor.detach().to("cpu", copy=True) for part, tensor in stored.state.items()}
-        kept[leaf] = replace(stored, state=state), description.dtype
+        kept[leaf] = replace(stored, state=state), base.descriptions[leaf].dtype
     return kept
 
 
-def _is_as_merged(layer: Any, base: QuantizedModule) -> bool:
+def _is_as_merged(layer: nn.Module) -> bool:
     kept: _Kept | None = vars(layer).get(_KEPT)
-    return kept is not None and all(map(torch.equal, kept.sums, _sums(base)))
+    return kept is not None and all(map(torch.equal, kept.sums, _sums(layer)))
 
 
-def _sums(base: QuantizedModule) -> tuple[Tensor, ...]:
+def _sums(layer: nn.Module) -> tuple[Tensor, ...]:
     """The sums of each part along its first and its last dimension: no edit leaves them all as they were by chance."""
-    states = [base.stored_weight(leaf).state for leaf in base.descriptions]
+    base, leaves = _adapted(layer)
+    states = [base.stored_weight(leaf).state for leaf in leaves]
     parts = [tensor.detach() for state in states for tensor in state.values()]
     return tuple(part.sum(dim, dtype=torch.int64).cpu() for part in parts for dim in (0, -1))

@@ -1,20 +1,23 @@
 """adapter_refusals: what PEFT would do to quantized weights without a word, or would refuse in words that do not help.
 
-`target_parameters` names Parameters, and a quantized weight is none. PEFT does not find it and adapts the rest. It adds
-such names by itself to a config for experts, also for "all-linear".
+`target_parameters` names Parameters, and a quantized weight is none. PEFT is shown those of experts as if they were. It
+does not find any other and adapts the rest. It adds such names by itself to a config for experts, also for
+"all-linear".
 """
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import nn
 
 from bigq.errors import UnsupportedError
 from bigq.formats import state_name
+from bigq.interop.expert_adapters import named_as_parameters
 from bigq.model.tree import tensor_name
 from bigq.system.text import shortlist
+from bigq.weight.experts import QuantizedExperts
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["refuse_loftq", "watch_targets"]
@@ -28,12 +31,13 @@ class _Targets:
     def __init__(self, tuner: nn.Module) -> None:
         self._tuner = ref(tuner)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse or warn, and go on with the step of the tuner's class."""
+    def __call__(self, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Refuse or warn, and go on with the step of the tuner's class, which finds the weights of experts."""
         tuner = self._tuner()
         assert tuner is not None
-        _check_targets(*args, **kwargs)
-        return getattr(type(tuner), _STEP)(tuner, *args, **kwargs)
+        _check_targets(peft_config, model)
+        with named_as_parameters(model):
+            return getattr(type(tuner), _STEP)(tuner, peft_config, model, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Targets":
         return _Targets(memo[id(self._tuner())])
@@ -61,43 +65,52 @@ def refuse_loftq(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], 
     )
 
 
-def _check_targets(peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Refuse or warn if `target_parameters` of `peft_config` names quantized weights of `model`, or parts of them.
+def _check_targets(peft_config: Any, model: nn.Module) -> None:
+    """Refuse or warn if `target_parameters` names parts of quantized weights, or weights that get no adapter.
 
     Raises:
         UnsupportedError: it names parts, or nothing would be adapted besides.
     """
     targets = set(peft_config.target_parameters)
-    weights = [weight for weight, parts in _quantized(model) if _is_named(weight, targets)]
-    parts = [part for _, parts in _quantized(model) for part in parts if _is_named(part, targets)]
+    found = [weight for weight in _quantized(model) if _is_named(weight.name, targets)]
+    parts = [part for weight in _quantized(model) for part in weight.parts if _is_named(part, targets)]
     if parts:
         raise UnsupportedError(
             f"target_parameters names {shortlist(parts, limit=3)}, which hold codes and scales of quantized weights, "
             "and an adapter cannot be added to these: leave them out"
         )
+    weights = [weight.name for weight in found if not weight.is_adapted]
     if not weights:
         return
     said = (
-        f"target_parameters names {len(weights)} quantized weights, which PEFT cannot adapt, because they are no "
-        f"Parameters: {shortlist(weights, limit=3)}"
+        f"target_parameters names {len(weights)} quantized weights that PEFT cannot adapt, because they are no "
+        "Parameters, and bigq adapts only those of transformers' fused experts, in a format and with an "
+        f"experts_implementation that multiply them in one launch: {shortlist(weights, limit=3)}"
     )
     leaves = sorted({weight.rpartition(".")[0].rpartition(".")[2] for weight in weights})
     remedy = f"keep them as floats with QuantizationConfig(..., skip_modules={leaves}) when you load the model"
-    if not peft_config.target_modules:
+    if not peft_config.target_modules and len(weights) == len(found):
         raise UnsupportedError(f"{said}; {remedy}, or name linears in target_modules")
     warnings.warn(f"{said}. They get no adapter, and the rest does. To train them, {remedy}", stacklevel=2)
 
 
-def _quantized(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """The names of each quantized weight and of its parts, without the wrappers of adapters that are there already."""
+class _Named(NamedTuple):
+    """A quantized weight: its name and those of its parts, and whether the forward of its module takes adapters."""
+
+    name: str
+    parts: list[str]
+    is_adapted: bool
+
+
+def _quantized(model: nn.Module) -> Iterator[_Named]:
+    """Each quantized weight, by its name without the wrappers of adapters that are there already."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             own = ".".join(part for part in name.split(".") if part != "base_layer")
             for leaf, description in module.descriptions.items():
-                yield (
-                    tensor_name(own, leaf),
-                    [tensor_name(own, state_name(leaf, part)) for part in description.state_spec],
-                )
+                parts = [tensor_name(own, state_name(leaf, part)) for part in description.state_spec]
+                adapts = isinstance(module, QuantizedExperts) and module.adapts(leaf)
+                yield _Named(tensor_name(own, leaf), parts, adapts)
 
 
 def _is_named(name: str, targets: set[str]) -> bool:

@@ -261,8 +261,9 @@ def _save_stack_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(route, weight, absmax, nested_absmax, nested_offset)
 
 
-def _dequantized_stack(ctx: Any, dtype: torch.dtype) -> Tensor:
-    _, weight, absmax, *nested = ctx.saved_tensors
+def _dequantized_stack(ctx: Any, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights [E, N, K]. `tensors` were saved for the backward pass, which may read them once: checkpoints do."""
+    _, weight, absmax, *nested = tensors
     settings = (ctx.quant_type, ctx.block_size, ctx.in_features)
     dense = _dense_4bit(weight.flatten(0, 1), absmax.flatten(0, 1), nested, settings, dtype)
     return dense.view(*weight.shape[:2], ctx.in_features)
@@ -270,32 +271,35 @@ def _dequantized_stack(ctx: Any, dtype: torch.dtype) -> Tensor:
 
 def _grouped_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dX = dY @ dequantize(weight), each row by its weight."""
-    stops = ctx.saved_tensors[0]
-    grad_x = grouped_matmul(grad, stops, _dequantized_stack(ctx, grad.dtype)) if ctx.needs_input_grad[0] else None
-    rows = torch.arange(grad.shape[0], device=grad.device, dtype=torch.int32)
-    ids = torch.searchsorted(stops, rows, right=True) if ctx.needs_input_grad[4] else None
-    return grad_x, None, None, None, _stack_bias_grad(ctx, grad, ids), None, None, None, None, None
+    stops, weight, *_ = tensors = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grouped_matmul(grad, stops, _dequantized_stack(ctx, tensors, grad.dtype))
+    if ctx.needs_input_grad[4]:
+        rows = torch.arange(grad.shape[0], device=grad.device, dtype=torch.int32)
+        grad_bias = _stack_bias_grad(ctx, grad, torch.searchsorted(stops, rows, right=True), weight.shape)
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
 def _routed_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dX = dY @ dequantize(weight), each row by its weight, summed over the rows that read one row of x."""
-    ids, weight = ctx.saved_tensors[:2]
+    ids, weight, *_ = tensors = ctx.saved_tensors
     weights = weight.shape[0]
-    known = torch.where((ids >= 0) & (ids < weights), ids, weights)
-    grad_x = None
+    grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         order, stops = sort_by_weight(ids, weights)
-        grouped = grouped_matmul(grad[order], stops, _dequantized_stack(ctx, grad.dtype))
+        grouped = grouped_matmul(grad[order], stops, _dequantized_stack(ctx, tensors, grad.dtype))
         each = torch.empty_like(grouped).index_copy(0, order, grouped)
         grad_x = each.view(ctx.rows, len(ids) // max(ctx.rows, 1), ctx.in_features).sum(dim=1)
-    return grad_x, None, None, None, _stack_bias_grad(ctx, grad, known), None, None, None, None, None
+    if ctx.needs_input_grad[4]:
+        known = torch.where((ids >= 0) & (ids < weights), ids, weights)
+        grad_bias = _stack_bias_grad(ctx, grad, known, weight.shape)
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
-def _stack_bias_grad(ctx: Any, grad: Tensor, ids: Tensor | None) -> Tensor | None:
-    """Of bias [E, N]: the sum of the rows of each weight; ids [S] has E where there is none."""
-    if not ctx.needs_input_grad[4] or ids is None:
-        return None
-    weights, n = ctx.saved_tensors[1].shape[:2]
+def _stack_bias_grad(ctx: Any, grad: Tensor, ids: Tensor, shape: torch.Size) -> Tensor:
+    """Of bias [E, N]: the sum of the rows of each weight, of `shape` [E, N, ...]; ids [S] has E where there is none."""
+    weights, n = shape[:2]
     total = torch.zeros(weights + 1, n, dtype=torch.float32, device=grad.device)
     return total.index_add(0, ids, grad.float())[:weights].to(ctx.bias_dtype)
 

@@ -5,19 +5,23 @@ they come: a product finds the expert of each row by itself. In bfloat16 no step
 and for so many rows of float16 that the weights are dequantized, the host reads how many rows each expert has.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from bigq.errors import UnsupportedError
 from bigq.ops.routes import sort_by_weight
+from bigq.weight.low_rank import LowRank
 from bigq.weight.quantized_module import QuantizedModule
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["QuantizedExperts", "are_fused_experts"]
+__all__ = ["Changes", "QuantizedExperts", "are_fused_experts"]
+
+Changes = Mapping[str, Sequence[LowRank]]  # of weights, by leaf
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
@@ -45,18 +49,42 @@ class QuantizedExperts(QuantizedModule):
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Sum the experts of each row, weighted. The arguments are those of `_weighted_sum`, or of the class itself."""
-        up = "gate_up_proj" if self.has_gate else "up_proj"
-        if self._multiplies(up, "down_proj"):
-            return self._weighted_sum(up, *args, **kwargs)
+    def forward(self, *args: Any, changes: Changes | None = None, **kwargs: Any) -> Tensor:
+        """Sum the experts of each row, weighted. The arguments are those of `_weighted_sum`, or of the class itself.
+
+        Args:
+            changes: what adapters add to the weights in this call.
+
+        Raises:
+            UnsupportedError: there are `changes`, and the forward is that of transformers.
+        """
+        if self._multiplies(self._up, "down_proj"):
+            return self._weighted_sum(changes or {}, *args, **kwargs)
+        if changes:
+            raise UnsupportedError(
+                f"{type(self).__name__} has adapters of PEFT, which are computed only with an experts_implementation "
+                f"of {' or '.join(IMPLEMENTATIONS)} and in a format that has products for stacks; the model's is "
+                f"{getattr(self.config, '_experts_implementation', None)!r}: call "
+                "model.set_experts_implementation('grouped_mm')"
+            )
         return cast(Tensor, super().forward(*args, **kwargs))  # some classes have other names for them
 
-    def _weighted_sum(self, up: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    @property
+    def _up(self) -> str:
+        """The name of the first weight."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
+
+    def adapts(self, leaf: str) -> bool:
+        """Whether the forward takes `changes` of the weight `leaf`."""
+        return leaf in (self._up, "down_proj") and self._multiplies(self._up, "down_proj")
+
+    def _weighted_sum(
+        self, changes: Changes, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         """Sum the experts of each row of `hidden_states` [T, H], weighted.
 
         Args:
-            up: the name of the first weight.
+            changes: what adapters add to the weights.
             hidden_states: floating point.
             top_k_index: which experts a row has, [T, top_k]. One that does not exist adds nothing.
             top_k_weights: their weights, [T, top_k].
@@ -64,19 +92,23 @@ class QuantizedExperts(QuantizedModule):
         ids, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
         weights = top_k_weights.reshape(-1, 1)
         if len(ids) <= max(top_k, self.num_experts // UNSORTED_SHARE):
-            out = self._experts(hidden_states, up, ids, sorted_rows=False) * weights
+            out = self._experts(hidden_states, changes, ids, sorted_rows=False) * weights
         else:
             order, stops = sort_by_weight(ids, self.num_experts)
-            rows = self._experts(hidden_states[order // top_k], up, stops, sorted_rows=True) * weights[order]
+            rows = self._experts(hidden_states[order // top_k], changes, stops, sorted_rows=True) * weights[order]
             out = torch.zeros_like(rows).index_copy(0, order, rows)
         return out.view(*top_k_index.shape, out.shape[-1]).sum(dim=-2).to(hidden_states.dtype)
 
-    def _experts(self, x: Tensor, up: str, route: Tensor, *, sorted_rows: bool) -> Tensor:
+    def _experts(self, x: Tensor, changes: Changes, route: Tensor, *, sorted_rows: bool) -> Tensor:
         """The rows of all experts, each by its own: `route` says which, as the products of `Stored` take it."""
-        for leaf in (up, "down_proj"):
+        for leaf in (self._up, "down_proj"):
             stored, bias = self.stored_weight(leaf), self._parameters.get(f"{leaf}_bias")
-            x = stored.grouped_linear(x, route, bias) if sorted_rows else stored.routed_linear(x, route, bias)
-            if leaf == up:
+            out = stored.grouped_linear(x, route, bias) if sorted_rows else stored.routed_linear(x, route, bias)
+            for change in changes.get(leaf, ()):
+                inputs = x.to(out.dtype)
+                out = out + (change.grouped(inputs, route) if sorted_rows else change.routed(inputs, route))
+            x = out
+            if leaf != "down_proj":
                 x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
         return self.post_expert_norm(x) if getattr(self, "has_post_expert_norm", False) else x  # not before 5.18
 

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", minversion="5.17", reason="ne
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-NAMED = r"names 4 quantized weights, .*layers.0.mlp.experts.gate_up_proj.*skip_modules=\['experts'\]"
+NAMED = r"names 4 quantized weights that PEFT cannot .*layers.0.mlp.experts.gate_up_proj.*skip_modules=\['experts'\]"
 
 
 def mixtral():
@@ -24,8 +24,11 @@ def mixtral():
     return transformers.MixtralForCausalLM(config)
 
 
-def quantized(**settings):
-    return load_and_quantize_model(mixtral(), None, QuantizationConfig("nf4", **settings), "cpu")
+def quantized(implementation="eager", **settings):
+    """With an implementation of transformers that multiplies each expert on its own, which takes no adapters."""
+    model = load_and_quantize_model(mixtral(), None, QuantizationConfig("nf4", **settings), "cpu")
+    model.set_experts_implementation(implementation)
+    return model
 
 
 def adapted(model, **settings):
@@ -75,9 +78,25 @@ def test_the_remedy_helps():
     model(torch.arange(5)[None]).logits.sum().backward()
 
 
+def test_old_names_of_experts_and_all_linear_adapt_their_weights():
+    for settings in ({"target_modules": ["q_proj", "w1", "w2", "w3"]}, {"target_modules": "all-linear"}):
+        model, said = warned(quantized("grouped_mm"), **settings)
+        assert len(of_experts(model)) == 4
+        assert said == []
+
+
+def test_weights_that_get_no_adapter_are_named_beside_those_that_do():
+    model = quantized("grouped_mm")
+    model.model.layers[0].mlp.experts.config = copy.deepcopy(model.config)
+    model.model.layers[0].mlp.experts.config._experts_implementation = "eager"
+    model, said = warned(model, target_modules=[], target_parameters=EXPERTS)
+    assert len(of_experts(model)) == 2
+    assert "names 2 quantized weights" in said[0]
+
+
 def test_codes_are_no_target():
     with pytest.raises(UnsupportedError, match=r"gate_up_proj_packed.* hold codes and scales"):
-        adapted(quantized(), target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj_packed"])
+        adapted(quantized("grouped_mm"), target_modules=[], target_parameters=["mlp.experts.gate_up_proj_packed"])
 
 
 def test_the_second_adapter_is_watched_too_and_on_copies():
