@@ -28,7 +28,8 @@ class Entry:
         planned: what is planned for it.
         specs: the tensors in the files, by name.
         late: names of those whose length depends on the numbers.
-        names: {first name in the model: name in the files}, where the tensors of the model are saved as they are.
+        names: {first name in the model: name in the files}, where the tensors of the model are saved as they are;
+            otherwise {name: name in the files} of those made for a weight whose names differ.
         constants: tensors that do not depend on the checkpoint, by name.
         weight: the weight, on meta, where `layout` is that of another library.
         layout: of the files.
@@ -55,7 +56,7 @@ class Entry:
         state = {part: held[self.planned.tensor_name(part)] for part in self.planned.description.state_spec}
         made = foreign_tensors(self.layout, replace(self.weight, state=state))
         assert made is not None
-        return made
+        return {self.names.get(name, name): tensor for name, tensor in made.items()}
 
 
 def fill_with_meta(tree: ModelTree, plan: Plan) -> None:
@@ -83,9 +84,10 @@ def outline_of(tree: ModelTree, plan: Plan, layout: str) -> tuple[list[Entry], S
     tensors = distinct(saved.tensors, list(tied))
     _refuse_dtypes(tensors)
     weights = {weight.name: weight for weight in saved.weights}
-    entries = [_weight_entry(weight, tensors, weights, layout) for weight in plan.weights]
+    entries = [_weight_entry(weight, tensors, weights, saved.names, layout) for weight in plan.weights]
     for planned in plan.tensors:
-        name = next((name for name in planned.names if name in tensors), None)
+        names = [saved.names.get(name, name) for name in planned.names]
+        name = next((name for name in names if name in tensors), None)
         if name is not None:
             entries.append(_kept_entry(planned, name, tensors[name], layout))
     _refuse_others(tensors, entries)
@@ -101,16 +103,21 @@ def _empty(spec: TensorSpec) -> Tensor:
 
 
 def _weight_entry(
-    planned: PlannedWeight, tensors: Mapping[str, Tensor], weights: Mapping[str, SavedWeight], layout: str
+    planned: PlannedWeight,
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, SavedWeight],
+    renamed: Mapping[str, str],
+    layout: str,
 ) -> Entry:
     weight = next(weights[name] for name in planned.names if name in weights)
-    foreign = foreign_tensors(layout, weight)
-    if foreign is not None:
+    made = foreign_tensors(layout, weight)
+    if made is not None:
+        foreign = {renamed.get(name, name): tensor for name, tensor in made.items()}
         return Entry(
             planned=planned,
             specs=_specs(foreign),
             late=frozenset(name for name, tensor in foreign.items() if not tensor.is_meta and tensor.itemsize == 1),
-            names={},
+            names=renamed,
             constants={},
             weight=weight,
             layout=layout,

@@ -6,7 +6,7 @@ and its files do not agree. What it does is private to it, so all that knows of 
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from bigq.interop.quantized_stacks import Stack, stack_conversions, weights_of_p
 from bigq.interop.transformers_model import is_transformers_model
 from bigq.model.tree import ModelTree, tensor_name
 
-__all__ = ["expected_names", "with_transformers_names"]
+__all__ = ["expected_names", "names_in_files", "rows_in_files", "with_transformers_names"]
 
 _JOIN = {"Concatenate", "MergeModulelist"}
 _MOVE_ROWS = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split", "SplitModulelist"}
@@ -60,6 +60,77 @@ def expected_names(tree: ModelTree, tensors: Mapping[str, StoredTensor]) -> dict
         quantized = {state_name(name, part): True for name in expected for part in parts}
         expected |= quantized | {tensor_name(module, QUANT_STATE): True for module in tree.modules}
     return expected
+
+
+def rows_in_files(model: nn.Module, weights: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, range]]:
+    """{weight: {name in files: its rows}} of the stacks that transformers makes of matrices when it reads a checkpoint.
+
+    The rows of a stack [E, N, K] are numbered from 0 to E * N. A stack is left out if its matrices are not whole ranges
+    of rows, and so are all of them if the installed transformers does not work as those from 5.17 to 5.23 do.
+
+    Args:
+        model: of any library.
+        weights: {name: shape [E, N, K]} of stacks in it.
+    """
+    if not weights or not is_transformers_model(model):
+        return {}
+    try:
+        return _separated(model, weights)
+    except (ImportError, AttributeError, TypeError, NameError, ValueError):
+        return {}
+
+
+def names_in_files(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """{name: name in files} of tensors of a transformers model that its files hold under other names.
+
+    What transformers takes apart or puts together in files is left out.
+    """
+    from transformers.core_model_loading import apply_converters, apply_renamings
+
+    converters, renamings = _reversed_mapping(model)
+    renamed = {
+        name: apply_renamings(name, renamings) for name in names if apply_converters(name, converters)[1] is None
+    }
+    return {name: new for name, new in renamed.items() if new != name}
+
+
+def _separated(model: Any, weights: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, range]]:
+    import torch
+    from transformers.core_model_loading import apply_converters, apply_renamings
+
+    converters, renamings = _reversed_mapping(model)
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found = {}
+    for weight, (experts, rows, _) in weights.items():
+        new, pattern = apply_converters(weight, converters)
+        if pattern is None or not _moves_rows(by_pattern[pattern]):
+            continue
+        numbers = torch.arange(experts * rows).view(experts, rows, 1)
+        made = _convert(model, by_pattern[pattern], new, [(weight, pattern)], [numbers])
+        ranges = {apply_renamings(name, renamings): _range(part) for name, part in made.items()}
+        if len(ranges) > 1 and all(ranges.values()):
+            found[weight] = {name: part for name, part in ranges.items() if part is not None}
+    return found
+
+
+def _reversed_mapping(model: Any) -> tuple[list[Any], list[Any]]:
+    """The converters and the renamings by which transformers saves a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    mapping = [entry.reverse_transform() for entry in get_model_conversion_mapping(model, add_legacy=False)[::-1]]
+    # a change of the prefix is that of a checkpoint, which this model may not come from
+    renamings = [entry for entry in mapping if type(entry) is WeightRenaming]
+    return [entry for entry in mapping if isinstance(entry, WeightConverter)], renamings
+
+
+def _range(rows: Tensor) -> range | None:
+    """Numbers [n, 1] as a range; None if they are none."""
+    if rows.dim() != 2 or rows.shape[1] != 1 or not len(rows):
+        return None
+    start = int(rows[0, 0])
+    is_range = bool((rows[1:] - rows[:-1] == 1).all())
+    return range(start, start + len(rows)) if is_range else None
 
 
 def _planned(

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from bigq.errors import UnsupportedError
 from bigq.formats.bitsandbytes import bitsandbytes_settings, bitsandbytes_tensors, unsupported_by_bitsandbytes
-from bigq.saving.saved_weight import SavedWeight, refuse
+from bigq.saving.saved_weight import NO_LINEAR, SavedWeight, refuse
+from bigq.saving.separated import separated
 
 __all__ = ["LAYOUT", "check", "quantization_config", "tensors"]
 
@@ -21,11 +22,12 @@ def check(weights: Sequence[SavedWeight], *, in_transformers: bool) -> None:
     """
 
     def reason(weight: SavedWeight) -> str | None:
-        if not weight.is_linear and not weight.is_conv1d:
-            return "it is not the weight of a linear"
-        if in_transformers and not weight.is_conv1d and weight.kind is not nn.Linear:
+        is_alone = weight.rows is None and not weight.is_conv1d
+        if is_alone and not weight.is_linear:
+            return NO_LINEAR
+        if is_alone and in_transformers and weight.kind is not nn.Linear:
             return f"transformers leaves {weight.kind.__name__} alone"
-        return unsupported_by_bitsandbytes(weight.description)
+        return unsupported_by_bitsandbytes(separated(weight)[0].description)
 
     refuse(LAYOUT, weights, reason)
     said: dict[str, str] = {}  # the block size is no part of it: the JSON of each weight says it

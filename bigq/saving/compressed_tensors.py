@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from bigq.formats.compressed_tensors import compressed_tensors, unsupported_by_compressed_tensors
-from bigq.saving.saved_weight import SavedWeight, refuse
+from bigq.saving.saved_weight import NO_LINEAR, SavedWeight, refuse
+from bigq.saving.separated import separated
 
 __all__ = ["LAYOUT", "check", "quantization_config", "tensors"]
 
@@ -19,8 +20,8 @@ def check(weights: Sequence[SavedWeight], *, in_transformers: bool) -> None:
     """Raise an UnsupportedError unless the layout can hold all `weights`."""
 
     def reason(weight: SavedWeight) -> str | None:
-        unsupported = unsupported_by_compressed_tensors(weight.description)
-        return unsupported or (None if weight.is_linear else "it is not the weight of an nn.Linear")
+        unsupported = unsupported_by_compressed_tensors(separated(weight)[0].description)
+        return unsupported or (None if weight.is_linear or weight.rows is not None else NO_LINEAR)
 
     refuse(LAYOUT, weights, reason)
 

@@ -1,7 +1,7 @@
 """The layouts of saved weights: which tensors, under which names, stand for the quantized weights of a model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, state_name
 from bigq.interop.transformers_model import is_transformers_model
+from bigq.interop.transformers_names import names_in_files
 from bigq.model.tree import tensor_name
 from bigq.saving import bitsandbytes, compressed_tensors
-from bigq.saving.saved_weight import SavedWeight, kept_linears, quantized_weights
+from bigq.saving.saved_weight import SavedWeight, kept_linears, quantized_weights, with_rows
+from bigq.saving.separated import separated
 from bigq.system.text import shortlist
 from bigq.weight.quantized_module import QuantizedModule
 
@@ -38,14 +40,19 @@ LAYOUTS: dict[str, _Foreign | None] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What is saved of a model: `tensors` by name, tied ones under all of their names, and the `weights` among them.
+    """What is saved of a model.
 
-    `quantization_config` is what config.json says of a foreign layout; None in bigq's own.
+    Args:
+        tensors: by name in the files, tied ones under all of their names.
+        weights: the quantized weights, by name in the model.
+        quantization_config: what config.json says of a foreign layout; None in bigq's own.
+        names: {name in the model: name in the files} where they differ.
     """
 
     tensors: Mapping[str, Tensor]
     weights: Sequence[SavedWeight]
     quantization_config: dict[str, object] | None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_layout(layout: str) -> None:
@@ -70,17 +77,30 @@ def in_layout(model: nn.Module, layout: str, *, on_meta: bool = False) -> Saved:
     state = model.state_dict()
     _refuse_unsaved(state, on_meta=on_meta)
     if foreign is not None:
+        weights = with_rows(model, weights)
         foreign.check(weights, in_transformers=is_transformers_model(model))
         tensors = _replaced(model, state, weights, foreign)
-        said = foreign.quantization_config(weights, kept_linears(model))
-        return Saved(tensors=tensors, weights=weights, quantization_config=said)
+        # with experts one by one, files are those of other releases of transformers, where other names differ, too
+        names = names_in_files(model, tensors) if any(weight.rows for weight in weights) else {}
+        kept = [tensor_name(name, "weight") for name in kept_linears(model)]
+        kept = [names.get(name, name).rpartition(".")[0] for name in kept]
+        return Saved(
+            tensors={names.get(name, name): tensor for name, tensor in tensors.items()},
+            weights=weights,
+            quantization_config=foreign.quantization_config(weights, kept),
+            names=names,
+        )
     return Saved(tensors=state, weights=weights, quantization_config=None)
 
 
 def foreign_tensors(layout: str, weight: SavedWeight) -> dict[str, Tensor] | None:
     """The tensors that stand for `weight` in the layout of another library, by name; None in bigq's own."""
     foreign = LAYOUTS[layout]
-    return None if foreign is None else foreign.tensors(weight)
+    return None if foreign is None else _tensors(weight, foreign)
+
+
+def _tensors(weight: SavedWeight, foreign: _Foreign) -> dict[str, Tensor]:
+    return {name: tensor for matrix in separated(weight) for name, tensor in foreign.tensors(matrix).items()}
 
 
 def _refuse_unsaved(state: Mapping[str, object], *, on_meta: bool) -> None:
@@ -113,7 +133,7 @@ def _replaced(
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name in by_first:
-            tensors |= foreign.tensors(by_first[name])
+            tensors |= _tensors(by_first[name], foreign)
         elif name not in replaced:
             tensors[name] = tensor
     return tensors

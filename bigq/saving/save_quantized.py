@@ -33,7 +33,7 @@ def save_quantized(
         folder: is created if it does not exist.
         layout: "bigq", which every model can be saved in; "bitsandbytes", for linears in NF4, FP4 or int8 whose
             in_features is a multiple of the block size; or "compressed-tensors", for linears in int8, whose outlier
-            columns it does not have.
+            columns it does not have. The last two hold transformers' experts one by one, as linears.
         max_shard_size: bytes of a file, or a string such as "5GB".
         metadata: further entries of the metadata of each safetensors file.
 

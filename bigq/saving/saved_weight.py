@@ -1,18 +1,21 @@
 """SavedWeight: a quantized weight of a model that is to be saved, with what a layout has to know of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from bigq.errors import UnsupportedError
 from bigq.formats import Description, State
+from bigq.interop.transformers_names import rows_in_files
 from bigq.model.tree import tensor_name
 from bigq.system.text import shortlist
 from bigq.weight.convert import is_transposed_linear, original_class
 from bigq.weight.quantized_module import QuantizedModule
 
-__all__ = ["SavedWeight", "kept_linears", "quantized_weights", "refuse"]
+__all__ = ["NO_LINEAR", "SavedWeight", "kept_linears", "quantized_weights", "refuse", "with_rows"]
+
+NO_LINEAR = "it is not the weight of a linear, nor experts that checkpoints of this model hold as linears"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,8 @@ class SavedWeight:
         state: its parts, where they are stored.
         kind: the class that its module had before it was quantized.
         tied: the name of the weight in another module that holds the same tensors; None if there is no other.
+        rows: of a stack, {name: which of its rows} of the matrices that checkpoints hold in its place; None if they
+            hold it whole. The rows of [E, N, K] are numbered from 0 to E * N.
     """
 
     name: str
@@ -34,6 +39,7 @@ class SavedWeight:
     state: State
     kind: type[nn.Module]
     tied: str | None = None
+    rows: Mapping[str, range] | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -68,13 +74,29 @@ def quantized_weights(model: nn.Module) -> list[SavedWeight]:
     return list(found.values())
 
 
+def with_rows(model: nn.Module, weights: Sequence[SavedWeight]) -> list[SavedWeight]:
+    """`weights` of `model`, with their `rows`."""
+    stacks = [weight for weight in weights if len(weight.description.shape) == 3 and not weight.description.transposed]
+    rows = rows_in_files(model, {weight.name: weight.description.shape for weight in stacks})
+    return [replace(weight, rows=rows.get(weight.name)) for weight in weights]
+
+
 def kept_linears(model: nn.Module) -> list[str]:
-    """The names of the linears of `model` that are not quantized, under all of their names."""
+    """The names of the linears of `model` that are not quantized, under all of their names.
+
+    A router of experts is among them: other releases of transformers, and other libraries, have a linear in its place.
+    """
     return [
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if (isinstance(module, nn.Linear) or is_transposed_linear(module)) and not isinstance(module, QuantizedModule)
+        if not isinstance(module, QuantizedModule) and _is_linear(module)
     ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    is_router = weight is not None and weight.dim() == 2 and type(module).__name__.endswith("Router")
+    return isinstance(module, nn.Linear) or is_transposed_linear(module) or is_router
 
 
 def refuse(layout: str, weights: Sequence[SavedWeight], reason_of: Callable[[SavedWeight], str | None]) -> None:
