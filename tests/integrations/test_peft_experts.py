@@ -305,9 +305,24 @@ def test_an_adapter_on_offloaded_experts_computes_where_they_run(place, tmp_path
     assert equal(gradients(model, MANY), gradients(adapted(quantized()), MANY))
 
 
-def test_what_the_products_of_stacks_do_not_compute_is_refused():
-    with pytest.raises(UnsupportedError, match=r"names 4 quantized weights that PEFT cannot adapt.*gate_up_proj"):
-        adapted(quantized(weight_format=Int8()))
+@pytest.mark.skipif(not Int8().has_stack_products, reason="transformers' code computes experts in int8")
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_experts_in_int8_round_their_inputs_beside_the_adapter(build):
+    """Of one layer: the rounding of one may send a token to another expert in the next."""
+    for tokens in (1, 12):
+        x = torch.randn(tokens, 64, requires_grad=True)
+        ids = torch.stack([torch.randperm(8)[:2] for _ in range(tokens)])
+        weights, results = torch.rand(tokens, 2), []
+        for model in pair(build, Int8()):
+            experts = model.base_model.model.model.layers[0].mlp.experts
+            out = experts(x, ids, weights)
+            leaves = [x, *factors(experts).values()]
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for found, expected in zip(*results, strict=True):
+            assert_close(found, expected, 0.03)
+
+
+def test_another_implementation_than_that_of_the_adapter_is_refused():
     model = adapted(quantized())
     model.base_model.model.set_experts_implementation("eager")
     with pytest.raises(UnsupportedError, match=r"has adapters of PEFT.*set_experts_implementation\('grouped_mm'\)"):
