@@ -11,7 +11,7 @@ from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.compiler import is_compiling
 
 from bigq.ops import library
-from bigq.ops.eager_gradient import linear_with_gradient
+from bigq.ops.eager_gradient import linear_with_gradient, routed_with_gradient
 from bigq.ops.replays import Settings, State, run
 from bigq.system.internals import something_listens
 
@@ -44,7 +44,9 @@ def routed(name: str, x: Tensor, route: Tensor, state: State, settings: Settings
     if is_compiling():
         return getattr(library, name)(x, route, *state, *settings)  # type: ignore[no-any-return]
     is_plain = type(x) is Tensor and x.is_cuda and not something_listens()
-    if is_plain and not (torch.is_grad_enabled() and _needs_gradient(x, state)):
+    if is_plain:
+        if torch.is_grad_enabled() and _needs_gradient(x, state):
+            return routed_with_gradient(name, x, route, state, settings)
         return run(library.cuda_implementation, name, x, state, settings, (route,))
     primal, tangent = unpack_dual(x)  # type: ignore[no-untyped-call]
     bias, bias_tangent = (None, None) if state[2] is None else unpack_dual(state[2])  # type: ignore[no-untyped-call]

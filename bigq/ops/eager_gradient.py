@@ -14,12 +14,17 @@ from bigq.ops import library
 from bigq.ops.replays import Settings, State, run
 from bigq.system.internals import something_listens
 
-__all__ = ["linear_with_gradient"]
+__all__ = ["linear_with_gradient", "routed_with_gradient"]
 
 
 def linear_with_gradient(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
     """The op `name` of x [..., K] on a GPU, as `eager.linear` calls it; gradients reach x and the bias."""
     return _Linear.apply(x, state[2], name, state, settings)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def routed_with_gradient(name: str, x: Tensor, route: Tensor, state: State, settings: Settings) -> Tensor:
+    """The op `name` of x [M, K] and a stack on a GPU, as `eager.routed` calls it; gradients reach x and the bias."""
+    return _Stack.apply(x, state[2], name, route, state, settings)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):
@@ -47,3 +52,29 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = library.bias_grad(grad, ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None
+
+
+class _Stack(torch.autograd.Function):
+    """The third of `state` is the bias, as in `_Linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, name: str, route: Tensor, state: State, settings: Settings
+    ) -> Tensor:
+        ctx.settings = () if name.endswith("int8") else (*settings[-3:-1], x.shape[-1])
+        ctx.rows, ctx.sorted_rows = len(x), name.startswith("grouped")
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(route, *state[:2], *state[3:])
+        return run(library.cuda_implementation, name, x, state, settings, (route,))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = library.stack_gradients(
+            grad,
+            ctx.saved_tensors,
+            ctx.settings,
+            x_rows=ctx.rows if ctx.needs_input_grad[0] else None,
+            bias_dtype=ctx.bias_dtype if ctx.needs_input_grad[1] else None,
+            sorted_rows=ctx.sorted_rows,
+        )
+        return *gradients, None, None, None, None

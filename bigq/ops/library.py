@@ -10,7 +10,7 @@ that do not fit together raise a RuntimeError, on each device and under fake ten
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -40,6 +40,7 @@ __all__ = [
     "quantize_int8",
     "routed_linear_4bit",
     "search_scales_4bit",
+    "stack_gradients",
 ]
 
 _SCHEMAS = {
@@ -255,53 +256,65 @@ def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_stack_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """For the grouped and the routed product, whose second input says which weight multiplies which row."""
-    x, route, weight, absmax, bias, nested_absmax, nested_offset, ctx.quant_type, ctx.block_size, _ = inputs
-    ctx.rows, ctx.in_features = x.shape
+    x, route, weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size, _ = inputs
+    ctx.rows, in_features = x.shape
+    ctx.settings, ctx.inputs = (quant_type, block_size, in_features), len(inputs)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(route, weight, absmax, nested_absmax, nested_offset)
 
 
-def _dequantized_stack(ctx: Any, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The weights [E, N, K]. `tensors` were saved for the backward pass, which may read them once: checkpoints do."""
-    _, weight, absmax, *nested = tensors
-    settings = (ctx.quant_type, ctx.block_size, ctx.in_features)
-    dense = _dense_4bit(weight.flatten(0, 1), absmax.flatten(0, 1), nested, settings, dtype)
-    return dense.view(*weight.shape[:2], ctx.in_features)
+def _stack_backward(ctx: Any, grad: Tensor, *, sorted_rows: bool) -> tuple[Tensor | None, ...]:
+    grad_x, grad_bias = stack_gradients(
+        grad,
+        ctx.saved_tensors,
+        ctx.settings,
+        x_rows=ctx.rows if ctx.needs_input_grad[0] else None,
+        bias_dtype=ctx.bias_dtype if ctx.needs_input_grad[4] else None,
+        sorted_rows=sorted_rows,
+    )
+    return grad_x, None, None, None, grad_bias, *[None] * (ctx.inputs - 5)
 
 
-def _grouped_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dX = dY @ dequantize(weight), each row by its weight."""
-    stops, weight, *_ = tensors = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grouped_matmul(grad, stops, _dequantized_stack(ctx, tensors, grad.dtype))
-    if ctx.needs_input_grad[4]:
-        rows = torch.arange(grad.shape[0], device=grad.device, dtype=torch.int32)
-        grad_bias = _stack_bias_grad(ctx, grad, torch.searchsorted(stops, rows, right=True), weight.shape)
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None
+def stack_gradients(
+    grad: Tensor,
+    tensors: Sequence[Tensor],
+    settings: tuple[Any, ...],
+    *,
+    x_rows: int | None,
+    bias_dtype: torch.dtype | None,
+    sorted_rows: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x [M, K] and of the bias [E, N] of a product with a stack, from that of its output [S, N].
 
+    dX = dY @ dequantize(weight), each row by its weight, summed over the rows that read one row of x.
 
-def _routed_linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dX = dY @ dequantize(weight), each row by its weight, summed over the rows that read one row of x."""
-    ids, weight, *_ = tensors = ctx.saved_tensors
-    weights = weight.shape[0]
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        order, stops = sort_by_weight(ids, weights)
-        grouped = grouped_matmul(grad[order], stops, _dequantized_stack(ctx, tensors, grad.dtype))
-        each = torch.empty_like(grouped).index_copy(0, order, grouped)
-        grad_x = each.view(ctx.rows, len(ids) // max(ctx.rows, 1), ctx.in_features).sum(dim=1)
-    if ctx.needs_input_grad[4]:
-        known = torch.where((ids >= 0) & (ids < weights), ids, weights)
-        grad_bias = _stack_bias_grad(ctx, grad, known, weight.shape)
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None
-
-
-def _stack_bias_grad(ctx: Any, grad: Tensor, ids: Tensor, shape: torch.Size) -> Tensor:
-    """Of bias [E, N]: the sum of the rows of each weight, of `shape` [E, N, ...]; ids [S] has E where there is none."""
-    weights, n = shape[:2]
-    total = torch.zeros(weights + 1, n, dtype=torch.float32, device=grad.device)
-    return total.index_add(0, ids, grad.float())[:weights].to(ctx.bias_dtype)
+    Args:
+        grad: of the output.
+        tensors: the route, the codes [E, N, ...], the scales, and the two tensors that scales are decoded with or None.
+        settings: those of `dequantized`, which int8 has none of.
+        x_rows: M; None if x needs no gradient.
+        bias_dtype: of the bias; None if it needs no gradient.
+        sorted_rows: whether the product is the grouped one, whose route says where the rows of each weight end.
+    """
+    route, packed, absmax, *nested = tensors
+    (weights, n), grad_x, grad_bias = packed.shape[:2], None, None
+    if x_rows is not None:
+        order, stops = (None, route) if sorted_rows else sort_by_weight(route, weights)
+        name = "linear_4bit" if settings else "linear_int8"
+        dense = dequantized(name, packed.flatten(0, 1), absmax.flatten(0, 1), nested, settings, grad.dtype)
+        grad_x = grouped_matmul(grad if order is None else grad[order], stops, dense.view(weights, n, -1))
+        if order is not None:
+            each = torch.empty_like(grad_x).index_copy(0, order, grad_x)
+            grad_x = each.view(x_rows, len(route) // max(x_rows, 1), each.shape[1]).sum(dim=1)
+    if bias_dtype is not None:
+        if sorted_rows:
+            rows = torch.arange(len(grad), device=grad.device, dtype=torch.int32)
+            ids = torch.searchsorted(route, rows, right=True)
+        else:
+            ids = torch.where((route >= 0) & (route < weights), route, weights)
+        total = torch.zeros(weights + 1, n, dtype=torch.float32, device=grad.device)
+        grad_bias = total.index_add(0, ids, grad.float())[:weights].to(bias_dtype)
+    return grad_x, grad_bias
 
 
 def _save_grouped_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -358,10 +371,16 @@ torch.library.register_autograd(
     "bigq::linear_4bit", _linear_4bit_backward, setup_context=_save_linear_4bit, lib=_LIBRARY
 )
 torch.library.register_autograd(
-    "bigq::grouped_linear_4bit", _grouped_linear_4bit_backward, setup_context=_save_stack_4bit, lib=_LIBRARY
+    "bigq::grouped_linear_4bit",
+    partial(_stack_backward, sorted_rows=True),
+    setup_context=_save_stack_4bit,
+    lib=_LIBRARY,
 )
 torch.library.register_autograd(
-    "bigq::routed_linear_4bit", _routed_linear_4bit_backward, setup_context=_save_stack_4bit, lib=_LIBRARY
+    "bigq::routed_linear_4bit",
+    partial(_stack_backward, sorted_rows=False),
+    setup_context=_save_stack_4bit,
+    lib=_LIBRARY,
 )
 torch.library.register_autograd(
     "bigq::grouped_matmul", _grouped_matmul_backward, setup_context=_save_grouped_matmul, lib=_LIBRARY

@@ -5,7 +5,7 @@ they come: a product finds the expert of each row by itself. In bfloat16 no step
 and for so many rows of float16 that the weights are dequantized, the host reads how many rows each expert has.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,15 +13,13 @@ from torch import Tensor
 
 from bigq.errors import UnsupportedError
 from bigq.ops.routes import sort_by_weight
-from bigq.weight.low_rank import LowRank
+from bigq.weight.low_rank import Changes
 from bigq.weight.quantized_module import QuantizedModule
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Changes", "QuantizedExperts", "are_fused_experts"]
-
-Changes = Mapping[str, Sequence[LowRank]]  # of weights, by leaf
+__all__ = ["QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves

@@ -4,6 +4,7 @@ The change of a whole stack is as large as the stack in bfloat16, so it is never
 two factors of its weight.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-__all__ = ["LowRank"]
+__all__ = ["Changes", "LowRank"]
 
 ALIGNED = 8  # numbers: rows of `grouped_mm` are whole 16 bytes, also those of bfloat16
 
@@ -64,3 +65,6 @@ class LowRank:
         inner = torch.bmm(self.down[ids].to(x.dtype), rows[:, :, None])
         inner = inner.masked_fill(~known[:, None, None], 0)
         return torch.bmm(self.up[ids].to(x.dtype), inner)[:, :, 0] * self.scaling
+
+
+Changes = Mapping[str, Sequence[LowRank]]  # of the weights of a module, by leaf

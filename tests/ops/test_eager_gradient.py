@@ -112,3 +112,58 @@ def test_the_result_can_be_changed_in_place():
     torch.relu_(out)
     out.sum().backward()
     assert x.grad.shape == x.shape
+
+
+def stack_cases():
+    weights = torch.randn(4, 48, 64, device=DEVICE)
+    packed, absmax = ops.quantize_4bit(weights.flatten(0, 1), "nf4", 32)
+    nested = ops.quantize_absmax(absmax)
+    codes, bias = packed.view(4, 48, 32), torch.randn(4, 48, device=DEVICE, requires_grad=True)
+    return {
+        "plain": ((codes, absmax.view(torch.int32).view(4, 48, 2), bias), (None, None, "nf4", 32, 64)),
+        "nested": ((codes, nested[0].view(4, 48, 2), bias, *nested[1:]), ("nf4", 32, 64)),
+        "no-bias": ((codes, absmax.view(4, 48, 2), None), (None, None, "nf4", 32, None)),
+    }
+
+
+ROUTES = {  # rows of x, and which weight multiplies which row: the second has no row, and a row may have no weight
+    "grouped_linear_4bit": (9, torch.tensor([3, 3, 7, 8], dtype=torch.int32, device=DEVICE)),
+    "routed_linear_4bit": (3, torch.tensor([3, 0, 0, 2, 4, -1], device=DEVICE)),
+}
+
+
+@pytest.mark.parametrize("op", ROUTES)
+@pytest.mark.parametrize("name", ["plain", "nested", "no-bias"])
+def test_gradients_of_stacks_are_those_behind_the_dispatcher(name, op):
+    (state, settings), (rows, route) = stack_cases()[name], ROUTES[op]
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(rows, 64, device=DEVICE).to(dtype).requires_grad_()
+        got, expected = eager.routed(op, x, route, state, settings), getattr(library, op)(x, route, *state, *settings)
+        assert (type(got.grad_fn).__name__ == "_StackBackward") == TELLS_LISTENERS
+        assert torch.equal(got, expected)
+        for mine, theirs in zip(gradients(got, x, state[2]), gradients(expected, x, state[2]), strict=True):
+            assert mine.dtype == theirs.dtype
+            assert mine.abs().sum() > 0
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("op", ROUTES)
+def test_a_checkpoint_of_a_stack_reads_what_was_saved_once(op):
+    (state, settings), (rows, route) = stack_cases()["plain"], ROUTES[op]
+
+    def by_the_dispatcher(op, x, route, state, settings):
+        return getattr(library, op)(x, route, *state, *settings)
+
+    for product in (eager.routed, by_the_dispatcher):
+        results = []
+        for is_kept in (True, False):
+            x = torch.linspace(-1, 1, rows * 64, device=DEVICE).view(rows, 64).requires_grad_()
+
+            def block(x, bias, product=product):
+                return torch.tanh(product(op, x * 2, route, (*state[:2], bias), settings))
+
+            bias = state[2].detach().clone().requires_grad_()
+            out = block(x, bias) if is_kept else checkpoint(block, x, bias, use_reentrant=False)
+            out.sum().backward()
+            results.append([x.grad, bias.grad])
+        torch.testing.assert_close(*results, rtol=0, atol=0)
