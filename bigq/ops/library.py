@@ -370,18 +370,9 @@ def _dense_4bit(
 torch.library.register_autograd(
     "bigq::linear_4bit", _linear_4bit_backward, setup_context=_save_linear_4bit, lib=_LIBRARY
 )
-torch.library.register_autograd(
-    "bigq::grouped_linear_4bit",
-    partial(_stack_backward, sorted_rows=True),
-    setup_context=_save_stack_4bit,
-    lib=_LIBRARY,
-)
-torch.library.register_autograd(
-    "bigq::routed_linear_4bit",
-    partial(_stack_backward, sorted_rows=False),
-    setup_context=_save_stack_4bit,
-    lib=_LIBRARY,
-)
+for _name in ("grouped_linear_4bit", "routed_linear_4bit"):
+    _backward = partial(_stack_backward, sorted_rows=_name.startswith("grouped"))
+    torch.library.register_autograd(f"bigq::{_name}", _backward, setup_context=_save_stack_4bit, lib=_LIBRARY)
 torch.library.register_autograd(
     "bigq::grouped_matmul", _grouped_matmul_backward, setup_context=_save_grouped_matmul, lib=_LIBRARY
 )

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bigq import QuantizationConfig, load_and_quantize_model
+from bigq.interop.transformers_names import names_in_files, rows_in_files
 
 transformers = pytest.importorskip("transformers", minversion="5.17", reason="needs transformers' conversions of names")
 NF4 = QuantizationConfig("nf4")
@@ -96,3 +97,25 @@ def test_another_transformers_is_told_and_its_names_are_taken_as_they_are(empty,
     with pytest.warns(UserWarning, match=r"transformers 5.* does not convert checkpoints as bigq knows it"):
         loaded = load_and_quantize_model(skeleton(empty, "as it is"), tmp_path, NF4, "cpu", strict=False)
     assert_same(loaded, load_and_quantize_model(model, None, NF4, "cpu"))
+
+
+@pytest.mark.parametrize("name", ["experts in one", "two of experts in one"])
+def test_rows_and_names_in_files_are_those_that_save_pretrained_writes(tmp_path, name):
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path)
+    saved, held = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    stacks = {own: tuple(tensor.shape) for own, tensor in held.items() if tensor.dim() == 3}
+    rows, renamed = rows_in_files(model, stacks), names_in_files(model, held)
+    assert rows.keys() == stacks.keys()
+    found = {renamed.get(own, own): tensor for own, tensor in held.items() if own not in rows}
+    for stack, parts in rows.items():
+        found |= {new: held[stack].flatten(0, 1)[part.start : part.stop] for new, part in parts.items()}
+    assert found.keys() == saved.keys()
+    assert [own for own, tensor in found.items() if not torch.equal(tensor, saved[own])] == []
+
+
+def test_stacks_of_models_whose_files_hold_them_whole_have_no_rows():
+    config = transformers.GptOssConfig(**TEXT, num_local_experts=3, head_dim=16)
+    model = transformers.GptOssForCausalLM(config)
+    assert rows_in_files(model, {"model.layers.0.mlp.experts.gate_up_proj": (3, 64, 192)}) == {}
+    assert rows_in_files(torch.nn.Linear(2, 2), {"weight": (2, 2, 2)}) == {}
