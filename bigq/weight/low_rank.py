@@ -44,7 +44,7 @@ class LowRank:
         every = torch.cat([stops, stops.new_full((1,), len(x))])  # the rest belongs to the zeros behind the last weight
         wide = F.pad(x, (0, -x.shape[1] % ALIGNED)) if x.shape[1] % ALIGNED else x.contiguous()
         inner = F.grouped_mm(wide, down.mT, offs=every)
-        return F.grouped_mm(inner, up.mT, offs=every)[:, :n] * self.scaling
+        return F.grouped_mm(inner * self.scaling, up.mT, offs=every)[:, :n]
 
     def _masked(self, x: Tensor, stops: Tensor) -> Tensor:
         """`grouped`, where graphs have no `grouped_mm`: each row times all factors, of which one counts."""
@@ -52,7 +52,7 @@ class LowRank:
         ids = torch.searchsorted(stops, rows, right=True)
         is_own = ids[:, None] == torch.arange(len(self.down), device=x.device)
         inner = torch.einsum("sk,erk->ser", x, self.down.to(x.dtype)).masked_fill(~is_own[:, :, None], 0)
-        return torch.einsum("ser,enr->sn", inner, self.up.to(x.dtype)) * self.scaling
+        return torch.einsum("ser,enr->sn", inner * self.scaling, self.up.to(x.dtype))
 
     def routed(self, x: Tensor, ids: Tensor) -> Tensor:
         """What it adds to row i of [S, N], which is row i // (S / M) of x [M, K] times weight ids[i], int [S].
@@ -64,7 +64,7 @@ class LowRank:
         rows = x if len(x) == len(ids) else x.repeat_interleave(len(ids) // max(len(x), 1), dim=0)
         inner = torch.bmm(self.down[ids].to(x.dtype), rows[:, :, None])
         inner = inner.masked_fill(~known[:, None, None], 0)
-        return torch.bmm(self.up[ids].to(x.dtype), inner)[:, :, 0] * self.scaling
+        return torch.bmm(self.up[ids].to(x.dtype), inner * self.scaling)[:, :, 0]
 
 
 Changes = Mapping[str, Sequence[LowRank]]  # of the weights of a module, by leaf
