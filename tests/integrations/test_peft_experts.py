@@ -19,7 +19,7 @@ pytestmark = [
     for said in (
         "`is_gradient_checkpointing` is deprecated",
         "`gradient_checkpointing_enable` is deprecated",
-        "The following rank_pattern keys did not match any targeted module",  # PEFT looks among modules, and applies it
+        "The following (rank|alpha)_pattern keys did not match any targeted",  # but a parameter, which PEFT leaves out
         "Adapter default was active which is now deleted",
     )
 ]
@@ -139,6 +139,27 @@ def test_a_step_of_training_is_that_of_plain_peft():
     ours, theirs = losses
     assert ours[-1] < 0.9 * ours[0]
     assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_the_recipe_for_k_bit_models_trains_experts_and_linears(tmp_path):
+    def base():
+        model = load_and_quantize_model(mixtral().bfloat16(), None, QuantizationConfig("nf4"), "cpu")
+        return peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    model = adapted(base(), target_modules="all-linear", target_parameters=None, init_lora_weights=True)
+    assert len([name for name in factors(model) if "lora_A" in name and "mlp.experts" in name]) == 4
+    optimizer, losses = torch.optim.AdamW(factors(model).values(), lr=1e-2), []
+    for _ in range(6):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model.train()(input_ids=MANY, labels=MANY).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.equal(again(MANY).logits, model(MANY).logits)
 
 
 def test_the_files_are_those_of_plain_peft_in_both_directions(tmp_path):
