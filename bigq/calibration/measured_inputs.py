@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bigq.formats import state_name
-from bigq.model.selection import candidates, is_transposed
+from bigq.model.experts import is_transposed
+from bigq.model.selection import candidates
 from bigq.model.tree import ModelTree, tensor_key
 from bigq.offload.containers import first_tensor
 from bigq.weight.quantized_module import QuantizedModule

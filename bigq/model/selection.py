@@ -11,13 +11,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from bigq.errors import ConfigError
 from bigq.formats import Format
+from bigq.model.experts import holds_fused_experts, is_transposed, routers
 from bigq.model.float32_names import float32_names
 from bigq.model.patterns import is_named, match_patterns
 from bigq.model.tree import ModelTree, TensorGroup, is_dense, tensor_name
 from bigq.system.internals import ATTENTION_OUTPUT
 from bigq.weight.convert import is_transposed_linear
 
-__all__ = ["Chosen", "Rule", "Selection", "candidates", "is_transposed", "output_head", "select_weights"]
+__all__ = ["Chosen", "Rule", "Selection", "candidates", "output_head", "select_weights"]
 
 
 class Chosen(NamedTuple):  # a model may have 19,000 of them; making a dataclass takes a microsecond more
@@ -74,8 +75,8 @@ def select_weights(
     weights; None: they are kept.
 
     Weights that `skip_modules` or `keep_in_fp32_modules` match are always kept. With `defaults`, these are kept too,
-    unless `also_quantize` names them: the output head, weights tied to another module, and what the model
-    itself needs in float32 (see `float32_names`).
+    unless `also_quantize` names them: the output head, the routers of experts, weights tied to another module, and what
+    the model itself needs in float32 (see `float32_names`).
 
     Raises:
         ConfigError: a pattern or a rule matches nothing, a pattern of `also_quantize` matches no parameter of two or
@@ -90,6 +91,7 @@ def select_weights(
     first_rules = _first_rules(rules, names)
     in_float32 = float32_names(tree) if defaults else {}
     head = output_head(tree.model) if defaults else None
+    choosing = set(routers(tree.model)) if defaults else set()
     groups = {name: group for group in tree.tensors for name in group.names}
 
     def why_kept(module: nn.Module, aliases: tuple[str, ...], leaf: str) -> str | None:
@@ -109,7 +111,9 @@ def select_weights(
             if name in in_float32:
                 return str(in_float32[name])
         if len(names) == len(aliases):
-            return "the output head" if module is head else _why_left_alone(module)
+            if module is head:
+                return "the output head"
+            return "the router of experts" if module in choosing else _why_left_alone(module)
         others = sorted(name for name in names if name.rpartition(".")[0] not in aliases)
         if not defaults:
             raise ConfigError(
@@ -158,26 +162,11 @@ def select_weights(
     return Selection(weights=weights, kept=kept)
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Whether `module` holds its weights as [..., K, N]."""
-    if is_transposed_linear(module):
-        return True
-    said: object = module.is_transposed if _holds_fused_experts(module) else False
-    return said is True
-
-
-def _holds_fused_experts(module: nn.Module) -> bool:
-    """Whether `module` holds transformers' fused experts [E, N, K], or [E, K, N] if its `is_transposed` is true."""
-    if isinstance(module, nn.Linear):  # hasattr of a module takes 2 us
-        return False
-    return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
-
-
 def candidates(module: nn.Module) -> tuple[str, ...]:
     """The parameters of `module`, none of whose weights is quantized yet, that are quantized by default."""
     if _is_linear(module):
         return ("weight",)
-    if _holds_fused_experts(module):
+    if holds_fused_experts(module):
         return tuple(leaf for leaf, tensor in module._parameters.items() if tensor is not None and tensor.dim() == 3)
     return ()
 
