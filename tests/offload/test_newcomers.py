@@ -9,9 +9,10 @@ from torch import nn
 
 from bigq.offload import hooks, newcomers
 from bigq.offload.attach import attach
+from bigq.offload.block import OffloadedBlock
 from bigq.offload.hooks import PlacementHook
 from bigq.offload.newcomers import latest_registration, settle
-from bigq.offload.prefetch import OffloadedBlock, Prefetcher
+from bigq.offload.prefetch import Prefetcher
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
