@@ -60,7 +60,7 @@ class OffloadedBlock:
         x = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(x, Tensor):
             return False
-        return all((rows := own.rows_of(x)) is not None and rows <= own.num_experts for own in self._experts)
+        return all((rows := own.rows_of(x)) is not None and rows <= own.num_experts // 2 for own in self._experts)
 
     def tensors(self) -> list[Tensor]:
         """What the modules hold now: between calls, the offloaded tensors."""

@@ -179,7 +179,7 @@ class Prefetcher:
     def _copied_layout(self, block: OffloadedBlock, in_place: bool) -> Layout:
         """What is copied for a call of `block`: all of it, or with `in_place` what is not read where it is."""
         whole = self._layout_of(block)
-        if not in_place or self._held(whole) is not None:  # it may be here since a call that needed all of it
+        if not in_place or (self._held(whole) is not None and not _is_captured()):  # since a call that needed all of it
             return whole
         if block.in_place is None:
             block.in_place = InPlace(block.members, whole, self.device)
@@ -251,3 +251,8 @@ class Prefetcher:
     def _tick(self) -> int:
         self._turn += 1
         return self._turn
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph records this call: it cannot wait for copies that were queued before."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -12,7 +12,7 @@ from bigq.weight.experts import QuantizedExperts
 
 E, TOP_K, H = 16, 2, 64
 LAYERS = 3
-FEW, MANY = E // TOP_K, E // TOP_K + 1  # tokens: up to one row for each expert, and more
+FEW, MANY = E // 2 // TOP_K, E // 2 // TOP_K + 1  # tokens: up to one row for each two experts, and more
 
 
 def mixtral(dtype):
