@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["first_tensor", "map_tensors"]
 
+_PLAIN = (type(None), bool, int, float, str)
+
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any, *, skip_keys: Container[object] = ()) -> Any:
     """`value` with `change` applied to each tensor in it.
@@ -25,6 +27,8 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any, *, skip_keys: Co
     """
     if isinstance(value, Tensor):
         return change(value)
+    if type(value) in _PLAIN:  # without it None takes 2.7 us, and the arguments of a decoder layer 25 instead of 9
+        return value
     if isinstance(value, PackedSequence):  # its batch_sizes stay on the CPU
         data = change(value.data)
         return value if data is value.data else value.to(data.device, data.dtype)  # type: ignore[arg-type]
@@ -40,11 +44,12 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any, *, skip_keys: Co
             return changed
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping):
-        entries = {
-            key: item if key in skip_keys else map_tensors(change, item, skip_keys=skip_keys)
+        new = {
+            key: mapped
             for key, item in value.items()
+            if key not in skip_keys and (mapped := map_tensors(change, item, skip_keys=skip_keys)) is not item
         }
-        return _replaced(value, {key: item for key, item in entries.items() if item is not value[key]}, entries)
+        return _replaced(value, new)
     if is_dataclass(value) and not isinstance(value, (type, nn.Module)):
         return _with_fields(change, value, skip_keys)
     return value
@@ -62,11 +67,11 @@ def first_tensor(value: Any) -> Tensor | None:
     return found[0] if found else None
 
 
-def _replaced(value: Any, new: dict[Any, Any], entries: dict[Any, Any]) -> Any:
+def _replaced(value: Any, new: dict[Any, Any]) -> Any:
     if not new:
         return value
     if type(value) is dict or not hasattr(value, "__setitem__"):
-        return type(value)(entries)
+        return type(value)({**value, **new})
     changed = copy.copy(value)
     for key, item in new.items():
         changed[key] = item
