@@ -27,7 +27,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any, *, skip_keys: Co
     """
     if isinstance(value, Tensor):
         return change(value)
-    if type(value) in _PLAIN:  # without it None takes 2.7 us, and the arguments of a decoder layer 25 instead of 9
+    if type(value) in _PLAIN:  # without it None takes 2.7 us instead of 0.6, and a decoder layer is given several
         return value
     if isinstance(value, PackedSequence):  # its batch_sizes stay on the CPU
         data = change(value.data)
@@ -44,12 +44,11 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any, *, skip_keys: Co
             return changed
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping):
-        new = {
-            key: mapped
+        entries = {
+            key: item if key in skip_keys else map_tensors(change, item, skip_keys=skip_keys)
             for key, item in value.items()
-            if key not in skip_keys and (mapped := map_tensors(change, item, skip_keys=skip_keys)) is not item
         }
-        return _replaced(value, new)
+        return _replaced(value, {key: item for key, item in entries.items() if item is not value[key]}, entries)
     if is_dataclass(value) and not isinstance(value, (type, nn.Module)):
         return _with_fields(change, value, skip_keys)
     return value
@@ -67,11 +66,11 @@ def first_tensor(value: Any) -> Tensor | None:
     return found[0] if found else None
 
 
-def _replaced(value: Any, new: dict[Any, Any]) -> Any:
+def _replaced(value: Any, new: dict[Any, Any], entries: dict[Any, Any]) -> Any:
     if not new:
         return value
     if type(value) is dict or not hasattr(value, "__setitem__"):
-        return type(value)({**value, **new})
+        return type(value)(entries)
     changed = copy.copy(value)
     for key, item in new.items():
         changed[key] = item

@@ -177,10 +177,16 @@ class Prefetcher:
         slot.turn = self._tick()
 
     def _copied_layout(self, block: OffloadedBlock, in_place: bool) -> Layout:
-        """What is copied for a call of `block`: all of it, or with `in_place` what is not read where it is."""
+        """What is copied for a call of `block`: all of it, or with `in_place` what is not read where it is.
+
+        All of it may be in a slot since another call, and stays there if there are no more blocks than slots.
+        """
         whole = self._layout_of(block)
-        if not in_place or (self._held(whole) is not None and not _is_captured()):  # since a call that needed all of it
+        if not in_place:
             return whole
+        stays = len(self._next) <= self._max_slots or self._held(whole) is not None
+        if stays and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return whole  # a CUDA graph that is captured cannot wait for a copy that was queued before
         if block.in_place is None:
             block.in_place = InPlace(block.members, whole, self.device)
         return block.in_place.layout
@@ -251,8 +257,3 @@ class Prefetcher:
     def _tick(self) -> int:
         self._turn += 1
         return self._turn
-
-
-def _is_captured() -> bool:
-    """Whether a CUDA graph records this call: it cannot wait for copies that were queued before."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

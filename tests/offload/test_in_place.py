@@ -24,14 +24,14 @@ def mixtral(dtype):
     return transformers.MixtralForCausalLM(config).to(dtype).eval()
 
 
-def device_map(device, place, part):
-    return {"": device} | {f"model.layers.{i}{part}": place for i in range(LAYERS)}
+def device_map(device, place, part, layers=LAYERS):
+    return {"": device} | {f"model.layers.{i}{part}": place for i in range(layers)}
 
 
-def loaded(device="cpu", place=None, part="", weight_format="nf4", folder=None, dtype=torch.bfloat16):
-    """A Mixtral, with parts of its layers in `place`, or resident and frozen."""
+def loaded(device="cpu", place=None, part="", weight_format="nf4", folder=None, dtype=torch.bfloat16, layers=LAYERS):
+    """A Mixtral, with parts of its first `layers` in `place`, or resident and frozen."""
     config = bigq.QuantizationConfig(weight_format)
-    places = {"": device} if place is None else device_map(device, place, part)
+    places = {"": device} if place is None else device_map(device, place, part, layers)
     model = bigq.load_and_quantize_model(
         mixtral(dtype), None, config, places, offload="quantized", offload_folder=folder, progress=False
     )
@@ -117,6 +117,17 @@ def test_a_call_after_a_prompt_takes_the_copy_that_is_there(views_of_files, copi
     logits(model, 1)
     rest = nbytes_of(model.model.layers[0], experts=False)
     assert copied == [rest] * LAYERS, "layers 1 and 2, and layer 0 for the next call"
+
+
+def test_blocks_that_stay_in_their_slots_are_copied_once(views_of_files, copied, tmp_path):
+    model = loaded(place="disk", folder=tmp_path, layers=2)
+    expected = logits(loaded(), 1)
+    assert torch.equal(logits(model, 1), expected)
+    assert set(copied) == {nbytes_of(model.model.layers[0], experts=True)}
+    assert len(copied) == 2
+    copied.clear()
+    assert torch.equal(logits(model, 1), expected)
+    assert not copied
 
 
 def test_experts_alone_need_no_slot(views_of_files, copied, tmp_path):
