@@ -42,11 +42,10 @@ from bigq_kernels.tiles import ceil_div, next_power_of_2
 from bigq_kernels.timing import copies, microseconds
 
 SHAPES = "14336x4096,4096x4096,28672x8192,4096x14336,1024x4096"
-SPLITS = (1, 2, 3, 4, 5, 6, 8, 10)
-STAGED_PIPELINES = {  # by BLOCK_M: (stages, registers); a cap on more tokens spills their sums
-    8: ((2, None), (2, 80), (2, 96), (3, 96)),
-    16: ((2, None), (2, 96), (3, None)),
-    32: ((2, None), (3, None)),
+STAGED_TILES = {  # by BLOCK_M: (rows of the weight, stages, warps, registers, programs of a multiprocessor)
+    8: ((128, 2, 8, 128, 2), (128, 3, 8, 128, 2), (128, 4, 8, 128, 2), (64, 2, 4, 128, 3), (64, 3, 4, 128, 3)),
+    16: ((128, 2, 8, 128, 2), (128, 3, 8, 128, 2), (256, 3, 16, 128, 1), (64, 2, 4, None, 3), (64, 3, 4, None, 2)),
+    32: ((128, 2, 8, 128, 2), (128, 3, 8, None, 1), (256, 3, 16, 128, 1), (64, 2, 4, None, 2), (64, 3, 4, None, 2)),
 }
 Candidate = tuple[Callable[..., None], Any]
 
@@ -82,11 +81,12 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
     if m <= 32:
         staged = staged_config(gpu, m, n, k)
         yield linear_4bit_staged, staged
-        steps = ceil_div(k, 256)
-        for split, (stages, registers) in product(SPLITS, STAGED_PIPELINES[staged.block_m]):
-            per_split = ceil_div(steps, split)  # which can take fewer programs
-            changes = {"split": ceil_div(steps, per_split), "steps_per_split": per_split}
-            yield linear_4bit_staged, replace(staged, stages=stages, registers=registers, **changes)
+        for block_n, stages, warps, registers, programs in STAGED_TILES[staged.block_m]:
+            changes = {"stages": stages, "warps": warps, "registers": registers}
+            yield (
+                linear_4bit_staged,
+                replace(staged, block_n=block_n, programs=programs * gpu.multiprocessors, **changes),
+            )
     else:
         for block_n, split, unroll, warps, stages in product((64, 128), (1, 2, 4, 8), (1, 2), (4, 8), (2, 3, 4)):
             changes = {"block_n": block_n, "split": split, "unroll": unroll, "warps": warps, "stages": stages}
@@ -111,7 +111,7 @@ def compile_one(m: int, k: int, candidate: Candidate) -> None:
 
 def as_compiled(config: Any) -> str:
     """How many steps or blocks of rows a program takes is a run-time argument."""
-    at_run_time = {name: 0 for name in ("steps_per_split", "blocks") if hasattr(config, name)}
+    at_run_time = {name: 0 for name in ("programs", "blocks") if hasattr(config, name)}
     return str(replace(config, **at_run_time))
 
 

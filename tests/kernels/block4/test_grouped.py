@@ -70,7 +70,8 @@ def test_tiles_of_tokens_cover_every_row_once(stops, block_m, device):
         tiles = -(-(stop - start) // block_m)
         expected += [[e, start, stop - start, tile]] * tiles
         tile += tiles
-    assert groups[:tile].tolist() == expected
+    assert groups[:tile, :4].tolist() == expected
+    assert (groups[:, 4] == tile).all()
     assert not groups[tile:, 2].any()
     assert groups[tile:, 3].tolist() == list(range(tile, len(groups)))
     assert not count.any()
@@ -151,8 +152,8 @@ def test_gluon_multiplies_each_row_by_its_weight(k, dtype, quant_type, nested):
 
 
 def staged_configs(tile, n, k):
-    config = staged_config(Gpu.named("h100"), tile, n, k)
-    return [replace(config, split=split, steps_per_split=-(-3 // split)) for split in (1, 3)]
+    config = staged_config(Gpu.named("h100"), tile, n, k, is_stack=True)
+    return [replace(config, programs=programs) for programs in (3, 40, config.programs)]
 
 
 def wgmma_config_of(tile, split):

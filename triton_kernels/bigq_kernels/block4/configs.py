@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from bigq_kernels.gpu import Gpu
-from bigq_kernels.split_k import split_steps
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
 __all__ = [
     "MAX_DP4A_K",
+    "TABLE_NBYTES",
     "Dp4aConfig",
     "MmaConfig",
     "StagedConfig",
@@ -32,6 +32,8 @@ LEAST_OF_1024 = 896
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 2.5  # rows that cost a program of the dp4a kernel as much as splitting its tokens
 MAX_DP4A_K = 32768  # two chunks of one or two tokens for each of 512 threads, in their registers
+TABLE_NBYTES = 256 * 32 * 4  # of the Gluon kernels, in shared memory: an entry for a byte and a lane
+RESERVED_NBYTES = 2048  # of shared memory, for the system and for Triton
 STEP = 256  # elements of K in a step of the Gluon kernels
 
 
@@ -59,12 +61,11 @@ class MmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StagedConfig:
-    """Tile, pipeline and programs along K of `linear_4bit_staged`."""
+    """Tile, pipeline and programs of `linear_4bit_staged`."""
 
     block_m: int  # tokens of a tile
     block_n: int  # rows of the weight in a tile
-    split: int  # programs along K
-    steps_per_split: int  # of 256 elements of K
+    programs: int  # that share the steps of all tiles
     stages: int  # steps in shared memory
     warps: int
     registers: int | None  # the most a thread may have; None leaves it to ptxas
@@ -84,9 +85,16 @@ class WgmmaConfig:
 # fmt: off
 # By GPU, M, and chunks of 32 elements of K that a thread holds: (BLOCK_N, registers).
 DP4A = {HOPPER: {1: {1: (4, 128), 2: (2, 128), 3: (2, 168)}, 2: {1: (8, 255), 2: (4, 255)}}}
-# By GPU and BLOCK_M: (BLOCK_N, STAGES, warps, registers).
-STAGED: dict[tuple[int, int], dict[int, tuple[int, int, int, int | None]]] = {
-    HOPPER: {8: (64, 2, 4, None), 16: (64, 2, 4, None), 32: (64, 2, 4, None)},
+# By GPU and BLOCK_M, for weights of up to so many elements: (BLOCK_N, STAGES, warps, registers, programs of a
+# multiprocessor). 4 tokens of 4096 x 4096 take 7.2 us with 64 rows and 12.2 with 128, of 28672 x 8192 55.9 and 53.0.
+STAGED: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int | None, int]]]] = {HOPPER: {
+    8:  {2**27: (64, 4, 4, 128, 2), 2**62: (128, 3, 8, 128, 2)},
+    16: {2**27: (64, 3, 4, None, 2), 2**62: (128, 3, 8, 128, 2)},
+    32: {2**25: (64, 2, 4, None, 2), 2**62: (128, 2, 4, None, 2)},
+}}
+# The same of stacks. 8 rows for each of 32 weights of 5760 x 2880 take 159 us with 4 warps and 176 with 8 (H200).
+STAGED_STACK: dict[tuple[int, int], dict[int, tuple[int, int, int, int | None, int]]] = {
+    HOPPER: {8: (128, 3, 8, 128, 2), 16: (128, 3, 4, None, 2), 32: (128, 2, 4, None, 2)},
 }
 # By GPU, shape and BLOCK_M: (BLOCK_N, SPLIT, UNROLL, warps, stages).
 _ROW_8 = (32, 8, 2, 2, 3)
@@ -108,12 +116,12 @@ _W128, _W256 = (128, 128, 1, 8, None), (256, 128, 1, 8, None)
 WGMMA: dict[tuple[int, int], dict[str, dict[int, tuple[int, int, int, int, int | None]]]] = {HOPPER: {
     "narrow": {},
     "middle": {64: (64, 64, 2, 4, None), 128: (64, 64, 1, 4, None), 256: (128, 64, 1, 4, None)},
-    "deep":   {64: (64, 64, 4, 4, None), 128: (128, 64, 4, 4, None), 256: (128, 64, 2, 4, None)},
-    "tall":   {64: (64, 128, 2, 8, None), 128: (128, 128, 2, 8, None), 256: (256, 128, 2, 8, None), 512: _W256,
-               1024: _W256},
-    "wide":   {64: (64, 128, 1, 8, None), 128: _W128, 256: _W256, 512: _W256},
-    "vast":   {32: (32, 64, 1, 4, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256},
-    "large":  {32: (32, 64, 2, 4, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256, 1024: _W256},
+    "deep":   {64: (64, 64, 4, 4, None), 128: (64, 64, 2, 4, None), 256: (128, 128, 2, 8, None)},
+    "tall":   {32: (32, 128, 4, 8, 128), 64: (64, 128, 4, 8, 128), 128: (128, 128, 2, 8, None),
+               256: (256, 128, 2, 8, None), 512: _W256, 1024: _W256},
+    "wide":   {32: (32, 128, 1, 8, 128), 64: (64, 128, 1, 8, None), 128: _W128, 256: _W256, 512: _W256},
+    "vast":   {32: (32, 128, 1, 8, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256},
+    "large":  {32: (32, 128, 1, 8, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256, 1024: _W256},
 }}
 # For N that leaves cuBLAS no whole 16 bytes of an output row: 1024 tokens of 4100 x 11008 take 176 us, and bf16 331.
 UNALIGNED = {512: _W128, 1024: _W256}
@@ -173,17 +181,21 @@ def mma_config(gpu: Gpu, m: int, n: int, k: int, block_size: int) -> MmaConfig:
     return MmaConfig(block_m=rows, block_n=block_n, split=split, unroll=unroll, warps=warps, stages=stages)
 
 
-def staged_config(gpu: Gpu, m: int, n: int, k: int) -> StagedConfig:
-    """For 3 <= m <= 32 tokens and a weight of n x k."""
+def staged_config(gpu: Gpu, m: int, n: int, k: int, *, is_stack: bool = False) -> StagedConfig:
+    """For 3 <= m <= 32 tokens and a weight of n x k, or a stack of these."""
     rows = block_m(m)
-    block_n, stages, warps, registers = STAGED.get(gpu.capability, STAGED[HOPPER])[rows]
-    # A partial sum is written and read, which grows with the tokens: 16 tokens of 14336 x 4096 are faster without.
-    split, steps_per_split = split_steps(ceil_div(n, block_n), ceil_div(k, STEP), gpu.multiprocessors, rows / 16)
+    by_size = STAGED.get(gpu.capability, STAGED[HOPPER])[rows]
+    row = by_size[min(most for most in by_size if n * k <= most)]
+    if is_stack:
+        row = STAGED_STACK.get(gpu.capability, STAGED_STACK[HOPPER])[rows]
+    block_n, stages, warps, registers, resident = row
+    stage_nbytes = STEP // 2 * block_n + STEP * 2 * rows
+    while stages > 2 and TABLE_NBYTES + stages * stage_nbytes + RESERVED_NBYTES > gpu.shared_nbytes:
+        stages -= 1
     return StagedConfig(
         block_m=rows,
         block_n=block_n,
-        split=split,
-        steps_per_split=steps_per_split,
+        programs=resident * gpu.multiprocessors,
         stages=stages,
         warps=warps,
         registers=registers,

@@ -16,7 +16,8 @@ from bigq_kernels.tiles import ceil_div, next_power_of_2
 
 __all__ = ["group_tokens", "most_tiles", "place_in_group", "weights_of_rows"]
 
-FIELDS = tl.constexpr(4)  # of a tile of tokens: weight, its first row of x, how many rows it has, its first tile
+# Of a tile of tokens: weight, its first row of x, how many rows it has, its first tile, and how many tiles there are.
+FIELDS = tl.constexpr(5)
 TILES = 16  # that a program describes: a comparison with 512 weights fits its registers
 
 
@@ -82,7 +83,9 @@ def _group_tokens_kernel(
     # A tile behind the last has no rows, and is the first of its group: so its programs end.
     tl.store(entry + 2, tl.sum(tl.where(is_its, rows[None, :], 0), axis=1), mask=mask)
     own = tl.sum(tl.where(is_its, (after - m_tiles)[None, :], 0), axis=1)
-    tl.store(entry + 3, tl.where(tile < tl.sum(m_tiles, axis=0), own, tile), mask=mask)
+    there_are = tl.sum(m_tiles, axis=0)
+    tl.store(entry + 3, tl.where(tile < there_are, own, tile), mask=mask)
+    tl.store(entry + 4, tl.zeros((BLOCK_T,), tl.int32) + there_are, mask=mask)
     for begin in range(program * BLOCK, counts, programs * BLOCK):
         place = begin + tl.arange(0, BLOCK)
         tl.store(count_ptr + place, tl.zeros((BLOCK,), tl.int32), mask=place < counts)
@@ -96,7 +99,7 @@ def _group_tokens_kernel(
 
 
 def group_tokens(stops: Tensor, weights: int, block_m: int, count: Tensor, out: Tensor) -> Tensor:
-    """The tiles of block_m rows of `out` [S, N] as int32 [most_tiles, 4], see `place_in_group`; zeroes `count`.
+    """The tiles of block_m rows of `out` [S, N] as int32 [most_tiles, 5], see `place_in_group`; zeroes `count`.
 
     Rows of `out` behind the last of `stops`, int32 [weights], are zeroed. A kernel launched after it with `launch_pdl`
     may start meanwhile.

@@ -50,28 +50,37 @@ def test_block_sizes(m, block_size, nested, device):
 
 
 @pytest.mark.parametrize("m", [3, 16, 32])
-@pytest.mark.parametrize("split, next_split", [(1, 2), (2, 3), (3, 5), (5, 8), (8, 1)])
-def test_every_split_repeats_bit_for_bit(m, split, next_split, device):
+@pytest.mark.parametrize(
+    "programs, next_programs",
+    [
+        pytest.param(1, 2, id="all-tiles-in-one"),
+        pytest.param(2, 8, id="several-tiles-each"),
+        pytest.param(5, 136, id="tiles-of-one-or-two"),
+        pytest.param(8, 1, id="a-tile-each"),
+        pytest.param(11, 3, id="tiles-of-two-or-three"),
+        pytest.param(136, 5, id="a-step-each"),
+    ],
+)
+def test_every_number_of_programs_repeats_bit_for_bit(m, programs, next_programs, device):
     if not Gpu.of(device).gluon:
         pytest.skip("another release of Triton, or another GPU")
     from bigq_kernels.block4.gluon.staged import linear_4bit_staged  # not on all releases of Triton
 
-    quantized, dense = quantized_4bit(1003, 4128, "nf4", 64, False, device)
+    quantized, dense = quantized_4bit(1003, 4128, "nf4", 64, False, device)  # 8 tiles of 128 rows, 17 steps of 256
     x = torch.randn(m, 4128, device=device).bfloat16()
     out = torch.empty(m, 1003, device=device, dtype=x.dtype)
     shipped = staged_config(Gpu.of(device), m, 1003, 4128)
 
-    def run(split):
+    def run(programs):
         out.fill_(torch.nan)
-        config = replace(shipped, split=split, steps_per_split=-(-17 // split))  # 17 steps of 256
-        linear_4bit_staged(x, packed4(quantized), None, out, config)
+        linear_4bit_staged(x, packed4(quantized), None, out, replace(shipped, block_n=128, programs=programs))
         return out.clone()
 
-    first = run(split)
+    first = run(programs)
     baseline = reference.linear_4bit(x, *quantized[:2], None, None, None, "nf4", 64)
     assert_within_budget(first, x.double() @ dense.T, baseline)
-    run(next_split)  # its counters and partial sums are where the allocator puts the next call's
-    assert all(torch.equal(run(split), first) for _ in range(50))
+    run(next_programs)  # its counters and partial sums are where the allocator puts the next call's
+    assert all(torch.equal(run(programs), first) for _ in range(50))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 
 __all__ = ["place_in_group"]
 
-FIELDS = gl.constexpr(4)
+FIELDS = gl.constexpr(5)
 
 
 @gluon.jit

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 __all__ = [
+    "add_parts",
     "add_splits",
     "barrier",
     "copy_async",
@@ -113,3 +114,28 @@ def add_splits(total, partial_ptrs, count_ptr, split, mask, SPLIT: gl.constexpr)
             # .cg reads L2: another program wrote this after our L1 may have cached it.
             total += gl.load(partial_ptrs + i * numel, mask=mask, other=0.0, cache_modifier=".cg")
     return total, arrived == SPLIT - 1
+
+
+@gluon.jit
+def add_parts(total, partial_ptr, offset, mask, count_ptr, part, first, is_later, parts):
+    """(sum of a tile over its `parts` programs in their order, whether this program has it: the last to finish).
+
+    partial_ptr: float32, room for two tiles of each program. The program `first`, which has the first part, stores it
+    in its second place if `is_later`, and all others store theirs in their first. count_ptr: int32, 0 at first.
+    """
+    numel: gl.constexpr = total.shape[0] * total.shape[1]
+    place = 2 * (first + part) + gl.where(part == 0, is_later, 0)
+    gl.store(partial_ptr + place.to(gl.int64) * numel + offset, total, mask=mask)
+    barrier()  # the whole program has stored, then one thread publishes it
+    is_last = gl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
+    if is_last:
+        total = gl.full(total.shape, 0.0, gl.float32, total.type.layout)
+        partial_ptr += 2 * numel * first.to(gl.int64)
+        for begin in range(0, parts, 4):
+            for i in gl.static_range(4):  # four loads in flight
+                at = begin + i
+                place = 2 * at + gl.where(at == 0, is_later, 0)
+                # .cg reads L2: another program wrote this after our L1 may have cached it.
+                here = mask & (at < parts)
+                total += gl.load(partial_ptr + place * numel + offset, mask=here, other=0.0, cache_modifier=".cg")
+    return total, is_last

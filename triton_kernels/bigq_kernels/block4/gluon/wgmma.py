@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from bigq_kernels.block4.configs import WgmmaConfig
 from bigq_kernels.block4.gluon.groups import place_in_group
-from bigq_kernels.block4.gluon.operands import code_layout, code_tables, decode_scaled
+from bigq_kernels.block4.gluon.operands import code_layout, decode_weights
 from bigq_kernels.block4.gluon.scales import (
     add_splits,
     barrier,
@@ -32,6 +32,7 @@ from bigq_kernels.block4.gluon.scales import (
     scale_layout,
     scales_of,
 )
+from bigq_kernels.block4.gluon.table import code_tables, fill_table
 from bigq_kernels.block4.groups import group_tokens, most_tiles
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.tokens import tile_tokens
@@ -42,7 +43,7 @@ from bigq_kernels.tiles import ceil_div
 __all__ = ["linear_4bit_wgmma"]
 
 STEP_BYTES = gl.constexpr(128)  # of a row in one stage of weights: 256 elements of K, four slices of 64
-W_STAGES = gl.constexpr(3)
+W_STAGES = gl.constexpr(2)  # a step is in registers once its first slice is decoded, and its stage is free then
 
 
 @gluon.jit
@@ -84,7 +85,6 @@ def _linear_4bit_wgmma_kernel(
     B,
     steps_per_split,
     t0, t1, t2, t3, t4, t5, t6, t7,  # code_tables
-    QUANT_TYPE: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     EVEN: gl.constexpr,  # K divides into whole steps: no masks
     BLOCK_M: gl.constexpr,
@@ -107,8 +107,12 @@ def _linear_4bit_wgmma_kernel(
         else gl.BlockedLayout([1, 2], [16, 2], [WARPS, 1], [1, 0])
     )
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
+    # Triton asks for more than 48 KiB only where its own part is more, and the table is beside it.
+    LEAST: gl.constexpr = (49168 - BLOCK_M * 512) // (BLOCK_N * STEP_BYTES) + 1
     w_smem = gl.allocate_shared_memory(
-        gl.uint8, [W_STAGES, BLOCK_N, STEP_BYTES], gl.SwizzledSharedLayout(32, 1, 4, order=[1, 0])
+        gl.uint8,
+        [W_STAGES if W_STAGES > LEAST else LEAST, BLOCK_N, STEP_BYTES],
+        gl.SwizzledSharedLayout(32, 1, 4, order=[1, 0]),
     )
     absmax_smem = gl.allocate_shared_memory(
         gl.float32, [W_STAGES, BLOCK_N, 4], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
@@ -122,6 +126,7 @@ def _linear_4bit_wgmma_kernel(
         gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
     )
 
+    table, bank = fill_table(t0, t1, t2, t3, t4, t5, t6, t7)
     m_tiles = gl.cdiv(M, BLOCK_M)  # programs of one tile of the weight follow each other, so it is read once
     tile = gl.program_id(0)
     m_tile = (tile % m_tiles).to(gl.int64)
@@ -195,7 +200,7 @@ def _linear_4bit_wgmma_kernel(
             if ahead < stop * 4:
                 copy_async(x_smem[(i + 2) % 4], x_ptrs + ahead * SLICE)
             async_copy.commit_group()
-            if i == 0 and step + 2 < stop:
+            if i == 2 and step + 2 < stop:
                 _copy_weights(
                     step + 2, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr + first_block, absmax_row, part, PAIRS, B,
                     nested_ptr, BLOCK_SIZE, EVEN,
@@ -211,7 +216,7 @@ def _linear_4bit_wgmma_kernel(
                     absmax_ptr, first_block, absmax_row, gl.minimum(step + 3, stop - 1), part, B, nested_ptr,
                     BLOCK_SIZE, EVEN,
                 )  # fmt: skip
-            w = decode_scaled(words[i], absmax[i], t0, t1, t2, t3, t4, t5, t6, t7, QUANT_TYPE, DTYPE, W_OPERAND)
+            w = decode_weights(words[i], absmax[i], table, bank, DTYPE, W_OPERAND)
             total = warpgroup_mma(w, x_smem[i].permute((1, 0)), total, is_async=True)
             total, _ = warpgroup_mma_wait(1, deps=[total, w_before])  # the product before, which read w_before
             w_before = w
@@ -259,7 +264,7 @@ def linear_4bit_wgmma(
         _linear_4bit_wgmma_kernel, (tiles, split),
         x_tiles, packed.weight, packed.absmax, bias, *packed.nested, partial, count, out, groups,
         m, n, pairs, packed.absmax.shape[-1], steps_per_split, *code_tables(packed.quant_type, x.dtype),
-        QUANT_TYPE=packed.quant_type, BLOCK_SIZE=packed.block_size, EVEN=pairs % STEP_BYTES.value == 0,
+        BLOCK_SIZE=packed.block_size, EVEN=pairs % STEP_BYTES.value == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split,
         options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": True},
     )  # fmt: skip
