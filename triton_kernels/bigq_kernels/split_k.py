@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div
 
-__all__ = ["add_splits", "split_steps", "split_workspace", "store_split", "zero_counts"]
+__all__ = ["add_splits", "split_steps", "split_workspace", "store_split"]
 
 MIN_STEPS = 2  # a program with fewer has nothing to overlap
 MIN_PROGRAMS = 2  # a multiprocessor: one does not hide its own latencies, 29.8 us against 24.5 (4096 x 14336, H100)
@@ -69,27 +68,3 @@ def add_splits(partial_ptrs, stride, split, mask, DTYPE: tl.constexpr, UNROLL: t
         for i in tl.range(0, split, num_stages=1):  # not staged through shared memory
             total += tl.load(partial_ptrs + i * stride, mask=mask, other=0, cache_modifier=".cg")
     return total
-
-
-@triton.jit
-def _zero_counts_kernel(count_ptr, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(count_ptr + index, tl.zeros((BLOCK,), tl.int32), mask=index < tiles)
-
-
-def zero_counts(count: Tensor, pdl: bool) -> None:
-    """Zero the counts of `split_workspace`; with pdl the kernel after it may start meanwhile."""
-    tiles = count.numel()
-    if tiles:
-        launch(
-            _zero_counts_kernel,
-            (ceil_div(tiles, 1024),),
-            count,
-            tiles,
-            BLOCK=1024,
-            PDL=pdl,
-            options={"launch_pdl": pdl},
-        )
