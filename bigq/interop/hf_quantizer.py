@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer as Base
 
 from bigq.config import QuantizationConfig
+from bigq.errors import UnsupportedError
 from bigq.loading.dequantize import dequantize
+from bigq.weight.slices import is_sliced
 
 __all__ = ["HfQuantizer"]
 
@@ -33,7 +35,17 @@ class HfQuantizer(Base):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` saves, placeholders among it."""
+        """What `save_pretrained` saves, placeholders among it.
+
+        Raises:
+            UnsupportedError: the model holds slices of its weights.
+        """
+        sliced = [name for name, module in model.named_modules() if is_sliced(module)]
+        if sliced:
+            raise UnsupportedError(
+                f"the weights of {len(sliced)} modules ({sliced[0]} is the first) are slices of tensor or expert "
+                "parallelism, and a slice is no checkpoint: save the model before you parallelize it"
+            )
         return model.state_dict(), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
