@@ -191,7 +191,7 @@ class Format(Protocol):
         return None
 
     def select_columns(self, state: State, start: int, stop: int) -> dict[str, Tensor]:
-        """Return views of `state` that store the columns `start` to `stop` of the weight, in a format that `select` gave.
+        """Return views of `state`, in a format that `select` gave, that store the columns `start` to `stop`.
 
         Both are multiples of `column_group`, or K.
         """

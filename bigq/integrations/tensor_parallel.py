@@ -20,9 +20,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.weight.convert import original_class
+from bigq.weight.experts import IMPLEMENTATIONS
 from bigq.weight.linear import QuantizedMatrix
 from bigq.weight.quantized_module import QuantizedModule
-from bigq.weight.slices import Range, is_sliced, keep_ranges, range_of_rank
+from bigq.weight.slices import is_sliced, keep_ranges, range_of_rank
 
 __all__ = ["ColwiseParallel", "ExpertParallel", "RowwiseParallel", "parallelize_module"]
 
@@ -45,7 +46,7 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
 
     Raises:
         ConfigError: with `parts`, another layout of the output is asked for, or the rows of the parts do not add up.
-        UnsupportedError: the module is an embedding, is offloaded or sharded, or has fewer rows than there are processes.
+        UnsupportedError: the module is an embedding, is offloaded or sharded, or has fewer rows than processes.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
         output_layouts: Placement | None = None,
         use_local_output: bool = True,
     ) -> None:
-        super().__init__(
-            input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output
-        )
+        super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
         self.parts = parts
         if parts != 1 and (self.output_layouts != (Shard(-1),) or not use_local_output):
-            raise ConfigError(f"parts={parts!r} with another output than local features: their order is that of no layout")
+            raise ConfigError(
+                f"parts={parts!r} with another output than local features: their order is that of no layout"
+            )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if _is_adapted(module):
@@ -84,7 +85,7 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
         def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *rest = args
             if have == Replicate() and not isinstance(x, DTensor):
-                return (_sum_of_gradients(x, group), *rest)
+                return (*_sum_of_gradients(group, x), *rest)
             whole = _relaid(x, device_mesh, have, Replicate(), width)
             return (whole.to_local(grad_placements=[Partial()]), *rest)
 
@@ -102,8 +103,8 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
 
     The arguments are those of torch's style. A weight is cut between blocks, so K divided by the processes has to be a
     multiple of `block_size`; int8 is cut anywhere, and keeps the scales of whole rows. Otherwise the rows are cut: each
-    process gets the whole input and computes some features, and all get the output. That needs no more memory, gives
-    the bits of one process, and moves K + N numbers a token instead of 2 N. `RowwiseParallel` of a layer of a PEFT
+    process gets the whole input and computes some features, and all get the output. That needs no more memory, and
+    moves K + N numbers a token instead of 2 N. `RowwiseParallel` of a layer of a PEFT
     adapter cuts `lora_A` by columns, and makes `lora_B` equal on all processes.
 
     Args:
@@ -146,10 +147,10 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
             if out_layout == Replicate() and use_local:
                 total = _sum(out, group)
                 return total if bias is None else total + bias.to(total.dtype)
-            laid = _relaid(out, device_mesh, Partial(), out_layout, features)
+            laid: Tensor = _relaid(out, device_mesh, Partial(), out_layout, features)
             if bias is not None:
                 laid = laid + DTensor.from_local(bias.to(out.dtype), device_mesh, [Replicate()], run_check=False)
-            return laid.to_local() if use_local else laid
+            return laid.to_local() if use_local else laid  # type: ignore[attr-defined]
 
         return _with_hooks(matrix, enter, leave)
 
@@ -165,37 +166,46 @@ class ExpertParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, QuantizedModule) or not isinstance(getattr(module, "num_experts", None), int):
+        count = getattr(module, "num_experts", None)
+        if not isinstance(module, QuantizedModule) or not isinstance(count, int):
             raise UnsupportedError(
-                f"ExpertParallel is for fused experts whose weights are quantized, and this is a {type(module).__name__}"
+                f"ExpertParallel is for fused experts with quantized weights, and this is a {type(module).__name__}"
             )
-        experts, group, count = module, device_mesh.get_group(), module.num_experts
-        start, stop = range_of_rank(count, device_mesh.get_local_rank(), device_mesh.size())
-        _check_unsliced(experts)
-        stacks = [leaf for leaf, description in experts.descriptions.items() if description.shape[0] == count]
-        parameters = {name for name in experts._parameters if name not in experts.state_spec()}
-        if len(stacks) < len(experts.descriptions) or any(len(experts._parameters[n]) != count for n in parameters):  # type: ignore[arg-type]
-            raise UnsupportedError(f"not every parameter of {type(module).__name__} has an entry for each of {count} experts")
+        rank, world, group = device_mesh.get_local_rank(), device_mesh.size(), device_mesh.get_group()
+        start, stop = count * rank // world, count * (rank + 1) // world
+        _check_unsliced(module)
+        if count < world:
+            raise UnsupportedError(f"{count} experts of a {type(module).__name__} are too few for {world} processes")
+        stacks = [leaf for leaf, description in module.descriptions.items() if description.shape[0] == count]
+        others = {name: p for name, p in module.named_parameters() if name not in module.state_spec()}
+        if len(stacks) < len(module.descriptions) or any(len(p) != count for p in others.values()):
+            raise UnsupportedError(
+                f"not every parameter of a {type(module).__name__} has {count} entries, one for each expert: {module}"
+            )
         for leaf in stacks:
-            keep_ranges(experts, leaf, 0, [(start, stop)], sorted(parameters) if leaf == stacks[0] else [])
-        experts.num_experts = stop - start
-        vars(experts)["_is_expert_parallel"] = True  # so transformers' own products ignore ids of no expert
-        arguments = signature(original_class(experts).forward)
+            keep_ranges(module, leaf, 0, [(start, stop)], sorted(others) if leaf == stacks[0] else [])
+        vars(module).update(num_experts=stop - start, _is_expert_parallel=True)  # for transformers' own products
+        arguments = signature(original_class(module).forward)
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def enter(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             bound = arguments.bind(module, *args, **kwargs).arguments
             hidden, ids, weights, *rest = list(bound.values())[1:]
             elsewhere = (ids < start) | (ids >= stop)
-            ids = torch.where(elsewhere, stop - start, ids - start)
-            weights = _sum_of_gradients(weights, group).masked_fill(elsewhere, 0)
-            return (_sum_of_gradients(hidden, group), ids, weights, *rest), {}
+            # Products of stacks skip an id of no expert. Others multiply such a row by 0.
+            implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+            no_expert = stop - start if implementation in IMPLEMENTATIONS else 0
+            ids = torch.where(elsewhere, no_expert, ids - start)
+            hidden, weights = _sum_of_gradients(group, hidden, weights)
+            return (hidden, ids, weights.masked_fill(elsewhere, 0), *rest), {}
 
-        def leave(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-            return _sum(out, group)
+        def leave(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            return _sum(out, group, args[0])
 
-        experts.register_forward_pre_hook(enter, with_kwargs=True)
-        experts.register_forward_hook(leave)
-        return experts
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave)
+        return module
 
 
 def parallelize_module(
@@ -284,7 +294,7 @@ def _relaid(x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement, size:
         by_features = have in (Shard(-1), Shard(x.dim() - 1))  # the last process may have fewer
         whole = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()} if by_features else {}
         x = DTensor.from_local(x, mesh, [have], run_check=False, **whole)  # type: ignore[arg-type]
-    return x.redistribute(placements=[want])  # type: ignore[no-any-return]
+    return x.redistribute(placements=[want])
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -297,7 +307,11 @@ def _apply_to_tuner(
     """Parallelize a LoRA layer of PEFT: `cut` names the adapter's linears that are cut as the base layer is."""
     usual = (Replicate(), Shard(-1)) if cut == "lora_B" else (Shard(-1), Replicate())
     adapters = {name: getattr(module, name, None) for name in ("lora_A", "lora_B")}
-    others = [name for name, child in module.named_children() if name not in (*adapters, "base_layer") and [*child.parameters()]]
+    others = [
+        name
+        for name, child in module.named_children()
+        if name not in (*adapters, "base_layer") and [*child.parameters()]
+    ]
     if (
         (style.input_layouts[0], style.output_layouts[0]) != usual
         or not style.use_local_output
@@ -311,7 +325,7 @@ def _apply_to_tuner(
         )
     style._apply(module.base_layer, mesh)  # type: ignore[arg-type]
     for name, linears in adapters.items():
-        for linear in linears.values():  # type: ignore[union-attr, operator]
+        for linear in linears.values():  # type: ignore[union-attr]
             if name == cut:
                 kind = torch_styles.ColwiseParallel if cut == "lora_B" else torch_styles.RowwiseParallel
                 kind()._apply(linear, mesh)
@@ -322,41 +336,51 @@ def _apply_to_tuner(
 
 
 class _SumOfGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+    """One node for all inputs of a module, so that every process sums their gradients in one order."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(
+            _reduced(grad.clone(), ctx.group) if needed else None
+            for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)
+        )
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(ctx: Any, x: Tensor, group: Group, *entered: Tensor) -> Tensor:
+        ctx.save_for_backward(*entered)
+        return _reduced(x.clone(), group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
-def _sum_of_gradients(x: Tensor, group: Group) -> Tensor:
-    """`x`, which all processes have; its gradient is the sum of theirs."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x
-    return _SumOfGradients.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+def _sum_of_gradients(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`tensors`, which all processes have; the gradient of each is the sum of theirs."""
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return tensors
+    return _SumOfGradients.apply(group, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _sum(x: Tensor, group: Group) -> Tensor:
-    """The sum of the processes' `x`, which is a new tensor and may be overwritten; all have its gradient."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Sum.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+def _sum(x: Tensor, group: Group, *entered: Tensor) -> Tensor:
+    """The sum of the processes' `x`, which is a new tensor and may be overwritten; all have its gradient.
+
+    `entered` are results of `_sum_of_gradients` that `x` may not depend on in some process: where it has none of the
+    experts that tokens go to. The others would wait for its gradients.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in entered)):
+        return _Sum.apply(x, group, *entered)  # type: ignore[no-any-return, no-untyped-call]
+    return _reduced(x, group)
+
+
+def _reduced(x: Tensor, group: Group) -> Tensor:
     x = x.contiguous()
     dist.all_reduce(x, group=group)
     return x

@@ -19,7 +19,7 @@ from bigq.weight.quantized_module import QuantizedModule
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["QuantizedExperts", "are_fused_experts"]
+__all__ = ["IMPLEMENTATIONS", "QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves

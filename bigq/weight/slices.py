@@ -21,9 +21,18 @@ Range = tuple[int, int]
 
 
 def range_of_rank(size: int, rank: int, world: int) -> Range:
-    """The part of `size` that a rank gets: as equal as `torch.chunk` makes them, so the last may be shorter, or empty."""
+    """The part of `size` that a rank gets, as `torch.chunk` and DTensors cut it: the last may be shorter.
+
+    Raises:
+        UnsupportedError: some rank would get nothing. All ranks raise it.
+    """
     step = -(-size // world)
-    return min(rank * step, size), min((rank + 1) * step, size)
+    if (world - 1) * step >= size:
+        raise UnsupportedError(
+            f"{size} rows or columns of a quantized weight, {step} for each, are too few for {world} processes: "
+            "leave the module out of the plan, or use fewer processes"
+        )
+    return rank * step, min((rank + 1) * step, size)
 
 
 def keep_ranges(module: QuantizedModule, leaf: str, dim: int, ranges: Sequence[Range], vectors: Sequence[str]) -> None:
@@ -40,11 +49,11 @@ def keep_ranges(module: QuantizedModule, leaf: str, dim: int, ranges: Sequence[R
             and along their first otherwise: biases. One that is None, or not there, is left alone.
 
     Raises:
-        UnsupportedError: a range is empty, or the weight has no memory here or is sharded already.
+        UnsupportedError: the weight has no memory here, or is sharded already.
     """
     stored = module.stored_weight(leaf)
     dim %= len(stored.shape)
-    _check(module, leaf, stored.state["packed"], dim, ranges)
+    _check_is_whole(module, leaf, stored.state["packed"])
     part_format, state = stored.format.select(stored.state, stored.shape, slice(None))
     if dim == len(stored.shape) - 1:
         parts = [part_format.select_columns(state, *ends) for ends in ranges]
@@ -88,16 +97,13 @@ def _narrow(tensor: Tensor, dim: int, ends: Range) -> Tensor:
     return tensor.narrow(dim, ends[0], ends[1] - ends[0])
 
 
-def _check(module: QuantizedModule, leaf: str, packed: Tensor, dim: int, ranges: Sequence[Range]) -> None:
+def _check_is_whole(module: QuantizedModule, leaf: str, packed: Tensor) -> None:
     shape = module.descriptions[leaf].shape
     if hasattr(packed, "to_local") or packed.is_meta:
-        how = "is sharded (DTensor)" if hasattr(packed, "to_local") else "has no memory here: it is offloaded or on meta"
+        how = (
+            "is sharded (DTensor)" if hasattr(packed, "to_local") else "has no memory here: it is offloaded or on meta"
+        )
         raise UnsupportedError(
             f"the quantized {leaf!r} of shape {list(shape)} {how}, and cannot be cut: load the model onto one device "
             "of each process, parallelize it, and shard it with FSDP2 last"
-        )
-    if any(stop <= start for start, stop in ranges):
-        raise UnsupportedError(
-            f"the quantized {leaf!r} of shape {list(shape)} has {shape[dim]} entries along dimension {dim}, too few for "
-            "all processes: leave the module out of the plan, or use fewer processes"
         )
