@@ -1,0 +1,160 @@
+"""Tensor parallelism of a Llama with a LoRA adapter, under a plan for the float model; and with FSDP2 on a 2-D mesh."""
+
+import os
+
+import pytest
+import torch
+
+from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+FORMATS = {"float": None, "nf4": NF4(), "nf4-double-quant": NF4(double_quant=True), "int8": Int8()}
+IDS = torch.arange(16).view(2, 8) * 7 % 90
+
+
+def llama(weight_format, dtype):
+    import peft
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    if weight_format is not None:
+        model = load_and_quantize_model(model, None, QuantizationConfig(weight_format), "cpu")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return model.to(dtype)
+
+
+def plan(styles):
+    names = {
+        **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), styles.ColwiseParallel),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), styles.ColwiseParallel),
+        **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), styles.RowwiseParallel),
+    }
+    return {f"base_model.model.model.layers.*.{name}": style() for name, style in names.items()}
+
+
+def adapter_plan(styles):
+    """What torch's own styles need to parallelize a float model with adapters."""
+    found = {}
+    for name, style in plan(styles).items():
+        found[f"{name}.base_layer"] = style
+        by_rows = isinstance(style, styles.ColwiseParallel)
+        found[f"{name}.lora_B.default" if by_rows else f"{name}.lora_A.default"] = type(style)()
+    return found
+
+
+def step(model):
+    """The logits, and the gradients of the adapter, whole."""
+    out = model(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    gradients = {
+        name: whole(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    return out.logits.detach(), gradients
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def difference(found, expected):
+    (logits, gradients), (other, others) = found, expected
+    assert gradients.keys() == others.keys()
+    a = torch.cat([gradients[name].flatten() for name in others])
+    b = torch.cat([others[name].flatten() for name in others])
+    return error(logits, other), error(a, b)
+
+
+def error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def start(rank, world, port):
+    import torch.distributed as dist
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def _compare(rank, port, folder):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import parallel as torchs
+
+    from bigq.integrations.tensor_parallel import parallelize_module
+
+    start(rank, 2, port)
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    for name, weight_format in FORMATS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            one, several = (llama(weight_format, dtype) for _ in range(2))
+            if rank and weight_format is not None:  # processes that were seeded differently
+                several.base_model.model.model.layers[0].self_attn.q_proj.lora_A.default.weight.data += 1
+            layer_plan = adapter_plan(torchs) if weight_format is None else plan(torchs)
+            parallelize_module(several, mesh, layer_plan)
+            found[f"{name}-{dtype}"] = difference(step(several), step(one))
+    with torch.no_grad():
+        generated = [model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0) for model in (one, several)]
+        found["tokens"] = torch.equal(*generated)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _both(rank, port, folder):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import parallel as torchs
+
+    from bigq.integrations.tensor_parallel import parallelize_module
+
+    start(rank, 4, port)
+    mesh, found = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), {}
+    for name, weight_format in FORMATS.items():
+        if weight_format is None:
+            continue
+        one, several = (llama(weight_format, torch.float32) for _ in range(2))
+        parallelize_module(several, mesh["tp"], plan(torchs))
+        for block in several.base_model.model.model.layers:
+            fully_shard(block, mesh=mesh["dp"])
+        fully_shard(several, mesh=mesh["dp"])
+        found[name] = difference(step(several), step(one))
+        optimizer = torch.optim.AdamW([p for p in several.parameters() if p.requires_grad])
+        optimizer.step()
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tensor-parallel-models")
+    torch.multiprocessing.spawn(_compare, args=(33511 + os.getpid() % 1000, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "float"])
+def test_the_plan_of_the_float_model_gives_logits_and_gradients_of_adapters(compared, name):
+    """Within what torch's own styles differ for the float model, but for int8, which rounds x by other maxima."""
+    for found in compared:
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, torchs = found[f"{name}-{dtype}"], found[f"float-{dtype}"]
+            for mine, theirs in zip(ours, torchs, strict=True):
+                assert mine <= (2 * theirs if name != "int8" else 2 * theirs + 2e-2)
+
+
+def test_greedy_decoding_gives_the_tokens_of_one_process(compared):
+    assert [found["tokens"] for found in compared] == [True, True]
+
+
+def test_tensor_parallel_blocks_are_sharded_by_fsdp2(tmp_path):
+    torch.multiprocessing.spawn(_both, args=(34511 + os.getpid() % 1000, str(tmp_path)), nprocs=4)
+    for rank in range(4):
+        for name, errors in torch.load(tmp_path / f"{rank}.pt").items():
+            assert max(errors) < (2e-2 if name == "int8" else 1e-5)
