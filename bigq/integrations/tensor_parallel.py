@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor import parallel as torch_styles
 from torch.distributed.tensor.parallel import ParallelStyle
 
@@ -35,7 +35,8 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
 
     The arguments that torch's style has mean the same here. Double-quantized scales are decoded to float32, which takes
     4.5 bits a number instead of 4.13: the mean that they were quantized around is that of the whole weight. A layer of
-    a PEFT adapter is cut with its `base_layer`: `lora_B` by rows, and `lora_A` is made equal on all processes.
+    a PEFT adapter is cut with its `base_layer`: `lora_B` by rows, and `lora_A` becomes the same in all processes. The
+    adapter's Parameters are DTensors then: `clip_grad_norm_` finds the norm of all, and `full_tensor()` gathers them.
 
     Args:
         parts: how many weights of equal size the module's weight is made of, or the rows of each: 2 for a `gate_up`,
@@ -105,7 +106,7 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
     multiple of `block_size`; int8 is cut anywhere, and keeps the scales of whole rows. Otherwise the rows are cut: each
     process gets the whole input and computes some features, and all get the output. That needs no more memory, and
     moves K + N numbers a token instead of 2 N. `RowwiseParallel` of a layer of a PEFT
-    adapter cuts `lora_A` by columns, and makes `lora_B` equal on all processes.
+    adapter cuts `lora_A` by columns, and makes `lora_B` the same in all processes.
 
     Args:
         input_layouts: of the input. None: every process has its features.
@@ -330,9 +331,16 @@ def _apply_to_tuner(
                 kind = torch_styles.ColwiseParallel if cut == "lora_B" else torch_styles.RowwiseParallel
                 kind()._apply(linear, mesh)
             else:
-                for parameter in linear.parameters():
-                    dist.broadcast(parameter.data, group=mesh.get_group(), group_src=0)
+                distribute_module(linear, mesh, None, _enter_replicated, _leave_replicated)  # type: ignore[arg-type]
     return module
+
+
+def _enter_replicated(module: nn.Module, args: tuple[Tensor, ...], mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(args[0], mesh, [Replicate()], run_check=False)
+
+
+def _leave_replicated(module: nn.Module, out: DTensor, mesh: DeviceMesh) -> Tensor:
+    return out.to_local()
 
 
 class _SumOfGradients(torch.autograd.Function):
