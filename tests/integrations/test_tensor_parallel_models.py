@@ -1,11 +1,12 @@
 """Tensor parallelism of a Llama with a LoRA adapter, under a plan for the float model; and with FSDP2 on a 2-D mesh."""
 
 import os
+from importlib import import_module
 
 import pytest
 import torch
 
-from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model
+from bigq import NF4, Int8, QuantizationConfig, UnsupportedError, load_and_quantize_model
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -106,8 +107,65 @@ def _compare(rank, port, folder):
     with torch.no_grad():
         generated = [model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0) for model in (one, several)]
         found["tokens"] = torch.equal(*generated)
+    found["from_pretrained"] = _from_pretrained(rank, folder)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _from_pretrained(rank, folder):
+    """What models of transformers differ by that are loaded with a DistributedConfig, and what is refused."""
+    import torch.distributed as dist
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    import_module("bigq.integrations.transformers")  # reads folders that are quantized already
+
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    moe = {"moe_intermediate_size": 64, "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 128}
+    cases = {
+        "llama": (
+            transformers.LlamaConfig(intermediate_size=256, tie_word_embeddings=True, vocab_size=96, **sizes),
+            {},
+        ),
+        "qwen3-moe": (transformers.Qwen3MoeConfig(vocab_size=96, **moe, **sizes), {}),
+        "qwen3-moe-experts": (transformers.Qwen3MoeConfig(vocab_size=96, **moe, **sizes), {"ep_size": 2}),
+    }
+    found, load = {}, transformers.AutoModelForCausalLM.from_pretrained
+    for name, (config, settings) in cases.items():
+        here = f"{folder}/{name}"
+        if rank == 0:
+            torch.manual_seed(0)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(here)
+            quantization = QuantizationConfig("nf4")
+            load(here, quantization_config=quantization, dtype=torch.float32).save_pretrained(f"{here}-quantized")
+        dist.barrier()
+        distributed = DistributedConfig(tp_size=2, tp_plan="auto", **settings)
+        one = load(here, quantization_config=QuantizationConfig("nf4"), dtype=torch.float32)
+        models = [
+            load(
+                here, quantization_config=QuantizationConfig("nf4"), dtype=torch.float32, distributed_config=distributed
+            ),
+            load(f"{here}-quantized", distributed_config=distributed),
+        ]
+        with torch.no_grad():
+            expected = one(input_ids=IDS).logits
+            errors = [error(model(input_ids=IDS).logits, expected) for model in models]
+        held = [sum(whole_or_local(p).nbytes for p in model.parameters()) for model in (models[0], one)]
+        found[name] = errors, held[0] / held[1]
+    found["refused"] = []
+    for attempt in (
+        lambda: models[0].save_pretrained(f"{folder}/slices-{rank}"),
+        lambda: load(here, quantization_config=QuantizationConfig("nf4"), distributed_config={"fsdp_size": 2}),
+    ):
+        try:
+            attempt()
+        except UnsupportedError as refusal:
+            found["refused"].append(str(refusal))
+    return found
+
+
+def whole_or_local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _both(rank, port, folder):
@@ -150,6 +208,22 @@ def test_the_plan_of_the_float_model_gives_logits_and_gradients_of_adapters(comp
             ours, torchs = found[f"{name}-{dtype}"], found[f"float-{dtype}"]
             for mine, theirs in zip(ours, torchs, strict=True):
                 assert mine <= (2 * theirs if name != "int8" else 2 * theirs + 2e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "qwen3-moe-experts"])
+def test_from_pretrained_carries_out_the_plan_of_transformers(compared, name):
+    """Of a model that it quantizes, and of one that was saved quantized; the embedding is cut, too."""
+    for found in compared:
+        errors, share = found["from_pretrained"][name]
+        assert max(errors) < 1e-5
+        assert share < 0.62  # the first process has 2 of 5 experts
+
+
+def test_what_from_pretrained_cannot_distribute_is_refused(compared):
+    for found in compared:
+        saving, sharding = found["from_pretrained"]["refused"]
+        assert "slices of tensor or expert parallelism" in saving
+        assert "fsdp_size=2" in sharding
 
 
 def test_greedy_decoding_gives_the_tokens_of_one_process(compared):
