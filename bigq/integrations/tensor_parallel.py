@@ -232,6 +232,20 @@ def parallelize_module(
 
     Raises:
         UnsupportedError: a style cannot cut a module; its documentation says which.
+
+    Example:
+        >>> import bigq, torch
+        >>> from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+        >>> from bigq.integrations.tensor_parallel import parallelize_module
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+        >>> config = bigq.QuantizationConfig("nf4", skip_modules=[])
+        >>> model = bigq.load_and_quantize_model(model, None, config, device_map="cpu")
+        >>> model = parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        >>> model(torch.ones(2, 64)).shape
+        torch.Size([2, 64])
+        >>> torch.distributed.destroy_process_group()
     """
     plan: Any = parallelize_plan
     if isinstance(plan, Mapping):

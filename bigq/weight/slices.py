@@ -49,11 +49,15 @@ def keep_ranges(module: QuantizedModule, leaf: str, dim: int, ranges: Sequence[R
             and along their first otherwise: biases. One that is None, or not there, is left alone.
 
     Raises:
-        UnsupportedError: the weight has no memory here, or is sharded already.
+        UnsupportedError: the weight has no memory here, is sharded already, or its rows share scales.
     """
     stored = module.stored_weight(leaf)
     dim %= len(stored.shape)
     _check_is_whole(module, leaf, stored.state["packed"])
+    if stored.format.row_group > 1 and dim == len(stored.shape) - 2:
+        raise UnsupportedError(
+            f"the rows of format {stored.format.name!r} share scales, and {leaf!r} is not cut by rows"
+        )
     part_format, state = stored.format.select(stored.state, stored.shape, slice(None))
     if dim == len(stored.shape) - 1:
         parts = [part_format.select_columns(state, *ends) for ends in ranges]
