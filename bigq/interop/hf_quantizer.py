@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer as Base
 
 from bigq.config import QuantizationConfig
-from bigq.errors import UnsupportedError
 from bigq.loading.dequantize import dequantize
-from bigq.weight.slices import is_sliced
+from bigq.weight.slices import refuse_slices
 
 __all__ = ["HfQuantizer"]
 
@@ -40,12 +39,7 @@ class HfQuantizer(Base):
         Raises:
             UnsupportedError: the model holds slices of its weights.
         """
-        sliced = [name for name, module in model.named_modules() if is_sliced(module)]
-        if sliced:
-            raise UnsupportedError(
-                f"the weights of {len(sliced)} modules ({sliced[0]} is the first) are slices of tensor or expert "
-                "parallelism, and a slice is no checkpoint: save the model before you parallelize it"
-            )
+        refuse_slices(model)
         return model.state_dict(), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

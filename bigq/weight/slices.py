@@ -15,7 +15,7 @@ from bigq.errors import UnsupportedError
 from bigq.formats import state_name
 from bigq.weight.quantized_module import QuantizedModule
 
-__all__ = ["Range", "is_sliced", "keep_ranges", "range_of_rank"]
+__all__ = ["Range", "is_sliced", "keep_ranges", "range_of_rank", "refuse_slices"]
 
 Range = tuple[int, int]
 
@@ -89,6 +89,16 @@ def is_sliced(module: nn.Module) -> bool:
     Under the names of the whole weights, whoever saves one process's state would take it for that of all.
     """
     return "_sliced" in vars(module)
+
+
+def refuse_slices(model: nn.Module) -> None:
+    """Raise an UnsupportedError if `model`, which is to be saved, holds slices."""
+    sliced = [name for name, module in model.named_modules() if is_sliced(module)]
+    if sliced:
+        raise UnsupportedError(
+            f"the weights of {len(sliced)} modules ({sliced[0]} is the first) are slices of tensor or expert "
+            "parallelism, and a slice is no checkpoint: save the model before you parallelize it"
+        )
 
 
 def _leave_out(module: QuantizedModule, state_dict: dict[str, Tensor], prefix: str, metadata: Any) -> None:

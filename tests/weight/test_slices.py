@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigq import FP4, NF4, Int8, QuantizationConfig, UnsupportedError, load_and_quantize_model
+from bigq import FP4, NF4, Int8, QuantizationConfig, UnsupportedError, load_and_quantize_model, save_quantized
 from bigq.formats import decode_quant_state
 from bigq.model.placeholders import hold_placeholders
 from bigq.weight.slices import is_sliced, keep_ranges, range_of_rank
@@ -98,6 +98,13 @@ def test_a_state_dict_has_no_slice_and_a_load_says_so(linear):
     assert copy.deepcopy(model)[0].out_features == 6
     with pytest.raises(RuntimeError, match=r"of shape \[12, 320\], the model"):
         model.load_state_dict(state)
+
+
+def test_a_slice_is_not_saved_as_a_weight(linear, tmp_path):
+    keep_ranges(linear, "weight", -2, [(0, 6)], ["bias"])
+    with pytest.raises(UnsupportedError, match=r"1 modules \(0 is the first\) are slices"):
+        save_quantized(nn.Sequential(linear), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_weight_without_memory_is_not_cut(linear):
