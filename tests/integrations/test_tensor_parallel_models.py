@@ -107,9 +107,28 @@ def _compare(rank, port, folder):
     with torch.no_grad():
         generated = [model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0) for model in (one, several)]
         found["tokens"] = torch.equal(*generated)
+    found["saved"] = _saved(rank, mesh, folder)
     found["from_pretrained"] = _from_pretrained(rank, folder)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _saved(rank, mesh, folder):
+    """What a gathered adapter in one process differs by from the parallelized model."""
+    import peft
+    import torch.distributed as dist
+    from torch.distributed.tensor import parallel as torchs
+
+    from bigq.integrations.tensor_parallel import parallelize_module
+
+    several = parallelize_module(llama(NF4(), torch.float32), mesh, plan(torchs))
+    state = {name: p.full_tensor() for name, p in several.named_parameters() if p.requires_grad}
+    if rank == 0:
+        several.save_pretrained(f"{folder}/adapter", state_dict=state)
+    dist.barrier()
+    one = peft.PeftModel.from_pretrained(llama(NF4(), torch.float32).unload(), f"{folder}/adapter")
+    with torch.no_grad():
+        return error(several(input_ids=IDS).logits, one(input_ids=IDS).logits)
 
 
 def _from_pretrained(rank, folder):
@@ -153,7 +172,10 @@ def _from_pretrained(rank, folder):
         held = [sum(whole_or_local(p).nbytes for p in model.parameters()) for model in (models[0], one)]
         found[name] = errors, held[0] / held[1]
     found["refused"] = []
+    import peft
+
     for attempt in (
+        lambda: peft.get_peft_model(models[1], peft.LoraConfig(target_modules=["q_proj"])),
         lambda: models[0].save_pretrained(f"{folder}/slices-{rank}"),
         lambda: load(here, quantization_config=QuantizationConfig("nf4"), distributed_config={"fsdp_size": 2}),
     ):
@@ -193,6 +215,68 @@ def _both(rank, port, folder):
     dist.destroy_process_group()
 
 
+def _mlp_step(mlp):
+    x = torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = mlp(x)
+    out.square().mean().backward()
+    return out.detach(), x.grad
+
+
+def _families(rank, port, folder):
+    """What models of other families differ by that transformers distributes, with and without bigq."""
+    import torch.distributed as dist
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    start(rank, 2, port)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    low_rank = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    experts = {
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    }
+    configs = {
+        "phi3": transformers.Phi3Config(
+            intermediate_size=256, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes
+        ),
+        "gemma2": transformers.Gemma2Config(intermediate_size=256, num_key_value_heads=2, head_dim=32, **sizes),
+        "mixtral": transformers.MixtralConfig(
+            intermediate_size=128, num_key_value_heads=2, num_local_experts=4, **sizes
+        ),
+        "deepseek-v3": transformers.DeepseekV3Config(
+            intermediate_size=256, moe_intermediate_size=64, num_key_value_heads=4, **experts, **low_rank, **sizes
+        ),
+    }
+    found, auto = {}, transformers.AutoModelForCausalLM
+    for name, config in configs.items():
+        here = f"{folder}/{name}"
+        if rank == 0:
+            torch.manual_seed(0)
+            auto.from_config(config).save_pretrained(here)
+        dist.barrier()
+        for quantization in (None, QuantizationConfig("nf4")):
+            outs = []
+            for distributed in (None, DistributedConfig(tp_size=2, tp_plan="auto")):
+                settings = {"quantization_config": quantization, "distributed_config": distributed}
+                model = auto.from_pretrained(here, dtype=torch.float32, **{k: v for k, v in settings.items() if v})
+                model.requires_grad_(False)
+                embedded = model.get_input_embeddings()(IDS).detach().clone().requires_grad_()
+                logits = model(inputs_embeds=embedded).logits
+                logits.square().mean().backward()
+                outs.append((logits.detach(), embedded.grad))
+            found[name, quantization is not None] = max(error(b, a) for a, b in zip(*outs, strict=True))
+    mlp = model.model.layers[0].mlp
+    found["compiled", True] = max(
+        error(b, a)
+        for a, b in zip(_mlp_step(mlp), _mlp_step(torch.compile(mlp, backend="aot_eager", fullgraph=True)), strict=True)
+    )
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor-parallel-models")
@@ -221,9 +305,14 @@ def test_from_pretrained_carries_out_the_plan_of_transformers(compared, name):
 
 def test_what_from_pretrained_cannot_distribute_is_refused(compared):
     for found in compared:
-        saving, sharding = found["from_pretrained"]["refused"]
+        adapting, saving, sharding = found["from_pretrained"]["refused"]
+        assert "add the adapter before parallelize_module" in adapting
         assert "slices of tensor or expert parallelism" in saving
         assert "fsdp_size=2" in sharding
+
+
+def test_an_adapter_is_gathered_and_saved(compared):
+    assert max(found["saved"] for found in compared) < 1e-5
 
 
 def test_greedy_decoding_gives_the_tokens_of_one_process(compared):
@@ -236,3 +325,11 @@ def test_tensor_parallel_blocks_are_sharded_by_fsdp2(tmp_path):
     for rank in range(4):
         for name, errors in torch.load(tmp_path / f"{rank}.pt").items():
             assert max(errors) < (2e-2 if name == "int8" else 1e-5)
+
+
+@pytest.mark.slow
+def test_families_of_transformers_are_distributed_as_their_float_models(tmp_path):
+    torch.multiprocessing.spawn(_families, args=(35511 + os.getpid() % 1000, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        for (name, is_quantized), off in torch.load(tmp_path / f"{rank}.pt").items():
+            assert off < 1e-5, (name, is_quantized)
