@@ -1,6 +1,5 @@
 """Expert parallelism: processes that hold some experts each compute what one process computes."""
 
-import os
 from importlib import import_module
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from bigq import NF4, Int8, QuantizationConfig, UnsupportedError, load_and_quantize_model
+from ranks import run_ranks
 
 pytest.importorskip("transformers")
 FORMATS = {
@@ -50,15 +50,11 @@ def run(experts, tokens):
     return out.detach(), x.grad, weights.grad, again
 
 
-def _compare(rank, port, folder):
-    import torch.distributed as dist
+def _compare(rank):
     from torch.distributed.device_mesh import init_device_mesh
 
     from bigq.integrations.tensor_parallel import ExpertParallel, parallelize_module
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     mesh, found = init_device_mesh("cpu", (WORLD,)), {}
     for name in CLASSES:
         for format_name, weight_format in FORMATS.items():
@@ -77,15 +73,12 @@ def _compare(rank, port, folder):
         parallelize_module(nn.Sequential(several), mesh, {"0": ExpertParallel()})
     except UnsupportedError as refusal:
         found["twice"] = str(refusal)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("expert-parallel")
-    torch.multiprocessing.spawn(_compare, args=(32511 + os.getpid() % 1000, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(_compare, tmp_path_factory.mktemp("expert-parallel"), world=WORLD)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,7 +1,6 @@
 """Tensor parallelism: processes that hold slices of quantized linears compute what one process computes."""
 
 import copy
-import os
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigq import FP4, NF4, ConfigError, Int8, QuantizationConfig, UnsupportedError, load_and_quantize_model
+from ranks import run_ranks
 
 FORMATS = {
     "nf4": NF4(),
@@ -68,14 +68,6 @@ def run(model, x):
     return [out.detach(), x.grad, model[0].norm.bias.grad, bias.grad]
 
 
-def start(rank, world, port):
-    import torch.distributed as dist
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-
-
 def inputs(dtype=torch.float32):
     return torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -93,14 +85,12 @@ def decoded(model):
     return dense
 
 
-def _compare(rank, port, folder):
-    import torch.distributed as dist
+def _compare(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import parallel as torchs
 
     from bigq.integrations.tensor_parallel import parallelize_module
 
-    start(rank, 2, port)
     mesh = init_device_mesh("cpu", (2,))
     found = {}
     for name, weight_format in FORMATS.items():
@@ -124,8 +114,7 @@ def _compare(rank, port, folder):
             }
     found["layouts"] = _layouts(mesh, torchs)
     found["refused"] = _refused(mesh)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def _layouts(mesh, torchs):
@@ -219,9 +208,7 @@ def _refused(mesh):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tensor-parallel")
-    torch.multiprocessing.spawn(_compare, args=(31511 + os.getpid() % 1000, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_ranks(_compare, tmp_path_factory.mktemp("tensor-parallel"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,16 +1,16 @@
 """Tensor parallelism of a Llama with a LoRA adapter, under a plan for the float model; and with FSDP2 on a 2-D mesh."""
 
-import os
 from importlib import import_module
 
 import pytest
 import torch
 
 from bigq import NF4, Int8, QuantizationConfig, UnsupportedError, load_and_quantize_model
+from ranks import run_ranks
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-FORMATS = {"float": None, "nf4": NF4(), "nf4-double-quant": NF4(double_quant=True), "int8": Int8()}
+FORMATS = {"float": None, "nf4-double-quant": NF4(double_quant=True), "int8": Int8()}
 IDS = torch.arange(16).view(2, 8) * 7 % 90
 
 
@@ -78,22 +78,12 @@ def error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def start(rank, world, port):
-    import torch.distributed as dist
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-
-
-def _compare(rank, port, folder):
-    import torch.distributed as dist
+def _compare(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import parallel as torchs
 
     from bigq.integrations.tensor_parallel import parallelize_module
 
-    start(rank, 2, port)
     mesh, found = init_device_mesh("cpu", (2,)), {}
     for name, weight_format in FORMATS.items():
         for dtype in (torch.float32, torch.bfloat16):
@@ -109,8 +99,7 @@ def _compare(rank, port, folder):
         found["tokens"] = torch.equal(*generated)
     found["saved"] = _saved(rank, mesh, folder)
     found["from_pretrained"] = _from_pretrained(rank, folder)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def _saved(rank, mesh, folder):
@@ -146,7 +135,6 @@ def _from_pretrained(rank, folder):
             transformers.LlamaConfig(intermediate_size=256, tie_word_embeddings=True, vocab_size=96, **sizes),
             {},
         ),
-        "qwen3-moe": (transformers.Qwen3MoeConfig(vocab_size=96, **moe, **sizes), {}),
         "qwen3-moe-experts": (transformers.Qwen3MoeConfig(vocab_size=96, **moe, **sizes), {"ep_size": 2}),
     }
     found, load = {}, transformers.AutoModelForCausalLM.from_pretrained
@@ -190,15 +178,13 @@ def whole_or_local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _both(rank, port, folder):
-    import torch.distributed as dist
+def _both(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import parallel as torchs
 
     from bigq.integrations.tensor_parallel import parallelize_module
 
-    start(rank, 4, port)
     mesh, found = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), {}
     for name, weight_format in FORMATS.items():
         if weight_format is None:
@@ -211,8 +197,7 @@ def _both(rank, port, folder):
         found[name] = difference(step(several, clip=True), step(one, clip=True))
         optimizer = torch.optim.AdamW([p for p in several.parameters() if p.requires_grad])
         optimizer.step()
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def _mlp_step(mlp):
@@ -222,13 +207,12 @@ def _mlp_step(mlp):
     return out.detach(), x.grad
 
 
-def _families(rank, port, folder):
+def _families(rank, folder):
     """What models of other families differ by that transformers distributes, with and without bigq."""
     import torch.distributed as dist
     import transformers
     from transformers.distributed import DistributedConfig
 
-    start(rank, 2, port)
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
     low_rank = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
     experts = {
@@ -273,15 +257,13 @@ def _families(rank, port, folder):
         error(b, a)
         for a, b in zip(_mlp_step(mlp), _mlp_step(torch.compile(mlp, backend="aot_eager", fullgraph=True)), strict=True)
     )
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor-parallel-models")
-    torch.multiprocessing.spawn(_compare, args=(33511 + os.getpid() % 1000, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_ranks(_compare, folder, str(folder))
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "float"])
@@ -294,7 +276,7 @@ def test_the_plan_of_the_float_model_gives_logits_and_gradients_of_adapters(comp
                 assert mine <= (2 * theirs if name != "int8" else 2 * theirs + 2e-2)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "qwen3-moe-experts"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe-experts"])
 def test_from_pretrained_carries_out_the_plan_of_transformers(compared, name):
     """Of a model that it quantizes, and of one that was saved quantized; the embedding is cut, too."""
     for found in compared:
@@ -321,15 +303,13 @@ def test_greedy_decoding_gives_the_tokens_of_one_process(compared):
 
 @pytest.mark.slow
 def test_tensor_parallel_blocks_are_sharded_by_fsdp2(tmp_path):
-    torch.multiprocessing.spawn(_both, args=(34511 + os.getpid() % 1000, str(tmp_path)), nprocs=4)
-    for rank in range(4):
-        for name, errors in torch.load(tmp_path / f"{rank}.pt").items():
+    for found in run_ranks(_both, tmp_path, world=4):
+        for name, errors in found.items():
             assert max(errors) < (2e-2 if name == "int8" else 1e-5)
 
 
 @pytest.mark.slow
 def test_families_of_transformers_are_distributed_as_their_float_models(tmp_path):
-    torch.multiprocessing.spawn(_families, args=(35511 + os.getpid() % 1000, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        for (name, is_quantized), off in torch.load(tmp_path / f"{rank}.pt").items():
+    for found in run_ranks(_families, tmp_path, str(tmp_path)):
+        for (name, is_quantized), off in found.items():
             assert off < 1e-5, (name, is_quantized)
