@@ -6,6 +6,7 @@ linear and nothing for a column-wise one. Modules that are not quantized, such a
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from itertools import accumulate
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor import parallel as torch_styles
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from bigq.errors import ConfigError, UnsupportedError
+from bigq.interop.expert_adapters import adapted_module
 from bigq.weight.convert import original_class
 from bigq.weight.experts import IMPLEMENTATIONS
 from bigq.weight.linear import QuantizedMatrix
+from bigq.weight.low_rank import Changes
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.slices import is_sliced, keep_ranges, range_of_rank
 
@@ -160,52 +163,69 @@ class ExpertParallel(ParallelStyle):
     """Each process keeps some experts of a layer, computes them for all tokens, and an all-reduce adds the outputs.
 
     For fused experts [E, N, K] of transformers whose weights are quantized, called with the hidden states, the experts
-    of each token and their weights. E need not be a multiple of the processes. Every process has the same tokens.
+    of each token and their weights. E need not be a multiple of the processes. Every process has the same tokens. LoRA
+    of PEFT on the experts stays whole in each process, as DTensors, and its gradients are those of all.
 
     Raises:
         UnsupportedError: the module is none of these, has fewer experts than there are processes, or is offloaded.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        count = getattr(module, "num_experts", None)
-        if not isinstance(module, QuantizedModule) or not isinstance(count, int):
-            raise UnsupportedError(
-                f"ExpertParallel is for fused experts with quantized weights, and this is a {type(module).__name__}"
-            )
+        experts: Any = adapted_module(module) or module
+        count = getattr(experts, "num_experts", None)
+        kind = type(experts).__name__
+        if not isinstance(experts, QuantizedModule) or not isinstance(count, int):
+            raise UnsupportedError(f"ExpertParallel is for fused experts with quantized weights, and this is a {kind}")
         rank, world, group = device_mesh.get_local_rank(), device_mesh.size(), device_mesh.get_group()
         start, stop = count * rank // world, count * (rank + 1) // world
-        _check_unsliced(module)
+        _check_unsliced(experts)
         if count < world:
-            raise UnsupportedError(f"{count} experts of a {type(module).__name__} are too few for {world} processes")
-        stacks = [leaf for leaf, description in module.descriptions.items() if description.shape[0] == count]
-        others = {name: p for name, p in module.named_parameters() if name not in module.state_spec()}
-        if len(stacks) < len(module.descriptions) or any(len(p) != count for p in others.values()):
+            raise UnsupportedError(f"{count} experts of a {kind} are too few for {world} processes")
+        stacks = [leaf for leaf, description in experts.descriptions.items() if description.shape[0] == count]
+        others = {name: p for name, p in experts.named_parameters(recurse=False) if name not in experts.state_spec()}
+        if len(stacks) < len(experts.descriptions) or any(len(p) != count for p in others.values()):
             raise UnsupportedError(
-                f"not every parameter of a {type(module).__name__} has {count} entries, one for each expert: {module}"
+                f"not every parameter of a {kind} has {count} entries, one for each expert: {experts}"
             )
         for leaf in stacks:
-            keep_ranges(module, leaf, 0, [(start, stop)], sorted(others) if leaf == stacks[0] else [])
-        vars(module).update(num_experts=stop - start, _is_expert_parallel=True)  # for transformers' own products
-        arguments = signature(original_class(module).forward)
+            keep_ranges(experts, leaf, 0, [(start, stop)], sorted(others) if leaf == stacks[0] else [])
+        layer = module
+        while layer is not experts:  # a layer of PEFT for each weight
+            for linears in (layer.lora_A, layer.lora_B):
+                for linear in linears.values():  # type: ignore[operator]
+                    linear.weight = nn.Parameter(distribute_tensor(linear.weight.data, device_mesh, [Replicate()]))
+            layer = layer.base_layer  # type: ignore[assignment]
+        vars(experts).update(num_experts=stop - start, _is_expert_parallel=True)  # for transformers' own products
+        arguments = signature(original_class(experts).forward)
 
         def enter(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+            experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            bound = arguments.bind(module, *args, **kwargs).arguments
+            changes: Changes = kwargs.pop("changes", {})
+            bound = arguments.bind(experts, *args, **kwargs).arguments
             hidden, ids, weights, *rest = list(bound.values())[1:]
+            factors = [
+                _local(f) for of_leaf in changes.values() for change in of_leaf for f in (change.down, change.up)
+            ]
+            hidden, weights, *factors = _sum_of_gradients(group, hidden, weights, *factors)
+            own = iter(factor[start:stop] for factor in factors)
+            changes = {
+                leaf: [replace(change, down=next(own), up=next(own)) for change in of_leaf]
+                for leaf, of_leaf in changes.items()
+            }
             elsewhere = (ids < start) | (ids >= stop)
             # Products of stacks skip an id of no expert. Others multiply such a row by 0.
-            implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+            implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
             no_expert = stop - start if implementation in IMPLEMENTATIONS else 0
             ids = torch.where(elsewhere, no_expert, ids - start)
-            hidden, weights = _sum_of_gradients(group, hidden, weights)
-            return (hidden, ids, weights.masked_fill(elsewhere, 0), *rest), {}
+            given = (hidden, ids, weights.masked_fill(elsewhere, 0), *rest)
+            return given, {"changes": changes} if changes else {}
 
         def leave(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
             return _sum(out, group, args[0])
 
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave)
+        experts.register_forward_pre_hook(enter, with_kwargs=True)
+        experts.register_forward_hook(leave)
         return module
 
 
@@ -310,6 +330,10 @@ def _relaid(x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement, size:
         whole = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()} if by_features else {}
         x = DTensor.from_local(x, mesh, [have], run_check=False, **whole)  # type: ignore[arg-type]
     return x.redistribute(placements=[want])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -69,11 +69,41 @@ def _compare(rank):
                     for tokens in TOKENS
                 ]
                 found[f"{name}-{format_name}-{implementation}"] = errors, several.num_experts
+    found["adapters"] = [_adapted(name, mesh) for name in CLASSES]
     try:
         parallelize_module(nn.Sequential(several), mesh, {"0": ExpertParallel()})
     except UnsupportedError as refusal:
         found["twice"] = str(refusal)
     return found
+
+
+def _adapted(name, mesh):
+    """What outputs and gradients of LoRA on experts differ by, with few rows and with many."""
+    import peft
+
+    from bigq.integrations.tensor_parallel import ExpertParallel, parallelize_module
+
+    models = []
+    for _ in range(2):
+        model = nn.ModuleDict({"experts": experts_of(name, NF4(), "grouped_mm")})
+        torch.manual_seed(2 if models else 2 + mesh.get_local_rank())  # the processes draw other numbers
+        settings = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
+        adapted = peft.inject_adapter_in_model(peft.LoraConfig(r=2, init_lora_weights=False, **settings), model)
+        models.append(adapted["experts"])
+    several, one = models
+    parallelize_module(several, mesh, ExpertParallel())
+    for ours, theirs in zip(several.parameters(), one.parameters(), strict=True):
+        if ours.requires_grad:
+            theirs.data.copy_(ours.full_tensor())
+    errors = []
+    for tokens in TOKENS:
+        for model in models:
+            model.zero_grad()
+        pairs = list(zip(run(several, tokens), run(one, tokens), strict=True))
+        trained = zip(several.parameters(), one.parameters(), strict=True)
+        pairs += [(ours.grad.full_tensor(), theirs.grad) for ours, theirs in trained if ours.requires_grad]
+        errors += [((a - b).norm() / b.norm().clamp_min(1e-20)).item() for a, b in pairs]
+    return max(errors), len(pairs)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +119,13 @@ def test_outputs_and_gradients_are_those_of_one_process(compared, name, weight_f
     assert [found[f"{name}-{weight_format}-{implementation}"][1] for found in compared] == [2, 3]
     for found in compared:
         assert max(found[f"{name}-{weight_format}-{implementation}"][0]) < 1e-6
+
+
+def test_adapters_of_experts_have_the_gradients_of_one_process(compared):
+    for found in compared:
+        for off, pairs in found["adapters"]:
+            assert off < 1e-6
+            assert pairs == 4 + 4  # two factors of each weight
 
 
 def test_experts_are_cut_once(compared):
