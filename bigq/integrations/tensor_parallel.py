@@ -1,4 +1,4 @@
-"""torch's parallel styles for quantized modules: tensor parallelism of linears, and expert parallelism.
+"""torch's column-wise and row-wise styles for quantized linears, and its `parallelize_module`.
 
 The names and arguments are those of `torch.distributed.tensor.parallel`. A quantized module keeps its slice as plain
 tensors and computes with the kernels of one process, so a call without a gradient costs one all-reduce for a row-wise
@@ -6,31 +6,22 @@ linear and nothing for a column-wise one. Modules that are not quantized, such a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from inspect import signature
 from itertools import accumulate
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor import parallel as torch_styles
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from bigq.errors import ConfigError, UnsupportedError
-from bigq.interop.expert_adapters import adapted_module
-from bigq.weight.convert import original_class
-from bigq.weight.experts import IMPLEMENTATIONS
+from bigq.integrations.collectives import placed, summed, with_summed_gradients
 from bigq.weight.linear import QuantizedMatrix
-from bigq.weight.low_rank import Changes
 from bigq.weight.quantized_module import QuantizedModule
-from bigq.weight.slices import is_sliced, keep_ranges, range_of_rank
+from bigq.weight.slices import keep_ranges, range_of_rank, refuse_slice
 
-__all__ = ["ColwiseParallel", "ExpertParallel", "RowwiseParallel", "parallelize_module"]
-
-Group = dist.ProcessGroup
+__all__ = ["ColwiseParallel", "RowwiseParallel", "parallelize_module"]
 
 
 class ColwiseParallel(torch_styles.ColwiseParallel):
@@ -89,14 +80,14 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
         def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *rest = args
             if have == Replicate() and not isinstance(x, DTensor):
-                return (*_sum_of_gradients(group, x), *rest)
-            whole = _relaid(x, device_mesh, have, Replicate(), width)
+                return (*with_summed_gradients(group, x), *rest)
+            whole = placed(x, device_mesh, have, Replicate(), width)
             return (whole.to_local(grad_placements=[Partial()]), *rest)
 
         def leave(_: nn.Module, args: Any, out: Tensor) -> Tensor:
             if out_layout == Shard(-1) and use_local:
                 return out
-            laid = _relaid(out, device_mesh, Shard(-1), out_layout, features)
+            laid = placed(out, device_mesh, Shard(-1), out_layout, features)
             return laid.to_local() if use_local else laid
 
         return _with_hooks(matrix, enter, leave)
@@ -144,89 +135,19 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
             x, *rest = args
             if have == Shard(-1) and not isinstance(x, DTensor):
                 return args
-            return (_relaid(x, device_mesh, have, Shard(-1), width).to_local(), *rest)
+            return (placed(x, device_mesh, have, Shard(-1), width).to_local(), *rest)
 
         def leave(module: nn.Module, args: Any, out: Tensor) -> Tensor:
             bias = module._parameters.get(_SUMMED_BIAS)
             if out_layout == Replicate() and use_local:
-                total = _sum(out, group)
+                total = summed(out, group)
                 return total if bias is None else total + bias.to(total.dtype)
-            laid: Tensor = _relaid(out, device_mesh, Partial(), out_layout, features)
+            laid: Tensor = placed(out, device_mesh, Partial(), out_layout, features)
             if bias is not None:
                 laid = laid + DTensor.from_local(bias.to(out.dtype), device_mesh, [Replicate()], run_check=False)
             return laid.to_local() if use_local else laid  # type: ignore[attr-defined]
 
         return _with_hooks(matrix, enter, leave)
-
-
-class ExpertParallel(ParallelStyle):
-    """Each process keeps some experts of a layer, computes them for all tokens, and an all-reduce adds the outputs.
-
-    For fused experts [E, N, K] of transformers whose weights are quantized, called with the hidden states, the experts
-    of each token and their weights. E need not be a multiple of the processes. Every process has the same tokens. LoRA
-    of PEFT on the experts stays whole in each process, as DTensors, and its gradients are those of all.
-
-    Raises:
-        UnsupportedError: the module is none of these, has fewer experts than there are processes, or is offloaded.
-    """
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        experts: Any = adapted_module(module) or module
-        count = getattr(experts, "num_experts", None)
-        kind = type(experts).__name__
-        if not isinstance(experts, QuantizedModule) or not isinstance(count, int):
-            raise UnsupportedError(f"ExpertParallel is for fused experts with quantized weights, and this is a {kind}")
-        rank, world, group = device_mesh.get_local_rank(), device_mesh.size(), device_mesh.get_group()
-        start, stop = count * rank // world, count * (rank + 1) // world
-        _check_unsliced(experts)
-        if count < world:
-            raise UnsupportedError(f"{count} experts of a {kind} are too few for {world} processes")
-        stacks = [leaf for leaf, description in experts.descriptions.items() if description.shape[0] == count]
-        others = {name: p for name, p in experts.named_parameters(recurse=False) if name not in experts.state_spec()}
-        if len(stacks) < len(experts.descriptions) or any(len(p) != count for p in others.values()):
-            raise UnsupportedError(
-                f"not every parameter of a {kind} has {count} entries, one for each expert: {experts}"
-            )
-        for leaf in stacks:
-            keep_ranges(experts, leaf, 0, [(start, stop)], sorted(others) if leaf == stacks[0] else [])
-        layer = module
-        while layer is not experts:  # a layer of PEFT for each weight
-            for linears in (layer.lora_A, layer.lora_B):
-                for linear in linears.values():  # type: ignore[operator]
-                    linear.weight = nn.Parameter(distribute_tensor(linear.weight.data, device_mesh, [Replicate()]))
-            layer = layer.base_layer  # type: ignore[assignment]
-        vars(experts).update(num_experts=stop - start, _is_expert_parallel=True)  # for transformers' own products
-        arguments = signature(original_class(experts).forward)
-
-        def enter(
-            experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            changes: Changes = kwargs.pop("changes", {})
-            bound = arguments.bind(experts, *args, **kwargs).arguments
-            hidden, ids, weights, *rest = list(bound.values())[1:]
-            factors = [
-                _local(f) for of_leaf in changes.values() for change in of_leaf for f in (change.down, change.up)
-            ]
-            hidden, weights, *factors = _sum_of_gradients(group, hidden, weights, *factors)
-            own = iter(factor[start:stop] for factor in factors)
-            changes = {
-                leaf: [replace(change, down=next(own), up=next(own)) for change in of_leaf]
-                for leaf, of_leaf in changes.items()
-            }
-            elsewhere = (ids < start) | (ids >= stop)
-            # Products of stacks skip an id of no expert. Others multiply such a row by 0.
-            implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-            no_expert = stop - start if implementation in IMPLEMENTATIONS else 0
-            ids = torch.where(elsewhere, no_expert, ids - start)
-            given = (hidden, ids, weights.masked_fill(elsewhere, 0), *rest)
-            return given, {"changes": changes} if changes else {}
-
-        def leave(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            return _sum(out, group, args[0])
-
-        experts.register_forward_pre_hook(enter, with_kwargs=True)
-        experts.register_forward_hook(leave)
-        return module
 
 
 def parallelize_module(
@@ -299,13 +220,8 @@ def _matrix(module: QuantizedModule) -> QuantizedMatrix:
         raise UnsupportedError(
             f"a {type(module).__name__} is not cut by rows or columns, which is for linears: leave it out of the plan"
         )
-    _check_unsliced(module)
+    refuse_slice(module)
     return module
-
-
-def _check_unsliced(module: QuantizedModule) -> None:
-    if is_sliced(module):
-        raise UnsupportedError(f"this {type(module).__name__} is parallelized already: {module}")
 
 
 def _parts(parts: int | Sequence[int], features: int) -> list[tuple[int, int]]:
@@ -320,20 +236,6 @@ def _with_hooks(module: nn.Module, enter: Any, leave: Any) -> nn.Module:
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
     return module
-
-
-def _relaid(x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement, size: int) -> DTensor:
-    """`x` as a DTensor in the layout `want`; `have` is that of a plain tensor whose last dimension is `size` in all."""
-    if not isinstance(x, DTensor):
-        shape = torch.Size((*x.shape[:-1], size))
-        by_features = have in (Shard(-1), Shard(x.dim() - 1))  # the last process may have fewer
-        whole = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()} if by_features else {}
-        x = DTensor.from_local(x, mesh, [have], run_check=False, **whole)  # type: ignore[arg-type]
-    return x.redistribute(placements=[want])
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -379,54 +281,3 @@ def _enter_replicated(module: nn.Module, args: tuple[Tensor, ...], mesh: DeviceM
 
 def _leave_replicated(module: nn.Module, out: DTensor, mesh: DeviceMesh) -> Tensor:
     return out.to_local()
-
-
-class _SumOfGradients(torch.autograd.Function):
-    """One node for all inputs of a module, so that every process sums their gradients in one order."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(x.view_as(x) for x in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(
-            _reduced(grad.clone(), ctx.group) if needed else None
-            for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)
-        )
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, *entered: Tensor) -> Tensor:
-        ctx.save_for_backward(*entered)
-        return _reduced(x.clone(), group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
-
-
-def _sum_of_gradients(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """`tensors`, which all processes have; the gradient of each is the sum of theirs."""
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        return tensors
-    return _SumOfGradients.apply(group, *tensors)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _sum(x: Tensor, group: Group, *entered: Tensor) -> Tensor:
-    """The sum of the processes' `x`, which is a new tensor and may be overwritten; all have its gradient.
-
-    `entered` are results of `_sum_of_gradients` that `x` may not depend on in some process: where it has none of the
-    experts that tokens go to. The others would wait for its gradients.
-    """
-    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in entered)):
-        return _Sum.apply(x, group, *entered)  # type: ignore[no-any-return, no-untyped-call]
-    return _reduced(x, group)
-
-
-def _reduced(x: Tensor, group: Group) -> Tensor:
-    x = x.contiguous()
-    dist.all_reduce(x, group=group)
-    return x

@@ -2,8 +2,8 @@
 
 `from_pretrained(..., distributed_config=DistributedConfig(tp_size=2))` makes a mesh and a plan: a style for each
 module. transformers would shard the skeleton, and then read. Here each process reads and quantizes the whole model on
-its device first, as rows have to be quantized whole. Then quantized modules get the styles of `tensor_parallel`, and
-all others those of transformers.
+its device first, as rows have to be quantized whole. Then quantized modules get the styles of bigq, and all others
+those of transformers.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,8 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from bigq.errors import UnsupportedError
-from bigq.integrations.tensor_parallel import ColwiseParallel, ExpertParallel, RowwiseParallel, parallelize_module
+from bigq.integrations.expert_parallel import ExpertParallel
+from bigq.integrations.tensor_parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["Distribution"]

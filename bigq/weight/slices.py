@@ -15,7 +15,7 @@ from bigq.errors import UnsupportedError
 from bigq.formats import state_name
 from bigq.weight.quantized_module import QuantizedModule
 
-__all__ = ["Range", "is_sliced", "keep_ranges", "range_of_rank", "refuse_slices"]
+__all__ = ["Range", "is_sliced", "keep_ranges", "range_of_rank", "refuse_slice", "refuse_slices"]
 
 Range = tuple[int, int]
 
@@ -89,6 +89,12 @@ def is_sliced(module: nn.Module) -> bool:
     Under the names of the whole weights, whoever saves one process's state would take it for that of all.
     """
     return "_sliced" in vars(module)
+
+
+def refuse_slice(module: nn.Module) -> None:
+    """Raise an UnsupportedError if `module`, which is to be cut, holds slices already."""
+    if is_sliced(module):
+        raise UnsupportedError(f"this {type(module).__name__} is parallelized already: {module}")
 
 
 def refuse_slices(model: nn.Module) -> None:

@@ -53,7 +53,8 @@ def run(experts, tokens):
 def _compare(rank):
     from torch.distributed.device_mesh import init_device_mesh
 
-    from bigq.integrations.tensor_parallel import ExpertParallel, parallelize_module
+    from bigq.integrations.expert_parallel import ExpertParallel
+    from bigq.integrations.tensor_parallel import parallelize_module
 
     mesh, found = init_device_mesh("cpu", (WORLD,)), {}
     for name in CLASSES:
@@ -81,7 +82,8 @@ def _adapted(name, mesh):
     """What outputs and gradients of LoRA on experts differ by, with few rows and with many."""
     import peft
 
-    from bigq.integrations.tensor_parallel import ExpertParallel, parallelize_module
+    from bigq.integrations.expert_parallel import ExpertParallel
+    from bigq.integrations.tensor_parallel import parallelize_module
 
     models = []
     for _ in range(2):

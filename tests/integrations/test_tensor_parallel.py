@@ -170,7 +170,8 @@ def _layouts(mesh, torchs):
 
 
 def _refused(mesh):
-    from bigq.integrations.tensor_parallel import ColwiseParallel, ExpertParallel, RowwiseParallel, parallelize_module
+    from bigq.integrations.expert_parallel import ExpertParallel
+    from bigq.integrations.tensor_parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     def message(make, layer_plan):
         try:
