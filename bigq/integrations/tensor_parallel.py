@@ -76,21 +76,23 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
         ]
         keep_ranges(matrix, "weight", -2, ranges, ["bias"])
         have, out_layout, use_local = self.input_layouts[0], self.output_layouts[0], self.use_local_output
+        is_whole = have == Replicate()
 
         def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *rest = args
-            if have == Replicate() and not isinstance(x, DTensor):
+            if is_whole and not isinstance(x, DTensor):
                 return (*with_summed_gradients(group, x), *rest)
             whole = placed(x, device_mesh, have, Replicate(), width)
             return (whole.to_local(grad_placements=[Partial()]), *rest)
 
         def leave(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-            if out_layout == Shard(-1) and use_local:
-                return out
             laid = placed(out, device_mesh, Shard(-1), out_layout, features)
             return laid.to_local() if use_local else laid
 
-        return _with_hooks(matrix, enter, leave)
+        matrix.register_forward_pre_hook(enter)
+        if out_layout != Shard(-1) or not use_local:
+            matrix.register_forward_hook(leave)
+        return matrix
 
 
 class RowwiseParallel(torch_styles.RowwiseParallel):
@@ -99,8 +101,8 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
     The arguments are those of torch's style. A weight is cut between blocks, so K divided by the processes has to be a
     multiple of `block_size`; int8 is cut anywhere, and keeps the scales of whole rows. Otherwise the rows are cut: each
     process gets the whole input and computes some features, and all get the output. That needs no more memory, and
-    moves K + N numbers a token instead of 2 N. `RowwiseParallel` of a layer of a PEFT
-    adapter cuts `lora_A` by columns, and makes `lora_B` the same in all processes.
+    moves K + N numbers a token instead of 2 N. Of a layer of a PEFT adapter, `lora_A` is cut by columns, and `lora_B`
+    becomes the same in all processes.
 
     Args:
         input_layouts: of the input. None: every process has its features.
@@ -130,16 +132,17 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
         if bias is not None:  # added once, to the sum
             matrix._parameters["bias"] = None
             matrix.register_parameter(_SUMMED_BIAS, bias)
+        is_cut, is_summed = have == Shard(-1), out_layout == Replicate() and use_local
 
         def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *rest = args
-            if have == Shard(-1) and not isinstance(x, DTensor):
+            if is_cut and not isinstance(x, DTensor):
                 return args
             return (placed(x, device_mesh, have, Shard(-1), width).to_local(), *rest)
 
         def leave(module: nn.Module, args: Any, out: Tensor) -> Tensor:
             bias = module._parameters.get(_SUMMED_BIAS)
-            if out_layout == Replicate() and use_local:
+            if is_summed:
                 total = summed(out, group)
                 return total if bias is None else total + bias.to(total.dtype)
             laid: Tensor = placed(out, device_mesh, Partial(), out_layout, features)
@@ -147,7 +150,9 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
                 laid = laid + DTensor.from_local(bias.to(out.dtype), device_mesh, [Replicate()], run_check=False)
             return laid.to_local() if use_local else laid  # type: ignore[attr-defined]
 
-        return _with_hooks(matrix, enter, leave)
+        matrix.register_forward_pre_hook(enter)
+        matrix.register_forward_hook(leave)
+        return matrix
 
 
 def parallelize_module(
@@ -230,12 +235,6 @@ def _parts(parts: int | Sequence[int], features: int) -> list[tuple[int, int]]:
     if sum(sizes) != features or not all(size > 0 for size in sizes):
         raise ConfigError(f"parts={parts!r} of a weight with {features} rows: the rows of the parts do not add up")
     return list(zip(accumulate([0, *sizes[:-1]]), sizes, strict=True))
-
-
-def _with_hooks(module: nn.Module, enter: Any, leave: Any) -> nn.Module:
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
-    return module
 
 
 def _is_adapted(module: nn.Module) -> bool:
