@@ -4,25 +4,30 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from reprlib import repr as short  # of a state dict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from bigq.checkpoint import Source
 from bigq.config import QuantizationConfig
-from bigq.errors import CheckpointError, ConfigError
+from bigq.errors import CheckpointError, ConfigError, UnsupportedError
 from bigq.interop.bitsandbytes_configs import as_config, is_config
 from bigq.interop.bitsandbytes_models import refuse_bitsandbytes
 from bigq.interop.diffusers_model import introduce_to_diffusers
 from bigq.interop.parameter_count import count_weights
 from bigq.interop.transformers_model import introduce
+from bigq.loading.adapters_in_shards import refuse_new_adapters
+from bigq.loading.agreement import Agreement
 from bigq.loading.destinations import Destinations
 from bigq.loading.extra_state import ExtraStates
 from bigq.loading.fill import fill
 from bigq.loading.report import make_report
+from bigq.loading.sharded_model import ShardedTensors, Sharding, expected_rows, shard_blocks, stand_in
+from bigq.loading.shards import Shards
 from bigq.loading.stream import Budget
 from bigq.loading.timings import Timings
 from bigq.loading.unload import is_loaded, unloaded
@@ -39,6 +44,9 @@ from bigq.planning.device_map import DeviceMap, execution_device, is_offloaded
 from bigq.planning.places import expected_device, plan_and_place
 from bigq.planning.plan import Plan
 from bigq.system.interrupts import to_the_end
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["load_and_quantize_model"]
 
@@ -74,6 +82,8 @@ def load_and_quantize_model(
     progress: bool | None = None,
     read_threads: int | None = None,
     read_budget: int | None = None,
+    mesh: "DeviceMesh | None" = None,
+    shard: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
     """Load a checkpoint into `model`, quantize its linears while they are read, and place it as `device_map` says.
 
@@ -85,6 +95,9 @@ def load_and_quantize_model(
     layers quantized, because keeping the old weights would need memory for both.
 
     A model that was loaded before is loaded again: its old weights are replaced, and take memory until it is done.
+
+    With `mesh`, all of its processes call this function, and each loads its part of every weight, with the bytes that
+    the whole weight has there. An error in one of them is raised in all, and all models stay as they were.
 
     accelerate's order of the arguments (model, config, weights) works too.
 
@@ -111,20 +124,30 @@ def load_and_quantize_model(
         strict: refuse tensors that are missing from the checkpoint, and unexpected ones. False: ignore unexpected
             tensors, and keep the model's own tensor in place of a missing one if it has numbers.
         progress: show a progress bar on stderr. None: only on a terminal.
-        read_threads: threads that read files. None: 12, or the cores that this process may use if they are fewer.
+        read_threads: threads that read files. None: 12, or the cores that this process may use if they are fewer. The
+            processes that torchrun starts on a machine share its cores.
         read_budget: bytes of host memory, and of GPU memory, for weights that are being read, in addition to the
-            result. None: 768 MiB, or an eighth of the memory that this process may still use if that is less.
+            result. None: 768 MiB, or an eighth of the memory that this process may still use if that is less. The
+            processes that torchrun starts on a machine share its memory.
+        mesh: the processes that share the model: a DeviceMesh of one dimension, or of two (replicas, shards). It takes
+            the place of `device_map`: each process loads onto its current GPU, or onto the CPU if the mesh is one of
+            CPUs.
+        shard: with `mesh`, called with the model when its quantized modules are in place, on the meta device; in a
+            thread, while the checkpoint is read. It shards them by their first dimension, and may add an adapter before
+            that. Calls of `fully_shard` do it. None: each repeated block is sharded with `fully_shard`, and then the
+            rest of the model.
 
     Returns:
-        `model` itself, in the same training mode. It has new attributes: `quantization_report` (see
-        QuantizationReport), `quantization_method` and `is_loaded_in_8bit`; and `hf_device_map`, if anything is
-        offloaded or on another GPU.
+        `model` itself, in the same training mode; or the module that `shard` returned, if it did. `model` has new
+        attributes: `quantization_report` (see QuantizationReport), `quantization_method` and `is_loaded_in_8bit`; and
+        `hf_device_map`, if anything is offloaded or on another GPU.
 
     Raises:
         CheckpointError: a file is missing or damaged, its tensors do not fit the model, or a weight holds NaN or Inf.
         ConfigError: the config contradicts the model or the checkpoint.
         PlacementError: the device map does not fit the model or this machine, or there is too little memory.
-        UnsupportedError: the model has no weight to quantize, or is quantized already and `weights_location` is None.
+        UnsupportedError: the model has no weight to quantize, or is quantized already and `weights_location` is None;
+            or it is sharded, or `shard` has sharded it in a way that no rows can be loaded into.
 
     Example:
         >>> import tempfile
@@ -154,6 +177,14 @@ def load_and_quantize_model(
         budget=Budget.of_machine(read_threads, read_budget),
     )
     tree = ModelTree(model)
+    if mesh is not None:
+        if weights_location is None:
+            raise ConfigError("mesh is given and weights_location is not: a load into shards reads a checkpoint")
+        if device_map is not None:
+            raise ConfigError(f"device_map is {device_map!r} and mesh is given: each process loads onto its own device")
+        return _load_into_shards(tree, weights_location, config, mesh, shard, options)
+    if shard is not None:
+        raise ConfigError("shard is given and mesh is not: pass the mesh of the processes that share the model")
     if weights_location is None:
         refuse_bitsandbytes(tree)
         return load_source(tree, ModelTensors(model), None, config, device_map, options=options, timings=Timings())
@@ -185,12 +216,38 @@ def _load_checkpoint(
     options: LoadOptions,
 ) -> nn.Module:
     timings = Timings()
-    refuse_bitsandbytes(tree)
     with timings.timed("plan"), _collector_paused():
-        source, extra_states = open_source(tree, weights_location, strict=options.strict, config=config)
-        if not options.strict:
-            source = with_own_tensors(tree, source)
+        source, extra_states = _open(tree, weights_location, config, options)
     return load_source(tree, source, extra_states, config, device_map, options=options, timings=timings)
+
+
+def _open(
+    tree: ModelTree, weights_location: str | os.PathLike[str], config: QuantizationConfig | None, options: LoadOptions
+) -> tuple[Source, ExtraStates]:
+    refuse_bitsandbytes(tree)
+    source, extra_states = open_source(tree, weights_location, strict=options.strict, config=config)
+    return (source if options.strict else with_own_tensors(tree, source)), extra_states
+
+
+def _plan(
+    tree: ModelTree, source: Source, config: QuantizationConfig | None, device_map: object, options: LoadOptions
+) -> tuple[Plan, DeviceMap]:
+    """Plan a load, and check all that can be checked before anything is read."""
+    plan, places = plan_and_place(
+        tree,
+        source,
+        config,
+        device_map,
+        no_split_module_classes=options.no_split_module_classes,
+        max_memory=options.max_memory,
+        offload_folder=options.offload_folder,
+        offload=options.offload,
+        strict=options.strict,
+    )
+    if config is not None:
+        warn_of_weights_left(tree, plan, config)
+    refuse_strays(tree, {n for weight in plan.weights for n in weight.names}, in_place=source.in_place)
+    return plan, places
 
 
 def load_source(
@@ -207,20 +264,7 @@ def load_source(
     model, modules = tree.model, tree.modules
     with _collector_paused(), WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
-            plan, places = plan_and_place(
-                tree,
-                source,
-                config,
-                device_map,
-                no_split_module_classes=options.no_split_module_classes,
-                max_memory=options.max_memory,
-                offload_folder=options.offload_folder,
-                offload=options.offload,
-                strict=options.strict,
-            )
-            if config is not None:
-                warn_of_weights_left(tree, plan, config)
-            refuse_strays(tree, {n for weight in plan.weights for n in weight.names}, in_place=source.in_place)
+            plan, places = _plan(tree, source, config, device_map, options)
             aliases = aliases_of(tree)
             destinations = Destinations.open(plan, places, options.offload_folder, source)
         tree.forget_tensors()  # if the model holds its weights, they have to be freed one by one
@@ -246,6 +290,59 @@ def load_source(
         with followed(aliases, modules):
             finish()
     return model
+
+
+def _load_into_shards(
+    tree: ModelTree,
+    weights_location: str | os.PathLike[str],
+    config: QuantizationConfig | None,
+    mesh: "DeviceMesh",
+    shard: Callable[[nn.Module], object] | None,
+    options: LoadOptions,
+) -> nn.Module:
+    """Load the part of a checkpoint that this process of `mesh` keeps; all processes do so, or none."""
+    if is_loaded(tree):
+        raise UnsupportedError("the model is quantized already: a load into shards takes a newly built one")
+    agreement, timings = Agreement.of(mesh), Timings()
+    model, modules = tree.model, tree.modules
+    with restored_on_error(modules, from_shards=True), _collector_paused():
+        with timings.timed("plan"):
+            with agreement.all_or_none():
+                source, extra_states = _open(tree, weights_location, config, options)
+                plan, places = _plan(tree, source, config, agreement.device, options)
+            agreement.same("plans", plan.fingerprint(source.tensors))
+        tree.forget_tensors()
+        with agreement.all_or_none(), WarmUp(config, source, agreement.device) as warm_up:
+            with timings.timed("plan"):
+                stand_in(modules, plan, agreement.device)
+                shards = Shards.of(plan, expected_rows(plan, mesh))
+                destinations = Destinations.open(shards.plan, places, None, source, cuts=shards.cuts)
+            read = partial(
+                fill,
+                modules,
+                budget=options.budget,
+                timings=timings,
+                warm_up=warm_up,
+                progress=options.progress if agreement.is_first else False,
+            )
+            with Sharding(shard or partial(shard_blocks, mesh=mesh), model, agreement.device, timings) as sharding:
+                jobs = read(shards.to_read(), shards.source(source), destinations, between=sharding.check)
+                with timings.timed("wait"):
+                    result = sharding.wait()
+            tensors, expected = ShardedTensors(model, modules, plan), shards
+            shards = Shards.of(plan, tensors.rows)
+            others = shards.to_read(after=expected)
+            if others.tensors or others.weights:  # they were sharded in another way
+                names = {*(own.names[0] for own in others.tensors), *(own.names[0] for own in others.weights)}
+                jobs = [job for job in jobs if job.planned.names[0] not in names]
+                jobs += read(others, shards.source(source), replace(destinations, cuts=shards.cuts))
+        with timings.timed("commit"):
+            tensors.commit(shards, jobs)
+        extra_states.hand_over()
+        _finish(model, plan, places, destinations, timings, options.skip_keys, config)
+        model.quantization_report = make_report(shards.held(), destinations.places, timings)  # type: ignore[assignment]
+        refuse_new_adapters(result)
+    return result
 
 
 def _finish(

@@ -5,6 +5,7 @@ from bigq.checkpoint.bitsandbytes_source import with_bitsandbytes
 from bigq.checkpoint.foreign import FLOAT8, foreign_method, is_adapter, is_scaled, refuse_foreign
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
+from bigq.checkpoint.row_windows import Rows, RowWindows
 from bigq.checkpoint.source import (
     ByteSource,
     ReadError,
@@ -28,6 +29,8 @@ __all__ = [
     "LocalFile",
     "ReadError",
     "Renamed",
+    "RowWindows",
+    "Rows",
     "Source",
     "Span",
     "StoredTensor",

@@ -105,6 +105,11 @@ class Format(Protocol):
         """How many neighbouring rows share a scale. A weight that is quantized in pieces is split between groups."""
         return 1
 
+    @property
+    def row_format(self) -> "Format":
+        """The format of what `quantize_rows` makes of some rows: another one if `finish` needs all rows of a weight."""
+        return self
+
     def state_spec(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Shapes and dtypes of the parts of a weight of `shape` [..., K]; the part "packed" holds its codes."""
 

@@ -59,6 +59,10 @@ class Block4(Format):
         return spec
 
     @property
+    def row_format(self) -> Format:
+        return self._plain()
+
+    @property
     def methods(self) -> tuple[str, ...]:
         return METHODS
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigq.checkpoint import Source
+from bigq.checkpoint import Rows, Source
 from bigq.formats import TensorSpec
 from bigq.offload.space import CheckpointMap, OffloadSpace
 from bigq.planning.device_map import DeviceMap, execution_device, is_gpu, is_offloaded
@@ -25,18 +25,26 @@ class Destinations:
     """The place of each tensor and each quantized weight, by its first name: see `storage_places`.
 
     `spaces` holds the memory that is reserved on "cpu" and "disk". `in_checkpoint` holds the tensors on "disk" that the
-    checkpoint has just as the model needs them: they stay in its file, and no second copy is made.
+    checkpoint has just as the model needs them: they stay in its file, and no second copy is made. `cuts` holds the
+    rows that are kept of a part of a quantized weight that is made whole.
     """
 
     places: Mapping[str, str]
     runs_on: torch.device
     spaces: Mapping[str, OffloadSpace]
     in_checkpoint: Mapping[str, Tensor]
+    cuts: Mapping[str, Rows] = field(default_factory=dict)
     _received: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(
-        cls, plan: Plan, device_map: DeviceMap, offload_folder: str | os.PathLike[str] | None, source: Source
+        cls,
+        plan: Plan,
+        device_map: DeviceMap,
+        offload_folder: str | os.PathLike[str] | None,
+        source: Source,
+        *,
+        cuts: Mapping[str, Rows] | None = None,
     ) -> "Destinations":
         """Reserve the memory. Raises PlacementError if "disk" is asked for without a folder, or there is too little."""
         places, runs_on = storage_places(plan, device_map), execution_device(device_map)
@@ -57,7 +65,7 @@ class Destinations:
             spaces["disk"] = OffloadSpace.in_file(offload_folder or tempfile.gettempdir(), offloaded["disk"])
         if offloaded.get("cpu"):
             spaces["cpu"] = OffloadSpace.pinned(offloaded["cpu"])
-        return cls(places=places, runs_on=runs_on, spaces=spaces, in_checkpoint=in_checkpoint)
+        return cls(places=places, runs_on=runs_on, spaces=spaces, in_checkpoint=in_checkpoint, cuts=cuts or {})
 
     def is_offloaded(self, name: str) -> bool:
         """Whether the tensor called `name` is stored elsewhere than where it runs."""
@@ -94,6 +102,9 @@ class Destinations:
     def put_state(self, weight: PlannedWeight, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a quantized weight, by name, where they are stored; they may be the same objects."""
         place = self.places[weight.names[0]]
+        if self.cuts:
+            cut = {name: self.cuts[name].of(tensor).clone() for name, tensor in tensors.items() if name in self.cuts}
+            tensors = {**tensors, **cut}
         if place not in self.spaces:
             return tensors  # it was quantized where it is stored
         space = self.spaces[place]

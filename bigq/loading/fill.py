@@ -1,7 +1,7 @@
 """fill: read, quantize and place every tensor of a plan."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
@@ -29,6 +29,7 @@ def fill(
     timings: Timings,
     warm_up: WarmUp,
     progress: bool | None = None,
+    between: Callable[[], object] = lambda: None,
 ) -> list[Job]:
     """Read everything that `plan` takes from `source`, quantize it, and put it where `destinations` says.
 
@@ -37,6 +38,7 @@ def fill(
 
     Args:
         modules: those of the model, by name.
+        between: called between the steps, and may raise to end the reading.
 
     Returns:
         the jobs that are left to commit to the model, in their order.
@@ -62,6 +64,7 @@ def fill(
     total = sum(source.tensors[name].nbytes for name in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
         for pieces in stream(source, targets, budget, timings, to_come.__getitem__):
+            between()
             nbytes = sum(piece.tensor.nbytes for piece in pieces)
             names = [piece.info.name for piece in pieces]
             with timings.timed("quantize", nbytes):

@@ -26,6 +26,10 @@ _SMALL_NBYTES = 1 << 20  # torch keeps smaller tensors in segments of their own,
 class Job(Protocol):
     """What becomes of one tensor of a source. Nothing changes a model before `commit`."""
 
+    @property
+    def planned(self) -> PlannedTensor | PlannedWeight:
+        """What is planned for it."""
+
     def target(self, stored: StoredTensor) -> Target:
         """How the tensor is to arrive."""
 
@@ -34,6 +38,9 @@ class Job(Protocol):
 
     def commit(self, modules: Mapping[str, nn.Module]) -> None:
         """Put what it became into the model of these modules, by name; the job then holds nothing."""
+
+    def take_placed(self) -> dict[str, Tensor]:
+        """What it became, by first name in the model, for a caller that commits it; the job then holds nothing."""
 
 
 class TensorJob:
@@ -75,10 +82,15 @@ class TensorJob:
         self._placed = self.destinations.put(self.planned, own.detach() if is_dense(own) else own)
 
     def commit(self, modules: Mapping[str, nn.Module]) -> None:
-        assert self._placed is not None
         frozen = any(self.destinations.is_offloaded(name) for name in self.planned.names)
-        commit_tensor(modules, self.planned, self._placed, frozen=frozen)
-        self._placed = None
+        (tensor,) = self.take_placed().values()
+        commit_tensor(modules, self.planned, tensor, frozen=frozen)
+
+    def take_placed(self) -> dict[str, Tensor]:
+        """The tensor, by its first name in the model; the job then holds nothing."""
+        assert self._placed is not None
+        placed, self._placed = self._placed, None
+        return {self.planned.names[0]: placed}
 
 
 class WeightJob:

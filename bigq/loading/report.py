@@ -41,7 +41,8 @@ class QuantizationReport:
 
     `stages`: "plan" (open, check, place), "wait" (for data, and for Triton to start), "quantize" (and place; on a GPU
     the time to queue it) and "commit" follow each other in the calling thread. "read" and "copy" (waiting for a chunk's
-    copy to the GPU) run beside them in the reading threads; their seconds are those of all threads together.
+    copy to the GPU) run beside them in the reading threads; their seconds are those of all threads together. So does
+    "shard", in a load into shards.
     `modules`: every module that holds tensors, under its first name; a tied tensor counts at the first of its modules.
     `quantized_share`: how many of all numbers in parameters are quantized, from 0 to 1.
     """

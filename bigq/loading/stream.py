@@ -23,7 +23,7 @@ from bigq.loading.runs import Chunk, Piece, Run, Target, make_runs, take_turns
 from bigq.loading.timings import Timings
 from bigq.system.files import open_unchanged
 from bigq.system.interrupts import Worker, to_the_end
-from bigq.system.machine import usable_cores, usable_memory_nbytes
+from bigq.system.machine import processes_of_job, usable_cores, usable_memory_nbytes
 from bigq.system.memory import memory_of
 
 __all__ = ["READ_BUDGET_NBYTES", "Budget", "stream"]
@@ -49,15 +49,18 @@ class Budget:
         """`threads` and `nbytes`, or what suits the machine where they are None.
 
         Twelve threads read 24 GB/s from the page cache (8: 17, 10: 21; one H100, whose link does 47 GB/s).
-        768 MiB are 16 MiB twice for each of them, and as much again for the GPU.
+        768 MiB are 16 MiB twice for each of them, and as much again for the GPU. The processes that torchrun
+        has started on this machine share its cores and its memory, so each takes its part of them.
         """
         for name, value, least in (("read_threads", threads, 1), ("read_budget", nbytes, 1 << 20)):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name} is {value!r}; expected None or an integer of at least {least}")
-        return cls(
-            threads=min(12, usable_cores()) if threads is None else threads,
-            nbytes=max(1 << 20, min(READ_BUDGET_NBYTES, usable_memory_nbytes() // 8)) if nbytes is None else nbytes,
-        )
+        processes = processes_of_job()
+        if threads is None:
+            threads = min(12, max(1, usable_cores() // processes))
+        if nbytes is None:
+            nbytes = max(1 << 20, min(READ_BUDGET_NBYTES, usable_memory_nbytes() // (8 * processes)))
+        return cls(threads=threads, nbytes=nbytes)
 
     @property
     def run_nbytes(self) -> int:

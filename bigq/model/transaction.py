@@ -4,17 +4,20 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from bigq.system.internals import state_hooks
+from bigq.system.internals import forget_sharding, state_hooks
 from bigq.system.interrupts import to_the_end
 
 __all__ = ["Snapshot", "restored_on_error"]
 
 
 class restored_on_error:  # noqa: N801 - a context manager, and no generator: it ends in few steps
-    """Restore `modules` to what they are now if the `with` block raises, also by Ctrl-C."""
+    """Restore `modules` to what they are now if the `with` block raises, also by Ctrl-C.
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._before = Snapshot(modules.values())
+    `from_shards` says that the block may shard or wrap them: see `Snapshot`.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], *, from_shards: bool = False) -> None:
+        self._before = Snapshot(modules.values(), from_shards=from_shards)
 
     def __enter__(self) -> None:
         pass
@@ -28,10 +31,11 @@ class Snapshot:
     """The present class, attributes and tensors of modules, which `restore` puts back. It keeps the tensors alive.
 
     It holds everything that a load changes. That includes requires_grad of the parameters, and the forward of the class
-    of a GraphModule, which accelerate replaces.
+    of a GraphModule, which accelerate replaces. With `from_shards` it also holds all dicts of the modules, such as
+    those of their hooks and children, and torch forgets that it has sharded them. None of them is sharded now.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], *, from_shards: bool = False) -> None:
         self._modules = [(module, module.__class__, {**vars(module)}) for module in dict.fromkeys(modules)]
         attributes = [attributes for _, _, attributes in self._modules]
         tables = [of[name] for of in attributes for name in ("_parameters", "_buffers")]
@@ -42,6 +46,9 @@ class Snapshot:
         self._state_hooks = [(hooks, dict(hooks)) for module, _, _ in self._modules for hooks in state_hooks(module)]
         kinds = {kind for _, kind, _ in self._modules if "GraphModuleImpl" in str(kind)}  # accelerate's own test
         self._forwards = [(kind, vars(kind)["forward"]) for kind in kinds if "forward" in vars(kind)]
+        self._from_shards = from_shards
+        held = [value for _, _, own in self._modules for value in own.values()] if from_shards else []
+        self._dicts = [(value, dict(value)) for value in held if isinstance(value, dict)]
         # An RNN keeps a second list of its weights.
         of_rnns = [of for module, _, of in self._modules if isinstance(module, nn.RNNBase)]
         self._lists = [(held, [*held]) for of in of_rnns for held in of.values() if isinstance(held, list)]
@@ -52,6 +59,11 @@ class Snapshot:
             object.__setattr__(module, "__class__", kind)
             vars(module).clear()
             vars(module).update(attributes)
+            if self._from_shards:
+                forget_sharding(module)
+        for own, before in self._dicts:
+            own.clear()
+            own.update(before)
         for table, tensors in self._tables:
             if isinstance(table, dict):
                 table.clear()
@@ -62,10 +74,10 @@ class Snapshot:
         for tensor, requires_grad in self._requires_grad:
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
-        for hooks, before in self._state_hooks:
-            if hooks != before:
+        for hooks, registered in self._state_hooks:
+            if hooks != registered:
                 hooks.clear()
-                hooks.update(before)
+                hooks.update(registered)
         for graph_module, forward in self._forwards:
             graph_module.forward = forward
         for weights, held in self._lists:

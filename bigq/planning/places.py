@@ -83,7 +83,7 @@ def _refuse_shards(tree: ModelTree) -> None:
     if shards:
         raise UnsupportedError(
             f"{len(shards)} tensors of the model are sharded (DTensor), such as by fully_shard: {shortlist(shards)}; "
-            "load the model first, in each process, and then shard it"
+            "load the model first, in each process, and then shard it; or pass mesh, and shard it in shard(model)"
         )
 
 

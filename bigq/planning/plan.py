@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import NamedTuple
 
 from torch import Tensor
 
+from bigq.checkpoint import StoredTensor
 from bigq.formats import QUANT_STATE, Description, TensorSpec, quant_state_spec, state_name
 from bigq.model.tree import tensor_name
 
@@ -88,6 +90,18 @@ class Plan:
     weights: tuple[PlannedWeight, ...]
     kept: Mapping[str, str]
     rules: Mapping[str, str] = field(default_factory=dict)
+
+    def fingerprint(self, tensors: Mapping[str, StoredTensor]) -> str:
+        """A text that two plans share if they make the same of the same `tensors` of a source."""
+        told: dict[int, str] = {}  # a description stands for many weights, and to write it takes 20 us
+        parts = [repr((planned.names, planned.source, planned.spec)) for planned in self.tensors]
+        for weight in self.weights:
+            if id(weight.description) not in told:
+                told[id(weight.description)] = repr(weight.description)
+            description = told[id(weight.description)]
+            parts.append(repr((weight.names, weight.source, weight.method, description)))
+        parts += [repr((stored.name, stored.shape, stored.dtype)) for stored in tensors.values()]
+        return sha256("\n".join(parts).encode()).hexdigest()
 
     def weights_of_state(self) -> dict[str, tuple[str, ...]]:
         """{first name of a tensor: all names of its weight}, for weights that the checkpoint holds quantized."""

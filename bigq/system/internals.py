@@ -33,6 +33,7 @@ __all__ = [
     "count_holders",
     "cut",
     "edits_of",
+    "forget_sharding",
     "has_forward_pre_hooks",
     "load_hooks",
     "may_write",
@@ -364,6 +365,28 @@ def has_forward_pre_hooks(module: nn.Module) -> bool:
 
 
 EXTRA_STATE: str = getattr(nn.modules.module, "_EXTRA_STATE_KEY_SUFFIX", "_extra_state")  # the last part of its name
+
+
+# What torch.distributed notes of a module beside its attributes. A module that gets its old attributes back is one that
+# fully_shard has never seen, but it would be asked for a state that is gone. Without this way, a second attempt to
+# shard it raises torch's error.
+
+
+def _sharding_states() -> Any:
+    try:
+        from torch.distributed import _composable_state
+
+        return _composable_state._module_state_mapping
+    except (ImportError, AttributeError):
+        return {}
+
+
+def forget_sharding(module: nn.Module) -> None:
+    """Make torch forget that `module` was sharded by fully_shard, whose other traces are attributes of the module."""
+    _sharding_states().pop(module, None)
+
+
+# The parts of sparse tensors.
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

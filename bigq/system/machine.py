@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["usable_cores", "usable_memory_nbytes"]
+__all__ = ["processes_of_job", "usable_cores", "usable_memory_nbytes"]
 
 _CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -36,6 +36,12 @@ def usable_memory_nbytes() -> int:
             if limit is not None and usage is not None:
                 free = min(free, limit - usage + _page_cache_nbytes(group))
     return max(0, free)
+
+
+def processes_of_job() -> int:
+    """How many processes of this job share the machine, as torchrun says in LOCAL_WORLD_SIZE; 1 without it."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(count)) if count.isdecimal() else 1
 
 
 def _groups(controller: str) -> Iterator[Path]:

@@ -53,6 +53,23 @@ def test_a_transposed_weight_is_no_different(fmt):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=name)
+def test_rows_that_are_quantized_apart_are_those_of_the_whole_weight(fmt):
+    weight, apart = torch.randn(9, 70, device=DEVICE), fmt.row_format
+    parts = [fmt.quantize_rows(weight[rows]).tensors for rows in (slice(0, 4), slice(4, 9))]
+    spec = apart.state_spec((4, 70))
+    assert {part: (tensor.shape, tensor.dtype) for part, tensor in parts[0].items()} == {
+        part: (torch.Size(own.shape), own.dtype) for part, own in spec.items()
+    }
+    assert torch.equal(apart.quantize(weight[:4])["packed"], parts[0]["packed"])
+    rows = {part: torch.cat([found[part] for found in parts]) for part in spec}
+    whole = fmt.quantize(weight)
+    finished = fmt.finish(rows, (9, 70))
+    assert finished.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[part]) for part, tensor in finished.items())
+    assert apart.row_format == apart
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
 def test_a_format_that_quantizes_row_by_row_measures_nothing(fmt):
     assert not fmt.measures
     with pytest.raises(UnsupportedError, match=f"'{fmt.name}' quantizes row by row"):

@@ -429,6 +429,16 @@ def test_the_budget_of_the_machine(monkeypatch):
         assert 4 * budget.run_nbytes <= budget.nbytes
 
 
+def test_processes_of_a_job_share_the_machine(monkeypatch):
+    monkeypatch.setattr("bigq.loading.stream.usable_cores", lambda: 64)
+    monkeypatch.setattr("bigq.loading.stream.usable_memory_nbytes", lambda: 16 << 30)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert Budget.of_machine(None, None) == Budget(threads=8, nbytes=256 << 20)
+    assert Budget.of_machine(12, 1 << 30) == Budget(threads=12, nbytes=1 << 30)
+    monkeypatch.setattr("bigq.loading.stream.usable_cores", lambda: 4)
+    assert Budget.of_machine(None, None).threads == 1
+
+
 @pytest.mark.parametrize("ends", ["whole", "early", "error"])
 def test_the_interpreter_gets_its_switch_interval_back(ends, checkpoint):
     before = sys.getswitchinterval()

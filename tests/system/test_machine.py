@@ -3,7 +3,7 @@
 import pytest
 
 import bigq.system.machine
-from bigq.system.machine import usable_cores, usable_memory_nbytes
+from bigq.system.machine import processes_of_job, usable_cores, usable_memory_nbytes
 
 
 @pytest.fixture
@@ -71,3 +71,11 @@ def test_a_system_without_control_groups(cgroups, monkeypatch, tmp_path):
 def test_this_machine():
     assert usable_cores() >= 1
     assert usable_memory_nbytes() > 1 << 20
+
+
+@pytest.mark.parametrize("said, count", [(None, 1), ("", 1), ("8", 8), ("0", 1), ("two", 1)], ids=repr)
+def test_processes_are_those_that_torchrun_says(monkeypatch, said, count):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if said is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+    assert processes_of_job() == count

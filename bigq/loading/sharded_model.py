@@ -1,0 +1,311 @@
+"""sharded_model: a model that is sharded before it has numbers, and gets those of this process.
+
+The quantized modules are made first, on the meta device, and sharded. Then the shards say which rows they hold.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import copy_context
+from math import prod
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from bigq.checkpoint import Rows
+from bigq.errors import UnsupportedError
+from bigq.formats import QUANT_STATE, Description, TensorSpec
+from bigq.loading.adapters_in_shards import NumbersStay
+from bigq.loading.commit import commit_tensor, commit_weight
+from bigq.loading.jobs import Job
+from bigq.loading.shards import Shards
+from bigq.loading.timings import Timings
+from bigq.model.repeated_blocks import repeated_blocks
+from bigq.model.tree import assign_tensor, find_owner, is_dense
+from bigq.planning.plan import Plan, PlannedWeight
+from bigq.system.interrupts import Worker, to_the_end
+from bigq.system.text import shortlist
+from bigq.weight.quantized_module import QuantizedModule
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["ShardedTensors", "Sharding", "expected_rows", "shard_blocks", "stand_in"]
+
+
+def stand_in(modules: Mapping[str, nn.Module], plan: Plan, device: torch.device) -> None:
+    """Give a model the modules and tensors that `plan` says, on meta; what no source holds comes to `device`."""
+    for weight in plan.weights:
+        tensors = {names[0]: _on_meta(spec) for names, spec in weight.specs().items()}
+        commit_weight(modules, weight, tensors)
+    for planned in plan.tensors:
+        tensor = _on_meta(planned.spec)
+        if planned.source is None:
+            own: Tensor = getattr(*find_owner(modules, planned.names[0]))
+            tensor = own.detach().to(device, planned.spec.dtype) if is_dense(own) else own
+        commit_tensor(modules, planned, tensor, frozen=False)
+
+
+def shard_blocks(model: nn.Module, mesh: "DeviceMesh") -> None:
+    """Shard each repeated block of `model`, and then the rest, with `fully_shard`.
+
+    Constants of quantized weights stay whole, because each of them would be gathered for each call: the quant_state,
+    which no kernel takes, and what has one row, such as the offset of double quantization.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    constants = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, QuantizedModule)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == QUANT_STATE or (name in module.state_spec() and len(parameter) == 1)
+    }
+    for block in [*repeated_blocks(model), model]:
+        fully_shard(block, mesh=mesh, ignored_params=constants)
+
+
+def expected_rows(plan: Plan, mesh: "DeviceMesh") -> dict[str, Rows]:
+    """The rows of each parameter, by first name, that this process keeps if `fully_shard` shards them over `mesh`.
+
+    Constants are left out, because they may be kept whole, and are so small that they can be cut in the end.
+    """
+    processes, coordinate = mesh.size(mesh.ndim - 1), (mesh.get_coordinate() or [0])[-1]
+    specs = {planned.names[0]: planned.spec for planned in plan.tensors if not planned.is_buffer}
+    for weight in plan.weights:
+        if weight.source is not None:
+            row_format, shape = weight.description.format.row_format, weight.description.shape
+            specs |= {weight.tensor_name(part): spec for part, spec in row_format.state_spec(shape).items()}
+    return {
+        name: _cut(0, spec.shape[0], processes, coordinate).rows
+        for name, spec in specs.items()
+        if name.rpartition(".")[2] != QUANT_STATE and spec.shape and spec.shape[0] > 1
+    }
+
+
+class Sharding:
+    """A thread in which `shard` shards `model`, while the rows that this process will probably keep are read.
+
+    `fully_shard` takes 0.7 ms a tensor: for an 8B model as long as it takes to read half of it. Use it as a context
+    manager: the thread has ended when it is done. What is sent to meta there and has numbers goes to `device`.
+    """
+
+    def __init__(
+        self, shard: Callable[[nn.Module], object], model: nn.Module, device: torch.device, timings: Timings
+    ) -> None:
+        self._shard, self._model, self._device, self._timings = shard, model, device, timings
+        self._result: object = None
+        self._error: BaseException | None = None
+        self._context = copy_context()
+        self._thread = Worker(self._run)
+
+    def __enter__(self) -> "Sharding":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        to_the_end(self._thread.join)
+
+    def check(self) -> None:
+        """Raise what `shard` has raised."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> nn.Module:
+        """The module that `shard` returned, or the model; raises what `shard` raised."""
+        self._thread.join()
+        self.check()
+        return self._result if isinstance(self._result, nn.Module) else self._model
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # of this thread
+            with self._timings.timed("shard"), NumbersStay(self._device):
+                self._result = self._context.run(self._shard, self._model)
+            if self._device.type == "cuda":  # other threads may use another stream
+                torch.cuda.current_stream(self._device).synchronize()
+        except BaseException as error:  # raised by wait()
+            self._error = error
+
+
+class ShardedTensors:
+    """The tensors of a plan as they stand in a model that was sharded, by first name; `rows` are those of this process.
+
+    Args:
+        model: that `stand_in` has prepared by `plan`, and that was sharded since.
+        modules: those of the model before it was sharded, by name.
+        plan: of the whole model.
+
+    Raises:
+        UnsupportedError: a tensor is sharded by another dimension than the first, or stands no longer in the model, or
+            tensors on meta have been added to it.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) -> None:
+        names = [tensor.names[0] for tensor in plan.tensors]
+        names += [own[0] for weight in plan.weights if weight.source is not None for own in weight.specs()]
+        self._modules = modules
+        self._tensors: dict[str, Tensor] = {name: getattr(*find_owner(modules, name)) for name in names}
+        _refuse_changes(model, self._tensors)
+        found = {name: _rows_of(name, tensor) for name, tensor in self._tensors.items()}
+        self.rows = {name: rows for name, rows in found.items() if rows is not None}
+
+    def commit(self, shards: Shards, jobs: Iterable[Job]) -> None:
+        """Put what `jobs` have made into the model. Gathers the scales of double quantization from all processes."""
+        names = {tensor.names[0]: tensor.names for tensor in shards.whole.tensors if tensor.source is not None}
+        names |= {own[0]: own for weight in shards.whole.weights for own in weight.specs()}
+        whole = {weight.names[0]: weight for weight in shards.whole.weights}
+        order = {first: place for place, first in enumerate([*whole, *names])}
+        for job in sorted(jobs, key=lambda job: order.get(job.planned.names[0], -1)):  # one order in all processes
+            placed, planned = job.take_placed(), job.planned
+            if isinstance(planned, PlannedWeight) and planned.source is not None:
+                placed |= self._finished(whole[planned.names[0]], planned.description, placed)
+            for name, tensor in placed.items():
+                self._put(names[name], tensor)
+
+    def _finished(self, weight: PlannedWeight, own: Description, placed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of `weight` that its format makes of all rows, by first name; none if it is finished.
+
+        Args:
+            own: the description of what this process has made of it: of its rows, or of all.
+            placed: their tensors.
+        """
+        description = weight.description
+        final = description.format.state_spec(own.shape)
+        gathered = [part for part, spec in own.state_spec.items() if spec != final[part]]
+        if not gathered:
+            return {}
+        rows = {}
+        for part, spec in own.state_spec.items():
+            name, columns = weight.tensor_name(part), spec.shape[-1]
+            if part in gathered:
+                whole = _gathered(placed[name], cast("DTensor", self._tensors[name]), name)
+            else:  # each row of it is finished: `finish` gets as many rows, of no columns
+                whole, columns = placed[name].new_empty(*description.shape[:-1], 0), 0
+            rows[part] = whole.view(prod(description.shape[:-1]), columns)
+        finished = description.format.finish(rows, description.shape)
+        changed = [part for part in finished if part in gathered or part not in own.state_spec]
+        return {weight.tensor_name(part): finished[part] for part in changed}
+
+    def _put(self, names: tuple[str, ...], tensor: Tensor) -> None:
+        """Make the finished `tensor`, whole or the rows of this process, what stands in the model under `names`.
+
+        It follows a cast of what stood there.
+        """
+        target, rows = self._tensors[names[0]], self.rows.get(names[0])
+        if rows is not None and len(tensor) != len(rows):
+            tensor = rows.of(tensor).clone()  # in memory of its own
+        value = tensor.to(target.dtype)
+        if _is_shard(target):
+            value = _as_shard(value, cast("DTensor", target), tuple(target.shape))
+        if isinstance(target, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=target.requires_grad)
+        for name in names:
+            assign_tensor(*find_owner(self._modules, name), value)
+
+
+def _on_meta(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def _as_shard(own: Tensor, like: "DTensor", shape: tuple[int, ...]) -> "DTensor":
+    """The rows that this process has of a tensor of `shape`, as a DTensor that is sharded as `like` is."""
+    from torch.distributed.tensor import DTensor
+
+    stride = _on_meta(TensorSpec(shape=shape, dtype=own.dtype)).stride()
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+class _Cut(NamedTuple):
+    """How rows are cut among the processes along one dimension of a mesh: this one gets `rows` of `before`."""
+
+    dim: int
+    before: int
+    rows: Rows
+
+
+def _cut(dim: int, before: int, processes: int, coordinate: int) -> _Cut:
+    """Each process gets ceil(before / processes) rows; the last ones may get fewer, or none."""
+    chunk = -(-before // processes)
+    start = min(before, chunk * coordinate)
+    return _Cut(dim, before, Rows(start=start, stop=min(before, start + chunk)))
+
+
+def _cuts(sharded: "DTensor", name: str) -> list[_Cut]:
+    """How the tensor `name` of a model is cut, from the first dimension of its mesh to the last."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = sharded.device_mesh
+    coordinates = mesh.get_coordinate() or ()
+    cuts: list[_Cut] = []
+    rows = len(sharded) if sharded.dim() else 1
+    for dim, (coordinate, placement) in enumerate(zip(coordinates, sharded.placements, strict=True)):
+        if isinstance(placement, Replicate):
+            continue
+        if type(placement) is not Shard or placement.dim != 0:
+            raise UnsupportedError(
+                f"{name} is sharded as {placement}; a load reads whole rows, so expected Shard(0) or Replicate()"
+            )
+        cuts.append(_cut(dim, rows, mesh.size(dim), coordinate))
+        rows = len(cuts[-1].rows)
+    return cuts
+
+
+def _rows_of(name: str, tensor: Tensor) -> Rows | None:
+    """The rows that this process keeps of the tensor `name` of a model; None for one that every process has whole."""
+    cuts = _cuts(cast("DTensor", tensor), name) if _is_shard(tensor) else []
+    if not cuts:
+        return None
+    start = sum(cut.rows.start for cut in cuts)
+    rows = Rows(start=start, stop=start + len(cuts[-1].rows))
+    held = cast("DTensor", tensor).to_local()
+    if len(held) != len(rows):
+        raise UnsupportedError(
+            f"{name}: this process holds {len(held)} rows of {len(tensor)}; expected {len(rows)}, as torch.chunk cuts"
+        )
+    return rows
+
+
+def _gathered(own: Tensor, like: "DTensor", name: str) -> Tensor:
+    """All rows of a tensor that is sharded as `like` is, of which this process has its `own`.
+
+    `full_tensor` does this too. Its first call imports for a second, and each takes 0.6 ms of Python.
+    """
+    import torch.distributed as dist
+
+    for dim, before, _ in reversed(_cuts(like, name)):
+        processes = like.device_mesh.size(dim)
+        chunk = own.new_zeros(-(-before // processes), *own.shape[1:])
+        chunk[: len(own)] = own
+        chunks = [torch.empty_like(chunk) for _ in range(processes)]
+        dist.all_gather(chunks, chunk, group=like.device_mesh.get_group(dim))
+        own = torch.cat(chunks)[:before]  # only the last chunks are shorter
+    return own
+
+
+def _refuse_changes(model: nn.Module, targets: Mapping[str, Tensor]) -> None:
+    """Raise an UnsupportedError unless `targets` are in `model`, by first name, and are all that is on meta there."""
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    ids, planned = {id(tensor) for tensor in held.values()}, {id(tensor) for tensor in targets.values()}
+    gone = [name for name, tensor in targets.items() if id(tensor) not in ids]
+    if gone:
+        raise UnsupportedError(
+            f"{len(gone)} tensors stand no longer in the model after shard(model): {shortlist(gone)}; "
+            "shard its modules, and do not replace them or their tensors"
+        )
+    added = [name for name, tensor in held.items() if tensor.is_meta and id(tensor) not in planned]
+    if added:
+        raise UnsupportedError(
+            f"{len(added)} tensors on meta were added by shard(model), and the checkpoint holds nothing for them: "
+            f"{shortlist(added)}; give them numbers there"
+        )

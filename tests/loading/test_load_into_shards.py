@@ -1,0 +1,320 @@
+"""A load into shards: what all processes hold together has the bytes of a whole load, and all fail together."""
+
+import warnings
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import nn
+
+import bigq
+from bigq import NF4, QuantizationConfig, load_and_quantize_model
+from processes_of_mesh import Net, error_of, held_by_all, run_ranks
+
+FORMATS = {
+    "nf4": NF4(),
+    "nf4-double-quant": NF4(double_quant=True),
+    "fp4": bigq.FP4(block_size=32),
+    "int8": bigq.Int8(),
+}
+OF_THREE = ("nf4-double-quant", "int8")
+STACKS = ["experts.up", "experts.down"]
+IDS = torch.arange(14).view(2, 7)
+
+
+def _skeleton():
+    with init_empty_weights():
+        return Net()
+
+
+def _load(folder, config, **arguments):
+    return load_and_quantize_model(_skeleton(), folder, config, progress=False, **arguments)
+
+
+def _compare(folder, config, **arguments):
+    """What a load into shards has in common with a whole one."""
+    whole, model = _load(folder, config, device_map="cpu"), _load(folder, config, **arguments)
+    expected, found = whole.state_dict(), held_by_all(model)
+    sharded = {name for name, tensor in model.state_dict().items() if hasattr(tensor, "to_local")}
+    read, whole_read = (
+        sum(stage.nbytes for stage in each.quantization_report.stages if stage.name == "read")
+        for each in (model, whole)
+    )
+    outputs, expected_outputs = model(IDS), whole(IDS)
+    return {
+        "names": list(found) == list(expected),
+        "different": [name for name in expected if not _is_equal(found[name], expected[name])],
+        "sharded": sharded,
+        "read": read / whole_read if whole_read else None,  # an old pickle is mapped
+        "outputs": torch.equal(outputs, expected_outputs),
+        "mask": torch.equal(model.mask, whole.mask),
+        "tied": model.head.weight_packed is model.embed.weight_packed
+        if "head.weight_packed" in found
+        else model.head.weight is model.embed.weight,
+        "nbytes": sum(module.nbytes for module in model.quantization_report.modules),
+        "whole nbytes": sum(module.nbytes for module in whole.quantization_report.modules),
+    }
+
+
+def _read_nbytes(model):
+    return sum(stage.nbytes for stage in model.quantization_report.stages if stage.name == "read")
+
+
+def _is_equal(tensor, other):
+    return tensor.dtype == other.dtype and torch.equal(tensor, other)
+
+
+def _load_formats(world, folder, names):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+    return {
+        name: _compare(folder, QuantizationConfig(FORMATS[name], also_quantize=STACKS), mesh=mesh) for name in names
+    }
+
+
+def _load_otherwise(world, folder):
+    """Other meshes, checkpoints and ways to shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    nf4, mesh = QuantizationConfig("nf4", also_quantize=STACKS), init_device_mesh("cpu", (world,))
+    names = ("replicas", "shards")
+    found = {
+        "hsdp": _compare(folder, nf4, mesh=init_device_mesh("cpu", (1, world), mesh_dim_names=names)),
+        "replicas": _compare(folder, nf4, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=names)),
+        "quantized": _compare(f"{folder}/quantized", None, mesh=mesh),
+        "pickle": _compare(f"{folder}/pickle", nf4, mesh=mesh),
+    }
+    moments = bigq.InputMoments(
+        {
+            f"{name}.weight": torch.linspace(0.1, 2, module.in_features)
+            for name, module in Net().named_modules()
+            if isinstance(module, nn.Linear)
+        }
+    )
+    for name, weight_format in (("search", NF4()), ("search-double-quant", NF4(double_quant=True))):
+        config = QuantizationConfig(weight_format, method="search", moments=moments)
+        found[name] = _compare(folder, config, mesh=mesh)
+
+    def whole_groups(model):
+        """Everything in one group, so that also what the default leaves whole is sharded; the outputs are bfloat16."""
+        fully_shard(model, mesh=mesh)
+
+    double = QuantizationConfig(NF4(double_quant=True), also_quantize=[*STACKS, "embed", "head"])
+    found["tied"] = _compare(folder, double, mesh=mesh)
+    found["one-group"] = _compare(folder, double, mesh=mesh, shard=whole_groups)
+
+    def some_whole(model):
+        """What is expected to be sharded stays whole: a quantized weight, a kept one and a stack."""
+        block = model.blocks[0]
+        whole = {*block.up.parameters(), block.norm.weight, *model.experts.parameters()}
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+        fully_shard(model, mesh=mesh, ignored_params=whole)
+
+    def replicas(model):
+        """Over another mesh than expected: every process keeps all rows."""
+        fully_shard(model, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=names))
+
+    found["some-whole"] = _compare(folder, double, mesh=mesh, shard=some_whole)
+    found["other-mesh"] = _compare(folder, double, mesh=mesh, shard=replicas)
+    return found
+
+
+def _refuse(rank, world, folder):
+    """What is refused, in all processes, and whether the model is as it was then."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    mesh, nf4 = init_device_mesh("cpu", (world,)), QuantizationConfig("nf4")
+    second = rank == 1
+
+    def fails(model):
+        fully_shard(model.blocks[0], mesh=mesh)
+        if second:
+            raise RuntimeError("no")
+        fully_shard(model, mesh=mesh)
+
+    def by_columns(model):
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.shape == (101, 64) else None)
+
+    def adds(model):
+        model.extra = nn.Parameter(torch.empty(3, device="meta"))
+        fully_shard(model, mesh=mesh)
+
+    def replaces(model):
+        model.blocks[0].up = nn.Linear(64, 513)
+        fully_shard(model, mesh=mesh)
+
+    cases = {
+        "missing": (f"{folder}/none" if second else folder, nf4, {}),
+        "nan": (f"{folder}/nan", nf4, {}),
+        "fails": (folder, nf4, {"shard": fails}),
+        "config": (folder, QuantizationConfig("fp4") if second else nf4, {}),
+        "columns": (folder, nf4, {"shard": by_columns}),
+        "adds": (folder, nf4, {"shard": adds}),
+        "replaces": (folder, nf4, {"shard": replaces}),
+        "device": (folder, nf4, {"device_map": "cpu"}),
+        "in place": (None, nf4, {}),
+    }
+    model = _skeleton()
+    before = [(name, type(module), {**vars(module)}) for name, module in model.named_modules()]
+    held = dict(model.named_parameters())
+    said = {}
+    for name, (location, config, arguments) in cases.items():
+        said[name] = error_of(
+            lambda c=config, w=location, a=arguments: load_and_quantize_model(
+                model, w, c, progress=False, mesh=mesh, **a
+            )
+        )
+        after = [(name, type(module), {**vars(module)}) for name, module in model.named_modules()]
+        hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks]
+        same = [a == b for (*a, _), (*b, _) in zip(before, after, strict=True)]
+        same += [a.keys() == b.keys() for (*_, a), (*_, b) in zip(before, after, strict=True)]
+        same += [held.get(name) is parameter for name, parameter in model.named_parameters()]
+        said[name] += "" if all(same) and not hooks else " AND CHANGED THE MODEL"
+    said["mesh"] = error_of(lambda: load_and_quantize_model(model, folder, nf4, mesh="cpu"))
+    nameless = init_device_mesh("cpu", (1, world))
+    said["nameless"] = error_of(lambda: load_and_quantize_model(model, folder, nf4, mesh=nameless))
+    said["shard alone"] = error_of(lambda: load_and_quantize_model(model, folder, nf4, shard=by_columns))
+    loaded = load_and_quantize_model(model, folder, nf4, progress=False, mesh=mesh)
+    said["loaded"] = error_of(lambda: load_and_quantize_model(loaded, folder, nf4, mesh=mesh))
+    said["then"] = torch.equal(loaded(IDS), _load(folder, nf4, device_map="cpu")(IDS))
+    return said
+
+
+def _work(rank, world, folder):
+    warnings.simplefilter("error")
+    if world == 3:
+        return _load_formats(world, folder, OF_THREE)
+    return {
+        "formats": _load_formats(world, folder, FORMATS),
+        "otherwise": _load_otherwise(world, folder),
+        "refused": _refuse(rank, world, folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint in bfloat16; the same quantized, as an old pickle, and with a NaN in the last row of a weight."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    state = Net().to(torch.bfloat16).state_dict()
+    state["steps"] = torch.tensor(7)
+    del state["head.weight"]  # the embedding's
+    bad = {**state, "blocks.1.up.weight": state["blocks.1.up.weight"].clone()}
+    bad["blocks.1.up.weight"][-1, 0] = float("nan")
+    for name in ("quantized", "pickle", "nan"):
+        (folder / name).mkdir()
+    save_file(state, folder / "model.safetensors")
+    save_file(bad, folder / "nan" / "model.safetensors")
+    torch.save(state, folder / "pickle" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    config = QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
+    bigq.save_quantized(_load(folder, config, device_map="cpu"), folder / "quantized")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_two(checkpoint, tmp_path_factory):
+    return run_ranks(_work, tmp_path_factory.mktemp("two"), 2, str(checkpoint), world=2)
+
+
+@pytest.fixture(scope="module")
+def of_three(checkpoint, tmp_path_factory):
+    return run_ranks(_work, tmp_path_factory.mktemp("three"), 3, str(checkpoint), world=3)
+
+
+def _is_as_whole(found):
+    return found["names"] and not found["different"] and found["outputs"] and found["mask"] and found["tied"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_two_processes_hold_the_bytes_of_one(of_two, name):
+    for found in (each["formats"][name] for each in of_two):
+        assert _is_as_whole(found), found
+        assert {"experts.up_packed", "experts.down_absmax", "blocks.0.up.weight_packed", "gain"} <= found["sharded"]
+        assert not {name for name in found["sharded"] if "quant_state" in name or "offset" in name}
+        assert 0.45 < found["read"] < 0.6  # of 5 experts, a process has 3 or 2
+
+
+@pytest.mark.parametrize("name", OF_THREE)
+def test_three_processes_hold_the_bytes_of_one(of_three, name):
+    for found in (each[name] for each in of_three):
+        assert _is_as_whole(found), found
+        assert 0.2 < found["read"] < 0.45  # of 5 experts, a process has 2 or 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_report_counts_the_bytes_of_the_process(of_two, name):
+    found = [each["formats"][name] for each in of_two]
+    assert sum(each["nbytes"] for each in found) < 1.2 * found[0]["whole nbytes"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hsdp",
+        "replicas",
+        "quantized",
+        "pickle",
+        "search",
+        "search-double-quant",
+        "tied",
+        "one-group",
+        "some-whole",
+        "other-mesh",
+    ],
+)
+def test_every_way_to_load_and_to_shard_holds_the_bytes_of_one_process(of_two, name):
+    for found in (each["otherwise"][name] for each in of_two):
+        assert _is_as_whole(found), found
+
+
+def test_replicas_read_everything_and_shards_their_part(of_two):
+    for found in (each["otherwise"] for each in of_two):
+        assert found["replicas"]["read"] == 1
+        assert found["hsdp"]["read"] < 0.6
+        assert found["quantized"]["read"] < 0.6
+        assert any("quant_state" in name for name in found["one-group"]["sharded"])
+        assert found["some-whole"]["read"] > 0.6  # rows of what stays whole were read first, in vain
+        assert not {"blocks.0.up.weight_packed", "experts.up_absmax"} & found["some-whole"]["sharded"]
+        assert found["other-mesh"]["read"] > 1.4
+
+
+@pytest.mark.parametrize(
+    "case, kind, words",
+    [
+        ("missing", "CheckpointError", "none"),
+        ("nan", "CheckpointError", "blocks.1.up.weight"),
+        ("config", "CheckpointError", "the processes of the mesh have 2 different plans"),
+        ("columns", "UnsupportedError", "is sharded as"),
+        ("adds", "UnsupportedError", "1 tensors on meta were added by shard(model)"),
+        ("replaces", "UnsupportedError", "blocks.0.up.weight_packed"),
+        ("device", "ConfigError", "device_map is 'cpu' and mesh is given"),
+        ("in place", "ConfigError", "a load into shards reads a checkpoint"),
+        ("mesh", "ConfigError", "mesh is 'cpu'; expected a DeviceMesh"),
+        ("nameless", "ConfigError", "has no names for its dimensions"),
+        ("shard alone", "ConfigError", "pass the mesh"),
+        ("loaded", "UnsupportedError", "the model is quantized already"),
+    ],
+)
+def test_what_is_refused_is_refused_in_all_processes(of_two, case, kind, words):
+    for said in (each["refused"][case] for each in of_two):
+        assert said.startswith(f"{kind}: ")
+        assert words in said
+        assert "AND CHANGED THE MODEL" not in said
+
+
+def test_an_error_is_told_to_the_other_processes(of_two):
+    first, second = (each["refused"] for each in of_two)
+    assert second["fails"] == "RuntimeError: no"
+    assert first["fails"] == "BigqError: process 1 failed, so no process has loaded anything: RuntimeError: no"
+    assert first["missing"].startswith("CheckpointError: process 1 failed")
+    assert first["nan"].startswith("CheckpointError: process 1 failed")
+    assert second["nan"].startswith("CheckpointError: 1 weights hold NaN or Inf")
+
+
+def test_a_model_is_loaded_after_loads_that_failed(of_two):
+    assert [each["refused"]["then"] for each in of_two] == [True, True]
