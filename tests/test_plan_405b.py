@@ -46,6 +46,8 @@ SENTENCES = {
     r"once: (\d+) s": CHECKPOINT / DRIVES,
     r"own drives, (\d+) s": NODES * CHECKPOINT / SHARED,
     r"saved quantized, has ([\d.]+) GB": QUANTIZED + KEPT,
+    r"a GPU holds (\d+) GB": (QUANTIZED + KEPT) / GPUS,
+    r"one more weight, ([\d.]+) GB": INNER * H * 4.5 / 8 / 1e9,
     r"GB: (\d+) s and": (QUANTIZED + KEPT) / DRIVES,
     r"s and (\d+) s": NODES * (QUANTIZED + KEPT) / SHARED,
 }

@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from bigq.errors import UnsupportedError
 from bigq.integrations.collectives import summed, with_summed_gradients
+from bigq.integrations.sharded_rows import gather_rows
 from bigq.interop.expert_adapters import adapted_module
 from bigq.weight.convert import original_class
 from bigq.weight.experts import IMPLEMENTATIONS, QuantizedExperts
@@ -41,6 +42,7 @@ class ExpertParallel(ParallelStyle):
         rank, world, group = device_mesh.get_local_rank(), device_mesh.size(), device_mesh.get_group()
         start, stop = count * rank // world, count * (rank + 1) // world
         refuse_slice(experts)
+        gather_rows(experts)
         if count < world:
             raise UnsupportedError(f"{count} experts of a {kind} are too few for {world} processes")
         stacks = [leaf for leaf, description in experts.descriptions.items() if description.shape[0] == count]

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.integrations.collectives import placed, summed, with_summed_gradients
+from bigq.integrations.sharded_rows import gather_rows
 from bigq.weight.linear import QuantizedMatrix
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.slices import keep_ranges, range_of_rank, refuse_slice
@@ -62,6 +63,7 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if _is_adapted(module):
             return _apply_to_tuner(self, module, device_mesh, cut="lora_B")
+        gather_rows(module)
         if not isinstance(module, QuantizedModule):
             if self.parts != 1:
                 raise UnsupportedError(f"parts={self.parts!r} of a {type(module).__name__} that is not quantized")
@@ -116,6 +118,7 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if _is_adapted(module):
             return _apply_to_tuner(self, module, device_mesh, cut="lora_A")
+        gather_rows(module)
         if not isinstance(module, QuantizedModule):
             return super()._apply(module, device_mesh)
         matrix, group = _matrix(module), device_mesh.get_group()
@@ -165,7 +168,8 @@ def parallelize_module(
     """torch's `parallelize_module`, for a model with quantized weights: the plan of the float model works unchanged.
 
     torch's column-wise and row-wise styles in the plan become those of this file, with the same layouts. Load the whole
-    model in each process, add an adapter if there is to be one, parallelize, and call `fully_shard` last.
+    model in each process, or with `shard_rows`; add an adapter if there is to be one, parallelize, and call
+    `fully_shard` last.
 
     Args:
         module: changed; all processes of the mesh have equal weights.
@@ -198,7 +202,10 @@ def parallelize_module(
         plan = {name: _style(style) for name, style in plan.items()}
     elif plan is not None:
         plan = _style(plan)
-    return torch_styles.parallelize_module(module, device_mesh, plan, src_data_rank=src_data_rank)
+    torch_styles.parallelize_module(module, device_mesh, plan, src_data_rank=src_data_rank)
+    for child in module.modules():  # what the plan leaves out is whole in each process
+        gather_rows(child)
+    return module
 
 
 _SUMMED_BIAS = "summed_bias"
