@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["first_tensor", "map_tensors"]
 
+_PLAIN = (type(None), bool, int, float, str)
+
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any, *, skip_keys: Container[object] = ()) -> Any:
     """`value` with `change` applied to each tensor in it.
@@ -25,6 +27,8 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any, *, skip_keys: Co
     """
     if isinstance(value, Tensor):
         return change(value)
+    if type(value) in _PLAIN:  # without it None takes 2.7 us instead of 0.6, and a decoder layer is given several
+        return value
     if isinstance(value, PackedSequence):  # its batch_sizes stay on the CPU
         data = change(value.data)
         return value if data is value.data else value.to(data.device, data.dtype)  # type: ignore[arg-type]

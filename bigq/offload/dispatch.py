@@ -10,8 +10,9 @@ from bigq.errors import PlacementError
 from bigq.model.selection import output_head
 from bigq.model.tree import is_called, is_stack
 from bigq.offload.attach import attach, refuse_moves
+from bigq.offload.block import OffloadedBlock
 from bigq.offload.hooks import Float32Hook, PlacementHook
-from bigq.offload.prefetch import OffloadedBlock, Prefetcher
+from bigq.offload.prefetch import Prefetcher
 from bigq.offload.space import is_file_backed
 from bigq.planning.device_map import DeviceMap, ancestors, as_user_map, execution_device, is_gpu, place_of
 from bigq.planning.plan import Plan

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bigq.offload.attach import SurroundingHook, allow_moves, outside_of_graphs
+from bigq.offload.block import OffloadedBlock
 from bigq.offload.containers import first_tensor, map_tensors
 from bigq.offload.newcomers import latest_registration, settle
-from bigq.offload.prefetch import Call, OffloadedBlock, Prefetcher
+from bigq.offload.prefetch import Call, Prefetcher
 from bigq.offload.state_guard import StateGuard
 
 __all__ = ["Float32Hook", "PlacementHook"]
@@ -75,7 +76,7 @@ class PlacementHook(SurroundingHook):
         if self.block is None:
             output = forward(*args, **kwargs)
         else:
-            block_call = self._onload()
+            block_call = self._onload(args, kwargs)
             try:
                 output = forward(*args, **kwargs)
             finally:
@@ -109,10 +110,10 @@ class PlacementHook(SurroundingHook):
         )
 
     @outside_of_graphs
-    def _onload(self) -> Call:
+    def _onload(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         assert self.block is not None
         assert self.prefetcher is not None
-        call = self.prefetcher.enter(self.block)
+        call = self.prefetcher.enter(self.block, in_place=self.block.may_read_in_place(args, kwargs))
         call.begin()
         return call
 

@@ -2,11 +2,13 @@
 
 PEFT makes an adapter where the weight is stored, which is the CPU for an offloaded block. A hook knows its device, and
 moves what is new at its next call. torch reports modules and Parameters as they are registered anywhere in the process,
-so a call looks for new tensors only if something was registered since the last one.
+so a call looks for new tensors only if something was registered since the last one. A slice of a list of layers, as
+transformers takes one in each forward pass, registers all of them again, and is nothing new.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import count
+from weakref import WeakSet
 
 import torch
 from accelerate.hooks import ModelHook
@@ -25,6 +27,7 @@ class _Registrations:
 
     def __init__(self) -> None:
         self._numbers = count(1)
+        self.known: WeakSet[nn.Module] = WeakSet()  # modules that were looked through: what they get later is noted
         self.latest = 0
         self.counting = False
 
@@ -34,6 +37,8 @@ class _Registrations:
         register_module_parameter_registration_hook(self._note)
 
     def _note(self, module: nn.Module, name: str, registered: object) -> None:
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and registered in self.known:
+            return
         if not is_compiling():  # torch.compile would compile anew for every number
             self.latest = next(self._numbers)
 
@@ -62,6 +67,7 @@ def settle(module: nn.Module, offloaded: Iterable[tuple[nn.Module, str]], device
         return
     stay = {(id(owner), name) for owner, name in offloaded}
     for owner in _own_parts(module):
+        _registrations.known.add(owner)
         for table in (owner._parameters, owner._buffers):
             for name, tensor in table.items():
                 if tensor is not None and tensor.device.type == "cpu" and (id(owner), name) not in stay:

@@ -10,85 +10,22 @@ ends with its object at the latest, so whatever was interrupted, the next call f
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bigq.model.tree import assign_tensor, tensor_table
+from bigq.offload.block import OffloadedBlock
+from bigq.offload.in_place import InPlace
 from bigq.offload.saved_tensors import saved_offloaded
 from bigq.offload.slot import DeviceSlot
 from bigq.offload.transfer import Layout, Transfer
 from bigq.system.internals import SEES_EDITS, can_hook_saved_tensors, saved_tensor_hooks
 from bigq.system.interrupts import to_the_end
 
-__all__ = ["Call", "OffloadedBlock", "Prefetcher"]
-
-
-class OffloadedBlock:
-    """Offloaded tensors that are copied together: `members` is (owner, name) of each.
-
-    `ahead` says that they are copied before they are needed; those of a module around other blocks are not, because
-    they would occupy a slot for the length of all of their calls.
-    """
-
-    def __init__(self, members: Iterable[tuple[nn.Module, str]], *, ahead: bool) -> None:
-        self.members = list(members)
-        self.ahead = ahead
-        self._start()
-
-    def _start(self) -> None:
-        self.layout: Layout | None = None
-        self.slot: DeviceSlot | None = None  # holds the copies that its calls use
-        self.calls: set[int] = set()  # those that have not ended, by id: they end with their objects
-        self._own: Sequence[Tensor] | None = None  # its tensors, while copies stand in their place
-
-    @cached_property
-    def _tables(self) -> list[tuple[dict[str, Any], str]]:
-        """The dicts of the owners themselves: nn.Module's own lookup takes longer than everything else in a call."""
-        return [(tensor_table(owner, name), name) for owner, name in self.members]
-
-    @cached_property
-    def _in_lists(self) -> list[int]:
-        return [i for i, (owner, _) in enumerate(self.members) if isinstance(owner, nn.RNNBase)]
-
-    def tensors(self) -> list[Tensor]:
-        """What the modules hold now: between calls, the offloaded tensors."""
-        return [table[name] for table, name in self._tables]
-
-    def assign(self, tensors: Sequence[Tensor]) -> None:
-        """Make `tensors` what the modules hold."""
-        for (table, name), tensor in zip(self._tables, tensors, strict=True):
-            table[name] = tensor
-        for i in self._in_lists:  # an RNN keeps a second list of its weights
-            assign_tensor(*self.members[i], tensors[i])
-
-    def use_copies(self, copies: Sequence[Tensor], own: Sequence[Tensor]) -> None:
-        """Let the modules hold `copies`; `put_back` undoes it, wherever this is interrupted."""
-        self._own = own
-        self.assign(copies)
-
-    def put_back(self) -> None:
-        """Let the modules hold their own tensors."""
-        if self._own is not None:
-            self.assign(self._own)
-            self._own = None
-
-    def forget_calls(self) -> None:
-        """Put back what calls use that have ended unnoticed, such as those of other threads before a fork."""
-        self.put_back()
-        self._start()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "ahead": self.ahead}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
+__all__ = ["Call", "Prefetcher"]
 
 
 class Call:
@@ -164,10 +101,11 @@ class Prefetcher:
         ahead = [block for block in self.blocks if block.ahead]
         self._next = dict(zip(ahead, ahead[1:] + ahead[:1], strict=True))
 
-    def enter(self, block: OffloadedBlock) -> Call:
+    def enter(self, block: OffloadedBlock, *, in_place: bool = False) -> Call:
         """Give `block` the copies of its tensors, and start to copy those of the blocks that come next.
 
-        Every `enter` needs a `leave` of the call that it returns.
+        Every `enter` needs a `leave` of the call that it returns. With `in_place`, experts in pinned memory are read
+        there: they are not copied, neither for this block nor ahead for the next ones.
 
         Raises:
             CheckpointError: a file that holds offloaded tensors was cut short.
@@ -181,14 +119,14 @@ class Prefetcher:
         with self._lock:
             try:
                 if not block.calls:
-                    self._onload(block)
+                    self._onload(block, in_place)
                 block.calls.add(id(call))
-                slot, layout = block.slot, block.layout
+                slot, layout = block.slot, block.copied
                 assert slot is not None
                 assert layout is not None
                 slot.wait_for_copies()
                 if block.ahead and SEES_EDITS:  # otherwise each copy counts as outdated: one made ahead is made again
-                    self._follow(block)
+                    self._follow(block, in_place)
                 if torch.is_grad_enabled() and can_hook_saved_tensors():
                     call.saving = saved_offloaded(slot.buffer, layout, self._transfer)
             except BaseException:
@@ -217,27 +155,47 @@ class Prefetcher:
             self._users.pop(slot, None)
             block.slot = None
 
-    def _onload(self, block: OffloadedBlock) -> None:
+    def _onload(self, block: OffloadedBlock, in_place: bool) -> None:
         block.put_back()
-        layout = self._layout_of(block)
+        layout = self._copied_layout(block, in_place)
         slot = self._held(layout)
         if slot is None:
-            slot = self._idle_slot(layout) if block.ahead and layout.on_host else None
+            slot = self._idle_slot(layout) if block.ahead and layout.on_host and layout.nbytes else None
             stream = self._stream
             if slot is None:
                 slot = DeviceSlot(layout.nbytes, self.device)
                 stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             self._fill(slot, layout, stream)
-        self._users[slot], block.slot = block, slot
+        self._users[slot], block.slot, block.copied = block, slot, layout
         slot.finish()
-        block.use_copies(slot.tensors_of(layout), layout.tensors)
+        copies = slot.tensors_of(layout)
+        assert block.layout is not None
+        if layout is not block.layout:
+            assert block.in_place is not None
+            copies = block.in_place.with_views(copies)
+        block.use_copies(copies, block.layout.tensors)
         slot.turn = self._tick()
+
+    def _copied_layout(self, block: OffloadedBlock, in_place: bool) -> Layout:
+        """What is copied for a call of `block`: all of it, or with `in_place` what is not read where it is.
+
+        All of it may be in a slot since another call, and stays there if there are no more blocks than slots.
+        """
+        whole = self._layout_of(block)
+        if not in_place:
+            return whole
+        stays = len(self._next) <= self._max_slots or self._held(whole) is not None
+        if stays and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return whole  # a CUDA graph that is captured cannot wait for a copy that was queued before
+        if block.in_place is None:
+            block.in_place = InPlace(block.members, whole, self.device)
+        return block.in_place.layout
 
     def _layout_of(self, block: OffloadedBlock) -> Layout:
         tensors = block.tensors()
         if block.layout is None or not block.layout.is_current(tensors):
             self._transfer.pin(tensors)
-            block.layout = Layout(tensors)
+            block.layout, block.in_place = Layout(tensors), None
         return block.layout
 
     def _held(self, layout: Layout) -> DeviceSlot | None:
@@ -278,7 +236,7 @@ class Prefetcher:
         slot.fill(layout, self._transfer, stream)
         slot.turn = self._tick()
 
-    def _follow(self, block: OffloadedBlock) -> None:
+    def _follow(self, block: OffloadedBlock, in_place: bool) -> None:
         """Learn what follows what, and copy ahead of `block` as far as there are idle slots."""
         last: OffloadedBlock | None = getattr(self._last, "block", None)
         if last is not None:
@@ -288,7 +246,9 @@ class Prefetcher:
             block = self._next[block]
             if block.calls or (block.layout is not None and self._held(block.layout)):
                 continue
-            layout = self._layout_of(block)
+            layout = self._copied_layout(block, in_place)
+            if not layout.nbytes or self._held(layout) is not None:
+                continue
             slot = self._idle_slot(layout)
             if slot is None or not layout.on_host:
                 return

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from bigq.offload.prefetch import OffloadedBlock
+from bigq.offload.block import OffloadedBlock
 from bigq.offload.space import refuse_cut_short
 
 __all__ = ["StateGuard"]

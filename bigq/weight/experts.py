@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["IMPLEMENTATIONS", "QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
+FUSED_DTYPES = (torch.bfloat16, torch.float16)  # and FUSED_STEP columns: what products take without dequantizing
+FUSED_STEP = 32
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
 
 
@@ -46,6 +48,20 @@ class QuantizedExperts(QuantizedModule):
     _apply_gate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
+
+    def rows_of(self, x: Tensor) -> int | None:
+        """How many rows a call with tokens x [..., H] multiplies, each by one expert, without reading other experts.
+
+        None where that is not known, or where all experts are read: the forward is that of transformers, or the weights
+        are dequantized.
+        """
+        top_k, leaves = getattr(self.config, "num_experts_per_tok", None), (self._up, "down_proj")
+        if not (x.is_floating_point() and isinstance(top_k, int) and self._multiplies(*leaves)):
+            return None
+        described = [self._quantized[leaf] for leaf in leaves]
+        if any((own.compute_dtype or x.dtype) not in FUSED_DTYPES or own.shape[-1] % FUSED_STEP for own in described):
+            return None
+        return x.numel() // described[0].shape[-1] * top_k
 
     def forward(self, *args: Any, changes: Changes | None = None, **kwargs: Any) -> Tensor:
         """Sum the experts of each row, weighted. The arguments are those of `_weighted_sum`, or of the class itself.

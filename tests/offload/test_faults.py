@@ -16,8 +16,9 @@ from torch import nn
 from bigq import QuantizationConfig, load_and_quantize_model, materialize
 from bigq.formats import TensorSpec
 from bigq.offload.attach import attach, hooks_of
+from bigq.offload.block import OffloadedBlock
 from bigq.offload.hooks import PlacementHook
-from bigq.offload.prefetch import OffloadedBlock, Prefetcher
+from bigq.offload.prefetch import Prefetcher
 from bigq.offload.space import OffloadSpace, is_file_backed
 from bigq.system.machine import usable_cores
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from bigq.formats import TensorSpec
 from bigq.offload.attach import attach
+from bigq.offload.block import OffloadedBlock
 from bigq.offload.hooks import Float32Hook, PlacementHook
-from bigq.offload.prefetch import OffloadedBlock, Prefetcher
+from bigq.offload.prefetch import Prefetcher
 from bigq.offload.space import OffloadSpace, is_file_backed
 
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ from torch import nn
 
 from bigq.offload import hooks, newcomers
 from bigq.offload.attach import attach
+from bigq.offload.block import OffloadedBlock
 from bigq.offload.hooks import PlacementHook
 from bigq.offload.newcomers import latest_registration, settle
-from bigq.offload.prefetch import OffloadedBlock, Prefetcher
+from bigq.offload.prefetch import Prefetcher
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -78,6 +79,23 @@ def test_modules_and_parameters_are_noticed(register):
     before = latest_registration()
     torch.ones(3).requires_grad_()
     assert latest_registration() == before
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+def test_a_slice_of_known_layers_is_nothing_new(moved_names, kind):
+    layers = kind([Block(), Block(), Block()]) if kind is nn.ModuleList else kind(Block(), Block(), Block())
+    before = latest_registration()
+    assert len(layers[:2]) == 2
+    assert latest_registration() != before, "nobody has looked through these"
+    moved_names(layers)
+    before = latest_registration()
+    assert len(layers[:2]) == 2
+    assert latest_registration() == before
+    with_adapter(layers[1])
+    assert latest_registration() != before
+    before = latest_registration()
+    layers[0].inner = layers[2].inner  # it may have been moved to the CPU since
+    assert latest_registration() != before
 
 
 @pytest.fixture

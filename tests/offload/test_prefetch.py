@@ -109,9 +109,9 @@ def test_the_order_that_runs_is_learnt(pair, monkeypatch):
     missed = []
     idle = Prefetcher._onload
 
-    def onload(self, block):
+    def onload(self, block, in_place):
         missed.append(block.layout is None or self._held(block.layout) is None)
-        return idle(self, block)
+        return idle(self, block, in_place)
 
     monkeypatch.setattr(Prefetcher, "_onload", onload)
     model(input_on(device), order)

@@ -7,8 +7,9 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from bigq.formats import TensorSpec
 from bigq.offload.attach import attach
+from bigq.offload.block import OffloadedBlock
 from bigq.offload.hooks import PlacementHook
-from bigq.offload.prefetch import OffloadedBlock, Prefetcher
+from bigq.offload.prefetch import Prefetcher
 from bigq.offload.space import OffloadSpace
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -1,0 +1,253 @@
+"""InPlace: experts that a call reads in host memory. Outputs keep their bits, and only the rest is copied."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bigq
+from bigq.offload import in_place, transfer
+from bigq.weight.experts import QuantizedExperts
+
+E, TOP_K, H = 16, 2, 64
+LAYERS = 3
+FEW, MANY = E // 2 // TOP_K, E // 2 // TOP_K + 1  # tokens: up to one row for each two experts, and more
+
+
+def mixtral(dtype):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": H, "intermediate_size": 96, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=E, num_experts_per_tok=TOP_K)
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(config).to(dtype).eval()
+
+
+def device_map(device, place, part, layers=LAYERS):
+    return {"": device} | {f"model.layers.{i}{part}": place for i in range(layers)}
+
+
+def loaded(device="cpu", place=None, part="", weight_format="nf4", folder=None, dtype=torch.bfloat16, layers=LAYERS):
+    """A Mixtral, with parts of its first `layers` in `place`, or resident and frozen."""
+    config = bigq.QuantizationConfig(weight_format)
+    places = {"": device} if place is None else device_map(device, place, part, layers)
+    model = bigq.load_and_quantize_model(
+        mixtral(dtype), None, config, places, offload="quantized", offload_folder=folder, progress=False
+    )
+    return model.requires_grad_(False)
+
+
+def ids_of(tokens, device="cpu"):
+    return torch.arange(tokens, device=device)[None] * 5 % 64
+
+
+def logits(model, tokens, device="cpu"):
+    with torch.no_grad():
+        return model(ids_of(tokens, device), use_cache=False).logits
+
+
+@pytest.fixture
+def views_of_files(monkeypatch):
+    """On a CPU: what is in a file stands for pinned memory, and the CPU for the GPU that reads it."""
+    made = []
+
+    def view(tensor, device):
+        made.append(tensor)
+        return nn.Parameter(tensor.detach(), requires_grad=False)
+
+    monkeypatch.setattr(in_place, "view_on", view)
+    return made
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """The bytes of each copy."""
+    nbytes = []
+    start = transfer.Transfer.start
+
+    def counted(self, layout, buffer, stream):
+        nbytes.append(sum(tensor.nbytes for tensor in layout.tensors))
+        return start(self, layout, buffer, stream)
+
+    monkeypatch.setattr(transfer.Transfer, "start", counted)
+    return nbytes
+
+
+def nbytes_of(module, *, experts):
+    return sum(
+        tensor.nbytes
+        for owner in module.modules()
+        for tensor in owner._parameters.values()
+        if tensor is not None and (experts or not isinstance(owner, QuantizedExperts))
+    )
+
+
+@pytest.mark.parametrize("weight_format", [bigq.NF4(), bigq.NF4(double_quant=True), bigq.FP4(block_size=32)], ids=repr)
+@pytest.mark.parametrize("part", ["", ".mlp.experts"], ids=["layers", "experts"])
+def test_outputs_are_those_of_the_resident_model(views_of_files, tmp_path, part, weight_format):
+    resident = loaded(weight_format=weight_format)
+    model = loaded(place="disk", part=part, weight_format=weight_format, folder=tmp_path)
+    for tokens in (1, FEW, MANY, 2, 40, 1):
+        assert torch.equal(logits(model, tokens), logits(resident, tokens)), tokens
+    assert views_of_files
+
+
+def test_a_call_of_few_tokens_copies_no_experts(views_of_files, copied, tmp_path):
+    model = loaded(place="disk", folder=tmp_path)
+    layer = model.model.layers[0]
+    rest, whole = nbytes_of(layer, experts=False), nbytes_of(layer, experts=True)
+    assert rest < whole / 4
+    logits(model, 1)
+    assert set(copied) == {rest}
+    copied.clear()
+    logits(model, FEW)
+    assert set(copied) == {rest}
+    copied.clear()
+    logits(model, MANY)
+    assert copied[0] == whole, "a copy without experts was there"
+    assert set(copied) == {whole}
+
+
+def test_a_call_after_a_prompt_takes_the_copy_that_is_there(views_of_files, copied, tmp_path):
+    model = loaded(place="disk", folder=tmp_path)
+    logits(model, MANY)
+    logits(model, MANY)
+    copied.clear()
+    logits(model, 1)
+    rest = nbytes_of(model.model.layers[0], experts=False)
+    assert copied == [rest] * LAYERS, "layers 1 and 2, and layer 0 for the next call"
+
+
+def test_blocks_that_stay_in_their_slots_are_copied_once(views_of_files, copied, tmp_path):
+    model = loaded(place="disk", folder=tmp_path, layers=2)
+    expected = logits(loaded(), 1)
+    assert torch.equal(logits(model, 1), expected)
+    assert set(copied) == {nbytes_of(model.model.layers[0], experts=True)}
+    assert len(copied) == 2
+    copied.clear()
+    assert torch.equal(logits(model, 1), expected)
+    assert not copied
+
+
+def test_experts_alone_need_no_slot(views_of_files, copied, tmp_path):
+    model = loaded(place="disk", part=".mlp.experts", folder=tmp_path)
+    logits(model, 1)
+    logits(model, 1)
+    prefetcher = model.model.layers[0].mlp.experts._hf_hook.prefetcher
+    assert set(copied) == {0}
+    assert prefetcher._slots is None
+    logits(model, MANY)
+    assert len(prefetcher._slots) == 2
+
+
+def test_the_modules_hold_their_own_tensors_between_calls(views_of_files, tmp_path):
+    model = loaded(place="disk", folder=tmp_path)
+    before = dict(model.named_parameters())
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits(model, 1)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+    bigq.materialize(model)
+    assert torch.equal(logits(model, 1), logits(loaded(), 1))
+
+
+def test_a_call_reads_experts_in_the_views_and_nothing_else(views_of_files, tmp_path):
+    model = loaded(place="disk", folder=tmp_path)
+    layer = model.model.layers[1]
+    held = {}
+
+    def note(module, args):
+        held.update({name: tensor.data_ptr() for name, tensor in layer.named_parameters()})
+
+    own = {name: tensor.data_ptr() for name, tensor in layer.named_parameters()}
+    layer.mlp.experts.register_forward_pre_hook(note)
+    logits(model, 1)
+    in_experts = {name for name in own if name.startswith("mlp.experts.")}
+    assert {name for name in own if held[name] == own[name]} == in_experts
+
+
+def test_edits_between_calls_are_seen(views_of_files, tmp_path):
+    model, resident = loaded(place="disk", folder=tmp_path), loaded()
+    logits(model, 1)
+    for each in (model, resident):
+        with torch.no_grad():
+            each.model.layers[1].mlp.experts.down_proj_packed.bitwise_xor_(0x31)
+            each.model.layers[2].mlp.experts.gate_up_proj = each.model.layers[0].mlp.experts.gate_up_proj.clone()
+    assert torch.equal(logits(model, 1), logits(resident, 1))
+
+
+def test_gradients_need_whole_copies(views_of_files, copied, tmp_path):
+    model, resident = loaded(place="disk", folder=tmp_path), loaded()
+    found = []
+    for each in (model, resident):
+        x = each.model.embed_tokens(ids_of(1)).requires_grad_()
+        each(inputs_embeds=x, use_cache=False).logits.float().square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+    assert nbytes_of(model.model.layers[0], experts=False) not in copied
+    assert not views_of_files
+
+
+@pytest.mark.parametrize("case", ["another implementation", "int8", "float32"])
+def test_what_reads_all_experts_is_copied(views_of_files, copied, tmp_path, case):
+    options = {"int8": {"weight_format": "int8"}, "float32": {"dtype": torch.float32}}.get(case, {})
+    model, resident = loaded(place="disk", folder=tmp_path, **options), loaded(**options)
+    if case == "another implementation":
+        model.set_experts_implementation("eager")
+        resident.set_experts_implementation("eager")
+    assert torch.equal(logits(model, 1), logits(resident, 1))
+    assert set(copied) == {nbytes_of(model.model.layers[0], experts=True)}
+
+
+def test_experts_in_files_are_copied(copied, tmp_path):
+    model = loaded(place="disk", folder=tmp_path)
+    assert torch.equal(logits(model, 1), logits(loaded(), 1))
+    assert set(copied) == {nbytes_of(model.model.layers[0], experts=True)}
+
+
+def test_a_deepcopy_reads_its_own_experts(views_of_files, tmp_path):
+    model = loaded(place="disk", folder=tmp_path)
+    expected = logits(model, 1)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj_packed.zero_()
+    assert torch.equal(logits(other, 1), expected)
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.mark.parametrize("weight_format", [bigq.NF4(), bigq.NF4(double_quant=True)], ids=repr)
+    @pytest.mark.parametrize("part", ["", ".mlp.experts"], ids=["layers", "experts"])
+    def test_outputs_are_those_of_the_resident_model(self, part, weight_format):
+        resident = loaded("cuda:0", weight_format=weight_format)
+        model = loaded("cuda:0", "cpu", part, weight_format)
+        for tokens in (1, 1, 1, FEW, MANY, 2, 40, 1):
+            assert torch.equal(logits(model, tokens, "cuda"), logits(resident, tokens, "cuda")), tokens
+        assert model.model.layers[0]._modules["mlp"].experts.gate_up_proj_packed.device.type == "cpu"
+
+    def test_a_graph_reads_experts_on_the_host(self):
+        model = loaded("cuda:0", "cpu", ".mlp.experts")
+        ids = ids_of(1, "cuda")
+        with torch.no_grad():
+            model(ids, use_cache=False)
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                model(ids, use_cache=False)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = model(ids, use_cache=False).logits
+            for token in (3, 17, 42):  # which other experts see
+                ids.fill_(token)
+                graph.replay()
+                assert torch.equal(out, model(ids, use_cache=False).logits)
+
+    def test_memory_is_freed_after_the_device_has_read_it(self):
+        model = loaded("cuda:0", "cpu", ".mlp.experts")
+        expected = logits(model, 1, "cuda").clone()
+        for _ in range(3):
+            other = loaded("cuda:0", "cpu", ".mlp.experts")
+            out = logits(other, 1, "cuda")
+            del other
+            assert torch.equal(out, expected)
