@@ -190,6 +190,18 @@ class Format(Protocol):
     def take_rows(self, state: State, index: Tensor) -> tuple["Format", dict[str, Tensor]]:
         """Copy the entries `index` [L] of the first dimension: the format and the state of a weight [L, ..., K]."""
 
+    @property
+    def column_group(self) -> int | None:
+        """How many neighbouring columns a scale covers: a weight is cut along K between groups. None: it is not cut."""
+        return None
+
+    def select_columns(self, state: State, start: int, stop: int) -> dict[str, Tensor]:
+        """Return views of `state`, in a format that `select` gave, that store the columns `start` to `stop`.
+
+        Both are multiples of `column_group`, or K.
+        """
+        raise UnsupportedError(f"format {self.name!r} cannot cut a weight along K")
+
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Decode `state` to a new tensor of `shape`, rounded once to `dtype`."""
 

@@ -124,6 +124,16 @@ class Block4(Format):
             absmax = as_bits(values * scale + nested_offset).view(absmax.shape)
         return self._plain(), {"packed": state["packed"].index_select(0, index), "absmax": absmax}
 
+    @property
+    def column_group(self) -> int:
+        return self.block_size
+
+    def select_columns(self, state: State, start: int, stop: int) -> dict[str, Tensor]:
+        return {
+            "packed": state["packed"][..., start // 2 : -(-stop // 2)],
+            "absmax": state["absmax"][..., start // self.block_size : -(-stop // self.block_size)],
+        }
+
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         rows, columns = matrix_shape(shape)
         packed = state["packed"].reshape(rows, -(-columns // 2))

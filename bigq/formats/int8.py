@@ -78,6 +78,13 @@ class Int8(Format):
     def take_rows(self, state: State, index: Tensor) -> tuple[Format, dict[str, Tensor]]:
         return self, {part: tensor.index_select(0, index) for part, tensor in state.items()}
 
+    @property
+    def column_group(self) -> int:
+        return 1  # the scale of a row stays that of the whole row
+
+    def select_columns(self, state: State, start: int, stop: int) -> dict[str, Tensor]:
+        return {**state, "packed": state["packed"][..., start:stop]}
+
     def dequantize(self, state: State, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         rows, columns = matrix_shape(shape)
         packed, scales = state["packed"].reshape(rows, columns), self.scales(state).reshape(rows, 1)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import transformers
@@ -49,6 +49,9 @@ from bigq.open_source import open_source, with_own_tensors
 from bigq.planning.device_map import execution_device, normalize_device_map
 from bigq.planning.make_plan import quant_states
 
+if TYPE_CHECKING:
+    from bigq.integrations.transformers_parallel import Distribution
+
 __all__ = ["LoadingQuantizer", "SavedConfig", "use_as_bitsandbytes"]
 
 _OWN = transformers.PreTrainedModel  # the class whose steps are taken over
@@ -56,6 +59,8 @@ _STEPS = {  # what transformers does between the skeleton and `eval`, and the ar
     "_load_pretrained_model": ("model", "state_dict", "checkpoint_files", "load_config"),
     "_finalize_model_loading": ("model", "load_config", "loading_info"),
 }
+_DISTRIBUTES = "maybe_distribute_model"  # what shards the skeleton, in releases that have it
+_LOADED_BY = "_bigq_quantizer"  # where a skeleton has its quantizer until then
 _EMPTY: dict[str, type] = {"error_msgs": list, "conversion_errors": dict}  # fields of its report that are no sets
 
 
@@ -89,6 +94,7 @@ class LoadingQuantizer(HfQuantizer):
         self._asked = quantization_config
         self._device_map: object = None
         self._max_memory: Mapping[int | str, int | str] | None = None
+        self.distribution: Distribution | None = None
 
     def update_device_map(self, device_map: Any) -> Any:
         """Keep the user's map, and return one by which transformers places nothing."""
@@ -106,13 +112,17 @@ class LoadingQuantizer(HfQuantizer):
                 f"transformers {transformers.__version__} does not load as 5.17 to 5.23 do: build the model from its "
                 "config, and pass it and the folder to bigq.load_and_quantize_model"
             )
+        vars(model)[_LOADED_BY] = self
 
     def load(self, model: Any, files: Sequence[str] | None, load_config: Any) -> LoadStateDictInfo:
         """Fill the skeleton `model` from `files`. What they lack is initialized first, as the model's class does it."""
         if not files:
             raise UnsupportedError("a state_dict cannot be quantized by from_pretrained: pass a folder or a repo id")
-        if load_config.device_mesh is not None:
-            raise UnsupportedError("quantizing into the shards of a device mesh is not supported: pass a device_map")
+        if load_config.device_mesh is not None and self.distribution is None:
+            raise UnsupportedError(
+                f"transformers {transformers.__version__} does not distribute a model as 5.23 does: load it, and call "
+                "bigq.integrations.tensor_parallel.parallelize_module"
+            )
         timings = Timings()
         with timings.timed("plan"):
             tree = ModelTree(model)
@@ -137,8 +147,11 @@ class LoadingQuantizer(HfQuantizer):
             ),
             timings=timings,
         )
-        load_config.device_map.clear()  # ours, by `update_device_map`
-        load_config.device_map[""] = _runs_on(model)  # where transformers puts adapters
+        if load_config.device_map is not None:
+            load_config.device_map.clear()  # ours, by `update_device_map`
+            load_config.device_map[""] = _runs_on(model)  # where transformers puts adapters
+        if self.distribution is not None:
+            self.distribution.apply(model)
         return info
 
 
@@ -200,7 +213,26 @@ def _take_over() -> dict[str, Callable[..., Any]] | None:
     own: Any = _OWN
     own._load_pretrained_model = staticmethod(load)
     own._finalize_model_loading = staticmethod(finalize)
+    _take_over_distributing()
     return originals
+
+
+def _take_over_distributing() -> None:
+    """Make the step that shards a skeleton leave that of a LoadingQuantizer whole, and note what it would do."""
+    step = getattr(_OWN, _DISTRIBUTES, None)
+    if step is None or tuple(inspect.signature(step).parameters) != ("model", "distributed_config", "mesh_manager"):
+        return
+
+    def distribute(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        quantizer = vars(model).pop(_LOADED_BY, None)
+        if quantizer is None or mesh_manager is None:
+            return step(model, distributed_config, mesh_manager)
+        from bigq.integrations.transformers_parallel import Distribution  # imports torch.distributed.tensor
+
+        quantizer.distribution = Distribution.of(step, model, distributed_config, mesh_manager)
+        return model
+
+    setattr(_OWN, _DISTRIBUTES, classmethod(distribute))
 
 
 def use_as_bitsandbytes() -> None:

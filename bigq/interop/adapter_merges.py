@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from bigq.interop.adapter_refusals import refuse_loftq, watch_targets
+from bigq.interop.adapter_refusals import refuse_loftq, refuse_slices_below, watch_targets
 from bigq.interop.expert_adapters import adapted_forward, adapted_leaf, adapted_module
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -83,6 +83,7 @@ def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         base = child if isinstance(child, QuantizedModule) else adapted_module(child) if adapted_leaf(parent) else None
         if base is None or not all(hasattr(kind, method) for method in _METHODS):
             return
+        refuse_slices_below(parent, base)
         own += [_LOFTQ] if hasattr(kind, _LOFTQ) else []
         own += ["forward"] if adapted_leaf(parent) else []
         vars(parent).update({method: _Method(parent, method) for method in own})

@@ -19,8 +19,9 @@ from bigq.model.tree import tensor_name
 from bigq.system.text import shortlist
 from bigq.weight.experts import QuantizedExperts
 from bigq.weight.quantized_module import QuantizedModule
+from bigq.weight.slices import is_sliced
 
-__all__ = ["refuse_loftq", "watch_targets"]
+__all__ = ["refuse_loftq", "refuse_slices_below", "watch_targets"]
 
 _STEP = "_inject_parameters"  # what a tuner of PEFT does for the names in target_parameters
 
@@ -63,6 +64,18 @@ def refuse_loftq(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], 
         "that: an adapter of zeros would start, which does not train. Leave init_lora_weights out, or use 'olora', "
         "'pissa' or 'eva'; or run LoftQ on the float model, and quantize the model that it leaves"
     )
+
+
+def refuse_slices_below(layer: nn.Module, base: nn.Module) -> None:
+    """Raise an UnsupportedError if `base`, which the tuner layer `layer` adapts, holds slices of its weights.
+
+    Each process would draw and train an adapter of its own, and none would be added to the sum of a row-wise layer.
+    """
+    if is_sliced(base):
+        raise UnsupportedError(
+            f"an adapter ({type(layer).__name__}) is added to a linear of which this process holds a slice, and each "
+            "process would train another one: add the adapter before parallelize_module"
+        )
 
 
 def _check_targets(peft_config: Any, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from transformers.quantizers.base import HfQuantizer as Base
 
 from bigq.config import QuantizationConfig
 from bigq.loading.dequantize import dequantize
+from bigq.weight.slices import refuse_slices
 
 __all__ = ["HfQuantizer"]
 
@@ -33,7 +34,12 @@ class HfQuantizer(Base):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` saves, placeholders among it."""
+        """What `save_pretrained` saves, placeholders among it.
+
+        Raises:
+            UnsupportedError: the model holds slices of its weights.
+        """
+        refuse_slices(model)
         return model.state_dict(), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

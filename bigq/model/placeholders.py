@@ -2,6 +2,7 @@
 
 Every way to save the model saves them then: `save_pretrained`, `Accelerator.save_model`, `torch.save`. A weight that is
 sharded has none, because what shards and gathers models (FSDP2, accelerate) takes every tensor of a state for a shard.
+A slice of a weight has none either, because it is not in the state.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from bigq.model.tree import tensor_name
 from bigq.system.internals import state_hooks
 from bigq.weight.placeholder import placeholder
 from bigq.weight.quantized_module import QuantizedModule
+from bigq.weight.slices import is_sliced
 
 __all__ = ["drop_placeholders", "hold_placeholders"]
 
@@ -35,5 +37,5 @@ def _add(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             for leaf in module.descriptions:
-                if not hasattr(module.stored_weight(leaf).state["packed"], "to_local"):
+                if not (is_sliced(module) or hasattr(module.stored_weight(leaf).state["packed"], "to_local")):
                     state_dict[prefix + tensor_name(name, leaf)] = placeholder()

@@ -10,6 +10,7 @@ from bigq.errors import ConfigError
 from bigq.saving.files import write_shards
 from bigq.saving.layouts import OWN, check_layout, in_layout
 from bigq.saving.model_config import write_configs
+from bigq.weight.slices import refuse_slices
 
 __all__ = ["save_quantized"]
 
@@ -40,7 +41,7 @@ def save_quantized(
     Raises:
         ConfigError: an argument has another value.
         UnsupportedError: the layout cannot hold a weight, which is named; or the model is not quantized, is sharded, or
-            holds tensors on meta. Nothing is written then.
+            holds slices of tensor parallelism, or tensors on meta. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -56,6 +57,7 @@ def save_quantized(
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ConfigError(f"metadata holds {key!r}: {value!r}; expected strings, as safetensors stores them")
+    refuse_slices(model)
     saved = in_layout(model, layout)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)

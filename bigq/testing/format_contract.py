@@ -177,6 +177,12 @@ def _check_parts(weight_format: Format, weight: Tensor, state: State) -> None:
     ]
     if weight.ndim > 2:
         cases.append(("select(0)", weight_format.select(state, shape, 0), whole[0]))
+    part_format, all_rows = weight_format.select(state, shape, slice(None))
+    group, columns = part_format.column_group or shape[-1], shape[-1]
+    for start in range(0, columns, -(-columns // 2 // group) * group or columns):
+        stop = min(start + group, columns)
+        part = part_format.select_columns(all_rows, start, stop) if part_format.column_group else all_rows
+        cases.append((f"select_columns({start}, {stop})", (part_format, part), whole[..., start:stop]))
     for name, (part_format, part), expected in cases:
         decoded = part_format.dequantize(part, tuple(expected.shape), torch.float32)
         assert torch.equal(decoded, expected), f"{at} {name} does not decode to that part of the weight"

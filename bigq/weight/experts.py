@@ -19,7 +19,7 @@ from bigq.weight.quantized_module import QuantizedModule
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["QuantizedExperts", "are_fused_experts"]
+__all__ = ["IMPLEMENTATIONS", "QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 FUSED_DTYPES = (torch.bfloat16, torch.float16)  # and FUSED_STEP columns: what products take without dequantizing

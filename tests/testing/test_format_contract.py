@@ -70,6 +70,11 @@ class _OtherRows(_Named):
         return super().take_rows(state, index.flip(0).roll(1))
 
 
+class _OtherColumns(_Named):
+    def select_columns(self, state, start, stop):
+        return super().select_columns(state, 0, stop - start)
+
+
 class _NoBias(_Named):
     def linear(self, x, state, bias, in_features=None):
         return super().linear(x, state, None, in_features)
@@ -97,6 +102,7 @@ BROKEN = {
     _HidesNan: "the weight holds nan, and the largest scale is",
     _RoundsTwice: "decoding to torch.bfloat16 is not decoding once and rounding once",
     _OtherRows: "take_rows does not decode to that part",
+    _OtherColumns: r"select_columns\(.*\) does not decode to that part",
     _NoBias: "a product in torch.float32: the relative error is",
     _SearchesBadly: "'search' has an error of .*, and 'absmax' of",
     _ForgetsASetting: r"describe\(\) is {'format': 'named'}; expected .*'threshold': 6.0",
