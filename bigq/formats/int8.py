@@ -94,5 +94,12 @@ class Int8(Format):
     def product(self, in_features: int | None = None) -> Product:
         return Product("linear_int8", ("packed", "absmax", "bias"), (self.threshold,))
 
+    @property
+    def has_stack_products(self) -> bool:
+        return True
+
+    def stack_product(self, in_features: int | None = None, *, sorted_rows: bool) -> Product:
+        return self.product(in_features)._replace(op="grouped_linear_int8" if sorted_rows else "routed_linear_int8")
+
     def describe(self) -> dict[str, str | int | float | bool]:
         return {"format": "int8", "threshold": self.threshold}

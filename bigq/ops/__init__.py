@@ -7,6 +7,7 @@ from bigq.ops.library import (
     dequantize_int8,
     encode_scaled_4bit,
     grouped_linear_4bit,
+    grouped_linear_int8,
     grouped_matmul,
     linear_4bit,
     linear_int8,
@@ -14,6 +15,7 @@ from bigq.ops.library import (
     quantize_absmax,
     quantize_int8,
     routed_linear_4bit,
+    routed_linear_int8,
     search_scales_4bit,
 )
 
@@ -24,6 +26,7 @@ __all__ = [
     "dequantize_int8",
     "encode_scaled_4bit",
     "grouped_linear_4bit",
+    "grouped_linear_int8",
     "grouped_matmul",
     "linear_4bit",
     "linear_int8",
@@ -31,5 +34,6 @@ __all__ = [
     "quantize_absmax",
     "quantize_int8",
     "routed_linear_4bit",
+    "routed_linear_int8",
     "search_scales_4bit",
 ]

@@ -22,10 +22,12 @@ __all__ = [
     "check_dequantize_int8",
     "check_encode_scaled_4bit",
     "check_grouped_linear_4bit",
+    "check_grouped_linear_int8",
     "check_grouped_matmul",
     "check_linear_4bit",
     "check_linear_int8",
     "check_routed_linear_4bit",
+    "check_routed_linear_int8",
     "check_search_scales_4bit",
 ]
 
@@ -104,7 +106,7 @@ def check_grouped_linear_4bit(
 ) -> None:
     """Check that x [S, K], stops [E], a stack of 4-bit weights [E, N, K] and bias [E, N] fit together."""
     _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, expect)
-    _check("stops", stops, (torch.int32,), (weight.shape[0],), weight.device, expect)
+    _check_stops(stops, weight, expect)
 
 
 def check_routed_linear_4bit(
@@ -121,11 +123,7 @@ def check_routed_linear_4bit(
 ) -> None:
     """Check that x [M, K], ids [S], a stack of 4-bit weights [E, N, K] and bias [E, N] fit together."""
     _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, expect)
-    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device, expect)
-    expect(
-        ids.shape[0] % x.shape[0] == 0 if x.shape[0] else ids.shape[0] == 0,
-        lambda: f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x",
-    )
+    _check_ids(ids, x, weight, expect)
 
 
 def _check_stack(
@@ -165,6 +163,45 @@ def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | 
     _check_width(x, weight, x.shape[-1], expect)
     check_dequantize_int8(weight, absmax, expect)
     _check_beside(x, weight, bias, expect)
+
+
+def check_grouped_linear_int8(
+    x: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, expect: Expect = _expect
+) -> None:
+    """Check that x [S, K], stops [E], a stack of int8 weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack_int8(x, weight, absmax, bias, expect)
+    _check_stops(stops, weight, expect)
+
+
+def check_routed_linear_int8(
+    x: Tensor, ids: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, expect: Expect = _expect
+) -> None:
+    """Check that x [M, K], ids [S], a stack of int8 weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack_int8(x, weight, absmax, bias, expect)
+    _check_ids(ids, x, weight, expect)
+
+
+def _check_stack_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, expect: Expect) -> None:
+    expect(
+        x.dim() == 2 and weight.dim() == 3,
+        lambda: f"x is {list(x.shape)} and the weight {list(weight.shape)}; expected [S, K] and [E, N, K]",
+    )
+    _check_width(x, weight, x.shape[-1], expect)
+    _check("weight", weight, (torch.int8,), tuple(weight.shape), weight.device, expect)
+    _check("absmax", absmax, _SCALES, (*weight.shape[:-1], 1), weight.device, expect)
+    _check_beside(x, weight, bias, expect)
+
+
+def _check_stops(stops: Tensor, weight: Tensor, expect: Expect) -> None:
+    _check("stops", stops, (torch.int32,), (weight.shape[0],), weight.device, expect)
+
+
+def _check_ids(ids: Tensor, x: Tensor, weight: Tensor, expect: Expect) -> None:
+    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device, expect)
+    expect(
+        ids.shape[0] % x.shape[0] == 0 if x.shape[0] else ids.shape[0] == 0,
+        lambda: f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x",
+    )
 
 
 def check_search_scales_4bit(weight: Tensor, importance: Tensor, expect: Expect = _expect) -> None:
@@ -231,4 +268,4 @@ def _check_beside(x: Tensor, weight: Tensor, bias: Tensor | None, expect: Expect
     device = weight.device
     expect(x.device == device, lambda: f"x is on {x.device}, and the weight on {device}; expected one device")
     if bias is not None:
-        _check("bias", bias, (bias.dtype,), (weight.shape[0],), device, expect)
+        _check("bias", bias, (bias.dtype,), tuple(weight.shape[:-1]), device, expect)

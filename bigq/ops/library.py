@@ -32,6 +32,7 @@ __all__ = [
     "dequantized",
     "encode_scaled_4bit",
     "grouped_linear_4bit",
+    "grouped_linear_int8",
     "grouped_matmul",
     "linear_4bit",
     "linear_int8",
@@ -39,6 +40,7 @@ __all__ = [
     "quantize_absmax",
     "quantize_int8",
     "routed_linear_4bit",
+    "routed_linear_int8",
     "search_scales_4bit",
     "stack_gradients",
 ]
@@ -68,6 +70,12 @@ _SCHEMAS = {
     "quantize_int8": "(Tensor weight) -> (Tensor, Tensor)",
     "dequantize_int8": "(Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
     "linear_int8": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
+    "grouped_linear_int8": (
+        "(Tensor x, Tensor stops, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor"
+    ),
+    "routed_linear_int8": (
+        "(Tensor x, Tensor ids, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor"
+    ),
 }
 
 _LAUNCHERS = {  # the module of each launcher, imported on first use
@@ -84,6 +92,8 @@ _LAUNCHERS = {  # the module of each launcher, imported on first use
     "quantize_int8": "bigq_kernels.int8.quantize",
     "dequantize_int8": "bigq_kernels.int8.dequantize",
     "linear_int8": "bigq_kernels.int8.linear",
+    "grouped_linear_int8": "bigq_kernels.int8.grouped",
+    "routed_linear_int8": "bigq_kernels.int8.grouped",
     "linear_4bit_backward": "bigq_kernels.block4.linear",  # no op: the backward pass of an eager linear
     "linear_int8_backward": "bigq_kernels.int8.linear",
 }
@@ -240,6 +250,18 @@ def _(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@torch.library.register_fake("bigq::grouped_linear_int8", lib=_LIBRARY)
+def _(x: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    checks.check_grouped_linear_int8(x, stops, weight, absmax, bias, check)
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("bigq::routed_linear_int8", lib=_LIBRARY)
+def _(x: Tensor, ids: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    checks.check_routed_linear_int8(x, ids, weight, absmax, bias, check)
+    return x.new_empty(ids.shape[0], weight.shape[1])
+
+
 def _save_linear_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, absmax, bias, nested_absmax, nested_offset, ctx.quant_type, ctx.block_size, _ = inputs
     ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
@@ -261,6 +283,13 @@ def _save_stack_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.settings, ctx.inputs = (quant_type, block_size, in_features), len(inputs)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(route, weight, absmax, nested_absmax, nested_offset)
+
+
+def _save_stack_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, route, weight, absmax, bias, _ = inputs
+    ctx.rows, ctx.settings, ctx.inputs = x.shape[0], (), len(inputs)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(route, weight, absmax)
 
 
 def _stack_backward(ctx: Any, grad: Tensor, *, sorted_rows: bool) -> tuple[Tensor | None, ...]:
@@ -370,9 +399,11 @@ def _dense_4bit(
 torch.library.register_autograd(
     "bigq::linear_4bit", _linear_4bit_backward, setup_context=_save_linear_4bit, lib=_LIBRARY
 )
-for _name in ("grouped_linear_4bit", "routed_linear_4bit"):
-    _backward = partial(_stack_backward, sorted_rows=_name.startswith("grouped"))
-    torch.library.register_autograd(f"bigq::{_name}", _backward, setup_context=_save_stack_4bit, lib=_LIBRARY)
+for _kind in ("grouped", "routed"):
+    _backward = partial(_stack_backward, sorted_rows=_kind == "grouped")
+    for _bits, _save in (("4bit", _save_stack_4bit), ("int8", _save_stack_int8)):
+        _name = f"bigq::{_kind}_linear_{_bits}"
+        torch.library.register_autograd(_name, _backward, setup_context=_save, lib=_LIBRARY)
 torch.library.register_autograd(
     "bigq::grouped_matmul", _grouped_matmul_backward, setup_context=_save_grouped_matmul, lib=_LIBRARY
 )
@@ -393,3 +424,5 @@ grouped_matmul = torch.ops.bigq.grouped_matmul.default
 quantize_int8 = torch.ops.bigq.quantize_int8.default
 dequantize_int8 = torch.ops.bigq.dequantize_int8.default
 linear_int8 = torch.ops.bigq.linear_int8.default
+grouped_linear_int8 = torch.ops.bigq.grouped_linear_int8.default
+routed_linear_int8 = torch.ops.bigq.routed_linear_int8.default

@@ -24,10 +24,12 @@ from bigq.ops.checks import (
     check_dequantize_absmax,
     check_dequantize_int8,
     check_grouped_linear_4bit,
+    check_grouped_linear_int8,
     check_grouped_matmul,
     check_linear_4bit,
     check_linear_int8,
     check_routed_linear_4bit,
+    check_routed_linear_int8,
 )
 from bigq.ops.code_tables import CODES, bucket, row_chunks, tables_of
 from bigq.ops.routes import sort_by_weight
@@ -41,6 +43,7 @@ __all__ = [
     "dequantize_int8",
     "encode_scaled_4bit",
     "grouped_linear_4bit",
+    "grouped_linear_int8",
     "grouped_matmul",
     "linear_4bit",
     "linear_4bit_backward",
@@ -51,6 +54,7 @@ __all__ = [
     "quantize_absmax",
     "quantize_int8",
     "routed_linear_4bit",
+    "routed_linear_int8",
     "search_scales_4bit",
 ]
 
@@ -329,24 +333,68 @@ def linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     threshold, and multiplied in integers. threshold 0 means no outliers.
     """
     check_linear_int8(x, weight, absmax, bias)
-    absmax = as_floats(absmax)
     rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])  # not -1, which an empty x leaves undecided
-    outlier = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
+    tokens = _int8_tokens(rows, threshold)
+    result = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)  # autograd refuses a view
+    result.view(len(rows), weight.shape[0]).copy_(_int8_product(tokens, slice(None), weight, absmax, bias))
+    return result
+
+
+def grouped_linear_int8(
+    x: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    """LLM.int8(): x [S, K] times a stack of transposed int8 weights [E, N, K], each row by its own, plus bias [E, N].
+
+    Weight e multiplies the rows from stops[e - 1] (0 for the first) up to stops[e]. Rows after the last give zeros.
+    A column is an outlier if any row of x has |value| >= threshold in it. So which columns are does not depend on how
+    the rows are spread over weights. absmax is [E, N, 1].
+    """
+    check_grouped_linear_int8(x, stops, weight, absmax, bias)
+    out, tokens = x.new_zeros(x.shape[0], weight.shape[1]), _int8_tokens(x, threshold)
+    start = 0
+    for e, stop in enumerate(stops.tolist()):
+        if stop > start:
+            own = None if bias is None else bias[e]
+            out[start:stop] = _int8_product(tokens, slice(start, stop), weight[e], absmax[e], own)
+            start = stop
+    return out
+
+
+def routed_linear_int8(
+    x: Tensor, ids: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    """Row i of [S, N]: row i // (S / M) of x [M, K] times the transposed weight ids[i] of [E, N, K], plus its bias.
+
+    A row whose id is no weight's gives zeros. Outlier columns are those of `grouped_linear_int8`. ids is int32 or int64
+    [S]; S is a multiple of M.
+    """
+    check_routed_linear_int8(x, ids, weight, absmax, bias)
+    order, stops = sort_by_weight(ids, weight.shape[0])
+    out = grouped_linear_int8(x[order // (ids.shape[0] // max(x.shape[0], 1))], stops, weight, absmax, bias, threshold)
+    return torch.empty_like(out).index_copy_(0, order, out)
+
+
+def _int8_tokens(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [M, K], its int8 codes and their scales [M, 1], and whether each column is an outlier: its codes are 0."""
+    outlier = x.abs() >= threshold if threshold > 0 else torch.zeros_like(x, dtype=torch.bool)
     column = outlier.any(dim=0)
-    regular = rows.float().masked_fill(outlier, 0.0)
-    scale = regular.abs().amax(dim=1, keepdim=True) if rows.numel() else regular.new_zeros(rows.shape[0], 1)
-    codes = _to_int8(regular, scale).masked_fill(column, 0)
-    total = torch.zeros(rows.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
+    regular = x.float().masked_fill(outlier, 0.0)
+    scale = regular.abs().amax(dim=1, keepdim=True) if x.numel() else regular.new_zeros(x.shape[0], 1)
+    return x, _to_int8(regular, scale).masked_fill(column, 0), scale, column
+
+
+def _int8_product(
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor], rows: slice, weight: Tensor, absmax: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`rows` of `_int8_tokens` times the transposed weight [N, K], plus bias [N], not yet rounded to x's dtype."""
+    x, codes, scale, column = tokens
+    x, codes, scale, absmax = x[rows], codes[rows], scale[rows], as_floats(absmax)
+    total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[-1], _EXACT_K):
         part = slice(start, start + _EXACT_K)
         total += (codes[:, part].float() @ weight[:, part].float().T).int()
     out = total.float() * (scale * absmax.T) * (1.0 / (127.0 * 127.0))
     columns = column.nonzero().flatten()  # the number is known on the CPU; the kernels need static shapes
     if columns.numel():
-        dense = dequantize_int8(weight[:, columns], absmax, x.dtype)
-        out = out + rows[:, columns] @ dense.T
-    if bias is not None:
-        out = out + bias.float()
-    result = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)  # autograd refuses a view
-    result.view_as(out).copy_(out)
-    return result
+        out = out + x[:, columns] @ dequantize_int8(weight[:, columns], absmax, x.dtype).T
+    return out if bias is None else out + bias.float()

@@ -1,8 +1,9 @@
 """QuantizedExperts: transformers' fused experts, whose forward multiplies the rows of all experts in one launch.
 
 transformers sorts the rows by expert for its own products, also those of one token. Here few rows are multiplied as
-they come: a product finds the expert of each row by itself. In bfloat16 no step reads a tensor on the host. In float32,
-and for so many rows of float16 that the weights are dequantized, the host reads how many rows each expert has.
+they come: a product finds the expert of each row by itself. In int8, and in bfloat16, no step reads a tensor on the
+host. In 4 bits and float32, and for so many rows of float16 that the weights are dequantized, the host reads how many
+rows each expert has.
 """
 
 from collections.abc import Callable

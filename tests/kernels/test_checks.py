@@ -26,6 +26,8 @@ ARGUMENTS = {
         "in_features",
     ),
     "linear_int8": ("x", "weight", "absmax", "bias", "threshold"),
+    "grouped_linear_int8": ("x", "stops", "weights", "scales", "biases", "threshold"),
+    "routed_linear_int8": ("x", "ids", "weights", "scales", "biases", "threshold"),
     "dequantize_4bit": ("weight", "absmax", "quant_type", "block_size", "in_features", "dtype"),
     "dequantize_int8": ("weight", "absmax", "dtype"),
     "dequantize_absmax": ("absmax", "nested_absmax", "nested_offset"),
@@ -56,6 +58,11 @@ def arguments_of(name, device, nested=False):
         "dtype": torch.float16,
         "float_weight": weight,
         "importance": torch.rand(K, device=device),
+        "stops": torch.tensor([1, 1, 2], dtype=torch.int32, device=device),
+        "ids": torch.tensor([2, 0, 1, 1], device=device),
+        "weights": packed.view(3, 2, -1),
+        "scales": absmax.view(3, 2, -1),
+        "biases": torch.randn(3, 2, device=device),
     }
     if nested:
         given["absmax"], given["nested_absmax"], given["nested_offset"] = reference.quantize_absmax(absmax)
@@ -132,6 +139,23 @@ CASES = [  # op, whether scales are nested, the argument that does not fit, how 
     ("linear_int8", False, "absmax", cast(torch.float16), r"absmax is torch\.float16 .*int32 \[6, 1\]"),
     ("linear_int8", False, "absmax", resized(N), r"absmax is torch\.float32 \[6\].*int32 \[6, 1\]"),
     ("linear_int8", False, "bias", resized(N, 1), r"bias is torch\.float32 \[6, 1\].*expected .* \[6\]"),
+    *(
+        (name, False, argument, change, message)
+        for name in ("grouped_linear_int8", "routed_linear_int8")
+        for argument, change, message in (
+            ("x", resized(2, 64), r"differ in in_features.*\[2, 64\].*\[3, 2, 70\]"),
+            ("x", resized(1, 2, K), r"x is \[1, 2, 70\].*; expected \[S, K\] and \[E, N, K\]"),
+            ("weights", resized(N, K), r"the weight \[6, 70\]; expected \[S, K\] and \[E, N, K\]"),
+            ("weights", cast(torch.uint8), r"weight is torch\.uint8 .*expected torch\.int8 \[3, 2, 70\]"),
+            ("scales", resized(3, 2), r"absmax is torch\.float32 \[3, 2\].*int32 \[3, 2, 1\]"),
+            ("scales", cast(torch.float16), r"absmax is torch\.float16 .*int32 \[3, 2, 1\]"),
+            ("biases", resized(N), r"bias is torch\.float32 \[6\].*expected .* \[3, 2\]"),
+        )
+    ),
+    ("grouped_linear_int8", False, "stops", cast(torch.int64), r"stops is torch\.int64 .*expected torch\.int32 \[3\]"),
+    ("grouped_linear_int8", False, "stops", resized(2), r"stops is torch\.int32 \[2\].*expected torch\.int32 \[3\]"),
+    ("routed_linear_int8", False, "ids", cast(torch.int16), r"ids is torch\.int16 .*expected torch\.int32 or .*int64"),
+    ("routed_linear_int8", False, "ids", resized(3), r"ids is \[3\] and x \[2, 70\]; expected a multiple of the rows"),
     ("dequantize_4bit", False, "in_features", lambda _: 72, r"weight is torch\.uint8 \[6, 35\].*uint8 \[6, 36\]"),
     ("dequantize_4bit", False, "weight", cast(torch.int8), r"weight is torch\.int8 .*expected torch\.uint8 \[6, 35\]"),
     ("dequantize_4bit", False, "absmax", cast(torch.float16), r"absmax is torch\.float16 .*" + FOUR_BIT),
@@ -168,7 +192,10 @@ def test_refuses_what_does_not_fit(implementation, name, nested, argument, chang
         assert isinstance(caught.value, UnsupportedError)
 
 
-@pytest.mark.parametrize("name, nested", [("linear_4bit", False), ("linear_4bit", True), ("linear_int8", False)])
+LINEARS = [("linear_4bit", False), ("linear_4bit", True), ("linear_int8", False)]
+
+
+@pytest.mark.parametrize("name, nested", LINEARS)
 @pytest.mark.parametrize("kind", ["launcher", "reference"])
 def test_refuses_tensors_of_two_devices(kind, name, nested, device):
     call, right = IMPLEMENTATIONS[kind](name), arguments_of(name, device, nested)

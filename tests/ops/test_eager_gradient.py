@@ -119,23 +119,26 @@ def stack_cases():
     packed, absmax = ops.quantize_4bit(weights.flatten(0, 1), "nf4", 32)
     nested = ops.quantize_absmax(absmax)
     codes, bias = packed.view(4, 48, 32), torch.randn(4, 48, device=DEVICE, requires_grad=True)
+    int8, scales = ops.quantize_int8(weights.flatten(0, 1))
     return {
         "plain": ((codes, absmax.view(torch.int32).view(4, 48, 2), bias), (None, None, "nf4", 32, 64)),
         "nested": ((codes, nested[0].view(4, 48, 2), bias, *nested[1:]), ("nf4", 32, 64)),
         "no-bias": ((codes, absmax.view(4, 48, 2), None), (None, None, "nf4", 32, None)),
+        "int8": ((int8.view(4, 48, 64), scales.view(4, 48, 1), bias), (2.0,)),
     }
 
 
 ROUTES = {  # rows of x, and which weight multiplies which row: the second has no row, and a row may have no weight
-    "grouped_linear_4bit": (9, torch.tensor([3, 3, 7, 8], dtype=torch.int32, device=DEVICE)),
-    "routed_linear_4bit": (3, torch.tensor([3, 0, 0, 2, 4, -1], device=DEVICE)),
+    "grouped_linear": (9, torch.tensor([3, 3, 7, 8], dtype=torch.int32, device=DEVICE)),
+    "routed_linear": (3, torch.tensor([3, 0, 0, 2, 4, -1], device=DEVICE)),
 }
 
 
-@pytest.mark.parametrize("op", ROUTES)
-@pytest.mark.parametrize("name", ["plain", "nested", "no-bias"])
-def test_gradients_of_stacks_are_those_behind_the_dispatcher(name, op):
-    (state, settings), (rows, route) = stack_cases()[name], ROUTES[op]
+@pytest.mark.parametrize("kind", ROUTES)
+@pytest.mark.parametrize("name", ["plain", "nested", "no-bias", "int8"])
+def test_gradients_of_stacks_are_those_behind_the_dispatcher(name, kind):
+    (state, settings), (rows, route) = stack_cases()[name], ROUTES[kind]
+    op = f"{kind}_int8" if name == "int8" else f"{kind}_4bit"
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(rows, 64, device=DEVICE).to(dtype).requires_grad_()
         got, expected = eager.routed(op, x, route, state, settings), getattr(library, op)(x, route, *state, *settings)
@@ -147,9 +150,9 @@ def test_gradients_of_stacks_are_those_behind_the_dispatcher(name, op):
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("op", ROUTES)
-def test_a_checkpoint_of_a_stack_reads_what_was_saved_once(op):
-    (state, settings), (rows, route) = stack_cases()["plain"], ROUTES[op]
+@pytest.mark.parametrize("kind", ROUTES)
+def test_a_checkpoint_of_a_stack_reads_what_was_saved_once(kind):
+    (state, settings), (rows, route), op = stack_cases()["plain"], ROUTES[kind], f"{kind}_4bit"
 
     def by_the_dispatcher(op, x, route, state, settings):
         return getattr(library, op)(x, route, *state, *settings)

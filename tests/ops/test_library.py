@@ -25,6 +25,7 @@ def sample(name, dtype=torch.float32):
     x = torch.randn(3, 70, dtype=dtype, device=DEVICE)
     bias = torch.randn(6, device=DEVICE)
     stack = (packed.view(3, 2, 35), codes.view(3, 2, 3), bias.view(3, 2), nested, offset, "nf4", 32, 70)
+    int8_stack = (int8.view(3, 2, 70), scale.view(3, 2, 1), bias.view(3, 2), 2.0)
     stops = torch.tensor([1, 1, 2], dtype=torch.int32, device=DEVICE)
     ids = torch.tensor([2, 0, 1, 1, 3, 2], device=DEVICE)
     return {
@@ -41,6 +42,8 @@ def sample(name, dtype=torch.float32):
         "quantize_int8": (weight,),
         "dequantize_int8": (int8, scale, torch.float16),
         "linear_int8": (x, int8, scale, bias, 2.0),
+        "grouped_linear_int8": (x, stops, *int8_stack),
+        "routed_linear_int8": (x, ids, *int8_stack),
         "linear_4bit-whole": (x, packed, absmax, bias, None, None, "nf4", 32, 70),
         "linear_4bit-fp4": (x, *ops.quantize_4bit(weight, "fp4", 64), None, None, None, "fp4", 64, None),
     }[name]
@@ -57,6 +60,8 @@ SCALES = {  # of each op that takes scales, where
     "routed_linear_4bit": (5, 6),
     "dequantize_int8": (1,),
     "linear_int8": (2,),
+    "grouped_linear_int8": (3,),
+    "routed_linear_int8": (3,),
 }
 
 
@@ -179,30 +184,37 @@ def test_gradients_are_those_of_the_dequantized_weight(name):
     torch.testing.assert_close(bias.grad, 2 * out.sum(dim=0))
 
 
-@pytest.mark.parametrize("name", ["grouped_linear_4bit", "routed_linear_4bit"])
-def test_gradients_of_a_stack_are_those_of_its_dequantized_weights(name):
-    arguments = list(sample(name))
+@pytest.mark.parametrize("bits", ["4bit", "int8"])
+@pytest.mark.parametrize("kind", ["grouped", "routed"])
+def test_gradients_of_a_stack_are_those_of_its_dequantized_weights(kind, bits):
+    arguments = list(sample(f"{kind}_linear_{bits}"))
     x, route, bias = arguments[0].requires_grad_(), arguments[1], arguments[4].requires_grad_()
-    getattr(ops, name)(*arguments).square().sum().backward()
-    absmax = ops.dequantize_absmax(*(arguments[i] for i in (3, 5, 6)))
-    dense = ops.dequantize_4bit(arguments[2].flatten(0, 1), absmax.flatten(0, 1), "nf4", 32, 70, torch.float32)
+    out = getattr(ops, f"{kind}_linear_{bits}")(*arguments)
+    slopes = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
+    (out * slopes).sum().backward()
+    if bits == "4bit":
+        absmax = ops.dequantize_absmax(*(arguments[i] for i in (3, 5, 6)))
+        dense = ops.dequantize_4bit(arguments[2].flatten(0, 1), absmax.flatten(0, 1), "nf4", 32, 70, torch.float32)
+    else:
+        dense = ops.dequantize_int8(arguments[2].flatten(0, 1), arguments[3].flatten(0, 1), torch.float32)
     ids = torch.searchsorted(route, torch.arange(3, device=DEVICE, dtype=torch.int32), right=True)
-    ids = ids if name == "grouped_linear_4bit" else route
+    ids = ids if kind == "grouped" else route
     own_x, own_bias = (tensor.detach().clone().requires_grad_() for tensor in (x, bias))
     known = ids < 3
     rows = own_x.repeat_interleave(len(ids) // len(x), dim=0)[known]
-    out = torch.einsum("sk,snk->sn", rows, dense.view(3, 2, 70)[ids[known]]) + own_bias[ids[known]]
-    out.square().sum().backward()
+    exact = torch.einsum("sk,snk->sn", rows, dense.view(3, 2, 70)[ids[known]]) + own_bias[ids[known]]
+    (exact * slopes[known]).sum().backward()
     torch.testing.assert_close(x.grad, own_x.grad)
     torch.testing.assert_close(bias.grad, own_bias.grad)
 
 
-def test_ids_without_rows_of_x_are_refused():
-    x, ids, *rest = sample("routed_linear_4bit")
+@pytest.mark.parametrize("name", ["routed_linear_4bit", "routed_linear_int8"])
+def test_ids_without_rows_of_x_are_refused(name):
+    x, ids, *rest = sample(name)
     for given in (x[:0], x[:2]):
         with pytest.raises(RuntimeError, match="expected a multiple of the rows of x"):
-            ops.routed_linear_4bit(given, ids[:5], *rest)
-    assert ops.routed_linear_4bit(x[:0], ids[:0], *rest).shape == (0, 2)
+            getattr(ops, name)(given, ids[:5], *rest)
+    assert getattr(ops, name)(x[:0], ids[:0], *rest).shape == (0, 2)
 
 
 def test_gradients_of_grouped_matmul_are_those_of_each_product():

@@ -104,13 +104,13 @@ TRANSPOSED_EXPERT_PRODUCTS = [
         *[pytest.param(expression, TransposedExperts, id=expression) for expression in TRANSPOSED_EXPERT_PRODUCTS],
     ],
 )
-def test_a_batched_product_is_one_call_of_the_kernel_or_one_an_expert(expression, make, counted):
+def test_a_batched_product_is_one_call_of_the_kernel(expression, make, counted):
     for case, (size, weight_format) in CASES.items():
         module = quantized(make(3, *(size if make is Holder else size[::-1])), weight_format)
         x, dense = torch.randn(3, 5, size[1]), module.weight.dequantize()
         counted.update(linear=0, dequantize=0)
         got = evaluate(expression, x=x, w=module.weight)
-        assert counted == {"linear": 1 if weight_format.has_stack_products else 3, "dequantize": 0}, case
+        assert counted == {"linear": 1, "dequantize": 0}, case
         assert_near(got, evaluate(expression, x=x, w=dense), weight_format, case)
 
 
@@ -131,10 +131,26 @@ def test_a_grouped_product_multiplies_each_row_by_its_expert(weight_format, coun
         counted.update(linear=0, dequantize=0)
         got = F.grouped_mm(x, module.weight.transpose(-2, -1), offs=torch.tensor(stops, dtype=torch.int32))
         ranges = list(zip([0, *stops[:-1]], stops, strict=True))
-        calls = 1 if weight_format.has_stack_products else sum(a < b for a, b in ranges)
-        assert counted == {"linear": calls, "dequantize": 0}, stops
+        assert counted == {"linear": 1, "dequantize": 0}, stops
         expected = torch.cat([x[a:b] @ dense[e].T for e, (a, b) in enumerate(ranges)])
         assert_near(got[: stops[-1]], expected, weight_format, stops)
+
+
+class OneByOne(Int8):
+    """A format without products of stacks."""
+
+    has_stack_products = False
+
+
+def test_a_format_without_products_of_stacks_multiplies_by_one_weight_at_a_time(counted):
+    module = quantized(Holder(3, 6, 70), OneByOne())
+    x, dense = torch.randn(9, 70), module.weight.dequantize()
+    counted.update(linear=0, dequantize=0)
+    got = F.grouped_mm(x, module.weight.mT, offs=torch.tensor([2, 2, 8], dtype=torch.int32))
+    batched = torch.bmm(x.view(3, 3, 70), module.weight.mT)
+    assert counted == {"linear": 2 + 3, "dequantize": 0}
+    assert_near(got, torch.cat([x[:2] @ dense[0].T, x[2:8] @ dense[2].T, torch.zeros(1, 6)]), OneByOne())
+    assert_near(batched, torch.bmm(x.view(3, 3, 70), dense.mT), OneByOne())
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 5), (), (0,)], ids=str)

@@ -16,9 +16,11 @@ __all__ = [
     "check_dequantize_int8",
     "check_encode_scaled_4bit",
     "check_grouped_linear_4bit",
+    "check_grouped_linear_int8",
     "check_linear_4bit",
     "check_linear_int8",
     "check_routed_linear_4bit",
+    "check_routed_linear_int8",
     "check_search_scales_4bit",
 ]
 
@@ -57,7 +59,7 @@ def check_linear_4bit(
     if shape[-1] != (k + 1) // 2:
         raise _widths_differ(x, weight, (k + 1) // 2)
     _check_4bit(weight, absmax, nested_absmax, nested_offset, block_size, k, shape[0], device)
-    _check_beside(x, bias, shape[0], device)
+    _check_beside(x, bias, (shape[0],), device)
 
 
 def check_grouped_linear_4bit(
@@ -73,7 +75,7 @@ def check_grouped_linear_4bit(
 ) -> None:
     """Raise RuntimeError unless x [S, K], stops [E], 4-bit weights [E, N, K] and bias [E, N] fit together."""
     _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
-    _check("stops", stops, (torch.int32,), (len(weight),), weight.device)
+    _check_stops(stops, weight)
 
 
 def check_routed_linear_4bit(
@@ -89,9 +91,7 @@ def check_routed_linear_4bit(
 ) -> None:
     """Raise RuntimeError unless x [M, K], ids [S], 4-bit weights [E, N, K] and bias [E, N] fit together."""
     _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
-    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device)
-    if len(ids) % len(x) if len(x) else len(ids):
-        raise RuntimeError(f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x")
+    _check_ids(ids, x, weight)
 
 
 def _check_stack(
@@ -115,7 +115,7 @@ def _check_stack(
         raise _widths_differ(x, weight, (k + 1) // 2)
     matrix, scales = weight.view(e * n, width), absmax.view(e * n, -1)
     _check_4bit(matrix, scales, nested_absmax, nested_offset, block_size, k, e * n, weight.device)
-    _check_beside(x, bias if bias is None else bias.view(-1), e * n, weight.device)
+    _check_beside(x, bias if bias is None else bias.view(-1), (e * n,), weight.device)
 
 
 def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
@@ -124,7 +124,40 @@ def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | 
     if shape[-1] != k:
         raise _widths_differ(x, weight, k)
     _check_int8(weight, absmax, shape[0], k, device)
-    _check_beside(x, bias, shape[0], device)
+    _check_beside(x, bias, (shape[0],), device)
+
+
+def check_grouped_linear_int8(x: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+    """Raise RuntimeError unless x [S, K], stops [E], int8 weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack_int8(x, weight, absmax, bias)
+    _check_stops(stops, weight)
+
+
+def check_routed_linear_int8(x: Tensor, ids: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+    """Raise RuntimeError unless x [M, K], ids [S], int8 weights [E, N, K] and bias [E, N] fit together."""
+    _check_stack_int8(x, weight, absmax, bias)
+    _check_ids(ids, x, weight)
+
+
+def _check_stack_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+    if x.dim() != 2 or weight.dim() != 3:
+        raise RuntimeError(f"x is {list(x.shape)} and the weight {list(weight.shape)}; expected [S, K] and [E, N, K]")
+    e, n, k = weight.shape
+    if k != x.shape[1]:
+        raise _widths_differ(x, weight, x.shape[1])
+    _check("weight", weight, _INT8, (e, n, k), weight.device)
+    _check("absmax", absmax, _SCALES, (e, n, 1), weight.device)
+    _check_beside(x, bias, (e, n), weight.device)
+
+
+def _check_stops(stops: Tensor, weight: Tensor) -> None:
+    _check("stops", stops, (torch.int32,), (len(weight),), weight.device)
+
+
+def _check_ids(ids: Tensor, x: Tensor, weight: Tensor) -> None:
+    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device)
+    if len(ids) % len(x) if len(x) else len(ids):
+        raise RuntimeError(f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x")
 
 
 def check_dequantize_4bit(
@@ -192,11 +225,11 @@ def _check_int8(weight: Tensor, absmax: Tensor, rows: int, columns: int, device:
     _check("absmax", absmax, _SCALES, (rows, 1), device)
 
 
-def _check_beside(x: Tensor, bias: Tensor | None, rows: int, device: torch.device) -> None:
+def _check_beside(x: Tensor, bias: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     if x.device != device:
         raise RuntimeError(f"x is on {x.device}, and the weight on {device}; expected one device")
     if bias is not None:
-        _check("bias", bias, None, (rows,), device)
+        _check("bias", bias, None, shape, device)
 
 
 def _check(

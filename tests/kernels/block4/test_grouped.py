@@ -11,10 +11,10 @@ from bigq_kernels.block4.choose_grouped import choose_grouped
 from bigq_kernels.block4.configs import WgmmaConfig, staged_config
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
 from bigq_kernels.block4.grouped import grouped_linear_4bit, routed_linear_4bit
-from bigq_kernels.block4.groups import group_tokens, most_tiles, weights_of_rows
 from bigq_kernels.block4.linear import linear_4bit
 from bigq_kernels.block4.mma import linear_4bit_mma
 from bigq_kernels.gpu import Gpu
+from bigq_kernels.groups import group_tokens, most_tiles, weights_of_rows
 from linear_cases import assert_within_budget, packed4, quantized_4bit
 
 STOPS = {  # by what is special of them

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from bigq_kernels.block4.absmax import with_code
 from bigq_kernels.block4.choose_grouped import choose_grouped
 from bigq_kernels.block4.dequantize import dequantize_4bit
-from bigq_kernels.block4.groups import weights_of_rows
 from bigq_kernels.block4.linear import contiguous, device_of, launcher
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.checks import check_grouped_linear_4bit, check_routed_linear_4bit
 from bigq_kernels.grouped_matmul import grouped_matmul
+from bigq_kernels.groups import sort_by_weight, weights_of_rows
 
 __all__ = ["grouped_linear_4bit", "routed_linear_4bit"]
 
@@ -76,9 +76,7 @@ def routed_linear_4bit(
     (e, n, _), k, rows = weight.shape, x.shape[1], len(ids)
     choice = choose_grouped(x.device, rows, e, n, k, block_size, x.dtype)
     if choice.way != "dp4a":
-        known = torch.where((ids >= 0) & (ids < e), ids, e)
-        ordered, order = known.sort(stable=True)
-        stops = torch.searchsorted(ordered, torch.arange(e, device=ids.device), right=True, out_int32=True)
+        order, stops = sort_by_weight(ids, e)
         grouped = x[order // (rows // max(len(x), 1))]
         state = (weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size, in_features)
         out = grouped_linear_4bit(grouped, stops, *state)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bigq_kernels.block4.absmax import load_absmax
 from bigq_kernels.block4.configs import MmaConfig
-from bigq_kernels.block4.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.tokens import split_tokens
 from bigq_kernels.gpu import Gpu
+from bigq_kernels.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.launch import launch
 from bigq_kernels.split_k import add_splits, split_workspace, store_split
 from bigq_kernels.tiles import ceil_div, decode_pair

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.block4.groups import place_in_group
 from bigq_kernels.gpu import Gpu
+from bigq_kernels.groups import place_in_group
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div
 

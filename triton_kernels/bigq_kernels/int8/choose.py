@@ -26,7 +26,7 @@ from bigq_kernels.gpu import Gpu
 from bigq_kernels.split_k import split_steps
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = ["MAX_SPLIT_TILES", "Int8Config", "choose"]
+__all__ = ["MAX_PLANES_M", "MAX_SPLIT_TILES", "MAX_TILES_M", "Int8Config", "choose", "fitted"]
 
 MAX_PLANES_M = 16
 MAX_TILES_M = 128  # more tokens make so many programs that gathering once pays
@@ -90,6 +90,13 @@ def _tile(way: str, m: int, n: int, dtype: torch.dtype, multiprocessors: int) ->
     return tile  # two programs a multiprocessor: 60 us at 14336 x 4096, 512 tokens, 80 for the one above
 
 
+def fitted(config: Int8Config, gpu: Gpu) -> Int8Config:
+    """The same with as many stages as its codes and outlier columns have room for in shared memory, 2 at least."""
+    while config.staged_nbytes() + OUTLIERS_NBYTES > gpu.shared_nbytes and config.stages > 2:
+        config = replace(config, stages=config.stages - 1)
+    return config
+
+
 @lru_cache(maxsize=4096)  # a linear asks at each call; a server meets many numbers of tokens
 def choose(
     device: torch.device | Gpu, m: int, n: int, k: int, dtype: torch.dtype, outliers: bool
@@ -101,9 +108,7 @@ def choose(
         return Choice(way="dequantize", config=None, why="K = 0: the output is the bias.")
     gpu = device if isinstance(device, Gpu) else Gpu.of(device)
     way, why = _way(m, dtype, outliers)
-    config = _tile(way, m, n, dtype, gpu.multiprocessors)
-    while config.staged_nbytes() + OUTLIERS_NBYTES > gpu.shared_nbytes and config.stages > 2:
-        config = replace(config, stages=config.stages - 1)
+    config = fitted(_tile(way, m, n, dtype, gpu.multiprocessors), gpu)
     tiles, steps = config.tiles(m, n), ceil_div(k, config.block_k)
     if tiles <= MAX_SPLIT_TILES.value and config.staged_nbytes() <= MAX_STAGED_NBYTES:
         # A partial sum is written and read: as many steps as its bytes are, and some to fill the pipeline again.

@@ -1,174 +1,18 @@
-"""LLM.int8(): outlier columns of x in its own dtype, the rest in int8, both summed by one GEMM kernel.
+"""linear_int8: LLM.int8() with one weight, in the way that `choose` says, and its backward pass."""
 
-- Which columns are outliers is known on the device only. The GEMM reads their list and their number there: no host
-  synchronization, static shapes, capturable in a CUDA graph.
-- On Hopper it starts while the tokens are being quantized, and has the first bytes of its weights brought to L2
-  meanwhile.
-- Where tiles are too few for the GPU, K is split over programs if that leaves each of them enough steps: 64 tokens of
-  4096 x 14336 take 36 us split and 41 whole (H100). The partial sums are integers, so they are exact in any order.
-"""
-
-from functools import cache
 from math import prod
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.checks import as_floats, check_linear_int8
 from bigq_kernels.choice import Choice
-from bigq_kernels.gpu import Gpu
 from bigq_kernels.int8.choose import Int8Config, choose
 from bigq_kernels.int8.dequantize import dequantize_int8
-from bigq_kernels.int8.outliers import gather_block, gather_outliers
-from bigq_kernels.int8.planes import quantize_planes
-from bigq_kernels.int8.tokens import quantize_tokens
-from bigq_kernels.launch import dense_linear, launch
-from bigq_kernels.split_k import add_splits, split_workspace, store_split
-from bigq_kernels.tiles import next_power_of_2
+from bigq_kernels.int8.product import multiply_int8
+from bigq_kernels.launch import dense_linear
 
 __all__ = ["linear_int8"]
-
-CAPACITY = 128  # outlier columns that are gathered before the product, if any; it gathers any further ones itself
-BLOCK_OUTLIERS = 16  # the least that a tensor core takes; 32 spills registers in the largest tile
-PREFETCH_BYTES = tl.constexpr(512)
-PREFETCH_ASM = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH_BYTES.value}; mov.b32 $0, 0;")
-
-
-@triton.jit
-def _prefetch(ptrs):
-    """Ask for the PREFETCH_BYTES behind each pointer, which divides by 16, to be brought to L2."""
-    tl.inline_asm_elementwise(PREFETCH_ASM, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit(do_not_specialize=["M", "split"])  # a new number of tokens compiles nothing
-def _linear_int8_kernel(
-    codes_ptr,  # [M, K] int8: x; with PLANES [3, M, K]
-    scale_ptr,  # [M] float32; with PLANES [3, M]
-    weight_ptr,  # [N, K] int8
-    absmax_ptr,  # [N, 1] float32
-    bias_ptr,  # [N] or None
-    x_ptr,  # [M, K]
-    count_ptr,  # see _list_outliers_kernel
-    column_ptr,
-    rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
-    dense_ptr,
-    total_ptr,
-    partial_ptr,  # [split, tiles, BLOCK_M, BLOCK_N] int32; None without a split
-    arrived_ptr,  # [tiles] int32, zero: how many programs have finished the tile
-    out_ptr,  # [M, N]
-    M,
-    N,
-    K,
-    segments,
-    split,
-    k_per_split,
-    SEGMENT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    CAPACITY: tl.constexpr,  # outlier columns that were gathered before
-    PLANES: tl.constexpr,  # a tile is 4 groups of tokens: their codes, and the two planes of their outliers
-    EVEN_K: tl.constexpr,
-    PDL: tl.constexpr,
-    PREFETCHES: tl.constexpr,  # PREFETCH_BYTES of a weight row to bring to L2 before x is quantized
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_OUTLIERS: tl.constexpr,
-    GROUP_M: tl.constexpr,  # tiles of M that share their tiles of N in L2
-):
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0)
-    first_m = tile // (GROUP_M * tiles_n) * GROUP_M
-    group_m = min(tiles_m - first_m, GROUP_M)
-    m = ((first_m + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
-    n = (tile % (GROUP_M * tiles_n) // group_m * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
-    # Rows past the end read the last row, or nothing in the loop: 16 copies of one token would load one cache line.
-    if PLANES:
-        TOKENS: tl.constexpr = BLOCK_M // 4
-        row = tl.arange(0, BLOCK_M)
-        in_tile = (row % TOKENS < M) & (row // TOKENS < 3)
-        scale_row = tl.where(in_tile, row // TOKENS * M + row % TOKENS, 0).to(tl.int64)
-        m = tl.arange(0, TOKENS).to(tl.int64)
-    else:
-        in_tile = m < M
-        scale_row = tl.minimum(m, M - 1)
-    x_row = scale_row[:, None] * K
-    in_m = in_tile[:, None]
-    weight_row = tl.minimum(n, N - 1)[:, None] * K
-    first_k = tl.program_id(1) * k_per_split
-    if PREFETCHES > 0:
-        first_byte = min(first_k, K - PREFETCHES * PREFETCH_BYTES)
-        _prefetch(weight_ptr + weight_row + first_byte + tl.arange(0, PREFETCHES)[None, :] * PREFETCH_BYTES)
-    absmax = tl.load(absmax_ptr + n, mask=n < N, other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    scale = tl.load(scale_ptr + scale_row, mask=in_tile, other=0.0)
-
-    # The first outlier columns are on their way while the loop below runs.
-    if count_ptr is not None:
-        if rest_ptr is None:
-            first_rest, first_dense, count = gather_block(
-                x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
-                count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
-            )  # fmt: skip
-        else:
-            count = tl.load(total_ptr)
-            number = tl.arange(0, BLOCK_OUTLIERS)[None, :]
-            rest_ptrs = rest_ptr + tl.minimum(m, M - 1)[:, None] * CAPACITY + number
-            dense_ptrs = dense_ptr + tl.minimum(n, N - 1)[:, None] * CAPACITY + number
-            first_rest = tl.load(rest_ptrs)
-            first_dense = tl.load(dense_ptrs)
-
-    k = tl.arange(0, BLOCK_K)[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for start in range(first_k, min(first_k + k_per_split, K), BLOCK_K):
-        if EVEN_K:
-            codes = tl.load(codes_ptr + x_row + start + k, mask=in_m, other=0)
-            weight = tl.load(weight_ptr + weight_row + start + k)
-        else:
-            codes = tl.load(codes_ptr + x_row + start + k, mask=in_m & (start + k < K), other=0)
-            weight = tl.load(weight_ptr + weight_row + start + k, mask=start + k < K, other=0)
-        total = tl.dot(codes, weight.T, total, out_dtype=tl.int32)
-
-    is_last = True
-    if partial_ptr is not None:
-        offset = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        partial_ptr += tile.to(tl.int64) * (BLOCK_M * BLOCK_N)
-        stride = tl.num_programs(0).to(tl.int64) * (BLOCK_M * BLOCK_N)
-        mine = partial_ptr + tl.program_id(1) * stride + offset
-        is_last = store_split(total, mine, arrived_ptr + tile, True) == split - 1
-    if is_last:
-        if partial_ptr is not None:
-            # Its own sum too is read again: kept beside the others it spills 264 bytes a thread of the 128 x 128 tile.
-            total = add_splits(partial_ptr + offset, stride, split, True, tl.int32, UNROLL=False)
-        out = total.to(tl.float32) * (scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
-
-        if PLANES:
-            out = tl.sum(tl.reshape(out, (4, BLOCK_M // 4, BLOCK_N)), axis=0)
-        if count_ptr is not None:
-            out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
-            if rest_ptr is not None:
-                for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
-                    rest, dense = tl.load(rest_ptrs + start), tl.load(dense_ptrs + start)
-                    out = tl.dot(rest, dense.T, out, input_precision="ieee")
-            for start in range(BLOCK_OUTLIERS if rest_ptr is None else CAPACITY, count, BLOCK_OUTLIERS):
-                rest, dense, _ = gather_block(
-                    x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
-                    count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
-                )  # fmt: skip
-                out = tl.dot(rest, dense.T, out, input_precision="ieee")
-
-        if bias_ptr is not None:
-            out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        mask = (m < M)[:, None] & (n < N)[None, :]
-        tl.store(out_ptr + m[:, None] * N + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@cache
-def _rounded(threshold: float, dtype: torch.dtype) -> float:
-    """The threshold as torch compares it: rounded to the dtype of x."""
-    return torch.tensor(threshold, dtype=dtype, device="cpu").item()
 
 
 def linear_int8(
@@ -193,41 +37,11 @@ def linear_int8(
             return x.new_empty(*x.shape[:-1], n)
         bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         return dense_linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
-    absmax = as_floats(absmax)
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    rows, weight, absmax = x.reshape(m, k).contiguous(), weight.contiguous(), absmax.contiguous()
+    rows, scales = x.reshape(m, k).contiguous(), as_floats(absmax).contiguous()
     bias = None if bias is None else bias.contiguous()
-    tiles = config.tiles(m, n)
-    pdl = Gpu.of(x.device).pdl
     with torch.cuda.device_of(x):
-        threshold = _rounded(threshold, x.dtype)
-        counts = columns = rest = dense = total = partial = arrived = None
-        if config.split > 1:
-            tile_numel = config.block_m * config.block_n
-            partial, arrived = split_workspace(tiles, config.split, tile_numel, x.device, torch.int32)
-        if choice.way == "planes":
-            codes, scale = quantize_planes(rows, threshold, config.block_m // 4, arrived, pdl)
-        else:
-            codes, scale, counts, columns = quantize_tokens(rows, threshold, arrived, pdl)
-        if choice.way == "gather" and counts is not None and columns is not None:
-            rest, dense, total = gather_outliers(
-                rows, codes, scale, weight, absmax, counts, columns, CAPACITY, BLOCK_OUTLIERS, pdl
-            )
-        segments, segment = (0, 1) if columns is None else columns.shape
-        prefetch = pdl and k % 16 == 0 and k >= config.prefetches * PREFETCH_BYTES.value and weight.data_ptr() % 16 == 0
-        launch(
-            _linear_int8_kernel, (tiles, config.split),
-            codes, scale, weight, absmax, bias, rows, counts, columns, rest, dense, total, partial, arrived, out,
-            m, n, k, segments, config.split, config.steps_per_split * config.block_k or k,
-            SEGMENT=segment, SEGMENTS=next_power_of_2(max(segments, 1)), CAPACITY=CAPACITY,
-            PLANES=choice.way == "planes", EVEN_K=k % config.block_k == 0, PDL=pdl,
-            PREFETCHES=config.prefetches if prefetch else 0,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            BLOCK_OUTLIERS=BLOCK_OUTLIERS, GROUP_M=8,
-            options={
-                "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers, "launch_pdl": pdl,
-            },
-        )  # fmt: skip
+        multiply_int8(rows, weight.contiguous(), scales, bias, out, threshold, choice.way, config)
     return out
 
 

@@ -1,4 +1,4 @@
-"""place_in_group for Gluon, whose kernels cannot call Triton's functions: the same lines as in `block4/groups.py`."""
+"""place_in_group for Gluon, whose kernels cannot call Triton's functions: the same lines as in `groups.py`."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

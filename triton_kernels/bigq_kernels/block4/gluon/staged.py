@@ -34,10 +34,10 @@ from bigq_kernels.block4.gluon.scales import (
     scales_of,
 )
 from bigq_kernels.block4.gluon.table import code_tables, fill_table
-from bigq_kernels.block4.groups import group_tokens, most_tiles
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.parts import add_parts_of_tiles
 from bigq_kernels.gpu import Gpu
+from bigq_kernels.groups import group_tokens, most_tiles
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div
 

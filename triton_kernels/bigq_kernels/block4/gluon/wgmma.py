@@ -33,9 +33,9 @@ from bigq_kernels.block4.gluon.scales import (
     scales_of,
 )
 from bigq_kernels.block4.gluon.table import code_tables, fill_table
-from bigq_kernels.block4.groups import group_tokens, most_tiles
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.tokens import tile_tokens
+from bigq_kernels.groups import group_tokens, most_tiles
 from bigq_kernels.launch import launch
 from bigq_kernels.split_k import split_workspace
 from bigq_kernels.tiles import ceil_div

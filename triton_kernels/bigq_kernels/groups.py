@@ -14,7 +14,7 @@ from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = ["group_tokens", "most_tiles", "place_in_group", "weights_of_rows"]
+__all__ = ["group_tokens", "most_tiles", "place_in_group", "sort_by_weight", "weights_of_rows"]
 
 # Of a tile of tokens: weight, its first row of x, how many rows it has, its first tile, and how many tiles there are.
 FIELDS = tl.constexpr(5)
@@ -158,3 +158,13 @@ def weights_of_rows(stops: Tensor, rows: int) -> Tensor:
         options={"launch_pdl": pdl},
     )
     return ids
+
+
+def sort_by_weight(ids: Tensor, weights: int) -> tuple[Tensor, Tensor]:
+    """The order int64 [S] that sorts rows by their weight, ids [S], and where the rows of each end: int32 [weights].
+
+    Rows whose id is no weight's come last.
+    """
+    ordered, order = torch.where((ids >= 0) & (ids < weights), ids, weights).sort(stable=True)
+    every = torch.arange(weights, device=ids.device)
+    return order, torch.searchsorted(ordered, every, right=True, out_int32=True)
