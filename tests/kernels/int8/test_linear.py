@@ -133,6 +133,14 @@ def test_linear_int8_threshold_is_compared_in_the_dtype_of_x(device):
     assert_within_budget(linear_int8(x, weight, absmax, None, threshold), exact, baseline)
 
 
+@pytest.mark.parametrize("m", [3, 12, 20, 130], ids="tokens={}".format)
+def test_linear_int8_of_a_threshold_that_rounds_to_0(m, device):
+    x, weight, absmax = int8_case(m, 24, 97, torch.float16, device)
+    exact = x.double() @ reference.dequantize_int8(weight, absmax, x.dtype).double().T  # every column is an outlier
+    baseline = reference.linear_int8(x, weight, absmax, None, 1e-9)
+    assert_within_budget(linear_int8(x, weight, absmax, None, 1e-9), exact, baseline)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("m", [3, 20, 70], ids=["few-tokens", "more-tokens", "many-tokens"])

@@ -4,12 +4,13 @@
     >>> from bigq_kernels.gpu import Gpu
     >>> choice = choose(Gpu.named("h100"), m=16, n=4096, k=4096, dtype=torch.bfloat16, outliers=True)
     >>> choice.way, choice.why
-    ('planes', 'For up to 16 tokens of 16 bits, outlier columns are two more int8 rows a token.')
+    ('segments', 'For up to 16 tokens, outlier columns are multiplied in int8 segments of 32.')
 
 Few tokens are bound by bytes in flight, many by the tensor cores. Tuned on Hopper only. The ways:
 
 - "codes": without a threshold there are no outliers.
 - "planes": outlier columns are two more int8 rows a token, of the same product.
+- "segments": these rows are multiplied apart, only where there are outliers: by segments of 32 columns.
 - "tiles": each program gathers the outlier columns of its tile.
 - "gather": a launch gathers them for all programs first.
 - "dequantize": the product is empty, so no kernel of this package runs.
@@ -24,13 +25,14 @@ import triton.language as tl
 from bigq_kernels.choice import Choice
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.split_k import split_steps
-from bigq_kernels.tiles import ceil_div, next_power_of_2
+from bigq_kernels.tiles import ceil_div
 
-__all__ = ["MAX_PLANES_M", "MAX_SPLIT_TILES", "MAX_TILES_M", "Int8Config", "choose", "fitted"]
+__all__ = ["MAX_SEGMENTS_M", "MAX_SPLIT_TILES", "MAX_TILES_M", "Int8Config", "choose", "fitted"]
 
-MAX_PLANES_M = 16
+MAX_PLANES_M = 4  # whose three rows each fill the least tile of a tensor core
+MAX_SEGMENTS_M = 16
 MAX_TILES_M = 128  # more tokens make so many programs that gathering once pays
-MAX_SPLIT_TILES = tl.constexpr(1024)  # more fill every GPU
+MAX_SPLIT_TILES = tl.constexpr(1024)  # as many counters are zeroed; fewer tiles than these fill every GPU
 MAX_STAGED_NBYTES = 112 << 10  # of shared memory: a program with more has its multiprocessor to itself
 OUTLIERS_NBYTES = 8 << 10  # and outlier columns: 16 of 128 rows and 128 tokens, in 16 bits
 MIN_SPLIT_STEPS = 24  # fewer do not pay for the sum: 16 take 34 us instead of 27 (4096 x 4096, 512 tokens)
@@ -45,7 +47,6 @@ class Int8Config:
     block_k: int  # columns in a step
     warps: int
     stages: int  # steps in shared memory
-    registers: int | None = None  # the most a thread may have; None leaves it to ptxas
     prefetches: int = 0  # pieces of 512 bytes of each row that are brought to L2 before x is quantized
     split: int = 1  # programs along K
     steps_per_split: int = 0  # of block_k columns; 0 means all
@@ -65,6 +66,8 @@ def _way(m: int, dtype: torch.dtype, outliers: bool) -> tuple[str, str]:
         return "codes", "The threshold is 0, so there are no outlier columns."
     if m <= MAX_PLANES_M and dtype != torch.float32:  # whose 24 bits two planes do not hold
         return "planes", f"For up to {MAX_PLANES_M} tokens of 16 bits, outlier columns are two more int8 rows a token."
+    if m <= MAX_SEGMENTS_M and dtype != torch.float32:
+        return "segments", f"For up to {MAX_SEGMENTS_M} tokens, outlier columns are multiplied in int8 segments of 32."
     if m <= MAX_TILES_M:
         return "tiles", f"For up to {MAX_TILES_M} tokens, each program gathers the outlier columns of its tile."
     return "gather", f"Above {MAX_TILES_M} tokens, so many programs read outlier columns that one launch gathers them."
@@ -72,22 +75,24 @@ def _way(m: int, dtype: torch.dtype, outliers: bool) -> tuple[str, str]:
 
 def _tile(way: str, m: int, n: int, dtype: torch.dtype, multiprocessors: int) -> Int8Config:
     block_n = 64 if n > 8192 else 32
-    if way == "planes":
-        block_m = 4 * max(4, next_power_of_2(m))
-        block_k = 256 if block_m == 16 else 128
-        return Int8Config(block_m=block_m, block_n=block_n, block_k=block_k, warps=4, stages=4, prefetches=2)
-    if m <= 16 and way == "codes":  # 128 programs at N = 4096, each with 48 KiB in flight
-        return Int8Config(block_m=16, block_n=block_n, block_k=256, warps=4, stages=4, prefetches=2)
+    if m <= 16 and way in ("codes", "planes", "segments"):
+        # 128 programs at N = 4096, each with 48 KiB in flight. Of 64 rows, two programs fit a multiprocessor with four
+        # stages, and three with three. Where there are more than two, three are faster: one token of 28672 x 8192 takes
+        # 61 us, and 72 with four stages; of 14336 x 4096 it takes 20.1 and 19.1 (H200).
+        stages = 3 if n > 2 * 64 * multiprocessors else 4
+        return Int8Config(block_m=16, block_n=block_n, block_k=256, warps=4, stages=stages, prefetches=2)
     if dtype == torch.float32 and way != "codes":  # the float32 product has no tensor core: a larger tile spills
         return Int8Config(block_m=64, block_n=32, block_k=128, warps=4, stages=4)
     if m <= 64:
+        if n >= 128 * multiprocessors:  # a tile reads its tokens for twice as many rows: 71 us, and 82 (28672 x 8192)
+            block_n = 128
         return Int8Config(block_m=64, block_n=block_n, block_k=128, warps=4, stages=4, prefetches=2)
+    tile = Int8Config(block_m=128, block_n=128, block_k=128, warps=4, stages=3)
+    if tile.tiles(m, n) >= multiprocessors:  # two fit each: 256 tokens of 14336 x 4096 take 34 us, 39 in halves (H200)
+        return tile
     if m <= 256 or n <= 2048:
         return Int8Config(block_m=128, block_n=64, block_k=128, warps=4, stages=4)
-    tile = Int8Config(block_m=128, block_n=128, block_k=128, warps=8, stages=3, registers=128)
-    if tile.tiles(m, n) <= multiprocessors:  # one program each: 81 us at 4096 x 14336, 512 tokens, 87 for two halves
-        return replace(tile, stages=4, registers=None)
-    return tile  # two programs a multiprocessor: 60 us at 14336 x 4096, 512 tokens, 80 for the one above
+    return replace(tile, warps=8, stages=4)  # one program each: 81 us at 4096 x 14336, 512 tokens, 87 for two halves
 
 
 def fitted(config: Int8Config, gpu: Gpu) -> Int8Config:
@@ -110,7 +115,7 @@ def choose(
     way, why = _way(m, dtype, outliers)
     config = fitted(_tile(way, m, n, dtype, gpu.multiprocessors), gpu)
     tiles, steps = config.tiles(m, n), ceil_div(k, config.block_k)
-    if tiles <= MAX_SPLIT_TILES.value and config.staged_nbytes() <= MAX_STAGED_NBYTES:
+    if tiles <= min(gpu.multiprocessors, MAX_SPLIT_TILES.value) and config.staged_nbytes() <= MAX_STAGED_NBYTES:
         # A partial sum is written and read: as many steps as its bytes are, and some to fill the pipeline again.
         partial = 8 * config.block_m * config.block_n / ((config.block_m + config.block_n) * config.block_k)
         split, steps_per_split = split_steps(tiles, steps, gpu.multiprocessors, 4 + partial)

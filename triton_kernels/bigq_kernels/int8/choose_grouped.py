@@ -8,7 +8,7 @@ decides.
     >>> shapes = {"rows": 512, "e": 128, "n": 1536, "k": 2048}
     >>> choice = choose_grouped(Gpu.named("h200"), **shapes, dtype=torch.bfloat16, outliers=True)
     >>> choice.way, choice.why
-    ('tiles', 'With 4.07 rows for each of 126 weights, each program gathers the outlier columns of its tile.')
+    ('tiles', 'With 4.06 rows for each of 126 weights, each program gathers the outlier columns of its tile.')
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ import torch
 
 from bigq_kernels.choice import Choice
 from bigq_kernels.gpu import Gpu
-from bigq_kernels.int8.choose import MAX_PLANES_M, MAX_TILES_M, Int8Config, fitted
+from bigq_kernels.int8.choose import MAX_SEGMENTS_M, MAX_TILES_M, Int8Config, fitted
 from bigq_kernels.tiles import ceil_div
 
 __all__ = ["choose_grouped", "choose_single"]
@@ -44,10 +44,8 @@ def choose_grouped(
     elif mean + mean**0.5 <= 64 or (outliers and dtype == torch.float32):  # see `choose`
         block_n = 32 if dtype == torch.float32 else block_n
         config = Int8Config(block_m=64, block_n=block_n, block_k=128, warps=4, stages=4, prefetches=2)
-    elif mean <= 256:
-        config = Int8Config(block_m=128, block_n=64, block_k=128, warps=4, stages=4)
     else:
-        config = Int8Config(block_m=128, block_n=128, block_k=128, warps=8, stages=3, registers=128)
+        config = Int8Config(block_m=128, block_n=128, block_k=128, warps=4, stages=3)
     config = fitted(config, gpu)
     if not outliers:
         return Choice(way="codes", config=config, why=f"{each}, and without a threshold.")
@@ -71,7 +69,7 @@ def choose_single(
     config, each = fitted(config, gpu), f"{rows} rows hardly share one of {e} weights"
     if not outliers:
         return Choice(way="codes", config=config, why=f"{each}, and there is no threshold.")
-    if m <= MAX_PLANES_M and dtype != torch.float32:
+    if m <= MAX_SEGMENTS_M and dtype != torch.float32:
         return Choice(way="planes", config=config, why=f"{each}; outlier columns are two more int8 rows a token.")
     return Choice(way="tiles", config=config, why=f"{each}; each program gathers the outlier columns of its row.")
 

@@ -21,7 +21,7 @@ from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.int8.choose import Int8Config
 from bigq_kernels.int8.outliers import gather_block, gather_outliers
-from bigq_kernels.int8.planes import quantize_planes
+from bigq_kernels.int8.planes import load_segments, quantize_planes
 from bigq_kernels.int8.tokens import quantize_tokens
 from bigq_kernels.launch import launch
 from bigq_kernels.split_k import add_splits, split_workspace, store_split
@@ -31,6 +31,7 @@ __all__ = ["multiply_int8"]
 
 CAPACITY = 128  # outlier columns that are gathered before the product, if any; it gathers any further ones itself
 BLOCK_OUTLIERS = 16  # the least that a tensor core takes; 32 spills registers in the largest tile
+BLOCK_SEGMENTS = 4  # 128 columns: as many outlier columns, if they lie apart, are on their way during the loop
 PREFETCH_BYTES = tl.constexpr(512)
 PREFETCH_ASM = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH_BYTES.value}; mov.b32 $0, 0;")
 
@@ -54,6 +55,7 @@ def _linear_int8_kernel(
     rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
     dense_ptr,
     total_ptr,
+    segment_ptr,  # see quantize_planes, where the planes of a tile's tokens are multiplied after its codes; or None
     partial_ptr,  # [split, tiles, BLOCK_M, BLOCK_N] int32; None without a split
     arrived_ptr,  # [tiles] int32, zero: how many programs have finished the tile
     out_ptr,  # [M, N]; with ids [S, N]
@@ -78,13 +80,14 @@ def _linear_int8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_OUTLIERS: tl.constexpr,
+    BLOCK_SEGMENTS: tl.constexpr,  # segments that are multiplied together
     GROUP_M: tl.constexpr,  # tiles of M that share their tiles of N in L2
 ):
     tile, tiles_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     TOKENS: tl.constexpr = BLOCK_M // 4 if PLANES else BLOCK_M
     base = 0  # the first row of its weight in a stack
     if groups_ptr is not None:
-        matrix, n_tile, m_tile, first_m, rows = place_in_group(groups_ptr, tile, tiles_n, BLOCK_M)
+        matrix, n_tile, _m_tile, first_m, rows = place_in_group(groups_ptr, tile, tiles_n, BLOCK_M)
         if rows <= 0:
             return
         first_x, read, base = first_m, rows, matrix * N
@@ -120,7 +123,7 @@ def _linear_int8_kernel(
         tl.extra.cuda.gdc_wait()
     scale = tl.load(scale_ptr + scale_row, mask=in_tile, other=0.0)
 
-    # The first outlier columns are on their way while the loop below runs.
+    # The first outlier columns, or segments of them, are on their way while the loop below runs.
     if count_ptr is not None:
         if rest_ptr is None:
             first_rest, first_dense, count = gather_block(
@@ -134,6 +137,12 @@ def _linear_int8_kernel(
             dense_ptrs = dense_ptr + n_row[:, None] * CAPACITY + number
             first_rest = tl.load(rest_ptrs)
             first_dense = tl.load(dense_ptrs)
+
+    if segment_ptr is not None:
+        plane = M.to(tl.int64) * K
+        first_high, first_low, first_weight, count = load_segments(
+            codes_ptr + x_row, plane, weight_ptr + weight_row, in_m, segment_ptr, 0, K, BLOCK_SEGMENTS
+        )
 
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -161,6 +170,18 @@ def _linear_int8_kernel(
 
         if PLANES:
             out = tl.sum(tl.reshape(out, (4, TOKENS, BLOCK_N)), axis=0)
+        if segment_ptr is not None:
+            high = tl.dot(first_high, first_weight.T, out_dtype=tl.int32)
+            low = tl.dot(first_low, first_weight.T, out_dtype=tl.int32)
+            for start in range(BLOCK_SEGMENTS, count, BLOCK_SEGMENTS):
+                high_codes, low_codes, weight, _ = load_segments(
+                    codes_ptr + x_row, plane, weight_ptr + weight_row, in_m, segment_ptr, start, K, BLOCK_SEGMENTS
+                )
+                high = tl.dot(high_codes, weight.T, high, out_dtype=tl.int32)
+                low = tl.dot(low_codes, weight.T, low, out_dtype=tl.int32)
+            outlier_scale = tl.load(scale_ptr + M + scale_row, mask=in_tile, other=0.0)
+            outlier = high.to(tl.float32) + low.to(tl.float32) * (1.0 / 128.0)
+            out += outlier * (outlier_scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
         if count_ptr is not None:
             out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
             if rest_ptr is not None:
@@ -183,8 +204,13 @@ def _linear_int8_kernel(
 
 @cache
 def _rounded(threshold: float, dtype: torch.dtype) -> float:
-    """The threshold as torch compares it: rounded to the dtype of x."""
-    return torch.tensor(threshold, dtype=dtype, device="cpu").item()
+    """The threshold as torch compares it: rounded to the dtype of x.
+
+    One that rounds to 0, which would mean no outliers, is the smallest number: only zeros are below.
+    """
+    rounded = torch.tensor(threshold, dtype=dtype, device="cpu").item()
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    return max(rounded, smallest) if threshold > 0 else 0.0
 
 
 def multiply_int8(
@@ -209,7 +235,7 @@ def multiply_int8(
     (m, k), n, e = x.shape, weight.shape[-2], len(weight)
     pdl = Gpu.of(x.device).pdl
     threshold = _rounded(threshold, x.dtype)
-    groups = counts = columns = rest = dense = total = partial = arrived = None
+    groups = counts = columns = listed = rest = dense = total = partial = arrived = None
     tiles, repeat = config.tiles(m, n), 1
     if stops is not None:
         tiles = most_tiles(m, e, config.block_m) * ceil_div(n, config.block_n)
@@ -219,8 +245,8 @@ def multiply_int8(
     if config.split > 1:
         tile_numel = config.block_m * config.block_n
         partial, arrived = split_workspace(tiles, config.split, tile_numel, x.device, torch.int32)
-    if way == "planes":
-        codes, scale = quantize_planes(x, threshold, next_power_of_2(max(m, 4)), arrived, pdl)
+    if way in ("planes", "segments"):
+        codes, scale, listed = quantize_planes(x, threshold, way == "segments", arrived, pdl)
     else:
         codes, scale, counts, columns = quantize_tokens(x, threshold, arrived, pdl)
     if way == "gather" and counts is not None and columns is not None:
@@ -232,14 +258,12 @@ def multiply_int8(
     prefetch = pdl and k % 16 == 0 and k >= config.prefetches * PREFETCH_BYTES.value and weight.data_ptr() % 16 == 0
     launch(
         _linear_int8_kernel, (tiles, config.split),
-        codes, scale, weight, absmax, bias, x, counts, columns, rest, dense, total, partial, arrived, out, groups, ids,
-        m, n, k, e, repeat, segments, config.split, config.steps_per_split * config.block_k or k,
+        codes, scale, weight, absmax, bias, x, counts, columns, rest, dense, total, listed, partial, arrived, out,
+        groups, ids, m, n, k, e, repeat, segments, config.split, config.steps_per_split * config.block_k or k,
         SEGMENT=segment, SEGMENTS=next_power_of_2(max(segments, 1)), CAPACITY=CAPACITY,
         PLANES=way == "planes", EVEN_K=k % config.block_k == 0, PDL=pdl,
         PREFETCHES=config.prefetches if prefetch else 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        BLOCK_OUTLIERS=BLOCK_OUTLIERS, GROUP_M=8,
-        options={
-            "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers, "launch_pdl": pdl,
-        },
+        BLOCK_OUTLIERS=BLOCK_OUTLIERS, BLOCK_SEGMENTS=BLOCK_SEGMENTS, GROUP_M=8,
+        options={"num_warps": config.warps, "num_stages": config.stages, "launch_pdl": pdl},
     )  # fmt: skip
