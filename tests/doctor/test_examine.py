@@ -89,7 +89,7 @@ def test_the_kernels_of_a_gpu_and_why():
     one = next(row for row in rows if row.format == "nf4" and row.tokens == 1)
     assert (one.way, one.why) == ("dp4a", "For 1 token and K up to 32768, byte dot products are fastest.")
     assert one.config["warps"] > 0
-    assert {row.way for row in rows if row.format == "int8" and row.tokens == 16} == {"planes"}
+    assert {row.way for row in rows if row.format == "int8" and row.tokens == 16} == {"segments"}
     assert all(row.config for row in rows if row.way != "dequantize")
 
 

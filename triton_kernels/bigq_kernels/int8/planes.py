@@ -6,8 +6,9 @@
   they are multiplied apart, by the segments of 32 columns that hold any: 16 tokens of 14336 x 4096 take 22.6 us, and
   24.3 in one product (H200).
 
-The two bytes hold 15 bits of the token's largest outlier. An Inf in x makes its row NaN. Up to 4096 columns this is one
-launch, with a program a token. Beyond, it is two with a program for 256 columns: one for the scales, one for the codes.
+The two bytes hold 15 bits of the token's largest outlier. An Inf in x makes its row NaN. Up to 64 Ki numbers, such as
+16 tokens of 4096, this is one launch, with a program a token. Beyond, it is two with a program for 256 columns: one for
+the scales, one for the codes.
 """
 
 import torch
