@@ -209,6 +209,11 @@ class Format(Protocol):
         """The call of products with a weight of K = `in_features`. None: any K that fits the tensors."""
 
     @property
+    def reads_hit_experts(self) -> bool:
+        """Whether a product of a few rows with a stack is known to read only the weights that multiply these rows."""
+        return False
+
+    @property
     def has_stack_products(self) -> bool:
         """Whether there are `stack_product`s. If not, the host reads which weight multiplies which row."""
         return False

@@ -148,6 +148,10 @@ class Block4(Format):
         return Product("linear_4bit", ("packed", "absmax", "bias"), (None, None, *settings))
 
     @property
+    def reads_hit_experts(self) -> bool:
+        return True
+
+    @property
     def has_stack_products(self) -> bool:
         return True
 

@@ -60,6 +60,8 @@ class QuantizedExperts(QuantizedModule):
         if not (x.is_floating_point() and isinstance(top_k, int) and self._multiplies(*leaves)):
             return None
         described = [self._quantized[leaf] for leaf in leaves]
+        if not all(own.format.reads_hit_experts for own in described):
+            return None
         if any((own.compute_dtype or x.dtype) not in FUSED_DTYPES or own.shape[-1] % FUSED_STEP for own in described):
             return None
         return x.numel() // described[0].shape[-1] * top_k
