@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from bigq.interop.adapter_refusals import refuse_loftq, refuse_slices_below, watch_targets
 from bigq.interop.expert_adapters import adapted_forward, adapted_leaf, adapted_module
+from bigq.interop.whole_adapters import whole_adapters
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
@@ -97,7 +98,8 @@ def _merge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs
     elif not _is_as_merged(layer):
         vars(layer).pop(_KEPT, None)
     try:
-        return method(layer, *args, **kwargs)  # which may itself unmerge and merge other adapters
+        with whole_adapters(layer, _adapted(layer)[0]):
+            return method(layer, *args, **kwargs)  # which may itself unmerge and merge other adapters
     finally:
         kept: _Kept | None = vars(layer).pop(_KEPT, None)
         if kept is not None and layer.merged:
@@ -108,7 +110,8 @@ def _merge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 def _unmerge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     was_merged, is_as_merged = layer.merged, _is_as_merged(layer)
-    result = method(layer, *args, **kwargs)
+    with whole_adapters(layer, _adapted(layer)[0]):
+        result = method(layer, *args, **kwargs)
     kept: _Kept | None = vars(layer).pop(_KEPT, None)
     if kept is not None and is_as_merged and not layer.merged:
         _put_back(layer, kept)

@@ -25,6 +25,7 @@ from bigq.formats import (
     quant_state_spec,
     state_name,
 )
+from bigq.ops.sharding import is_sharded, placed_like, register_rules
 from bigq.weight.lazy_weight import plain
 from bigq.weight.placeholder import is_placeholder
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -85,9 +86,12 @@ class QuantizedModule(nn.Module):
     def stored_weight(self, leaf: str) -> Stored:
         """The weight `leaf` as it is stored now."""
         description = self._quantized[leaf]
+        state = {part: self._parameters[state_name(leaf, part)] for part in description.state_spec}
+        if is_sharded(state["packed"]):
+            register_rules()
         return Stored(
             format=description.format,
-            state={part: self._parameters[state_name(leaf, part)] for part in description.state_spec},  # type: ignore[misc]
+            state=state,  # type: ignore[arg-type]
             shape=description.shape,
             transposed=description.transposed,
             compute_dtype=description.compute_dtype,
@@ -133,7 +137,7 @@ class QuantizedModule(nn.Module):
                 if follows and tensor.device != own.device:
                     own.data = tensor.detach()
                 elif tensor is not own:
-                    own.copy_(tensor)
+                    own.copy_(placed_like(tensor, own))
         if follows:
             self._redescribe({leaf: replace(self._quantized[leaf], dtype=value.dtype)})
 
