@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 FORMATS = {"nf4": NF4(), "nf4-double-quant": NF4(double_quant=True), "fp4": FP4(), "int8": Int8()}
 NESTED = FORMATS["nf4-double-quant"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 CASES = {  # what differs from: no mixed precision, float32 adapters, whole weights on each process before
     **{name: {"own": own} for name, own in FORMATS.items()},
     "bfloat16-adapters": {"own": NESTED, "adapters": torch.bfloat16},
@@ -32,12 +33,13 @@ CASES = {  # what differs from: no mixed precision, float32 adapters, whole weig
         "activation_checkpointing": True,
     },
     "experts": {"own": NF4(), "experts": True},
+    "adapters-of-experts": {"own": NF4(), "experts": True, "target_parameters": EXPERTS},
     "experts-int8-mixed-precision": {"own": Int8(), "experts": True, "mixed_precision": "bf16"},
 }
 STEPS = 2
 
 
-def _model(own, adapters=torch.float32, *, experts=False):
+def _model(own, adapters=torch.float32, *, experts=False, target_parameters=None):
     from tuners import TARGETS, llama, lora
 
     if experts:
@@ -50,7 +52,7 @@ def _model(own, adapters=torch.float32, *, experts=False):
     model = load_and_quantize_model(model.to(torch.bfloat16), None, QuantizationConfig(own), "cpu")
     targets = TARGETS[:3] if experts else TARGETS
     torch.manual_seed(1)
-    settings = lora(init_lora_weights=False, target_modules=targets)
+    settings = lora(init_lora_weights=False, target_modules=targets, target_parameters=target_parameters)
     model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False).train()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -102,9 +104,9 @@ def _accelerator(**settings):
     return Accelerator(cpu=True, mixed_precision=mixed_precision, fsdp_plugin=plugin)
 
 
-def _prepared(own, adapters=torch.float32, experts=False, mixed_precision="no", **settings):
+def _prepared(own, adapters=torch.float32, experts=False, target_parameters=None, mixed_precision="no", **settings):
     """Whether logits of each step, trained tensors and frozen bits are those of one process, and all are shards."""
-    model, one = (_model(own, adapters, experts=experts) for _ in range(2))
+    model, one = (_model(own, adapters, experts=experts, target_parameters=target_parameters) for _ in range(2))
     layer = "MixtralDecoderLayer" if experts else "LlamaDecoderLayer"
     accelerator = _accelerator(mixed_precision=mixed_precision, transformer_cls_names_to_wrap=[layer], **settings)
     model, optimizer = accelerator.prepare(model, _optimizer(model))
@@ -130,6 +132,7 @@ def _worker(rank, folder):
     allow_fsdp_on_cpu()
     found = {name: _prepared(**case) for name, case in CASES.items()}
     found["merged"] = {name: _merged(own) for name, own in FORMATS.items()}
+    found["merged"]["experts"] = _merged(NF4(), experts=True)
     found["saved"] = _saved(folder)
     found["trainer"] = _trainer(folder)
     found["from_pretrained"] = _from_pretrained(rank, folder)
@@ -151,9 +154,10 @@ def _same(model, one):
     return all(torch.equal(p.full_tensor(), expected[name]) for name, p in model.named_parameters())
 
 
-def _merged(own):
+def _merged(own, *, experts=False):
     """Whether merging, and unmerging, an adapter in shards gives the bits that one process gives."""
-    model, one = _shards(_model(own)), _model(own)
+    settings = {"experts": True, "target_parameters": EXPERTS} if experts else {}
+    model, one = _shards(_model(own, **settings)), _model(own, **settings)
     before = [p.full_tensor().clone() for p in model.parameters()]
     for each in (model, one):
         each.merge_adapter()
@@ -260,7 +264,7 @@ def test_training_with_accelerate_gives_the_bits_of_one_process(found, case):
         assert rank[case] == dict.fromkeys(("logits", "adapters", "changed", "shards", "bits"), True)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "experts"])
 def test_adapters_are_merged_row_by_row_on_each_process(found, name):
     for rank in found:
         assert rank["merged"][name] == dict.fromkeys(("merged", "rows", "undone", "safe"), True)
