@@ -1,5 +1,6 @@
 """gathered: a sharded model with whole tensors in host memory, on the one process that writes it."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,10 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     Every process that holds a part of the model has to enter and leave. A tensor at a time is gathered, on the device.
     All leave together. A model without shards is written by every process that asks.
     """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            module.reshard()  # a call leaves the root whole, and torch makes it shards again for a state dict
     shards = [
         (module, name, parameter)
         for module in model.modules()

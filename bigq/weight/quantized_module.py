@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from bigq.errors import BigqError, CheckpointError, ConfigError
+from bigq.errors import BigqError, CheckpointError, ConfigError, UnsupportedError
 from bigq.formats import (
     QUANT_STATE,
     Description,
@@ -61,6 +61,7 @@ class QuantizedModule(nn.Module):
     """
 
     _quantized: dict[str, Description]
+    _is_gathered: bool = False  # torch sets the tensors by setattr, when it gathers shards and when it drops the whole
 
     @property
     def descriptions(self) -> dict[str, Description]:
@@ -117,6 +118,7 @@ class QuantizedModule(nn.Module):
         Raises:
             ConfigError: `value` has another shape, is not floating point, or holds NaN or Inf.
         """
+        self._refuse_lost_write()
         is_copy = isinstance(value, QuantizedWeight) and value.is_copy
         for part, tensor in self._state_of(leaf, value).items():
             own = tensor.detach().clone() if is_copy else tensor
@@ -130,6 +132,7 @@ class QuantizedModule(nn.Module):
 
         With `follows`, the weight moves to the device of `value` and takes over its dtype.
         """
+        self._refuse_lost_write()
         stored = self.stored_weight(leaf)
         with torch.no_grad():
             for part, tensor in self._state_of(leaf, value).items():
@@ -186,8 +189,19 @@ class QuantizedModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vars(self).get("_quantized", ()):  # nn.Module would register a Parameter of that name
             self.assign_weight(name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        own = vars(self).get("_parameters", {}).get(name)
+        if own is not None and is_sharded(own) != is_sharded(value):
+            vars(self)["_is_gathered"] = is_sharded(own)
+        super().__setattr__(name, value)
+
+    def _refuse_lost_write(self) -> None:
+        """Raise an UnsupportedError while FSDP2 has put whole tensors in the places of shards, which come back."""
+        if self._is_gathered:
+            raise UnsupportedError(
+                f"a weight of {type(self).__name__} is written while FSDP2 has gathered it for a call, and the write "
+                "would be lost: call reshard() of the module that fully_shard was called with first"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
         """Move or cast the module. A cast changes no tensor of a weight, only the dtype that the weight reports."""

@@ -108,8 +108,23 @@ def _save(rank, folder):
             reference.weight.copy_(new)
         found[name, "written"] = _same(model, whole)
     found["bitsandbytes"] = _bitsandbytes(mesh, folder)
+    found["lost"], found["kept"] = _written_while_gathered(mesh, folder)
     found["a rank's own error"] = error_of(lambda: save_quantized(_sharded(NF4(), mesh), f"{folder}/nf4/.metadata"))
     return found
+
+
+def _written_while_gathered(mesh, folder):
+    """What a write says after a call, which leaves the root whole; and whether one holds after a save, in shards."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, one = fully_shard(_model(NF4()), mesh=mesh), _model(NF4())
+    with torch.no_grad():
+        model(X)
+    said = error_of(lambda: model[0].up.weight.mul_(2)), error_of(lambda: setattr(model[0].up, "weight", X))
+    save_quantized(model, f"{folder}/after-a-call")
+    for each in (model, one):
+        each[0].up.weight.mul_(2)
+    return said, _same(model, one)
 
 
 def _as_shards(tensor, mesh):
@@ -199,6 +214,13 @@ def test_a_checkpoint_of_one_process_is_loaded_in_three(folder):
             same, shape = found[name]
             assert same, name
             assert shape == ((34 if rank < 2 else 33), 32 if "nf4" in name else 64)
+
+
+def test_a_write_that_fsdp_would_drop_is_refused(saved):
+    for found in saved:
+        assert found["kept"]
+        for said in found["lost"]:
+            assert said.startswith("UnsupportedError: a weight of QuantizedLinear is written while FSDP2 has gathered")
 
 
 def test_other_layouts_are_saved_from_shards(saved):
