@@ -1,5 +1,6 @@
 """Adapters of quantized models trained with FSDP2 by accelerate and transformers: the bits of one process."""
 
+import importlib.util
 import os
 import warnings
 from unittest import mock
@@ -125,7 +126,7 @@ def _prepared(own, adapters=torch.float32, experts=False, target_parameters=None
     }
 
 
-def _worker(rank, folder):
+def _worker(rank, folder, has_trl):
     from accelerate_cpu import allow_fsdp_on_cpu
 
     warnings.simplefilter("ignore")
@@ -135,6 +136,8 @@ def _worker(rank, folder):
     found["merged"]["experts"] = _merged(NF4(), experts=True)
     found["saved"] = _saved(folder)
     found["trainer"] = _trainer(folder)
+    if has_trl:
+        found["sft"] = _sft_in_shards(folder)
     found["from_pretrained"] = _from_pretrained(rank, folder)
     return found
 
@@ -235,6 +238,50 @@ def _trainer(folder):
     return {"error": worst, "saved": same, "shards": all(hasattr(p, "to_local") for p in trainer.model.parameters())}
 
 
+def _sft(folder, **settings):
+    """The losses of four steps of TRL's SFTTrainer, which adds the adapter itself, and the model that it trained."""
+    import datasets
+    import trl
+    from tokenizers import Tokenizer, models
+
+    from tuners import IDS, llama, lora
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    model = load_and_quantize_model(llama().to(torch.bfloat16), None, QuantizationConfig(NESTED), "cpu")
+    arguments = trl.SFTConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=True,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        **settings,
+    )
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict({"input_ids": [IDS[0].tolist()] * 16}),
+        peft_config=lora(target_modules="all-linear"),
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.model
+
+
+def _sft_in_shards(folder):
+    AcceleratorState._reset_state(reset_partial_state=False)
+    shards = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "activation_checkpointing": True}
+    losses, model = _sft(f"{folder}/sft", gradient_checkpointing=False, fsdp=True, fsdp_config=shards)
+    return losses, all(hasattr(p, "to_local") for p in model.parameters())
+
+
 def _from_pretrained(rank, folder):
     """Whether each process gets all weights where transformers would give them to the first one alone."""
     import bigq.integrations.transformers  # noqa: F401
@@ -255,7 +302,7 @@ def _from_pretrained(rank, folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
-    return run_ranks(_worker, folder, str(folder))
+    return run_ranks(_worker, folder, str(folder), importlib.util.find_spec("trl") is not None)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -282,6 +329,18 @@ def test_the_trainer_of_transformers_trains_and_saves_the_adapter(found):
         assert rank["trainer"]["shards"]
         assert rank["trainer"]["saved"]
         assert rank["trainer"]["error"] < 1e-5  # its loss is a sum divided by the tokens of all processes
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
+def test_a_trainer_of_trl_learns_what_it_learns_in_one_process(found, tmp_path):
+    pytest.importorskip("trl")
+    expected, _ = _sft(tmp_path)
+    for rank in found:
+        losses, are_shards = rank["sft"]
+        assert are_shards
+        assert losses[-1] < 0.6 * losses[0]
+        assert all(abs(loss / alone - 1) < 0.02 for loss, alone in zip(losses, expected, strict=True))
 
 
 def test_from_pretrained_gives_each_process_its_weights_if_loading_is_to_spare_memory(found):
