@@ -58,6 +58,14 @@ def _cases(rank):
             compare((*key, "scales"), own.scales(by_rows), own.scales(state))
             for part, tensor in own.quantize(spread(weight, Shard(0))).items():
                 compare((*key, f"quantize-{part}"), tensor, state[part])
+            if "search" in own.methods and kind == "even":
+                importance = torch.rand(columns) + 0.5
+                searched = own.quantize(weight, method="search", importance=importance)
+                shards = own.quantize(
+                    spread(weight, Shard(0)), method="search", importance=spread(importance, Replicate())
+                )
+                for part, tensor in shards.items():
+                    compare((*key, f"search-{part}"), tensor, searched[part])
             x, bias = torch.randn(3, 5, columns), torch.randn(rows)
             grad = torch.randn(3, 5, rows)
             leaf = x.clone().requires_grad_()
@@ -117,7 +125,7 @@ def cases(request, tmp_path_factory):
 
 def test_every_result_is_that_of_whole_tensors(cases):
     for rank, found in enumerate(result["found"] for result in cases):
-        assert len(found) == (194 if len(cases) == 2 else 58)
+        assert len(found) == (202 if len(cases) == 2 else 64)
         for key, (error, _) in found.items():
             # Sums in float32, in another order. LLM.int8() rounds each shard of a row of x by the largest of the shard.
             limit = 2e-2 if key[0] == "int8" and key[-1] == "linear-columns" else 1e-5
