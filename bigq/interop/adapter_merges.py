@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from bigq.interop.adapter_refusals import refuse_loftq, refuse_slices_below, watch_targets
 from bigq.interop.expert_adapters import adapted_forward, adapted_leaf, adapted_module
 from bigq.interop.whole_adapters import whole_adapters
+from bigq.ops.sharding import in_all, local_part
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
@@ -156,12 +157,19 @@ def _in_host_memory(layer: nn.Module) -> dict[str, tuple[Stored, torch.dtype]]:
 
 def _is_as_merged(layer: nn.Module) -> bool:
     kept: _Kept | None = vars(layer).get(_KEPT)
-    return kept is not None and all(map(torch.equal, kept.sums, _sums(layer)))
+    if kept is None:
+        return False
+    base, leaves = _adapted(layer)
+    same = all(map(torch.equal, kept.sums, _sums(layer)))
+    return in_all(same, base.stored_weight(leaves[0]).state["packed"])
 
 
 def _sums(layer: nn.Module) -> tuple[Tensor, ...]:
-    """The sums of each part along its first and its last dimension: no edit leaves them all as they were by chance."""
+    """The sums of each part along its first and its last dimension: no edit leaves them all as they were by chance.
+
+    Of a sharded part, those of what this process holds.
+    """
     base, leaves = _adapted(layer)
     states = [base.stored_weight(leaf).state for leaf in leaves]
-    parts = [tensor.detach() for state in states for tensor in state.values()]
+    parts = [local_part(tensor.detach()) for state in states for tensor in state.values()]
     return tuple(part.sum(dim, dtype=torch.int64).cpu() for part in parts for dim in (0, -1))

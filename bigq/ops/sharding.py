@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigq.ops.checks import NESTED_BLOCK_SIZE
 
-__all__ = ["is_sharded", "local_part", "placed_like", "register_rules", "shard_width"]
+__all__ = ["in_all", "is_sharded", "local_part", "placed_like", "register_rules", "shard_width"]
 
 Rule = tuple[list[Any], list[Any]]  # placements of the outputs, and of the arguments: None for those that are no tensor
 Sharded = tuple[Any, dict[int, Any]]  # the outputs' placement, and that of arguments by position; others are replicated
@@ -30,6 +30,18 @@ def is_sharded(tensor: Tensor | None) -> bool:
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a DTensor; any other tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def in_all(claim: bool, tensor: Tensor) -> bool:
+    """Whether `claim` holds in every process that holds a part of `tensor`, each of which has to ask."""
+    if not is_sharded(tensor):
+        return claim
+    from torch.distributed import ReduceOp, all_reduce
+
+    told = torch.tensor(int(claim), device=tensor.device)
+    for group in tensor.device_mesh.get_all_groups():  # type: ignore[attr-defined]
+        all_reduce(told, ReduceOp.MIN, group)
+    return bool(told)
 
 
 def placed_like(tensor: Tensor, own: Tensor) -> Tensor:

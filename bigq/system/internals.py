@@ -8,7 +8,7 @@ or changes one costs time. It never costs a right result.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from itertools import count
 from operator import attrgetter, methodcaller
@@ -402,7 +402,8 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # FSDP2 of torch 2.11 and older makes each shard a Parameter that requires a gradient, and asks then whether it does.
-# For integers that is an error, which `fully_shard` raises without this.
+# For integers that is an error, which `fully_shard` raises without this. Its mixed precision casts integers, too: a
+# product with such a weight raises an error.
 
 
 class _ParameterOf:
@@ -417,13 +418,24 @@ class _ParameterOf:
         return nn.Parameter(data, requires_grad=requires_grad and is_trainable)
 
 
+def _leaving_integers(init_dtype_attrs: Callable[..., None]) -> Callable[..., None]:
+    @wraps(init_dtype_attrs)
+    def init(param: Any, policy: Any) -> None:
+        init_dtype_attrs(param, policy)
+        if not param.sharded_param.is_floating_point():
+            param.param_dtype = None  # the dtype of the policy
+
+    return init
+
+
 FSDP_SHARDS_INTEGERS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
 def let_fsdp_shard_integers() -> None:
-    """Make `fully_shard` take integers, in a process that a launcher such as torchrun has started, or of a group.
+    """Make `fully_shard` take integers, and leave them integers.
 
-    Elsewhere nothing is done, because importing FSDP2 takes a second.
+    This is done in a process of a group, and in one that a launcher such as torchrun has started. Elsewhere nothing is
+    done, because importing FSDP2 takes a second.
     """
     if "WORLD_SIZE" not in os.environ and not (distributed.is_available() and distributed.is_initialized()):
         return
@@ -433,3 +445,4 @@ def let_fsdp_shard_integers() -> None:
         return
     if getattr(module, "nn", None) is nn:
         module.nn = _ParameterOf()  # type: ignore[attr-defined]
+        module.FSDPParam.init_dtype_attrs = _leaving_integers(module.FSDPParam.init_dtype_attrs)

@@ -191,9 +191,11 @@ class QuantizedModule(nn.Module):
             self.assign_weight(name, value)
             return
         own = vars(self).get("_parameters", {}).get(name)
-        if own is not None and is_sharded(own) != is_sharded(value):
+        if own is not None and isinstance(value, nn.Parameter) and is_sharded(own) != is_sharded(value):
             vars(self)["_is_gathered"] = is_sharded(own)
-        super().__setattr__(name, value)
+            self._parameters[name] = value  # as FSDP2 itself does where a class has no __setattr__ of its own
+        else:
+            super().__setattr__(name, value)
 
     def _refuse_lost_write(self) -> None:
         """Raise an UnsupportedError while FSDP2 has put whole tensors in the places of shards, which come back."""

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -28,7 +29,12 @@ def _twice():
 
 def _leaves_fsdp_alone(module):
     """Whether FSDP2 has torch's Parameter after `module` was to change it, in a process that a launcher has started."""
-    with mock.patch.object(_fsdp_param, "nn", nn), mock.patch.dict(os.environ, WORLD_SIZE="2"):
+    kept = _fsdp_param.FSDPParam.init_dtype_attrs
+    with (
+        mock.patch.object(_fsdp_param, "nn", nn),
+        mock.patch.object(_fsdp_param.FSDPParam, "init_dtype_attrs", kept),
+        mock.patch.dict(os.environ, WORLD_SIZE="2"),
+    ):
         module.let_fsdp_shard_integers()
         return _fsdp_param.nn is nn
 
@@ -302,6 +308,7 @@ def test_the_suite_passes_with_all_of_them_renamed():
 @pytest.mark.skipif(internals.__spec__ is None, reason="renamed")
 def test_fsdp2_of_an_older_torch_makes_parameters_of_integers(monkeypatch):
     monkeypatch.setattr(_fsdp_param, "nn", nn)
+    monkeypatch.setattr(_fsdp_param.FSDPParam, "init_dtype_attrs", _fsdp_param.FSDPParam.init_dtype_attrs)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     internals.let_fsdp_shard_integers()
     assert _fsdp_param.nn is nn, "a single process does not import FSDP2"
@@ -313,3 +320,12 @@ def test_fsdp2_of_an_older_torch_makes_parameters_of_integers(monkeypatch):
     assert [parameter.requires_grad for parameter in made] == [False, True]
     assert not _fsdp_param.nn.Parameter(torch.ones(2), requires_grad=False).requires_grad
     assert _fsdp_param.nn.Module is nn.Module
+
+    def casts(param, policy):  # what torch 2.11 does
+        param.param_dtype = policy.param_dtype
+
+    init = internals._leaving_integers(casts)
+    for dtype, expected in ((torch.uint8, None), (torch.float32, torch.bfloat16)):
+        param = SimpleNamespace(sharded_param=torch.ones(2, dtype=dtype))
+        init(param, SimpleNamespace(param_dtype=torch.bfloat16))
+        assert param.param_dtype is expected
