@@ -39,8 +39,8 @@ class HfQuantizer(Base):
         """What `save_pretrained` saves, placeholders among it.
 
         Raises:
-            UnsupportedError: the model holds slices of its weights, or is sharded. A gathered state that is passed to `save_pretrained` does not get
-                here, because transformers asks its quantizer instead.
+            UnsupportedError: the model holds slices of its weights, or is sharded. A gathered state that is passed to
+                `save_pretrained` does not get here, because transformers asks its quantizer instead.
         """
         refuse_slices(model)
         if any(map(is_sharded, model.parameters())):
