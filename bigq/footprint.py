@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bigq.formats import state_name
 from bigq.model.tree import ModelTree, find_owner, nbytes_of
 from bigq.offload.space import is_file_backed
+from bigq.ops.sharding import local_part
 from bigq.system.text import format_table
 from bigq.weight.quantized_module import QuantizedModule
 
@@ -44,6 +45,8 @@ class MemoryFootprint:
 def memory_footprint(model: nn.Module) -> MemoryFootprint:
     """Count the bytes of a model's parameters and buffers, by device and kind. Tied tensors count once.
 
+    Of a sharded model, such as one of FSDP2, only what this process holds counts.
+
     Args:
         model: any PyTorch model. It is not changed.
 
@@ -61,7 +64,7 @@ def memory_footprint(model: nn.Module) -> MemoryFootprint:
         quantized = owner.state_spec() if isinstance(owner, QuantizedModule) else {}
         kind = "kept" if leaf not in quantized else "packed" if leaf.endswith("_packed") else "scales"
         of_device = nbytes.setdefault(_where(group.tensor), dict.fromkeys(KINDS, 0))
-        of_device[kind] += nbytes_of(group.tensor)
+        of_device[kind] += nbytes_of(local_part(group.tensor))
     return MemoryFootprint(nbytes=nbytes)
 
 
@@ -94,4 +97,4 @@ def num_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
 
 
 def _where(tensor: Tensor) -> str:
-    return "disk" if is_file_backed(tensor) else str(tensor.device)
+    return "disk" if is_file_backed(local_part(tensor)) else str(tensor.device)

@@ -17,6 +17,7 @@ from bigq.errors import ConfigError
 from bigq.formats.base import METHODS, Format, Product, Rows, State, TensorSpec, as_bits, like_weight, matrix_shape
 from bigq.ops import reference
 from bigq.ops.checks import as_floats
+from bigq.ops.sharding import shard_width
 
 __all__ = ["BLOCK_SIZES", "FP4", "NF4", "Block4"]
 
@@ -138,7 +139,8 @@ class Block4(Format):
         rows, columns = matrix_shape(shape)
         packed = state["packed"].reshape(rows, -(-columns // 2))
         scales = self.scales(state).reshape(rows, -(-columns // self.block_size))
-        dense: Tensor = ops.dequantize_4bit(packed, scales, self.quant_type, self.block_size, columns, dtype)
+        width = shard_width(packed, columns)
+        dense: Tensor = ops.dequantize_4bit(packed, scales, self.quant_type, self.block_size, width, dtype)
         return dense.view(shape)
 
     def product(self, in_features: int | None = None) -> Product:

@@ -22,6 +22,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from bigq.interop.adapter_refusals import refuse_loftq, refuse_slices_below, watch_targets
 from bigq.interop.expert_adapters import adapted_forward, adapted_leaf, adapted_module
+from bigq.interop.whole_adapters import whole_adapters
+from bigq.ops.sharding import in_all, local_part
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
@@ -97,7 +99,8 @@ def _merge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs
     elif not _is_as_merged(layer):
         vars(layer).pop(_KEPT, None)
     try:
-        return method(layer, *args, **kwargs)  # which may itself unmerge and merge other adapters
+        with whole_adapters(layer, _adapted(layer)[0]):
+            return method(layer, *args, **kwargs)  # which may itself unmerge and merge other adapters
     finally:
         kept: _Kept | None = vars(layer).pop(_KEPT, None)
         if kept is not None and layer.merged:
@@ -108,7 +111,8 @@ def _merge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 def _unmerge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     was_merged, is_as_merged = layer.merged, _is_as_merged(layer)
-    result = method(layer, *args, **kwargs)
+    with whole_adapters(layer, _adapted(layer)[0]):
+        result = method(layer, *args, **kwargs)
     kept: _Kept | None = vars(layer).pop(_KEPT, None)
     if kept is not None and is_as_merged and not layer.merged:
         _put_back(layer, kept)
@@ -153,12 +157,19 @@ def _in_host_memory(layer: nn.Module) -> dict[str, tuple[Stored, torch.dtype]]:
 
 def _is_as_merged(layer: nn.Module) -> bool:
     kept: _Kept | None = vars(layer).get(_KEPT)
-    return kept is not None and all(map(torch.equal, kept.sums, _sums(layer)))
+    if kept is None:
+        return False
+    base, leaves = _adapted(layer)
+    same = all(map(torch.equal, kept.sums, _sums(layer)))
+    return in_all(same, base.stored_weight(leaves[0]).state["packed"])
 
 
 def _sums(layer: nn.Module) -> tuple[Tensor, ...]:
-    """The sums of each part along its first and its last dimension: no edit leaves them all as they were by chance."""
+    """The sums of each part along its first and its last dimension: no edit leaves them all as they were by chance.
+
+    Of a sharded part, those of what this process holds.
+    """
     base, leaves = _adapted(layer)
     states = [base.stored_weight(leaf).state for leaf in leaves]
-    parts = [tensor.detach() for state in states for tensor in state.values()]
+    parts = [local_part(tensor.detach()) for state in states for tensor in state.values()]
     return tuple(part.sum(dim, dtype=torch.int64).cpu() for part in parts for dim in (0, -1))

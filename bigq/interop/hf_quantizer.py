@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer as Base
 
 from bigq.config import QuantizationConfig
+from bigq.errors import UnsupportedError
 from bigq.loading.dequantize import dequantize
+from bigq.ops.sharding import is_sharded
 from bigq.weight.slices import refuse_slices
 
 __all__ = ["HfQuantizer"]
@@ -37,9 +39,15 @@ class HfQuantizer(Base):
         """What `save_pretrained` saves, placeholders among it.
 
         Raises:
-            UnsupportedError: the model holds slices of its weights.
+            UnsupportedError: the model holds slices of its weights, or is sharded. A gathered state that is passed to
+                `save_pretrained` does not get here, because transformers asks its quantizer instead.
         """
         refuse_slices(model)
+        if any(map(is_sharded, model.parameters())):
+            raise UnsupportedError(
+                "save_pretrained cannot save the shards of a quantized model: call bigq.save_quantized(model, folder) "
+                "in every process, or save the state that accelerate or torch gathers"
+            )
         return model.state_dict(), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

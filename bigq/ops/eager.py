@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 from bigq.ops import library
 from bigq.ops.eager_gradient import linear_with_gradient, routed_with_gradient
 from bigq.ops.replays import Settings, State, run
+from bigq.ops.sharding import is_sharded, register_rules, shard_width
 from bigq.system.internals import something_listens
 
 __all__ = ["linear", "routed"]
@@ -27,6 +28,8 @@ def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
         if torch.is_grad_enabled() and _needs_gradient(x, state):
             return linear_with_gradient(name, x, state, settings)
         return run(library.cuda_implementation, name, x, state, settings)
+    if is_sharded(x):
+        settings = _for_shards(name, x, state, settings)
     primal, tangent = unpack_dual(x)  # type: ignore[no-untyped-call]
     bias, bias_tangent = (None, None) if state[2] is None else unpack_dual(state[2])  # type: ignore[no-untyped-call]
     if tangent is None and bias_tangent is None:
@@ -48,6 +51,8 @@ def routed(name: str, x: Tensor, route: Tensor, state: State, settings: Settings
         if torch.is_grad_enabled() and _needs_gradient(x, state):
             return routed_with_gradient(name, x, route, state, settings)
         return run(library.cuda_implementation, name, x, state, settings, (route,))
+    if is_sharded(x):
+        settings = _for_shards(name, x, state, settings)
     primal, tangent = unpack_dual(x)  # type: ignore[no-untyped-call]
     bias, bias_tangent = (None, None) if state[2] is None else unpack_dual(state[2])  # type: ignore[no-untyped-call]
     if tangent is None and bias_tangent is None:
@@ -58,6 +63,15 @@ def routed(name: str, x: Tensor, route: Tensor, state: State, settings: Settings
         settings = (torch.finfo(tangent.dtype).tiny,)
     change = routed(name, tangent, route, (*state[:2], bias_tangent, *state[3:]), settings)
     return make_dual(out, change)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _for_shards(name: str, x: Tensor, state: State, settings: Settings) -> Settings:
+    """The settings of an op of DTensors. The last one of a product with a 4-bit weight is K, which has to be x's."""
+    register_rules()
+    packed, columns = state[0], settings[-1]
+    if name == "linear_int8" or packed is None or columns != x.shape[-1]:
+        return settings
+    return *settings[:-1], shard_width(packed, x.shape[-1])
 
 
 def _times_weight(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:

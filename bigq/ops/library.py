@@ -21,6 +21,7 @@ from bigq.errors import UnsupportedError
 from bigq.ops import checks, reference
 from bigq.ops.replays import run
 from bigq.ops.routes import sort_by_weight
+from bigq.ops.sharding import shard_width
 from bigq.system.internals import check
 
 __all__ = [
@@ -50,7 +51,8 @@ _SCHEMAS = {
     "search_scales_4bit": "(Tensor weight, Tensor importance, str quant_type, int block_size) -> Tensor",
     "encode_scaled_4bit": "(Tensor weight, Tensor scales, str quant_type, int block_size) -> Tensor",
     "dequantize_4bit": (
-        "(Tensor weight, Tensor absmax, str quant_type, int block_size, SymInt in_features, ScalarType dtype) -> Tensor"
+        "(Tensor weight, Tensor absmax, str quant_type, int block_size, SymInt? in_features, ScalarType dtype) "
+        "-> Tensor"
     ),
     "quantize_absmax": "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
     "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset) -> Tensor",
@@ -155,7 +157,10 @@ def _(weight: Tensor, scales: Tensor, quant_type: str, block_size: int) -> Tenso
 
 
 @torch.library.register_fake("bigq::dequantize_4bit", lib=_LIBRARY)
-def _(weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
+def _(
+    weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int | None, dtype: torch.dtype
+) -> Tensor:
+    in_features = 2 * weight.shape[1] if in_features is None else in_features
     checks.check_dequantize_4bit(weight, absmax, None, None, block_size, in_features, check)
     return weight.new_empty(weight.shape[0], in_features, dtype=dtype)
 
@@ -393,7 +398,8 @@ def _dense_4bit(
     """The weight [N, K] in `dtype`. `nested` are the two tensors that absmax is decoded with, or None or nothing."""
     if nested and nested[0] is not None:
         absmax = dequantize_absmax(absmax, *nested)
-    return dequantize_4bit(packed, absmax, *settings, dtype)  # type: ignore[no-any-return]
+    quant_type, block_size, in_features = settings
+    return dequantize_4bit(packed, absmax, quant_type, block_size, shard_width(packed, in_features), dtype)  # type: ignore[no-any-return]
 
 
 torch.library.register_autograd(

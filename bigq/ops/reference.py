@@ -113,9 +113,13 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
 
 
 def dequantize_4bit(
-    weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int, dtype: torch.dtype
+    weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """Undo `quantize_4bit`: code * float32 absmax, rounded once to `dtype`; uint8 [N, ceil(K/2)] -> [N, K]."""
+    """Undo `quantize_4bit`: code * float32 absmax, rounded once to `dtype`; uint8 [N, ceil(K/2)] -> [N, K].
+
+    If in_features is None, K is even.
+    """
+    in_features = 2 * weight.shape[1] if in_features is None else in_features
     check_dequantize_4bit(weight, absmax, None, None, block_size, in_features)
     absmax = as_floats(absmax)
     rows = weight.shape[0]

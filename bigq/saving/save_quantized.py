@@ -8,6 +8,7 @@ from torch import nn
 
 from bigq.errors import ConfigError
 from bigq.saving.files import write_shards
+from bigq.saving.gathered import gathered
 from bigq.saving.layouts import OWN, check_layout, in_layout
 from bigq.saving.model_config import write_configs
 from bigq.weight.slices import refuse_slices
@@ -30,7 +31,8 @@ def save_quantized(
     is quantized again, so "bitsandbytes" holds the same codes and scales.
 
     Args:
-        model: one that `load_and_quantize_model` returned, on any device and with any device map.
+        model: one that `load_and_quantize_model` returned, on any device and with any device map. If it is sharded, as
+            by `fully_shard`, every process has to call this: the first one gathers the model in host memory and writes.
         folder: is created if it does not exist.
         layout: "bigq", which every model can be saved in; "bitsandbytes", for linears in NF4, FP4 or int8 whose
             in_features is a multiple of the block size; or "compressed-tensors", for linears in int8, whose outlier
@@ -40,8 +42,8 @@ def save_quantized(
 
     Raises:
         ConfigError: an argument has another value.
-        UnsupportedError: the layout cannot hold a weight, which is named; or the model is not quantized, is sharded, or
-            holds slices of tensor parallelism, or tensors on meta. Nothing is written then.
+        UnsupportedError: the layout cannot hold a weight, which is named; or the model is not quantized, or holds
+            slices of tensor parallelism, or tensors on meta. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -58,9 +60,12 @@ def save_quantized(
         if not isinstance(key, str) or not isinstance(value, str):
             raise ConfigError(f"metadata holds {key!r}: {value!r}; expected strings, as safetensors stores them")
     refuse_slices(model)
-    saved = in_layout(model, layout)
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    tied = getattr(model, "all_tied_weights_keys", None) or ()
-    write_shards(saved.tensors, path, max_shard_size=max_shard_size, metadata=metadata or {}, tied=list(tied))
-    write_configs(model, path, saved.quantization_config)
+    with gathered(model) as writes:
+        if not writes:
+            return
+        saved = in_layout(model, layout)
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tied = getattr(model, "all_tied_weights_keys", None) or ()
+        write_shards(saved.tensors, path, max_shard_size=max_shard_size, metadata=metadata or {}, tied=list(tied))
+        write_configs(model, path, saved.quantization_config)

@@ -5,16 +5,18 @@ tensor when this file is imported, and taken if it does there what it is taken f
 or changes one costs time. It never costs a right result.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
+from importlib import import_module
 from itertools import count
 from operator import attrgetter, methodcaller
 from sys import getrefcount
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.nn import functional as F
@@ -23,6 +25,7 @@ __all__ = [
     "ATTENTION_OUTPUT",
     "COUNTS_HOLDERS",
     "EXTRA_STATE",
+    "FSDP_SHARDS_INTEGERS",
     "GROUPED_PRODUCTS",
     "SEES_EDITS",
     "TELLS_HOOKS",
@@ -35,6 +38,7 @@ __all__ = [
     "edits_of",
     "forget_sharding",
     "has_forward_pre_hooks",
+    "let_fsdp_shard_integers",
     "load_hooks",
     "may_write",
     "saved_tensor_hooks",
@@ -395,3 +399,50 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
         return tensor._indices(), tensor._values()
     tensor = tensor.coalesce()
     return tensor.indices(), tensor.values()
+
+
+# FSDP2 of torch 2.11 and older makes each shard a Parameter that requires a gradient, and asks then whether it does.
+# For integers that is an error, which `fully_shard` raises without this. Its mixed precision casts integers, too: a
+# product with such a weight raises an error.
+
+
+class _ParameterOf:
+    """torch.nn for FSDP2: a Parameter of integers requires no gradient."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nn, name)
+
+    @staticmethod
+    def Parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # noqa: N802
+        is_trainable = data.is_floating_point() or data.is_complex()
+        return nn.Parameter(data, requires_grad=requires_grad and is_trainable)
+
+
+def _leaving_integers(init_dtype_attrs: Callable[..., None]) -> Callable[..., None]:
+    @wraps(init_dtype_attrs)
+    def init(param: Any, policy: Any) -> None:
+        init_dtype_attrs(param, policy)
+        if not param.sharded_param.is_floating_point():
+            param.param_dtype = None  # the dtype of the policy
+
+    return init
+
+
+FSDP_SHARDS_INTEGERS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+
+
+def let_fsdp_shard_integers() -> None:
+    """Make `fully_shard` take integers, and leave them integers.
+
+    This is done in a process of a group, and in one that a launcher such as torchrun has started. Elsewhere nothing is
+    done, because importing FSDP2 takes a second.
+    """
+    if "WORLD_SIZE" not in os.environ and not (distributed.is_available() and distributed.is_initialized()):
+        return
+    try:
+        module = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+    except ImportError:
+        return
+    if getattr(module, "nn", None) is nn:
+        module.nn = _ParameterOf()  # type: ignore[attr-defined]
+        module.FSDPParam.init_dtype_attrs = _leaving_integers(module.FSDPParam.init_dtype_attrs)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bigq.formats import QUANT_STATE, Description, state_name
+from bigq.system.internals import FSDP_SHARDS_INTEGERS, let_fsdp_shard_integers
 from bigq.weight.experts import QuantizedExperts, are_fused_experts
 from bigq.weight.linear import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear
 from bigq.weight.quantized_module import QuantizedModule, weight_property
@@ -33,6 +34,8 @@ def convert(module: nn.Module, leaf: str, description: Description, state: Mappi
         state: the parts of the weight and the module's quant_state, by the name of the Parameter. Parts that are not
             known yet may be left out.
     """
+    if not FSDP_SHARDS_INTEGERS:
+        let_fsdp_shard_integers()
     names = [state_name(leaf, part) for part in description.state_spec]
     if QUANT_STATE not in module._parameters:
         names.append(QUANT_STATE)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import ConfigError, UnsupportedError
+from bigq.ops.sharding import is_sharded, local_part
 from bigq.system.internals import SEES_EDITS, version_of, wrapper
 from bigq.weight.stored import Stored
 
@@ -142,10 +143,16 @@ class LazyWeight(Tensor):
 
         Raises:
             ConfigError: `value` has another shape, is not floating point, or holds NaN or Inf.
+            UnsupportedError: this is a view of a sharded weight. A view of a DTensor may be a copy.
         """
         if value.shape != self.shape:
             raise ConfigError(
                 f"a quantized weight of shape {list(self.shape)} is given a tensor of shape {list(value.shape)}"
+            )
+        if self.base is not None and self._is_sharded():
+            raise UnsupportedError(
+                "a part or a view of a sharded quantized weight is written: write to the whole weight, or before the "
+                "model is sharded"
             )
         with torch.no_grad():
             if torch.equal(plain(value), self.dequantize(value.dtype)):
@@ -166,6 +173,11 @@ class LazyWeight(Tensor):
         else:
             self.write(value)
 
+    def _is_sharded(self) -> bool:
+        if self.base is not None:
+            return self.base._is_sharded()
+        return self.root is not None and is_sharded(self.root.state["packed"])
+
     def _write_rows(self, value: Tensor) -> bool:
         """Quantize `value` into rows whose state is a view of a module's tensors; returns whether this is the case."""
         assert self.base is not None
@@ -184,4 +196,5 @@ def plain(value: Any) -> Any:
 
 def _versions(stored: Stored) -> list[tuple[int, int]]:
     """Version counter and address of each tensor: they change if the tensor does."""
-    return [(version_of(tensor), 0 if tensor.is_meta else tensor.data_ptr()) for tensor in stored.state.values()]
+    held = map(local_part, stored.state.values())
+    return [(version_of(tensor), 0 if tensor.is_meta else tensor.data_ptr()) for tensor in held]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from bigq.errors import BigqError, CheckpointError, ConfigError
+from bigq.errors import BigqError, CheckpointError, ConfigError, UnsupportedError
 from bigq.formats import (
     QUANT_STATE,
     Description,
@@ -25,6 +25,7 @@ from bigq.formats import (
     quant_state_spec,
     state_name,
 )
+from bigq.ops.sharding import is_sharded, placed_like, register_rules
 from bigq.weight.lazy_weight import plain
 from bigq.weight.placeholder import is_placeholder
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -60,6 +61,7 @@ class QuantizedModule(nn.Module):
     """
 
     _quantized: dict[str, Description]
+    _is_gathered: bool = False  # torch sets the tensors by setattr, when it gathers shards and when it drops the whole
 
     @property
     def descriptions(self) -> dict[str, Description]:
@@ -85,9 +87,12 @@ class QuantizedModule(nn.Module):
     def stored_weight(self, leaf: str) -> Stored:
         """The weight `leaf` as it is stored now."""
         description = self._quantized[leaf]
+        state = {part: self._parameters[state_name(leaf, part)] for part in description.state_spec}
+        if is_sharded(state["packed"]):
+            register_rules()
         return Stored(
             format=description.format,
-            state={part: self._parameters[state_name(leaf, part)] for part in description.state_spec},  # type: ignore[misc]
+            state=state,  # type: ignore[arg-type]
             shape=description.shape,
             transposed=description.transposed,
             compute_dtype=description.compute_dtype,
@@ -113,6 +118,7 @@ class QuantizedModule(nn.Module):
         Raises:
             ConfigError: `value` has another shape, is not floating point, or holds NaN or Inf.
         """
+        self._refuse_lost_write()
         is_copy = isinstance(value, QuantizedWeight) and value.is_copy
         for part, tensor in self._state_of(leaf, value).items():
             own = tensor.detach().clone() if is_copy else tensor
@@ -126,6 +132,7 @@ class QuantizedModule(nn.Module):
 
         With `follows`, the weight moves to the device of `value` and takes over its dtype.
         """
+        self._refuse_lost_write()
         stored = self.stored_weight(leaf)
         with torch.no_grad():
             for part, tensor in self._state_of(leaf, value).items():
@@ -133,7 +140,7 @@ class QuantizedModule(nn.Module):
                 if follows and tensor.device != own.device:
                     own.data = tensor.detach()
                 elif tensor is not own:
-                    own.copy_(tensor)
+                    own.copy_(placed_like(tensor, own))
         if follows:
             self._redescribe({leaf: replace(self._quantized[leaf], dtype=value.dtype)})
 
@@ -182,8 +189,21 @@ class QuantizedModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vars(self).get("_quantized", ()):  # nn.Module would register a Parameter of that name
             self.assign_weight(name, value)
+            return
+        own = vars(self).get("_parameters", {}).get(name)
+        if own is not None and isinstance(value, nn.Parameter) and is_sharded(own) != is_sharded(value):
+            vars(self)["_is_gathered"] = is_sharded(own)
+            self._parameters[name] = value  # as FSDP2 itself does where a class has no __setattr__ of its own
         else:
             super().__setattr__(name, value)
+
+    def _refuse_lost_write(self) -> None:
+        """Raise an UnsupportedError while FSDP2 has put whole tensors in the places of shards, which come back."""
+        if self._is_gathered:
+            raise UnsupportedError(
+                f"a weight of {type(self).__name__} is written while FSDP2 has gathered it for a call, and the write "
+                "would be lost: call reshard() of the module that fully_shard was called with first"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
         """Move or cast the module. A cast changes no tensor of a weight, only the dtype that the weight reports."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedError
+from bigq.ops.sharding import local_part
 from bigq.system.internals import as_plain_tensor, may_write
 from bigq.weight.lazy_weight import LazyWeight, plain
 from bigq.weight.products import PRODUCTS
@@ -251,4 +252,5 @@ def _shares_memory(out: Any, dense: Tensor) -> bool:
     first = out[0] if isinstance(out, (tuple, list)) and out else out
     if not isinstance(first, Tensor) or first.layout != torch.strided or first.device != dense.device:
         return False
-    return first.numel() > 0 and first.untyped_storage().data_ptr() == dense.untyped_storage().data_ptr()
+    memory, own = local_part(first).untyped_storage(), local_part(dense).untyped_storage()
+    return first.numel() > 0 and memory.data_ptr() == own.data_ptr()

@@ -1,6 +1,7 @@
 """Stored: a weight as a format stores it, and the products that use the format's kernels."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,19 +31,26 @@ def multiply(
     Raises:
         UnsupportedError: x is not floating point, or its width is not K.
     """
-    out_dtype = _result_dtype(x)
+    out_dtype, autocast = _result_dtype(x)
     if x.is_nested:
         parts = [multiply(part, product, tensors, compute_dtype) for part in x.unbind()]
         return torch.nested.as_nested_tensor(parts, layout=x.layout)
     dtype = compute_dtype or out_dtype
     op, _, settings = product
-    # `to` takes a microsecond even if it casts nothing.
-    out = eager.linear(op, x if x.dtype is dtype else x.to(dtype), tensors, settings)
+    rows = x if x.dtype is dtype else x.to(dtype)  # `to` takes a microsecond even if it casts nothing
+    if autocast:
+        with torch.autocast(autocast, enabled=False):
+            out = eager.linear(op, rows, tensors, settings)
+    else:
+        out = eager.linear(op, rows, tensors, settings)
     return out if out.dtype is out_dtype else out.to(out_dtype)
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a product with x: that of autocast, or of x."""
+def _result_dtype(x: Tensor) -> tuple[torch.dtype, str]:
+    """The dtype of a product with x: that of autocast, or of x; and the device type of autocast, empty where it is off.
+
+    Where it is on, it is turned off around the op, in which it would cast exact sums in float32 to its own dtype.
+    """
     dtype = x.dtype
     if not dtype.is_floating_point:
         raise UnsupportedError(
@@ -51,8 +59,8 @@ def _result_dtype(x: Tensor) -> torch.dtype:
         )
     device_type = "cuda" if x.is_cuda else x.device.type  # `device.type` takes as long as all other lines here
     if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:  # autocast does not cast float64
-        return torch.get_autocast_dtype(device_type)
-    return dtype
+        return torch.get_autocast_dtype(device_type), device_type
+    return dtype, ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +159,11 @@ class Stored:
 
     def _stack_linear(self, x: Tensor, route: Tensor, bias: Tensor | None, *, sorted_rows: bool) -> Tensor:
         product = self.format.stack_product(self.shape[-1], sorted_rows=sorted_rows)
-        out_dtype = _result_dtype(x)
+        out_dtype, autocast = _result_dtype(x)
         tensors = tuple(bias if part == "bias" else self.state[part] for part in product.parts)
         rows = x.to(self.compute_dtype or out_dtype)
-        return eager.routed(product.op, rows, route, tensors, product.settings).to(out_dtype)
+        with torch.autocast(autocast, enabled=False) if autocast else nullcontext():
+            return eager.routed(product.op, rows, route, tensors, product.settings).to(out_dtype)
 
     def _one_by_one(self, x: Tensor, stops: Sequence[int]) -> Tensor:
         starts = (0, *stops[:-1])

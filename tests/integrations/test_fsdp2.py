@@ -1,6 +1,5 @@
 """FSDP2 over quantized modules: two processes compute the bits of one, also under a policy that casts parameters."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +7,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model
+from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model, save_quantized
 from bigq.errors import UnsupportedError
 from bigq.model.placeholders import hold_placeholders
 from bigq.weight.placeholder import is_placeholder
+from ranks import error_of, run_ranks
 
 FORMATS = {
     "nf4": NF4(),
@@ -44,14 +44,10 @@ def _model(weight_format):
     return model
 
 
-def _compare(rank, port, folder):
-    import torch.distributed as dist
+def _compare(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     found = {}
     x = torch.linspace(-2, 2, 3 * 64).view(3, 64)
@@ -82,8 +78,69 @@ def _compare(rank, port, folder):
             )
     found["state"] = _keeps_its_state(rank, mesh)
     found["refused"] = _refused(mesh, folder)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    found["ignored"] = {name: _without_descriptions(own, mesh, x) for name, own in FORMATS.items()}
+    found["one copy each"] = {name: _copies(own, x) for name, own in FORMATS.items()}
+    found["fsdp1"] = _fsdp1()
+    return found
+
+
+def _without_descriptions(own, mesh, x):
+    """Whether a model whose quant_state stays whole, which saves a tensor in each gather, computes the same."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    one, model = _model(own), _model(own)
+    ignored = {parameter for name, parameter in model.named_parameters() if name.endswith("quant_state")}
+    for block in (*model[:2], model):
+        fully_shard(block, mesh=mesh, ignored_params=ignored)
+    whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "to_local")]
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    expected = one.state_dict() if torch.distributed.get_rank() == 0 else {}
+    same = state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
+    return torch.equal(model(x), one(x)), whole, same
+
+
+def _copies(own, x):
+    """Whether DDP, which holds a copy on each process, computes the outputs and gradients of one process."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    one, model = _model(own), _model(own)
+    copies = DistributedDataParallel(model)
+    out, expected = copies(x), one(x)
+    for loss in (out, expected):
+        loss.square().mean().backward()
+    return torch.equal(out, expected) and torch.equal(model[0].adapter.weight.grad, one[0].adapter.weight.grad)
+
+
+def _fsdp1():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return error_of(lambda: FullyShardedDataParallel(_model(NF4()), device_id=torch.device("cpu")))
+
+
+def _hybrid(rank, folder):
+    """HSDP: two copies of the model, each in two shards. [(equal outputs, worst gradient), ...]."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, found = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")), {}
+    x = torch.linspace(-2, 2, 3 * 64).view(3, 64)
+    for name, own in FORMATS.items():
+        one, model = _model(own), _model(own)
+        for block in (*model[:2], model):
+            fully_shard(block, mesh=mesh)
+        out, expected = model(x), one(x)
+        for loss in (out, expected):
+            loss.square().mean().backward()
+        exact = one[0].adapter.weight.grad
+        error = (model[0].adapter.weight.grad.full_tensor() - exact).norm() / exact.norm()
+        dense, whole = model[0].up.dequantize().full_tensor(), one[0].up.dequantize()
+        save_quantized(model, f"{folder}/hybrid-{name}")
+        skeleton = nn.Sequential(*(_Block() for _ in range(2)), nn.Linear(64, 10)).to("meta")
+        loaded = load_and_quantize_model(skeleton, f"{folder}/hybrid-{name}", None, "cpu")
+        same = all(torch.equal(tensor, one.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+        found[name] = torch.equal(out, expected), torch.equal(dense, whole), same, error.item()
+    return found
 
 
 def _refused(mesh, folder):
@@ -135,8 +192,7 @@ def _keeps_its_state(rank, mesh):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp2")
-    torch.multiprocessing.spawn(_compare, args=(29511 + os.getpid() % 1000, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_ranks(_compare, folder, str(folder))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["no-policy", "bfloat16-policy"])
@@ -159,3 +215,31 @@ def test_a_load_into_a_sharded_model_is_refused(compared):
 
 def test_a_state_with_placeholders_is_gathered_and_distributed(compared):
     assert [found["state"] for found in compared] == [True, True]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_descriptions_may_stay_whole(compared, name):
+    for found in compared:
+        same_outputs, whole, same_state = found["ignored"][name]
+        assert same_outputs
+        assert same_state
+        assert whole == [f"{block}.{leaf}.quant_state" for block in (0, 1) for leaf in ("up", "down")]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ddp_computes_the_bits_of_one_process(compared, name):
+    assert [found["one copy each"][name] for found in compared] == [True, True]
+
+
+def test_fsdp1_refuses(compared):
+    for found in compared:
+        assert found["fsdp1"].startswith("ValueError: Must flatten tensors with uniform dtype")  # docs/many-gpus.md
+
+
+def test_two_copies_in_two_shards_each_compute_and_save_what_one_process_does(tmp_path):
+    for found in run_ranks(_hybrid, tmp_path, str(tmp_path), world=4):
+        for same_outputs, same_weight, same_files, gradient_error in found.values():
+            assert same_outputs
+            assert same_weight
+            assert same_files
+            assert gradient_error < 1e-5

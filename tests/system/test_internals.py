@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.nn import functional as F
 
 from bigq.system import internals
@@ -24,12 +27,25 @@ def _twice():
     return torch.sparse_coo_tensor(torch.tensor([[3, 3]]), torch.tensor([1.0, 2.0]), (5,), check_invariants=True)
 
 
+def _leaves_fsdp_alone(module):
+    """Whether FSDP2 has torch's Parameter after `module` was to change it, in a process that a launcher has started."""
+    kept = _fsdp_param.FSDPParam.init_dtype_attrs
+    with (
+        mock.patch.object(_fsdp_param, "nn", nn),
+        mock.patch.object(_fsdp_param.FSDPParam, "init_dtype_attrs", kept),
+        mock.patch.dict(os.environ, WORLD_SIZE="2"),
+    ):
+        module.let_fsdp_shard_integers()
+        return _fsdp_param.nn is nn
+
+
 # What tells that a public way is taken, for each private name.
 PUBLIC = {
     "DisableTorchFunctionSubclass": lambda module: module.as_plain_tensor is module._by_default,
     "NonDynamicallyQuantizableLinear": lambda module: True,  # the class is found on another way
     "_check": lambda module: module.check is module._check,
     "_EXTRA_STATE_KEY_SUFFIX": lambda module: module.EXTRA_STATE == "_extra_state",  # as it has been in all releases
+    "_fsdp_param": _leaves_fsdp_alone,  # torch's own error says that it takes no integers
     "_grouped_mm": lambda module: True,  # what F.grouped_mm calls is found on another way
     "_make_wrapper_subclass": lambda module: module.wrapper is module._wrapper_of_freed,
     "_schema": lambda module: module.may_write(torch.ops.aten.add.Tensor),
@@ -252,7 +268,7 @@ def test_the_list_of_private_names_is_whole(name):
             case ast.Constant(value=str(text)):
                 used |= set(re.findall(r"\w+", text)) if re.fullmatch(r"[\w.]+", text) else set()
     private = {word for word in used - own if re.match("_(?!_)", word)}
-    folders = {"_C", "_autograd", "_nn"}  # each name in them is in the list
+    folders = {"_C", "_autograd", "_fully_shard", "_nn"}  # each name in them is in the list
     of_python = {"_is_gil_enabled"}
     assert private - folders - of_python - {"_extra_state"} <= set(NAMES[name])  # the last is part of the file format
 
@@ -287,3 +303,29 @@ def test_the_suite_passes_with_all_of_them_renamed():
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(internals.__spec__ is None, reason="renamed")
+def test_fsdp2_of_an_older_torch_makes_parameters_of_integers(monkeypatch):
+    monkeypatch.setattr(_fsdp_param, "nn", nn)
+    monkeypatch.setattr(_fsdp_param.FSDPParam, "init_dtype_attrs", _fsdp_param.FSDPParam.init_dtype_attrs)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    internals.let_fsdp_shard_integers()
+    assert _fsdp_param.nn is nn, "a single process does not import FSDP2"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for _ in range(2):
+        internals.let_fsdp_shard_integers()
+    made = [_fsdp_param.nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.uint8, torch.float32)]
+    assert [type(parameter) for parameter in made] == [nn.Parameter, nn.Parameter]
+    assert [parameter.requires_grad for parameter in made] == [False, True]
+    assert not _fsdp_param.nn.Parameter(torch.ones(2), requires_grad=False).requires_grad
+    assert _fsdp_param.nn.Module is nn.Module
+
+    def casts(param, policy):  # what torch 2.11 does
+        param.param_dtype = policy.param_dtype
+
+    init = internals._leaving_integers(casts)
+    for dtype, expected in ((torch.uint8, None), (torch.float32, torch.bfloat16)):
+        param = SimpleNamespace(sharded_param=torch.ones(2, dtype=dtype))
+        init(param, SimpleNamespace(param_dtype=torch.bfloat16))
+        assert param.param_dtype is expected

@@ -87,13 +87,15 @@ def test_compute_dtype_and_output_dtype():
     assert torch.equal(out, plain(x.bfloat16()).float())
 
 
-def test_autocast_decides_as_it_does_for_linear():
-    layer = make(FORMATS[0])
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32], ids=str)
+def test_autocast_decides_as_it_does_for_linear(layer, compute_dtype):
+    """Its dtype is that of the result. What an op computes in float32 stays float32."""
+    layer.compute_dtype = compute_dtype
     x = torch.randn(4, 72, device=DEVICE)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = layer(x)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, layer(x.bfloat16()))
+    assert torch.equal(out, layer(x.bfloat16() if compute_dtype is None else x).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -65,14 +65,16 @@ def dequantize_4bit(
     absmax: Tensor,
     quant_type: str,
     block_size: int,
-    in_features: int,
+    in_features: int | None,
     dtype: torch.dtype,
     nested: Nested = (None, None, None),
 ) -> Tensor:
     """Packed uint8 [N, ceil(K/2)] and absmax [N, B], float32 or its bits as int32 -> [N, K] of `dtype`.
 
+    in_features: K. None: K is even.
     nested: absmax, offset and code of an absmax that is uint8.
     """
+    in_features = 2 * weight.shape[1] if in_features is None else in_features
     check_dequantize_4bit(weight, absmax, nested[0], nested[1], block_size, in_features)
     if nested[0] is None:
         absmax = as_floats(absmax)

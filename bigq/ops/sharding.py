@@ -1,0 +1,178 @@
+"""Sharding: which placements of DTensors each op takes, so that products, decoding and quantizing work on shards.
+
+A row of a weight is stored on its own, so an op on some rows of N gives the same rows of its result. A shard of columns
+holds whole blocks. Where a shard would cut a block, of K or of the scales that double quantization groups by 256, the
+tensors are gathered.
+
+torch.distributed.tensor takes a second to import, so the rules are registered when bigq meets the first DTensor.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigq.ops.checks import NESTED_BLOCK_SIZE
+
+__all__ = ["in_all", "is_sharded", "local_part", "placed_like", "register_rules", "shard_width"]
+
+Rule = tuple[list[Any], list[Any]]  # placements of the outputs, and of the arguments: None for those that are no tensor
+Sharded = tuple[Any, dict[int, Any]]  # the outputs' placement, and that of arguments by position; others are replicated
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether `tensor` is a DTensor, for whose ops there have to be rules."""
+    return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor; any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def in_all(claim: bool, tensor: Tensor) -> bool:
+    """Whether `claim` holds in every process that holds a part of `tensor`, each of which has to ask."""
+    if not is_sharded(tensor):
+        return claim
+    from torch.distributed import ReduceOp, all_reduce
+
+    told = torch.tensor(int(claim), device=tensor.device)
+    for group in tensor.device_mesh.get_all_groups():  # type: ignore[attr-defined]
+        all_reduce(told, ReduceOp.MIN, group)
+    return bool(told)
+
+
+def placed_like(tensor: Tensor, own: Tensor) -> Tensor:
+    """A DTensor with the placements of the DTensor `own`, to be copied into it; any other tensor itself."""
+    if not (is_sharded(tensor) and is_sharded(own)):
+        return tensor
+    return tensor.redistribute(own.device_mesh, own.placements)  # type: ignore[attr-defined, no-any-return]
+
+
+def shard_width(packed: Tensor, in_features: int) -> int | None:
+    """K as an op takes it that decodes or multiplies by `packed`: None if that is a DTensor of an even K.
+
+    torch passes an op's numbers on to each shard, and a shard of columns has fewer than K. From None, a shard takes its
+    own number of columns, which is even.
+    """
+    return None if is_sharded(packed) and in_features % 2 == 0 else in_features
+
+
+@cache
+def register_rules() -> None:
+    """Tell torch's DTensor the placements that each op of bigq takes."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    whole, summed = Replicate(), Partial()
+
+    def rules(outputs: int, arguments: tuple[Any, ...], *sharded: Sharded) -> list[Rule]:
+        """All replicated, or one of `sharded`."""
+        made = []
+        for out, placed in ((whole, {}), *sharded):
+            placements = [
+                None if not hasattr(argument, "placements") else placed.get(position, whole)
+                for position, argument in enumerate(arguments)
+            ]
+            made.append(([out] * outputs, placements))
+        return made
+
+    def rule(name: str) -> Callable[[Callable[..., list[Rule]]], object]:
+        op = getattr(torch.ops.bigq, name).default
+        return register_sharding(op)  # type: ignore[no-any-return]
+
+    def nested_by_rows(codes: Any) -> bool:
+        """Whether each shard of rows of these scales [N, ...] begins with a block of 256."""
+        ranks = codes.mesh.size()
+        return bool(codes.shape[0] % ranks == 0 and codes.shape.numel() // ranks % NESTED_BLOCK_SIZE == 0)
+
+    def cuts_at_blocks(packed: Any, block_size: int) -> bool:
+        """Whether each shard of the columns of a 4-bit weight holds whole blocks."""
+        return bool(2 * packed.shape[-1] % (packed.mesh.size() * block_size) == 0)
+
+    @rule("quantize_4bit")
+    def _(weight: Any, quant_type: str, block_size: int) -> list[Rule]:
+        sharded = [(Shard(0), {0: Shard(0)})]
+        if weight.shape[1] % (weight.mesh.size() * block_size) == 0:
+            sharded.append((Shard(1), {0: Shard(1)}))
+        return rules(2, (weight, quant_type, block_size), *sharded)
+
+    @rule("search_scales_4bit")
+    def _(weight: Any, importance: Any, *settings: Any) -> list[Rule]:
+        return rules(1, (weight, importance, *settings), (Shard(0), {0: Shard(0)}))
+
+    @rule("encode_scaled_4bit")
+    def _(weight: Any, scales: Any, *settings: Any) -> list[Rule]:
+        return rules(1, (weight, scales, *settings), (Shard(0), {0: Shard(0), 1: Shard(0)}))
+
+    @rule("dequantize_4bit")
+    def _(*arguments: Any) -> list[Rule]:
+        weight, _, _, block_size, in_features, _ = arguments
+        sharded = [(Shard(0), {0: Shard(0), 1: Shard(0)})]
+        if in_features is None and cuts_at_blocks(weight, block_size):
+            sharded.append((Shard(1), {0: Shard(1), 1: Shard(1)}))
+        return rules(1, arguments, *sharded)
+
+    @rule("quantize_absmax")
+    def _(absmax: Any) -> list[Rule]:
+        return rules(3, (absmax,))  # the offset is the mean of all scales
+
+    @rule("dequantize_absmax")
+    def _(codes: Any, nested_absmax: Any, nested_offset: Any) -> list[Rule]:
+        sharded = [(Shard(0), {0: Shard(0), 1: Shard(0)})] if nested_by_rows(codes) else []
+        return rules(1, (codes, nested_absmax, nested_offset), *sharded)
+
+    @rule("linear_4bit")
+    def _(*arguments: Any) -> list[Rule]:
+        x, weight, absmax, _, nested_absmax, _, _, block_size, in_features = (*arguments, None)[:9]
+        last = len(x.shape) - 1
+        sharded: list[Sharded] = [(Shard(dim), {0: Shard(dim)}) for dim in range(last)]
+        if nested_absmax is None or nested_by_rows(absmax):
+            sharded.append((Shard(last), {1: Shard(0), 2: Shard(0), 3: Shard(0), 4: Shard(0)}))
+        if nested_absmax is None and in_features is None and cuts_at_blocks(weight, block_size):
+            sharded.append((summed, {0: Shard(last), 1: Shard(1), 2: Shard(1), 3: summed}))
+        return rules(1, arguments, *sharded)
+
+    def stack_rules(arguments: tuple[Any, ...]) -> list[Rule]:
+        """For the products of x [S, K] with a stack [E, N, K]: by N, or by K."""
+        _, _, packed, _, _, nested_absmax, _, _, block_size, in_features = (*arguments, None)[:10]
+        sharded: list[Sharded] = []
+        if nested_absmax is None:
+            sharded.append((Shard(1), {2: Shard(1), 3: Shard(1), 4: Shard(1)}))
+            if in_features is None and cuts_at_blocks(packed, block_size):
+                sharded.append((summed, {0: Shard(1), 2: Shard(2), 3: Shard(2), 4: summed}))
+        return rules(1, arguments, *sharded)
+
+    @rule("grouped_linear_4bit")
+    def _(*arguments: Any) -> list[Rule]:
+        return stack_rules(arguments)
+
+    @rule("routed_linear_4bit")
+    def _(*arguments: Any) -> list[Rule]:
+        return stack_rules(arguments)
+
+    @rule("grouped_matmul")
+    def _(x: Any, stops: Any, dense: Any) -> list[Rule]:
+        return rules(1, (x, stops, dense), (Shard(1), {2: Shard(2)}), (summed, {0: Shard(1), 2: Shard(1)}))
+
+    @rule("quantize_int8")
+    def _(weight: Any) -> list[Rule]:
+        return rules(2, (weight,), (Shard(0), {0: Shard(0)}))
+
+    @rule("dequantize_int8")
+    def _(weight: Any, absmax: Any, dtype: Any) -> list[Rule]:
+        by_rows, by_columns = {0: Shard(0), 1: Shard(0)}, {0: Shard(1)}
+        return rules(1, (weight, absmax, dtype), (Shard(0), by_rows), (Shard(1), by_columns))
+
+    @rule("linear_int8")
+    def _(*arguments: Any) -> list[Rule]:
+        x, _, _, _, threshold = arguments
+        last = len(x.shape) - 1
+        sharded: list[Sharded] = [(Shard(last), {1: Shard(0), 2: Shard(0), 3: Shard(0)})]
+        # Each shard of a row of x is rounded by its own largest magnitude, which is no larger than that of the row.
+        sharded.append((summed, {0: Shard(last), 1: Shard(1), 3: summed}))
+        if not threshold:  # which columns are outliers depends on all tokens
+            sharded += [(Shard(dim), {0: Shard(dim)}) for dim in range(last)]
+        return rules(1, arguments, *sharded)
