@@ -56,6 +56,7 @@ def _collector_paused() -> Iterator[None]:
     """Pause Python's cyclic garbage collector, which would walk all modules of a large model again and again.
 
     It took a third of the time with 9,000 small tensors. Objects that a load drops are freed by their reference counts.
+    One pause lasts from the first step to the last: after each of three, the collector walked what was made in it.
     """
     was_enabled = gc.isenabled()
     try:
@@ -208,6 +209,7 @@ class LoadOptions:
     budget: Budget = field(default_factory=Budget.of_machine)
 
 
+@_collector_paused()
 def _load_checkpoint(
     tree: ModelTree,
     weights_location: str | os.PathLike[str],
@@ -216,7 +218,7 @@ def _load_checkpoint(
     options: LoadOptions,
 ) -> nn.Module:
     timings = Timings()
-    with timings.timed("plan"), _collector_paused():
+    with timings.timed("plan"):
         source, extra_states = _open(tree, weights_location, config, options)
     return load_source(tree, source, extra_states, config, device_map, options=options, timings=timings)
 
@@ -250,6 +252,7 @@ def _plan(
     return plan, places
 
 
+@_collector_paused()
 def load_source(
     tree: ModelTree,
     source: Source,
@@ -262,7 +265,7 @@ def load_source(
 ) -> nn.Module:
     """Load `source` into the model of `tree`: plan, read and quantize, commit, attach hooks. Returns the model."""
     model, modules = tree.model, tree.modules
-    with _collector_paused(), WarmUp(config, source, expected_device(device_map)) as warm_up:
+    with WarmUp(config, source, expected_device(device_map)) as warm_up:
         with timings.timed("plan"):
             plan, places = _plan(tree, source, config, device_map, options)
             aliases = aliases_of(tree)
@@ -281,7 +284,7 @@ def load_source(
             warm_up=warm_up,
             progress=options.progress,
         )
-    with restored_on_error(modules), _collector_paused():
+    with restored_on_error(modules):
         with timings.timed("commit"):
             for job in jobs:
                 job.commit(modules)

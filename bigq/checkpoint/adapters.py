@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bigq.checkpoint.source import Source, Span, StoredTensor, cut_out, refuse_unknown
 from bigq.errors import CheckpointError
+from bigq.system.internals import cut
 from bigq.system.text import shortlist
 
 __all__ = ["Adapter", "Completed", "Conversion", "Converted", "Renamed"]
@@ -196,11 +197,10 @@ def _moved_rows(conversion: Conversion, members: Sequence[StoredTensor]) -> list
     if not conversion.moves_rows or len(kinds) > 1 or not all(m.spans for m in members):
         return None
     is_flat = len(members[0].shape) < 2  # then a row is a single number
-    numbers, first = [], 0
-    for member in members:
-        shape = member.shape if is_flat else torch.Size([*member.shape[:-1], 1])
-        numbers.append(torch.arange(first, first + shape.numel()).view(shape))
-        first += shape.numel() + 1  # rows of two members never follow each other
+    shapes = [tuple(member.shape) if is_flat else (*member.shape[:-1], 1) for member in members]
+    counts = torch.tensor([prod(shape) for shape in shapes])
+    gaps = torch.arange(len(members)).repeat_interleave(counts)  # rows of two members never follow each other
+    numbers = cut(torch.arange(len(gaps)) + gaps, shapes)
     try:
         moved = conversion.convert(numbers)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
@@ -215,17 +215,18 @@ def _pieces(rows: Tensor, members: Sequence[StoredTensor]) -> tuple[Span, ...]:
         return members[0].spans[:1]
     is_flat = len(members[0].shape) < 2
     row_nbytes = members[0].dtype.itemsize * (1 if is_flat else members[0].shape[-1])
-    counts = [prod(member.shape if is_flat else member.shape[:-1]) + 1 for member in members]
-    first_rows = [0, *accumulate(counts)]
+    counts = [prod(member.shape if is_flat else member.shape[:-1]) for member in members]
+    first_rows = [0, *accumulate(count + 1 for count in counts)]
     starts = [0, *(torch.nonzero(rows.diff() != 1).flatten() + 1).tolist()]
     if len(starts) > len(members):
         return ()
     spans: list[Span] = []
-    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-        row = int(rows[start])
+    for row, start, stop in zip(rows[starts].tolist(), starts, [*starts[1:], len(rows)], strict=True):
         member = bisect_right(first_rows, row) - 1
-        cut = cut_out(members[member].spans, (row - first_rows[member]) * row_nbytes, (stop - start) * row_nbytes)
-        for span in cut:
+        own, first, count = members[member].spans, row - first_rows[member], stop - start
+        if count < counts[member]:
+            own = cut_out(own, first * row_nbytes, count * row_nbytes)
+        for span in own:
             last = spans[-1] if spans else None
             if last is not None and last.source is span.source and last.offset + last.nbytes == span.offset:
                 spans[-1] = last._replace(nbytes=last.nbytes + span.nbytes)

@@ -196,10 +196,11 @@ def _conversion(
     joins = all(type(operation).__name__ in _JOIN for operation in converter.operations)
     shapes = [tensors[name].shape for name, _ in members]
     narrow = joins and all(len(shape) > 1 for shape in shapes)
-    held = [
-        torch.empty([*shape[:-1], 1]) if narrow else torch.empty(shape, dtype=tensors[name].dtype, device="meta")
-        for shape, (name, _) in zip(shapes, members, strict=True)
-    ]
+    if narrow:
+        empty = {shape: torch.empty([*shape[:-1], 1]) for shape in set(shapes)}
+        held = [empty[shape] for shape in shapes]
+    else:
+        held = [torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta") for name, _ in members]
     results = tuple(convert(held))
     return Conversion(
         tuple(name for name, _ in members),

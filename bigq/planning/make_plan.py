@@ -249,9 +249,9 @@ def _planned(
 def _refuse_names_in_use(module: nn.Module, name: str, weights: Mapping[str, Description]) -> None:
     """Raise a ConfigError if `module` already uses the name of a part of one of its `weights`."""
     own = vars(module)  # hasattr of a module takes 2 us a name
+    in_use = (own, own["_parameters"], own["_buffers"], own["_modules"])
     for leaf, description in weights.items():
-        for new in (QUANT_STATE, *(state_name(leaf, part) for part in description.state_spec)):
-            in_use = (own, own["_parameters"], own["_buffers"], own["_modules"])
+        for new in (QUANT_STATE, *[state_name(leaf, part) for part in description.state_spec]):
             if any(new in names for names in in_use) or hasattr(type(module), new):
                 raise ConfigError(
                     f"{tensor_name(name, leaf)} cannot be quantized: its {type(module).__name__} already has "

@@ -1,5 +1,6 @@
 """Without the private parts of Triton, or with a release that was not tested, Triton starts the kernels itself."""
 
+import os
 import re
 import warnings
 from types import SimpleNamespace
@@ -85,6 +86,71 @@ def test_pyproject_allows_what_was_tested_and_the_design_says_so():
     design = (ROOT / "docs" / "design.md").read_text()
     for major, minor in internals.TESTED_TRITON:
         assert re.search(rf"^\| 2\.\d+\.\d.* \| {major}\.{minor}\.\d \|", design, flags=re.MULTILINE), (major, minor)
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """Triton's module of caches, with an empty one, and how often its files were hashed."""
+    from triton.runtime import cache
+
+    hashed = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cache, "triton_key", lambda: hashed.append(1) or f"{triton.__version__}digest")
+    return SimpleNamespace(cache=cache, hashed=hashed, hash_sources=cache.triton_key)
+
+
+def start(sources, module=internals):
+    """What Triton takes for the digest of its files in another process."""
+    sources.cache.triton_key = sources.hash_sources
+    module.know_sources.cache_clear()
+    module.know_sources()
+    return sources.cache.triton_key()
+
+
+@needs_all
+def test_the_digest_of_tritons_files_is_kept_from_one_process_to_the_next(sources):
+    assert [start(sources) for _ in range(3)] == [f"{triton.__version__}digest"] * 3
+    assert len(sources.hashed) == 1
+
+
+@needs_all
+@pytest.mark.parametrize("left", ["", "3.5.1digest"], ids=["empty", "of another release"])
+def test_a_digest_that_is_none_is_not_taken(sources, tmp_path, left):
+    start(sources)
+    (kept,) = tmp_path.rglob("triton_key")
+    kept.write_text(left)
+    assert start(sources) == f"{triton.__version__}digest"
+    assert len(sources.hashed) == 2
+
+
+@needs_all
+def test_files_that_changed_are_hashed_again(sources, monkeypatch, tmp_path):
+    package = tmp_path / "triton"
+    for file in ("__init__.py", "compiler/code.py", "backends/nvidia/driver.py", "language/core.py", "_C/lib.so"):
+        (package / file).parent.mkdir(parents=True, exist_ok=True)
+        (package / file).write_text("before")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "compiler.py").write_text("before")
+    (package / "backends" / "linked").symlink_to(tmp_path / "elsewhere")
+    (package / "runtime").mkdir()
+    (package / "runtime" / "cache.py").write_text("before")
+    monkeypatch.setattr(triton, "__file__", str(package / "__init__.py"))
+    start(sources)
+    changed = [*sorted(package.rglob("*/*.py")), package / "_C" / "lib.so", tmp_path / "elsewhere" / "compiler.py"]
+    for count, file in enumerate(changed, start=2):
+        before = file.stat()
+        file.write_text("behind")  # as many bytes
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        start(sources)
+        assert len(sources.hashed) == count, file
+    start(sources)
+    assert len(sources.hashed) == 1 + len(changed)
+
+
+@pytest.mark.parametrize("name", ["get_cache_manager", "triton_key"])
+def test_triton_hashes_where_its_cache_is_another(sources, name):
+    assert start(sources, renamed(NAME, name)) == f"{triton.__version__}digest"
+    assert sources.cache.triton_key is sources.hash_sources
 
 
 class Kernel:
@@ -205,8 +271,8 @@ def test_a_renamed_part_leaves_all_to_the_launcher(asked, monkeypatch, name):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         works = asked()
-    if name in ("global_scratch_size", "profile_scratch_size"):
-        assert works  # by Triton's launcher in Python
+    if name in ("global_scratch_size", "profile_scratch_size", "get_cache_manager", "triton_key"):
+        assert works  # by Triton's launcher in Python; the last two only shorten the start
     else:
         assert not works
         assert len(caught) == (name != "calls")  # which says that someone listens: it is asked again

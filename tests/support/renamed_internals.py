@@ -53,6 +53,7 @@ NAMES = {
         "calls",
         "driver",
         "function",
+        "get_cache_manager",
         "get_current_stream",
         "global_scratch_size",
         "knobs",
@@ -62,6 +63,7 @@ NAMES = {
         "profile_scratch_size",
         "remove",
         "run",
+        "triton_key",
     ),
 }
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
+from triton import JITFunction
 
-from bigq_kernels.internals import starter
+from bigq_kernels.internals import know_sources, starter
 
 __all__ = ["dense_linear", "in_product", "launch", "observed"]
 
@@ -57,6 +58,8 @@ def launch(
         start(whole_grid)(*args, *values)
     else:
         options = {"enable_fp_fusion": True, **options}  # Triton 3.10 has another default, and 3.9 warns of it
+        if isinstance(kernel, JITFunction):
+            know_sources()
         compiled = kernel[grid](*args, **constants, **options)
         values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
         start = None if compiled is None else starter(compiled, whole_grid)  # the interpreter compiles nothing
