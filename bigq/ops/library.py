@@ -336,7 +336,7 @@ def stack_gradients(
         order, stops = (None, route) if sorted_rows else sort_by_weight(route, weights)
         name = "linear_4bit" if settings else "linear_int8"
         dense = dequantized(name, packed.flatten(0, 1), absmax.flatten(0, 1), nested, settings, grad.dtype)
-        grad_x = grouped_matmul(grad if order is None else grad[order], stops, dense.view(weights, n, -1))
+        grad_x = grouped_matmul(grad if order is None else grad[order], stops, dense.view(weights, n, dense.shape[1]))
         if order is not None:
             each = torch.empty_like(grad_x).index_copy(0, order, grad_x)
             grad_x = each.view(x_rows, len(route) // max(x_rows, 1), each.shape[1]).sum(dim=1)

@@ -208,6 +208,22 @@ def test_gradients_of_a_stack_are_those_of_its_dequantized_weights(kind, bits):
     torch.testing.assert_close(bias.grad, own_bias.grad)
 
 
+@pytest.mark.parametrize("e, n", [(0, 4), (3, 0)], ids=["no-weights", "no-outputs"])
+@pytest.mark.parametrize("bits", ["4bit", "int8"])
+@pytest.mark.parametrize("kind", ["grouped", "routed"])
+def test_gradients_of_an_empty_stack_are_zeros(kind, bits, e, n):
+    x = torch.randn(2, 64, device=DEVICE, requires_grad=True)
+    bias = torch.randn(e, n, device=DEVICE, requires_grad=True)
+    routes = torch.full((e,), 2, device=DEVICE), torch.zeros(4, device=DEVICE)
+    codes = torch.zeros(e, n, 32 if bits == "4bit" else 64, device=DEVICE)
+    codes, settings = (codes.byte(), (None, None, "nf4", 64)) if bits == "4bit" else (codes.char(), (6.0,))
+    route, scales = routes[kind == "routed"].int(), torch.ones(e, n, 1, device=DEVICE)
+    out = getattr(ops, f"{kind}_linear_{bits}")(x, route, codes, scales, bias, *settings)
+    grad_x, grad_bias = torch.autograd.grad(out.sum(), (x, bias))
+    assert torch.equal(grad_x, torch.zeros_like(x))
+    assert grad_bias.shape == (e, n)
+
+
 @pytest.mark.parametrize("name", ["routed_linear_4bit", "routed_linear_int8"])
 def test_ids_without_rows_of_x_are_refused(name):
     x, ids, *rest = sample(name)
