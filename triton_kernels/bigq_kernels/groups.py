@@ -83,7 +83,7 @@ def _group_tokens_kernel(
     # A tile behind the last has no rows, and is the first of its group: so its programs end.
     tl.store(entry + 2, tl.sum(tl.where(is_its, rows[None, :], 0), axis=1), mask=mask)
     own = tl.sum(tl.where(is_its, (after - m_tiles)[None, :], 0), axis=1)
-    there_are = tl.sum(m_tiles, axis=0)
+    there_are = tl.minimum(tl.sum(m_tiles, axis=0), tiles)  # stops that do not ascend would make more
     tl.store(entry + 3, tl.where(tile < there_are, own, tile), mask=mask)
     tl.store(entry + 4, tl.zeros((BLOCK_T,), tl.int32) + there_are, mask=mask)
     for begin in range(program * BLOCK, counts, programs * BLOCK):

@@ -79,6 +79,13 @@ def test_tiles_of_tokens_cover_every_row_once(stops, block_m, device):
     assert not out[stops[-1] :].any()
 
 
+def test_stops_that_do_not_ascend_make_no_more_tiles_than_there_is_room_for(device):
+    count, out = torch.ones(1, dtype=torch.int32, device=device), torch.ones(S, N, device=device)
+    stops = torch.tensor([S, 0] * (E // 2) + [S] * (E % 2), dtype=torch.int32, device=device)
+    groups = group_tokens(stops, E, 1, count, out)
+    assert (groups[:, 4] == len(groups)).all()
+
+
 @pytest.mark.parametrize("way", ["dp4a", "mma", "chosen"])
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double_quant"])
 def test_each_way_multiplies_each_row_by_its_weight(way, nested, device):
