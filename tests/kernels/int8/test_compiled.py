@@ -38,7 +38,8 @@ for capability, place, way, block_m in (
     source = ASTSource(kernel, signature, {(index(name),): value for name, value in constants.items()}, aligned)
     options = {"num_warps": 4, "num_stages": 3, "launch_pdl": capability >= 90}
     built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    print(built.metadata.shared, built.asm["ptx"].count("s32.s8.s8"))
+    ptx = built.asm["ptx"]
+    print(built.metadata.shared, ptx.count("s32.s8.s8"), ptx.count("griddepcontrol.wait"))
 """
 
 
@@ -51,6 +52,8 @@ def test_every_place_of_a_program_compiles():
     assert done.returncode == 0, done.stderr
     built = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(built) == 5
-    for shared, products in built:
+    for shared, products, _ in built:
         assert 0 < shared <= 163 * 1024
         assert products > 0  # of int8 tensor cores
+    # Programs of a stack that have no rows end early, and wait too.
+    assert [waits for *_, waits in built] == [2, 2, 1, 1, 0]

@@ -89,6 +89,8 @@ def _linear_int8_kernel(
     if groups_ptr is not None:
         matrix, n_tile, _m_tile, first_m, rows = place_in_group(groups_ptr, tile, tiles_n, BLOCK_M)
         if rows <= 0:
+            if PDL:
+                tl.extra.cuda.gdc_wait()  # all programs may end here, and the next kernel waits for nothing else
             return
         first_x, read, base = first_m, rows, matrix * N
     elif ids_ptr is not None:
