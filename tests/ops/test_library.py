@@ -212,8 +212,8 @@ def test_gradients_of_a_stack_are_those_of_its_dequantized_weights(kind, bits):
 @pytest.mark.parametrize("bits", ["4bit", "int8"])
 @pytest.mark.parametrize("kind", ["grouped", "routed"])
 def test_gradients_of_an_empty_stack_are_zeros(kind, bits, e, n):
-    x = torch.randn(2, 64, device=DEVICE, requires_grad=True)
-    bias = torch.randn(e, n, device=DEVICE, requires_grad=True)
+    x = torch.randn(2, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(e, n, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     routes = torch.full((e,), 2, device=DEVICE), torch.zeros(4, device=DEVICE)
     codes = torch.zeros(e, n, 32 if bits == "4bit" else 64, device=DEVICE)
     codes, settings = (codes.byte(), (None, None, "nf4", 64)) if bits == "4bit" else (codes.char(), (6.0,))

@@ -15,7 +15,7 @@ def grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
     Others are one product for each weight, for which the host reads `stops`.
     """
     k, n = dense.shape[1:]
-    if x.is_cuda and x.dtype == torch.bfloat16 and x.numel() and k % 8 == 0 and n % 8 == 0:
+    if x.is_cuda and x.dtype == torch.bfloat16 and x.numel() and dense.numel() and k % 8 == 0 and n % 8 == 0:
         behind = torch.arange(len(x), device=x.device) >= stops[-1:]  # torch leaves these rows as they were
         return F.grouped_mm(x.contiguous(), dense, offs=stops).masked_fill_(behind[:, None], 0)
     out, start = x.new_zeros(len(x), n), 0
