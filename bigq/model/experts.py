@@ -33,11 +33,12 @@ def is_transposed(module: nn.Module) -> bool:
 def routers(model: nn.Module) -> Iterator[nn.Linear]:
     """The linears that choose among experts or weigh a shared one: beside experts, with one output for each, or one.
 
-    A small error there sends a token to another expert. Experts are fused, or a ModuleList or ModuleDict whose name
-    ends with "experts". A router may be a module of its own with a single linear.
+    A small error there sends a token to another expert. Experts are fused, or a module whose name ends with "experts":
+    a ModuleList, a ModuleDict, or one that holds stacks of weights or says `num_experts`. A router may be a module of
+    its own with a single linear.
     """
     for module in model.modules():
-        counts = {count for name, child in module.named_children() if (count := _count(name, child))}
+        counts = {count for name, child in module.named_children() for count in _counts(name, child)}
         for child in module.children() if counts else ():
             linears = [inner for inner in child.modules() if isinstance(inner, nn.Linear)]
             if len(linears) == 1 and linears[0].out_features in (*counts, 1):
@@ -51,10 +52,18 @@ def _layout(module: nn.Module) -> bool | None:
     return _OTHER_EXPERTS.get(kind.__name__) if is_of_transformers else None
 
 
-def _count(name: str, child: nn.Module) -> int:
-    """How many experts `child` holds; 0 if it holds none."""
+def _counts(name: str, child: nn.Module) -> set[int]:
+    """How many experts `child` may hold; none if it holds none.
+
+    A list of experts may have a dropout among them (NLLB-MoE), or experts that compute nothing, with an output of the
+    router for each. LongCat-Flash has stacks of two sizes for these.
+    """
+    is_named = name.endswith("experts")
     if isinstance(child, nn.ModuleList | nn.ModuleDict):
-        return len(child) if name.endswith("experts") else 0
-    if not holds_fused_experts(child):
-        return 0
-    return int(getattr(child, "num_experts", 0)) or max(p.shape[0] for p in child.parameters(recurse=False))
+        members = list(child.children()) if is_named else []
+        return {len(members), sum(any(True for _ in member.parameters()) for member in members)} - {0}
+    if not is_named and not holds_fused_experts(child):
+        return set()
+    stacks = {parameter.shape[0] for parameter in child.parameters(recurse=False) if parameter.dim() == 3}
+    own = getattr(child, "num_experts", None)
+    return stacks | {own} if isinstance(own, int) else stacks

@@ -39,8 +39,11 @@ def block(experts, **linears):
         Stack(4),
         nn.ModuleList(nn.Linear(8, 8) for _ in range(4)),
         nn.ModuleDict({str(i): nn.Linear(8, 8) for i in range(4)}),
+        nn.ModuleDict({str(i): nn.Linear(8, 8) for i in range(4)} | {"dropout": nn.Dropout()}),
+        nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Identity(), nn.Identity()]),
+        nn.ParameterDict({"up": torch.zeros(4, 8, 8), "down": torch.zeros(3, 8, 8), "bias": torch.zeros(6)}),
     ],
-    ids=["fused", "ModuleList", "ModuleDict"],
+    ids=["fused", "ModuleList", "ModuleDict", "dropout", "identities", "stacks of another class"],
 )
 def test_a_linear_beside_experts_with_an_output_for_each_is_their_router(experts):
     router, gate, other = nn.Linear(8, 4), nn.Linear(8, 1), nn.Linear(8, 6)
