@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bigq.offload.space import FileMap, mapping_of
+from bigq.offload.space import PinnedMap, mapping_of
 from bigq.offload.transfer import Layout
 from bigq.weight.experts import QuantizedExperts
 
@@ -45,12 +45,15 @@ def view_on(tensor: Tensor, device: torch.device) -> Tensor | None:
     """A tensor of `device` over the memory of `tensor`, which it keeps alive; None if that is no OffloadSpace's.
 
     An OffloadSpace waits for the device before its memory is freed; torch's own pinned memory would not.
-    It is a frozen Parameter if `tensor` is a Parameter.
+    It is a frozen Parameter if `tensor` is a Parameter. None also for another GPU than the one that was current when
+    the memory was pinned: torch takes the memory for that GPU's, and would copy all of it to the other one.
     """
     if device.type != "cuda" or sys.platform != "linux":  # elsewhere a GPU may know the memory by another address
         return None
     place = mapping_of(tensor)
-    if place is None or isinstance(place[0], FileMap) or not tensor.is_contiguous():
+    if place is None or not isinstance(place[0], PinnedMap) or not tensor.is_contiguous():
+        return None
+    if place[0].gpu != (torch.cuda.current_device() if device.index is None else device.index):
         return None
     with torch.inference_mode(False), torch.no_grad():
         view = torch.as_tensor(_Bytes(tensor), device=device).view(tensor.dtype).view(tensor.shape)
@@ -61,7 +64,7 @@ class _Bytes:
     """The memory of a contiguous tensor, as torch takes the memory of other libraries for that of a GPU."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+        self._tensor = tensor.detach()  # keeps this memory also where `tensor.data` is replaced
         self.__cuda_array_interface__ = {
             "shape": (tensor.nbytes,),
             "typestr": "|u1",

@@ -31,6 +31,7 @@ __all__ = [
     "CheckpointMap",
     "FileMap",
     "OffloadSpace",
+    "PinnedMap",
     "is_edited",
     "is_file_backed",
     "mapping_of",
@@ -43,9 +44,13 @@ _NO_SECOND_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >
 _MAPS: dict[int, tuple["ref[mmap.mmap]", range]] = {}  # each mapping and its addresses, by its first one
 
 
-class _PinnedMap(mmap.mmap):
-    """Anonymous memory registered with CUDA, so that copies from it are asynchronous and run at the link's rate."""
+class PinnedMap(mmap.mmap):
+    """Anonymous memory registered with CUDA, so that copies from it are asynchronous and run at the link's rate.
 
+    `gpu` is the index of the one that was current then: CUDA names it as the device of the memory.
+    """
+
+    gpu: int | None = None
     _address: int | None = None
 
     def pin(self) -> None:
@@ -54,7 +59,7 @@ class _PinnedMap(mmap.mmap):
         memory.zero_()  # with all cores: the driver would touch the pages one by one
         status = int(self._cudart.cudaHostRegister(memory.data_ptr(), len(self), 0))
         if not status:
-            self._address = memory.data_ptr()
+            self._address, self.gpu = memory.data_ptr(), torch.cuda.current_device()
         else:
             raise PlacementError(
                 f"cannot pin {len(self) / 1e9:.3f} GB of host memory for modules on 'cpu' (CUDA error {status}): "
@@ -63,7 +68,10 @@ class _PinnedMap(mmap.mmap):
 
     def __del__(self) -> None:  # before the memory is unmapped
         if self._address is not None:
-            torch.cuda.synchronize()  # a copy made ahead may still read it
+            for device in range(torch.cuda.device_count()):
+                # copies made ahead and kernels may still read it, on any GPU; one without memory runs none of them
+                if device == torch.cuda.current_device() or torch.cuda.memory_reserved(device):
+                    torch.cuda.synchronize(device)
             self._cudart.cudaHostUnregister(self._address)
 
 
@@ -129,7 +137,7 @@ class OffloadSpace:
     def pinned(cls, specs: Mapping[str, TensorSpec]) -> "OffloadSpace":
         """In pinned host memory; raises PlacementError where there is too little of it."""
         try:
-            mapping = _PinnedMap(-1, _size(specs), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapping = PinnedMap(-1, _size(specs), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise PlacementError(f"no memory for the modules on 'cpu': {error}; send fewer there") from error
         mapping.pin()

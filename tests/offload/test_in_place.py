@@ -1,6 +1,8 @@
 """InPlace: experts that a call reads in host memory. Outputs keep their bits, and only the rest is copied."""
 
 import copy
+import ctypes
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 import bigq
 from bigq.offload import in_place, transfer
+from bigq.offload.space import PinnedMap
 from bigq.weight.experts import QuantizedExperts
 
 E, TOP_K, H = 16, 2, 64
@@ -213,6 +216,51 @@ def test_a_deepcopy_reads_its_own_experts(views_of_files, tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.experts.down_proj_packed.zero_()
     assert torch.equal(logits(other, 1), expected)
+
+
+@pytest.fixture
+def memory_of_gpu_0(monkeypatch):
+    """torch on a machine with two GPUs, as far as `view_on` asks it; gives the bytes of each copy to the second one.
+
+    torch takes the memory of an array for that of the GPU that was current when it was pinned, here the first.
+    """
+    mapping = PinnedMap(-1, 4096)
+    mapping.gpu = 0
+    copied = []
+
+    def as_tensor(array, device):
+        (nbytes,), (address, _) = (array.__cuda_array_interface__[key] for key in ("shape", "data"))
+        memory = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
+        memory.array = array
+        if device.index == 0:
+            return memory
+        copied.append(nbytes)
+        return memory.clone()
+
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    monkeypatch.setattr(in_place, "mapping_of", lambda tensor: (mapping, 0))
+    return copied
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="views are made on Linux")
+class TestViews:
+    def test_a_view_has_the_memory_of_its_tensor(self, memory_of_gpu_0):
+        own = nn.Parameter(torch.arange(6, dtype=torch.int32).view(2, 3), requires_grad=False)
+        view = in_place.view_on(own, torch.device("cuda", 0))
+        assert view.data_ptr() == own.data_ptr()
+        assert torch.equal(view, own)
+        assert isinstance(view, nn.Parameter)
+
+    def test_another_gpu_than_that_of_the_memory_gets_no_copy_of_it(self, memory_of_gpu_0):
+        assert in_place.view_on(torch.zeros(1000), torch.device("cuda", 1)) is None
+        assert not memory_of_gpu_0
+
+    def test_the_memory_lives_as_long_as_its_view(self):
+        own = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+        array = in_place._Bytes(own)
+        own.data = torch.ones(4, dtype=torch.uint8)
+        address, _ = array.__cuda_array_interface__["data"]
+        assert array._tensor.data_ptr() == address
 
 
 @pytest.mark.gpu

@@ -3,13 +3,14 @@
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bigq import CheckpointError, PlacementError
 from bigq.formats import TensorSpec
-from bigq.offload.space import CheckpointMap, OffloadSpace, is_file_backed, mapping_of
+from bigq.offload.space import CheckpointMap, OffloadSpace, PinnedMap, is_file_backed, mapping_of
 
 SPECS = {
     "b.weight": TensorSpec(shape=(3, 5), dtype=torch.float32),
@@ -142,3 +143,18 @@ def test_pinned_space_is_pinned_and_given_back():
     again = OffloadSpace.pinned(SPECS).empty("b.weight")
     assert again.is_pinned()
     assert torch.empty(8).is_pinned() is False
+
+
+def test_pinned_memory_is_given_back_when_no_gpu_reads_it(monkeypatch):
+    """Three GPUs: the second has memory, so copies or kernels of it may run, and the third has none."""
+    events = []
+    for name, value in {"device_count": 3, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", [0, 512, 0].__getitem__)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(f"wait for {device}"))
+    mapping = PinnedMap(-1, 4096)
+    mapping._address = 4096
+    mapping._cudart = SimpleNamespace(cudaHostUnregister=lambda address: events.append("give back"))
+    del mapping
+    gc.collect()
+    assert events == ["wait for 0", "wait for 1", "give back"]
