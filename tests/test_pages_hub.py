@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pages import ROOT, snippets
+from pages import ROOT, Snippet, snippets
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
@@ -18,6 +18,8 @@ pytestmark = [
 IN_PLACE_OF = {  # what a page says: what this machine can do
     '"Qwen/Qwen3-0.6B"': '"qwen"',
     '"Qwen/Qwen2.5-32B"': '"qwen"',
+    '"Qwen/Qwen3-30B-A3B"': '"qwen-moe"',
+    "tp_size=2": "tp_size=1",  # as many as there are processes
     'load_dataset("trl-lib/Capybara", split="train")': "CHATS",
     "max_steps=200)": 'max_steps=2, report_to=[], disable_tqdm=True, save_strategy="no")',
 }
@@ -28,6 +30,8 @@ if not torch.cuda.is_available():
         '{"": 0} | {': '{"": "cpu"} | {',
         'experts": "cpu" for layer': 'experts": "disk" for layer',
         "torch.cuda.set_device(rank)\n": "",
+        'torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))\n': "",
+        'init_device_mesh("cuda"': 'init_device_mesh("cpu"',
         "init_process_group()": 'init_process_group("gloo")',
         ", device_ids=[rank]": "",
     }
@@ -48,6 +52,11 @@ def hub(tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = transformers.Qwen3Config(vocab_size=len(words), eos_token_id=2, pad_token_id=0, **sizes, **heads)
     transformers.Qwen3ForCausalLM(config).save_pretrained("qwen")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=len(words), eos_token_id=2, pad_token_id=0, **sizes, **heads, **experts
+    )
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained("qwen-moe")
     tokenizer.save_pretrained("qwen")
     chat = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c a"}]
     return datasets.Dataset.from_list([{"messages": chat}] * 16)
@@ -55,7 +64,11 @@ def hub(tmp_path, monkeypatch):
 
 def run(page, namespace, *needs):
     """Run the snippets of a page that need certain things, with what stands in for these."""
-    found = [snippet for snippet in snippets(ROOT / "docs" / page) if snippet.needs in needs]
+    run_snippets(page, [snippet for snippet in snippets(ROOT / "docs" / page) if snippet.needs in needs], namespace)
+
+
+def run_snippets(page, found, namespace):
+    """Run these snippets of a page, with what stands in for things that this machine lacks."""
     assert found, "a snippet that is not there tests nothing"
     replaced = 0
     for snippet in found:
@@ -94,21 +107,57 @@ def test_a_model_over_several_gpus(hub):
     assert namespace["model"].quantization_method == "bigq"
 
 
-def test_several_processes(hub, monkeypatch):
-    """As one process: DDP, then FSDP2."""
-    settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
-    for name, value in settings.items():
+@pytest.fixture
+def one_process(monkeypatch):
+    """The variables of a process that torchrun has started alone; its process group ends with the test."""
+    settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
+    for name, value in (settings | {"MASTER_PORT": 0}).items():
         monkeypatch.setenv(name, str(value))
-    namespace: dict[str, object] = {}
-    try:
-        run("many-gpus.md", namespace, "needs several processes")
-        ids = torch.arange(6)[None]
-        namespace["model"](input_ids=ids, labels=ids).loss.backward()
-        trained = {name for name, p in namespace["model"].named_parameters() if p.grad is not None}
-        assert trained
-        assert all("lora_" in name for name in trained)
-    finally:
+    yield
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def programs(page):
+    """The snippets of a page that need several processes, in groups: each begins with the one that starts processes."""
+    groups: list[list[Snippet]] = []
+    for snippet in snippets(ROOT / "docs" / page):
+        if snippet.needs == "needs several processes":
+            if "init_process_group()" in snippet.code:
+                groups.append([])
+            groups[-1].append(snippet)
+    return groups
+
+
+def trained_by(model):
+    ids = torch.arange(6, device=next(model.parameters()).device)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_every_program_is_run():
+    assert len(programs("many-gpus.md")) == 3
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["DDP, then FSDP2", "a load into shards"])
+def test_training_in_several_processes(hub, one_process, number):
+    namespace: dict[str, object] = {}
+    run_snippets("many-gpus.md", programs("many-gpus.md")[number], namespace)
+    trained = trained_by(namespace["model"])
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_slices_in_several_processes(hub, one_process):
+    """Tensor parallel, transformers' way, experts, nodes: each with one process, which has the whole slice."""
+    namespace: dict[str, object] = {}
+    run_snippets("many-gpus.md", programs("many-gpus.md")[2], namespace)
+    with torch.no_grad():
+        logits = namespace["model"](torch.arange(6, device=namespace["model"].device)[None]).logits
+    whole = transformers.AutoModelForCausalLM.from_pretrained("qwen-moe", quantization_config=namespace["config"])
+    with torch.no_grad():
+        torch.testing.assert_close(logits, whole(torch.arange(6, device=whole.device)[None]).logits)
+    assert namespace["mesh"].mesh_dim_names == ("nodes", "gpus")
 
 
 def test_experts_on_the_cpu(tmp_path, monkeypatch):
