@@ -295,6 +295,7 @@ def load_source(
     return model
 
 
+@_collector_paused()
 def _load_into_shards(
     tree: ModelTree,
     weights_location: str | os.PathLike[str],
@@ -304,16 +305,16 @@ def _load_into_shards(
     options: LoadOptions,
 ) -> nn.Module:
     """Load the part of a checkpoint that this process of `mesh` keeps; all processes do so, or none."""
-    if is_loaded(tree):
-        raise UnsupportedError("the model is quantized already: a load into shards takes a newly built one")
     agreement, timings = Agreement.of(mesh), Timings()
     model, modules = tree.model, tree.modules
-    with restored_on_error(modules, from_shards=True), _collector_paused():
-        with timings.timed("plan"):
-            with agreement.all_or_none():
-                source, extra_states = _open(tree, weights_location, config, options)
-                plan, places = _plan(tree, source, config, agreement.device, options)
-            agreement.same("plans", plan.fingerprint(source.tensors))
+    with timings.timed("plan"):
+        with agreement.all_or_none():
+            if is_loaded(tree):
+                raise UnsupportedError("the model is quantized already: a load into shards takes a newly built one")
+            source, extra_states = _open(tree, weights_location, config, options)
+            plan, places = _plan(tree, source, config, agreement.device, options)
+        agreement.same("plans", plan.fingerprint(source.tensors))
+    with restored_on_error(modules, from_shards=True):  # from here on, as it makes torch forget that they are sharded
         tree.forget_tensors()
         with agreement.all_or_none(), WarmUp(config, source, agreement.device) as warm_up:
             with timings.timed("plan"):
@@ -341,10 +342,12 @@ def _load_into_shards(
                 jobs += read(others, shards.source(source), replace(destinations, cuts=shards.cuts))
         with timings.timed("commit"):
             tensors.commit(shards, jobs)
-        extra_states.hand_over()
-        _finish(model, plan, places, destinations, timings, options.skip_keys, config)
-        model.quantization_report = make_report(shards.held(), destinations.places, timings)  # type: ignore[assignment]
-        refuse_new_adapters(result)
+        with agreement.all_or_none():
+            extra_states.hand_over()
+            _finish(model, plan, places, destinations, timings, options.skip_keys, config)
+            report = make_report(shards.held(), destinations.places, timings)
+            model.quantization_report = report  # type: ignore[assignment]
+            refuse_new_adapters(result)
     return result
 
 

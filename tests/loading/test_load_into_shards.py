@@ -1,6 +1,7 @@
 """A load into shards: what all processes hold together has the bytes of a whole load, and all fail together."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -122,6 +123,42 @@ def _load_otherwise(world, folder):
     return found
 
 
+class Stateful(Net):
+    """A net whose second process does not take its extra state, which comes when all tensors are in place."""
+
+    def get_extra_state(self):
+        return torch.tensor(1)
+
+    def set_extra_state(self, state):
+        if torch.distributed.get_rank() == 1:
+            raise RuntimeError("no state")
+
+
+def _fail_in_one(rank, world, folder):
+    """What the processes raise if the second one fails before the first step, and after the last; and what is left."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, nf4 = init_device_mesh("cpu", (world,)), QuantizationConfig("nf4")
+    with init_empty_weights():
+        late = Stateful()
+    early = _load(folder, nf4, device_map="cpu") if rank == 1 else _skeleton()
+    said = [
+        error_of(partial(load_and_quantize_model, model, location, nf4, progress=False, mesh=mesh))
+        for model, location in ((early, folder), (late, f"{folder}/extra"))
+    ]
+    sharded = Net()
+    fully_shard(sharded, mesh=mesh)
+    before = sharded(IDS)
+    sharded.reshard()
+    said.append(error_of(lambda: load_and_quantize_model(sharded, folder, nf4, progress=False, mesh=mesh)))
+    return [
+        *said,
+        torch.equal(sharded(IDS), before),
+        type(late.blocks[0].up) is nn.Linear and late.blocks[0].up.weight.is_meta,
+    ]
+
+
 def _refuse(rank, world, folder):
     """What is refused, in all processes, and whether the model is as it was then."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -193,6 +230,7 @@ def _work(rank, world, folder):
         "formats": _load_formats(world, folder, FORMATS),
         "otherwise": _load_otherwise(world, folder),
         "refused": _refuse(rank, world, folder),
+        "fail in one": _fail_in_one(rank, world, folder),
     }
 
 
@@ -206,9 +244,10 @@ def checkpoint(tmp_path_factory):
     del state["head.weight"]  # the embedding's
     bad = {**state, "blocks.1.up.weight": state["blocks.1.up.weight"].clone()}
     bad["blocks.1.up.weight"][-1, 0] = float("nan")
-    for name in ("quantized", "pickle", "nan"):
+    for name in ("quantized", "pickle", "nan", "extra"):
         (folder / name).mkdir()
     save_file(state, folder / "model.safetensors")
+    save_file({**state, "_extra_state": torch.tensor(1)}, folder / "extra" / "model.safetensors")
     save_file(bad, folder / "nan" / "model.safetensors")
     torch.save(state, folder / "pickle" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     config = QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
@@ -314,6 +353,17 @@ def test_an_error_is_told_to_the_other_processes(of_two):
     assert first["missing"].startswith("CheckpointError: process 1 failed")
     assert first["nan"].startswith("CheckpointError: process 1 failed")
     assert second["nan"].startswith("CheckpointError: 1 weights hold NaN or Inf")
+
+
+def test_an_error_before_the_first_step_or_after_the_last_is_told_and_undone(of_two):
+    first, second = (each["fail in one"] for each in of_two)
+    assert second[0].startswith("UnsupportedError: the model is quantized already")
+    assert first[0].startswith("UnsupportedError: process 1 failed, so no process has loaded anything: the model is")
+    assert second[1] == "RuntimeError: no state"
+    assert first[1] == "BigqError: process 1 failed, so no process has loaded anything: RuntimeError: no state"
+    for said in (first, second):
+        assert "are sharded (DTensor)" in said[2]
+        assert said[3:] == [True, True]  # the sharded model runs as before, and the new one is on meta
 
 
 def test_a_model_is_loaded_after_loads_that_failed(of_two):
