@@ -1,6 +1,7 @@
 """plan_and_place: make the plan and the device map of a load, each of which depends on the other."""
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -80,6 +81,11 @@ def plan_and_place(
 def _refuse_shards(tree: ModelTree) -> None:
     """Raise an UnsupportedError if tensors of the model are shards: with whole ones in their place, its calls fail."""
     shards = [group.names[0] for group in tree.tensors if hasattr(group.tensor, "to_local")]
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # to import it takes a second
+    kind = getattr(fsdp, "FSDPModule", ())
+    if not shards:  # after a call FSDP2 leaves the tensors of the outermost module whole
+        wrapped = [module for module in tree.modules.values() if isinstance(module, kind)]
+        shards = [group.names[0] for group in tree.tensors] if wrapped else []
     if shards:
         raise UnsupportedError(
             f"{len(shards)} tensors of the model are sharded (DTensor), such as by fully_shard: {shortlist(shards)}; "
