@@ -1,70 +1,29 @@
 """load_and_quantize_model: open a checkpoint, plan, read and quantize, put the results into the model, attach hooks."""
 
-import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from reprlib import repr as short  # of a state dict
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from bigq.checkpoint import Source
 from bigq.config import QuantizationConfig
-from bigq.errors import CheckpointError, ConfigError, UnsupportedError
+from bigq.errors import CheckpointError, ConfigError
 from bigq.interop.bitsandbytes_configs import as_config, is_config
 from bigq.interop.bitsandbytes_models import refuse_bitsandbytes
-from bigq.interop.diffusers_model import introduce_to_diffusers
-from bigq.interop.parameter_count import count_weights
-from bigq.interop.transformers_model import introduce
-from bigq.loading.adapters_in_shards import refuse_new_adapters
-from bigq.loading.agreement import Agreement
-from bigq.loading.destinations import Destinations
-from bigq.loading.extra_state import ExtraStates
-from bigq.loading.fill import fill
-from bigq.loading.report import make_report
-from bigq.loading.sharded_model import ShardedTensors, Sharding, expected_rows, shard_blocks, stand_in
-from bigq.loading.shards import Shards
 from bigq.loading.stream import Budget
 from bigq.loading.timings import Timings
 from bigq.loading.unload import is_loaded, unloaded
-from bigq.loading.warm_up import WarmUp
-from bigq.model.aliases import aliases_of, followed
 from bigq.model.in_place import ModelTensors
-from bigq.model.strays import refuse_strays
-from bigq.model.transaction import Snapshot, restored_on_error
 from bigq.model.tree import ModelTree
-from bigq.offload.dispatch import dispatch, keep_float32_callable
-from bigq.open_source import open_source, with_own_tensors
-from bigq.planning.coverage import warn_of_weights_left
-from bigq.planning.device_map import DeviceMap, execution_device, is_offloaded
-from bigq.planning.places import expected_device, plan_and_place
-from bigq.planning.plan import Plan
-from bigq.system.interrupts import to_the_end
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+from bigq.load_into_shards import load_into_shards
+from bigq.load_source import LoadOptions, collector_paused, load_source, open_checkpoint
 
 __all__ = ["load_and_quantize_model"]
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause Python's cyclic garbage collector, which would walk all modules of a large model again and again.
-
-    It took a third of the time with 9,000 small tensors. Objects that a load drops are freed by their reference counts.
-    One pause lasts from the first step to the last: after each of three, the collector walked what was made in it.
-    """
-    was_enabled = gc.isenabled()
-    try:
-        gc.disable()
-        yield
-    finally:
-        if was_enabled:
-            to_the_end(gc.enable)
 
 
 def load_and_quantize_model(
@@ -183,7 +142,7 @@ def load_and_quantize_model(
             raise ConfigError("mesh is given and weights_location is not: a load into shards reads a checkpoint")
         if device_map is not None:
             raise ConfigError(f"device_map is {device_map!r} and mesh is given: each process loads onto its own device")
-        return _load_into_shards(tree, weights_location, config, mesh, shard, options)
+        return load_into_shards(tree, weights_location, config, mesh, shard, options)
     if shard is not None:
         raise ConfigError("shard is given and mesh is not: pass the mesh of the processes that share the model")
     if weights_location is None:
@@ -195,21 +154,7 @@ def load_and_quantize_model(
         return _load_checkpoint(ModelTree(model), weights_location, config, device_map, options)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """The arguments of `load_and_quantize_model` that say how a model is placed and read."""
-
-    no_split_module_classes: Iterable[str] | None = None
-    max_memory: Mapping[int | str, int | str] | None = None
-    offload_folder: str | os.PathLike[str] | None = None
-    offload: str | torch.dtype | None = None
-    skip_keys: str | list[str] | None = None
-    strict: bool = True
-    progress: bool | None = None
-    budget: Budget = field(default_factory=Budget.of_machine)
-
-
-@_collector_paused()
+@collector_paused()
 def _load_checkpoint(
     tree: ModelTree,
     weights_location: str | os.PathLike[str],
@@ -219,176 +164,8 @@ def _load_checkpoint(
 ) -> nn.Module:
     timings = Timings()
     with timings.timed("plan"):
-        source, extra_states = _open(tree, weights_location, config, options)
+        source, extra_states = open_checkpoint(tree, weights_location, config, options)
     return load_source(tree, source, extra_states, config, device_map, options=options, timings=timings)
-
-
-def _open(
-    tree: ModelTree, weights_location: str | os.PathLike[str], config: QuantizationConfig | None, options: LoadOptions
-) -> tuple[Source, ExtraStates]:
-    refuse_bitsandbytes(tree)
-    source, extra_states = open_source(tree, weights_location, strict=options.strict, config=config)
-    return (source if options.strict else with_own_tensors(tree, source)), extra_states
-
-
-def _plan(
-    tree: ModelTree, source: Source, config: QuantizationConfig | None, device_map: object, options: LoadOptions
-) -> tuple[Plan, DeviceMap]:
-    """Plan a load, and check all that can be checked before anything is read."""
-    plan, places = plan_and_place(
-        tree,
-        source,
-        config,
-        device_map,
-        no_split_module_classes=options.no_split_module_classes,
-        max_memory=options.max_memory,
-        offload_folder=options.offload_folder,
-        offload=options.offload,
-        strict=options.strict,
-    )
-    if config is not None:
-        warn_of_weights_left(tree, plan, config)
-    refuse_strays(tree, {n for weight in plan.weights for n in weight.names}, in_place=source.in_place)
-    return plan, places
-
-
-@_collector_paused()
-def load_source(
-    tree: ModelTree,
-    source: Source,
-    extra_states: ExtraStates | None,
-    config: QuantizationConfig | None,
-    device_map: object,
-    *,
-    options: LoadOptions,
-    timings: Timings,
-) -> nn.Module:
-    """Load `source` into the model of `tree`: plan, read and quantize, commit, attach hooks. Returns the model."""
-    model, modules = tree.model, tree.modules
-    with WarmUp(config, source, expected_device(device_map)) as warm_up:
-        with timings.timed("plan"):
-            plan, places = _plan(tree, source, config, device_map, options)
-            aliases = aliases_of(tree)
-            destinations = Destinations.open(plan, places, options.offload_folder, source)
-        tree.forget_tensors()  # if the model holds its weights, they have to be freed one by one
-        finish = partial(_finish, model, plan, places, destinations, timings, options.skip_keys, config)
-        if source.in_place:
-            _rehearse(modules, finish)
-        jobs = fill(
-            modules,
-            plan,
-            source,
-            destinations,
-            budget=options.budget,
-            timings=timings,
-            warm_up=warm_up,
-            progress=options.progress,
-        )
-    with restored_on_error(modules):
-        with timings.timed("commit"):
-            for job in jobs:
-                job.commit(modules)
-        if extra_states is not None:
-            extra_states.hand_over()
-        with followed(aliases, modules):
-            finish()
-    return model
-
-
-@_collector_paused()
-def _load_into_shards(
-    tree: ModelTree,
-    weights_location: str | os.PathLike[str],
-    config: QuantizationConfig | None,
-    mesh: "DeviceMesh",
-    shard: Callable[[nn.Module], object] | None,
-    options: LoadOptions,
-) -> nn.Module:
-    """Load the part of a checkpoint that this process of `mesh` keeps; all processes do so, or none."""
-    agreement, timings = Agreement.of(mesh), Timings()
-    model, modules = tree.model, tree.modules
-    with timings.timed("plan"):
-        with agreement.all_or_none():
-            if is_loaded(tree):
-                raise UnsupportedError("the model is quantized already: a load into shards takes a newly built one")
-            source, extra_states = _open(tree, weights_location, config, options)
-            plan, places = _plan(tree, source, config, agreement.device, options)
-        agreement.same("plans", plan.fingerprint(source.tensors))
-    with restored_on_error(modules, from_shards=True):  # from here on, as it makes torch forget that they are sharded
-        tree.forget_tensors()
-        with agreement.all_or_none(), WarmUp(config, source, agreement.device) as warm_up:
-            with timings.timed("plan"):
-                stand_in(modules, plan, agreement.device)
-                shards = Shards.of(plan, expected_rows(plan, mesh))
-                destinations = Destinations.open(shards.plan, places, None, source, cuts=shards.cuts)
-            read = partial(
-                fill,
-                modules,
-                budget=options.budget,
-                timings=timings,
-                warm_up=warm_up,
-                progress=options.progress if agreement.is_first else False,
-            )
-            with Sharding(shard or partial(shard_blocks, mesh=mesh), model, agreement.device, timings) as sharding:
-                jobs = read(shards.to_read(), shards.source(source), destinations, between=sharding.check)
-                with timings.timed("wait"):
-                    result = sharding.wait()
-            tensors, expected = ShardedTensors(model, modules, plan), shards
-            shards = Shards.of(plan, tensors.rows)
-            others = shards.to_read(after=expected)
-            if others.tensors or others.weights:  # they were sharded in another way
-                names = {*(own.names[0] for own in others.tensors), *(own.names[0] for own in others.weights)}
-                jobs = [job for job in jobs if job.planned.names[0] not in names]
-                jobs += read(others, shards.source(source), replace(destinations, cuts=shards.cuts))
-        with timings.timed("commit"):
-            tensors.commit(shards, jobs)
-        with agreement.all_or_none():
-            extra_states.hand_over()
-            _finish(model, plan, places, destinations, timings, options.skip_keys, config)
-            report = make_report(shards.held(), destinations.places, timings)
-            model.quantization_report = report  # type: ignore[assignment]
-            refuse_new_adapters(result)
-    return result
-
-
-def _finish(
-    model: nn.Module,
-    plan: Plan,
-    places: DeviceMap,
-    destinations: Destinations,
-    timings: Timings,
-    skip_keys: str | list[str] | None,
-    config: QuantizationConfig | None,
-    *,
-    is_placed: bool = True,
-) -> None:
-    """Attach the hooks and attributes that a model needs, once it holds its tensors."""
-    keep_float32_callable(model, plan)
-    dispatch(model, places, skip_keys=skip_keys, is_placed=is_placed)
-    model.quantization_method = "bigq"  # type: ignore[assignment]
-    model.quantization_report = make_report(plan, destinations.places, timings)  # type: ignore[assignment]
-    count_weights(model)
-    known_as = config or _found_config(plan)
-    introduce(model, known_as)
-    introduce_to_diffusers(model, known_as)
-    # PEFT and TRL recognize a k-bit model by this flag. accelerate refuses to prepare an offloaded model that has it.
-    runs_on = execution_device(places)
-    model.is_loaded_in_8bit = not any(is_offloaded(place, runs_on) for place in places.values())  # type: ignore[assignment]
-
-
-def _found_config(plan: Plan) -> QuantizationConfig:
-    """The config by which the weights of a checkpoint may have been quantized: that of the first."""
-    description = plan.weights[0].description
-    return QuantizationConfig(description.format, compute_dtype=description.compute_dtype)
-
-
-def _rehearse(modules: Mapping[str, nn.Module], finish: Callable[..., None]) -> None:
-    """Call `finish` on a model that is not changed yet, and undo it, so that an error in it comes before any change."""
-    before = Snapshot(modules.values())
-    try:
-        finish(is_placed=False)
-    finally:
-        to_the_end(before.restore)
 
 
 def _arguments(

@@ -29,6 +29,8 @@ LAYERS = [  # from the lowest to the highest; a folder, or a file beside them
     "quantize",
     "infer_device_map",
     "open_source",
+    "load_source",
+    "load_into_shards",
     "load",
     "integrations",
     "dry_run",

@@ -31,7 +31,7 @@ from bigq.config import QuantizationConfig
 from bigq.errors import UnsupportedError
 from bigq.interop.diffusers_quantizer import DiffusersQuantizer
 from bigq.interop.transformers_names import expected_names
-from bigq.load import LoadOptions, load_source
+from bigq.load_source import LoadOptions, load_source
 from bigq.loading.timings import Timings
 from bigq.model.tree import ModelTree
 from bigq.open_source import open_source

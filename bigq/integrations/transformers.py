@@ -42,7 +42,7 @@ from bigq.formats import state_name
 from bigq.interop.bitsandbytes_configs import as_config
 from bigq.interop.hf_quantizer import HfQuantizer
 from bigq.interop.transformers_names import expected_names
-from bigq.load import LoadOptions, load_source
+from bigq.load_source import LoadOptions, load_source
 from bigq.loading.timings import Timings
 from bigq.model.tree import ModelTree
 from bigq.open_source import open_source, with_own_tensors

@@ -242,7 +242,7 @@ def test_a_full_disk_is_an_error_before_anything_is_read(load, monkeypatch, tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr("bigq.load.fill", lambda *args, **kwargs: pytest.fail("began to read"))
+    monkeypatch.setattr("bigq.load_source.fill", lambda *args, **kwargs: pytest.fail("began to read"))
     with pytest.raises(PlacementError, match="No space left"):
         load(offload="quantized", offload_folder=tmp_path / "off")
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
-import bigq.load
+import bigq.load_source
 import bigq.loading.jobs
 import bigq.offload.dispatch
 from bigq import QuantizationConfig, load_and_quantize_model
@@ -23,9 +23,9 @@ STEPS = {  # name: (where it is looked up, its name there, the call that fails)
     "the hook of the root": (bigq.offload.dispatch, "attach", 4),
     "the hook of a block": (bigq.offload.dispatch, "attach", 5),
     "refusing moves": (bigq.offload.dispatch, "refuse_moves", 1),
-    "dispatch": (bigq.load, "dispatch", 1),
-    "the report": (bigq.load, "make_report", 1),
-    "counting weights": (bigq.load, "count_weights", 1),
+    "dispatch": (bigq.load_source, "dispatch", 1),
+    "the report": (bigq.load_source, "make_report", 1),
+    "counting weights": (bigq.load_source, "count_weights", 1),
 }
 
 

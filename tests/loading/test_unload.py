@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import bigq.load
+import bigq.load_source
 from bigq import CheckpointError, QuantizationConfig, QuantizedLinear, load_and_quantize_model, materialize
 from bigq.weight.quantized_module import QuantizedModule
 
@@ -110,7 +110,7 @@ def test_a_load_that_fails_leaves_the_model_as_it_was(
     def fail(*args, **kwargs):
         raise error("on purpose")
 
-    monkeypatch.setattr(bigq.load, "make_report", fail)
+    monkeypatch.setattr(bigq.load_source, "make_report", fail)
     with pytest.raises(error, match="on purpose"):
         load(model, other, CONFIGS["int8, and more of it"], "cpu", tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 
-import bigq.load
+import bigq.load_source
 from bigq import QuantizationConfig, UnsupportedError, load_and_quantize_model
 from bigq.model.aliases import aliases_of
 from bigq.model.tree import ModelTree
@@ -79,7 +79,7 @@ def test_a_load_that_fails_gives_them_back(tmp_path, empty, monkeypatch, error):
         def fail(*args, **kwargs):
             raise error("on purpose")
 
-        monkeypatch.setattr(bigq.load, "dispatch", fail)
+        monkeypatch.setattr(bigq.load_source, "dispatch", fail)
         with pytest.raises(error, match="on purpose"):
             load_and_quantize_model(model, tmp_path, NF4, "cpu")
         assert model.gain is gain is model.listed[0]

@@ -104,7 +104,7 @@ def test_a_load_that_fails_leaves_none(tiny, monkeypatch):
         hold_placeholders(known)
         raise RuntimeError("an error in the last step")
 
-    monkeypatch.setattr(bigq.load, "introduce", fail)
+    monkeypatch.setattr(bigq.load_source, "introduce", fail)
     with pytest.raises(RuntimeError, match="last step"):
         load_and_quantize_model(model, None, QuantizationConfig("nf4"), "cpu")
     assert not state_hooks(model)[1]

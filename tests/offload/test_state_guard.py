@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-import bigq.load
+import bigq.load_source
 from bigq import CheckpointError, QuantizationConfig, load_and_quantize_model, materialize
 from bigq.system.internals import state_hooks
 
@@ -95,7 +95,7 @@ def test_a_model_is_guarded_once_however_often_it_is_loaded(load, tiny, empty, m
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bigq.load, "count_weights", fail)  # after the hooks are attached
+    monkeypatch.setattr(bigq.load_source, "count_weights", fail)  # after the hooks are attached
     for other, held in ((model, hooks), (empty(tiny), {})):
         with pytest.raises(KeyboardInterrupt):
             load(other)

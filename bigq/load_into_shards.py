@@ -1,0 +1,86 @@
+"""load_into_shards: the steps of a load in which each process of a mesh reads and quantizes the rows that it keeps."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from bigq.config import QuantizationConfig
+from bigq.errors import UnsupportedError
+from bigq.loading.adapters_in_shards import refuse_new_adapters
+from bigq.loading.agreement import Agreement
+from bigq.loading.destinations import Destinations
+from bigq.loading.fill import fill
+from bigq.loading.report import make_report
+from bigq.loading.sharded_model import ShardedTensors, Sharding, expected_rows, shard_blocks, stand_in
+from bigq.loading.shards import Shards
+from bigq.loading.timings import Timings
+from bigq.loading.unload import is_loaded
+from bigq.loading.warm_up import WarmUp
+from bigq.model.transaction import restored_on_error
+from bigq.model.tree import ModelTree
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+from bigq.load_source import LoadOptions, collector_paused, finish_load, open_checkpoint, plan_load
+
+__all__ = ["load_into_shards"]
+
+
+@collector_paused()
+def load_into_shards(
+    tree: ModelTree,
+    weights_location: str | os.PathLike[str],
+    config: QuantizationConfig | None,
+    mesh: "DeviceMesh",
+    shard: Callable[[nn.Module], object] | None,
+    options: LoadOptions,
+) -> nn.Module:
+    """Load the part of a checkpoint that this process of `mesh` keeps; all processes do so, or none."""
+    agreement, timings = Agreement.of(mesh), Timings()
+    model, modules = tree.model, tree.modules
+    with timings.timed("plan"):
+        with agreement.all_or_none():
+            if is_loaded(tree):
+                raise UnsupportedError("the model is quantized already: a load into shards takes a newly built one")
+            source, extra_states = open_checkpoint(tree, weights_location, config, options)
+            plan, places = plan_load(tree, source, config, agreement.device, options)
+        agreement.same("plans", plan.fingerprint(source.tensors))
+    with restored_on_error(modules, from_shards=True):  # from here on, as it makes torch forget that they are sharded
+        tree.forget_tensors()
+        with agreement.all_or_none(), WarmUp(config, source, agreement.device) as warm_up:
+            with timings.timed("plan"):
+                stand_in(modules, plan, agreement.device)
+                shards = Shards.of(plan, expected_rows(plan, mesh))
+                destinations = Destinations.open(shards.plan, places, None, source, cuts=shards.cuts)
+            read = partial(
+                fill,
+                modules,
+                budget=options.budget,
+                timings=timings,
+                warm_up=warm_up,
+                progress=options.progress if agreement.is_first else False,
+            )
+            with Sharding(shard or partial(shard_blocks, mesh=mesh), model, agreement.device, timings) as sharding:
+                jobs = read(shards.to_read(), shards.source(source), destinations, between=sharding.check)
+                with timings.timed("wait"):
+                    result = sharding.wait()
+            tensors, expected = ShardedTensors(model, modules, plan), shards
+            shards = Shards.of(plan, tensors.rows)
+            others = shards.to_read(after=expected)
+            if others.tensors or others.weights:  # they were sharded in another way
+                names = {*(own.names[0] for own in others.tensors), *(own.names[0] for own in others.weights)}
+                jobs = [job for job in jobs if job.planned.names[0] not in names]
+                jobs += read(others, shards.source(source), replace(destinations, cuts=shards.cuts))
+        with timings.timed("commit"):
+            tensors.commit(shards, jobs)
+        with agreement.all_or_none():
+            extra_states.hand_over()
+            finish_load(model, plan, places, destinations, timings, options.skip_keys, config)
+            report = make_report(shards.held(), destinations.places, timings)
+            model.quantization_report = report  # type: ignore[assignment]
+            refuse_new_adapters(result)
+    return result
