@@ -184,10 +184,10 @@ class TestSkipLists:
         assert set(quantized(model.model.layers[0].mlp)) == {"experts"}
 
 
-def test_shards_of_a_device_mesh_are_refused():
+def test_a_device_mesh_that_bigq_has_not_seen_is_refused():
     """Each rank would quantize its part alone."""
     quantizer = bigq.integrations.transformers.LoadingQuantizer(QuantizationConfig("nf4"), pre_quantized=False)
-    with pytest.raises(bigq.UnsupportedError, match="shards of a device mesh"):
+    with pytest.raises(bigq.UnsupportedError, match=r"call bigq\.integrations\.tensor_parallel\.parallelize_module"):
         quantizer.load(nn.Linear(64, 64), ["model.safetensors"], SimpleNamespace(device_mesh=object()))
 
 

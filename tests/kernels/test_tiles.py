@@ -50,18 +50,25 @@ _PTX = {
     "and.b32": lambda a, b: a & b,
     "shr.u32": lambda a, n: a >> n,
     "shl.b32": lambda a, n: a << n & 0xFFFFFFFF,
+    "add.u32": lambda a, b: a + b & 0xFFFFFFFF,
+    "mov.b32": lambda a: a,
     "prmt.b32": _prmt,
     # Bit abc of the table, from the top, is f(a, b, c): 0xEA is (a & b) | c, 0xF8 is a | (b & c).
     "lop3.b32": lambda a, b, c, table: {0xEA: (a & b) | c, 0xF8: a | (b & c)}[table],
 }
 
 
-def _emulate(asm: str, operands: dict[str, int], results: list[str]) -> list[int]:
-    """The 16-bit results of the asm, two in each of the registers named, on 32-bit operands."""
+def _emulate(asm: str, operands: dict[str, int], results: list[str], shared: dict[int, int] | None = None) -> list[int]:
+    """The 16-bit results of the asm, two in each of the registers named, on 32-bit operands and words by address."""
     registers = dict(operands)
-    for opcode, arguments in re.findall(r"^(\w+\.[bu]32) (.*);$", asm, flags=re.MULTILINE):
-        out, *names = arguments.split(", ")
-        registers[out] = _PTX[opcode](*(registers[n] if n in registers else int(n, 0) for n in names))
+    for opcode, arguments in re.findall(r"^(\w[\w.]*\.[bu]32) (.*);$", asm, flags=re.MULTILINE):
+        out, *names = [name for name in re.split(r"[][{}, ]+", arguments) if name]
+        if opcode == "st.shared.v4.b32":
+            shared.update({registers[out] + 4 * i: registers[name] for i, name in enumerate(names)})
+        elif opcode == "ld.shared.b32":
+            registers[out] = shared[registers[names[0]]]
+        else:
+            registers[out] = _PTX[opcode](*(registers[n] if n in registers else int(n, 0) for n in names))
     return [registers[r] >> shift & 0xFFFF for r in results for shift in (0, 16)]
 
 
@@ -84,12 +91,18 @@ def test_asm_decodes_every_byte_in_every_position(quant_type, name, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_gluon_asm_decodes_every_byte_in_every_position(quant_type, dtype):
     # Gluon is not the same in all releases of Triton.
-    module = pytest.importorskip("bigq_kernels.block4.gluon.operands", exc_type=ImportError)
+    operands = pytest.importorskip("bigq_kernels.block4.gluon.operands", exc_type=ImportError)
+    table = pytest.importorskip("bigq_kernels.block4.gluon.table", exc_type=ImportError)
     code = torch.tensor(reference.CODES[quant_type]).to(dtype)
-    asm = module.decode_asm(quant_type)
-    tables = {f"${5 + 4 * i}": value & 0xFFFFFFFF for i, value in enumerate(module.code_tables(quant_type, dtype))}
+    codes = {f"${3 + i}": value & 0xFFFFFFFF for i, value in enumerate(table.code_tables(quant_type, dtype))}
+    shared: dict[int, int] = {}
+    for byte in range(256):
+        for banks in range(8):
+            entry = {"$1": 4096 + byte * 128 + banks * 16, "$2": byte}
+            _emulate(table.ENTRY_ASM.value, entry | codes, [], shared)
     for byte in range(256):
         word = [byte, byte * 7 + 1 & 255, byte ^ 0xA5, 255 - byte]
-        results = _emulate(asm, {"$4": int.from_bytes(bytes(word), "little"), **tables}, ["$0", "$1", "$2", "$3"])
+        lane = {"$4": int.from_bytes(bytes(word), "little"), "$5": 4096, "$9": 4 * (byte % 32)}
+        results = _emulate(operands.CODES_ASM.value, lane, ["$0", "$1", "$2", "$3"], shared)
         values = torch.tensor(results, dtype=torch.int32).to(torch.int16).view(dtype)
         assert torch.equal(values, code[[nibble for b in word for nibble in (b >> 4, b & 15)]])
