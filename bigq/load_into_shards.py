@@ -75,6 +75,7 @@ def load_into_shards(
                 names = {*(own.names[0] for own in others.tensors), *(own.names[0] for own in others.weights)}
                 jobs = [job for job in jobs if job.planned.names[0] not in names]
                 jobs += read(others, shards.source(source), replace(destinations, cuts=shards.cuts))
+        agreement.same("sets of sharded tensors", " ".join(sorted(tensors.rows)))  # as their scales are gathered
         with timings.timed("commit"):
             tensors.commit(shards, jobs)
         with agreement.all_or_none():

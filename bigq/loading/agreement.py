@@ -75,7 +75,7 @@ class Agreement:
         if len(set(found)) > 1:
             raise CheckpointError(
                 f"the processes of the mesh have {len(set(found))} different {what}; "
-                "give all of them the same checkpoint, model and config"
+                "give all of them the same checkpoint, model, config and shard"
             )
 
     def _tell(self, own: object) -> list[object]:

@@ -185,6 +185,12 @@ def _refuse(rank, world, folder):
         model.blocks[0].up = nn.Linear(64, 513)
         fully_shard(model, mesh=mesh)
 
+    def differs(model):
+        if second:
+            fully_shard(model.blocks[0], mesh=mesh)
+        fully_shard(model.blocks[1], mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params=set() if second else set(model.blocks[0].parameters()))
+
     cases = {
         "missing": (f"{folder}/none" if second else folder, nf4, {}),
         "nan": (f"{folder}/nan", nf4, {}),
@@ -193,6 +199,7 @@ def _refuse(rank, world, folder):
         "columns": (folder, nf4, {"shard": by_columns}),
         "adds": (folder, nf4, {"shard": adds}),
         "replaces": (folder, nf4, {"shard": replaces}),
+        "differs": (folder, QuantizationConfig("nf4", double_quant=True), {"shard": differs}),
         "device": (folder, nf4, {"device_map": "cpu"}),
         "in place": (None, nf4, {}),
     }
@@ -331,6 +338,7 @@ def test_replicas_read_everything_and_shards_their_part(of_two):
         ("columns", "UnsupportedError", "is sharded as"),
         ("adds", "UnsupportedError", "1 tensors on meta were added by shard(model)"),
         ("replaces", "UnsupportedError", "blocks.0.up.weight_packed"),
+        ("differs", "CheckpointError", "2 different sets of sharded tensors"),
         ("device", "ConfigError", "device_map is 'cpu' and mesh is given"),
         ("in place", "ConfigError", "a load into shards reads a checkpoint"),
         ("mesh", "ConfigError", "mesh is 'cpu'; expected a DeviceMesh"),
