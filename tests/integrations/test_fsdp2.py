@@ -236,6 +236,7 @@ def test_fsdp1_refuses(compared):
         assert found["fsdp1"].startswith("ValueError: Must flatten tensors with uniform dtype")  # docs/many-gpus.md
 
 
+@pytest.mark.slow  # 27 s of CPU time: four processes
 def test_two_copies_in_two_shards_each_compute_and_save_what_one_process_does(tmp_path):
     for found in run_ranks(_hybrid, tmp_path, str(tmp_path), world=4):
         for same_outputs, same_weight, same_files, gradient_error in found.values():

@@ -205,6 +205,7 @@ def test_a_checkpoint_of_two_processes_is_loaded_in_one(saved, folder, name):
     assert _same(model, _model(FORMATS[name]))
 
 
+@pytest.mark.slow  # 20 s of CPU time
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_one_process_is_loaded_in_three(folder):
     for name, own in FORMATS.items():

@@ -15,6 +15,7 @@ from ranks import error_of, run_ranks
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow  # 70 s of CPU time: two processes import accelerate and transformers, and train
 
 FORMATS = {"nf4": NF4(), "nf4-double-quant": NF4(double_quant=True), "fp4": FP4(), "int8": Int8()}
 NESTED = FORMATS["nf4-double-quant"]

@@ -10,6 +10,7 @@ from ranks import run_ranks
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+pytestmark = pytest.mark.slow  # 33 s of CPU time
 FORMATS = {"float": None, "nf4-double-quant": NF4(double_quant=True), "int8": Int8()}
 IDS = torch.arange(16).view(2, 8) * 7 % 90
 
@@ -301,14 +302,12 @@ def test_greedy_decoding_gives_the_tokens_of_one_process(compared):
     assert [found["tokens"] for found in compared] == [True, True]
 
 
-@pytest.mark.slow
 def test_tensor_parallel_blocks_are_sharded_by_fsdp2(tmp_path):
     for found in run_ranks(_both, tmp_path, world=4):
         for name, errors in found.items():
             assert max(errors) < (2e-2 if name == "int8" else 1e-5)
 
 
-@pytest.mark.slow
 def test_families_of_transformers_are_distributed_as_their_float_models(tmp_path):
     for found in run_ranks(_families, tmp_path, str(tmp_path)):
         for (name, is_quantized), off in found.items():

@@ -285,6 +285,7 @@ def test_two_processes_hold_the_bytes_of_one(of_two, name):
         assert 0.45 < found["read"] < 0.6  # of 5 experts, a process has 3 or 2
 
 
+@pytest.mark.slow  # 18 s of CPU time
 @pytest.mark.parametrize("name", OF_THREE)
 def test_three_processes_hold_the_bytes_of_one(of_three, name):
     for found in (each[name] for each in of_three):

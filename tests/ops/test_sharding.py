@@ -118,7 +118,9 @@ def _routed(op, x, route, state, bias, settings):
     return eager.routed(op, x, route, (state["packed"], state["absmax"], bias, None, None), settings[-3:])
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2-ranks", "3-ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, id="2-ranks"), pytest.param(3, id="3-ranks", marks=pytest.mark.slow)]
+)
 def cases(request, tmp_path_factory):
     return run_ranks(_cases, tmp_path_factory.mktemp("sharding"), world=request.param)
 
