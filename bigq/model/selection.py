@@ -91,7 +91,7 @@ def select_weights(
     first_rules = _first_rules(rules, names)
     in_float32 = float32_names(tree) if defaults else {}
     head = output_head(tree.model) if defaults else None
-    choosing = set(routers(tree.model)) if defaults else set()
+    choosing = set(routers(tree.aliases)) if defaults else set()
     groups = {name: group for group in tree.tensors for name in group.names}
 
     def why_kept(module: nn.Module, aliases: tuple[str, ...], leaf: str) -> str | None:

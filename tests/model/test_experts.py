@@ -50,7 +50,7 @@ def test_a_linear_beside_experts_with_an_output_for_each_is_their_router(experts
     inside = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
     shared = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
     model = block(experts, router=router, gate=gate, other=other, inside=inside, shared=shared)
-    assert list(routers(model)) == [router, gate, inside[1]]
+    assert list(routers(model.modules())) == [router, gate, inside[1]]
     kept = select_weights(ModelTree(model), Int8()).kept
     assert {name for name, reason in kept.items() if reason == "the router of experts"} == {
         "router",
@@ -63,7 +63,7 @@ def test_a_linear_beside_experts_with_an_output_for_each_is_their_router(experts
 
 def test_linears_without_experts_beside_them_are_no_routers():
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(8, 2) for _ in range(2)), "a": nn.Linear(8, 2)})
-    assert not list(routers(model))
+    assert not list(routers(model.modules()))
 
 
 def mixture(name):
