@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from bigq.model.experts import is_transposed
 from bigq.model.tree import tensor_name
 from bigq.weight.convert import is_transposed_linear
 
@@ -74,7 +75,7 @@ def _parts(block: nn.Module) -> tuple[tuple[LinearShape, ...], ...]:
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3:
                     count, n, k = parameter.shape
-                    n, k = (k, n) if getattr(module, "is_transposed", False) is True else (n, k)
+                    n, k = (k, n) if is_transposed(module) else (n, k)
                     parts.setdefault(name, []).append(LinearShape(tensor_name(name, leaf), n, k, count))
             continue
         parts.setdefault(name.rpartition(".")[0], []).append(found)
