@@ -208,9 +208,8 @@ class Format(Protocol):
     def product(self, in_features: int | None = None) -> Product:
         """The call of products with a weight of K = `in_features`. None: any K that fits the tensors."""
 
-    @property
-    def reads_hit_experts(self) -> bool:
-        """Whether a product of a few rows with a stack is known to read only the weights that multiply these rows."""
+    def reads_hit_experts(self, in_features: int, dtype: torch.dtype) -> bool:
+        """Whether a product of a few rows in `dtype` with a stack is known to read only the weights of these rows."""
         return False
 
     @property

@@ -22,6 +22,8 @@ from bigq.ops.sharding import shard_width
 __all__ = ["BLOCK_SIZES", "FP4", "NF4", "Block4"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_FUSED_DTYPES = (torch.bfloat16, torch.float16)  # and _FUSED_STEP columns: what products take without dequantizing
+_FUSED_STEP = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +151,8 @@ class Block4(Format):
             return Product("linear_4bit", ("packed", "absmax", "bias", "nested_absmax", "nested_offset"), settings)
         return Product("linear_4bit", ("packed", "absmax", "bias"), (None, None, *settings))
 
-    @property
-    def reads_hit_experts(self) -> bool:
-        return True
+    def reads_hit_experts(self, in_features: int, dtype: torch.dtype) -> bool:
+        return dtype in _FUSED_DTYPES and in_features % _FUSED_STEP == 0
 
     @property
     def has_stack_products(self) -> bool:

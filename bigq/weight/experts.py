@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["IMPLEMENTATIONS", "QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
-FUSED_DTYPES = (torch.bfloat16, torch.float16)  # and FUSED_STEP columns: what products take without dequantizing
-FUSED_STEP = 32
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
 
 
@@ -60,9 +58,7 @@ class QuantizedExperts(QuantizedModule):
         if not (x.is_floating_point() and isinstance(top_k, int) and self._multiplies(*leaves)):
             return None
         described = [self._quantized[leaf] for leaf in leaves]
-        if not all(own.format.reads_hit_experts for own in described):
-            return None
-        if any((own.compute_dtype or x.dtype) not in FUSED_DTYPES or own.shape[-1] % FUSED_STEP for own in described):
+        if not all(own.format.reads_hit_experts(own.shape[-1], own.compute_dtype or x.dtype) for own in described):
             return None
         return x.numel() // described[0].shape[-1] * top_k
 
