@@ -5,8 +5,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from bigq.formats import Block4
-from bigq.formats.base import as_bits
 from bigq.saving.saved_weight import SavedWeight
 
 __all__ = ["separated"]
@@ -20,10 +18,11 @@ def separated(weight: SavedWeight) -> list[SavedWeight]:
     """
     if weight.rows is None:
         return [weight]
-    description, state = weight.description, dict(weight.state)
-    if isinstance(description.format, Block4) and description.format.double_quant:
-        state = {"packed": state["packed"], "absmax": _decoded(weight)}
-        description = replace(description, format=replace(description.format, double_quant=False))
+    description, state = weight.description, weight.state
+    if any(tensor.is_meta for tensor in state.values()):  # an outline: its parts of one number are not on meta
+        state = {part: tensor.to("meta") for part, tensor in state.items()}
+    weight_format, state = description.format.select(state, description.shape, slice(None))
+    description = replace(description, format=weight_format)
     matrices = []
     for name, rows in weight.rows.items():
         own = replace(description, shape=(len(rows), description.shape[-1]))
@@ -31,13 +30,6 @@ def separated(weight: SavedWeight) -> list[SavedWeight]:
         leaf = name.rpartition(".")[2]
         matrices.append(SavedWeight(name=name, leaf=leaf, description=own, state=parts, kind=nn.Linear))
     return matrices
-
-
-def _decoded(weight: SavedWeight) -> Tensor:
-    absmax = weight.state["absmax"]
-    if absmax.is_meta:
-        return torch.empty(absmax.shape, dtype=torch.int32, device="meta")
-    return as_bits(weight.description.format.scales(weight.state))
 
 
 def _rows(part: Tensor, rows: range) -> Tensor:
