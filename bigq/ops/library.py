@@ -20,7 +20,7 @@ from torch import Tensor
 from bigq.errors import UnsupportedError
 from bigq.ops import checks, reference
 from bigq.ops.replays import run
-from bigq.ops.routes import sort_by_weight
+from bigq.ops.routes import sort_by_weight, weights_of_rows
 from bigq.ops.sharding import shard_width
 from bigq.system.internals import check
 
@@ -342,8 +342,7 @@ def stack_gradients(
             grad_x = each.view(x_rows, len(route) // max(x_rows, 1), each.shape[1]).sum(dim=1)
     if bias_dtype is not None:
         if sorted_rows:
-            rows = torch.arange(len(grad), device=grad.device, dtype=torch.int32)
-            ids = torch.searchsorted(route, rows, right=True)
+            ids = weights_of_rows(route, len(grad))
         else:
             ids = torch.where((route >= 0) & (route < weights), route, weights)
         total = torch.zeros(weights + 1, n, dtype=torch.float32, device=grad.device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["sort_by_weight"]
+__all__ = ["sort_by_weight", "weights_of_rows"]
 
 
 def sort_by_weight(ids: Tensor, weights: int) -> tuple[Tensor, Tensor]:
@@ -14,3 +14,8 @@ def sort_by_weight(ids: Tensor, weights: int) -> tuple[Tensor, Tensor]:
     ordered, order = (ids & torch.iinfo(ids.dtype).max).sort(stable=True)  # without its sign, -1 is the largest id
     every = torch.arange(weights, device=ids.device, dtype=ids.dtype)
     return order, torch.searchsorted(ordered, every, right=True, out_int32=True)
+
+
+def weights_of_rows(stops: Tensor, rows: int) -> Tensor:
+    """int64 [rows]: which weight multiplies each sorted row; len(stops) for those behind the last of `stops`."""
+    return torch.searchsorted(stops, torch.arange(rows, device=stops.device, dtype=stops.dtype), right=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from bigq.ops.routes import weights_of_rows
+
 __all__ = ["Changes", "LowRank"]
 
 ALIGNED = 8  # numbers: rows of `grouped_mm` are whole 16 bytes, also those of bfloat16
@@ -48,9 +50,7 @@ class LowRank:
 
     def _masked(self, x: Tensor, stops: Tensor) -> Tensor:
         """`grouped`, where graphs have no `grouped_mm`: each row times all factors, of which one counts."""
-        rows = torch.arange(len(x), device=x.device, dtype=stops.dtype)
-        ids = torch.searchsorted(stops, rows, right=True)
-        is_own = ids[:, None] == torch.arange(len(self.down), device=x.device)
+        is_own = weights_of_rows(stops, len(x))[:, None] == torch.arange(len(self.down), device=x.device)
         inner = torch.einsum("sk,erk->ser", x, self.down.to(x.dtype)).masked_fill(~is_own[:, :, None], 0)
         return torch.einsum("ser,enr->sn", inner * self.scaling, self.up.to(x.dtype))
 

@@ -14,7 +14,7 @@ from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = ["group_tokens", "most_tiles", "place_in_group", "sort_by_weight", "weights_of_rows"]
+__all__ = ["group_tokens", "most_tiles", "place_in_group", "sort_by_weight", "weights_hit", "weights_of_rows"]
 
 # Of a tile of tokens: weight, its first row of x, how many rows it has, its first tile, and how many tiles there are.
 FIELDS = tl.constexpr(5)
@@ -25,6 +25,11 @@ def most_tiles(rows: int, weights: int, block_m: int) -> int:
     """The most tiles of block_m rows that `rows` rows of `weights` weights make."""
     hit = min(rows, weights)
     return hit + (rows - hit) // block_m
+
+
+def weights_hit(rows: int, weights: int) -> int:
+    """How many of `weights` weights multiply some of `rows` rows, on average, if each row chooses one at random."""
+    return max(1, round(weights * (1 - (1 - 1 / weights) ** rows)))
 
 
 @triton.jit

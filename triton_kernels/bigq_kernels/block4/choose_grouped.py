@@ -28,6 +28,7 @@ from bigq_kernels.block4.configs import (
 )
 from bigq_kernels.choice import Choice
 from bigq_kernels.gpu import Gpu
+from bigq_kernels.groups import weights_hit
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
 __all__ = ["choose_grouped"]
@@ -62,7 +63,7 @@ def choose_grouped(
         return _dequantize(f"The output is empty: {rows} x {n}.")
     if k == 0:
         return _dequantize("K is 0, so there is nothing to multiply.")
-    hit = max(1, round(e * (1 - (1 - 1 / e) ** rows)))  # on average, if each row chooses its weight at random
+    hit = weights_hit(rows, e)
     mean = rows / hit
     # Two rows seldom have the same weight then, which dp4a would read twice. 32 rows of 128 weights of 1536 x 2048 take
     # 27 us, and 31 staged; 16 of 32 weights of 5760 x 2880, which leave staged a partial step, 68 and 83 (H200).

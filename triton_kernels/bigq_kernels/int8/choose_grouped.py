@@ -17,6 +17,7 @@ import torch
 
 from bigq_kernels.choice import Choice
 from bigq_kernels.gpu import Gpu
+from bigq_kernels.groups import weights_hit
 from bigq_kernels.int8.choose import MAX_SEGMENTS_M, MAX_TILES_M, Int8Config, fitted
 from bigq_kernels.tiles import ceil_div
 
@@ -35,7 +36,7 @@ def choose_grouped(
     gpu = device if isinstance(device, Gpu) else Gpu.of(device)
     if not (rows and e and n and k):
         return _empty(rows, e, n, k)
-    hit = max(1, round(e * (1 - (1 - 1 / e) ** rows)))  # on average, if each row chooses its weight at random
+    hit = weights_hit(rows, e)
     mean = rows / hit
     each = f"With {mean:.3g} rows for each of {hit} weights"
     block_n = _block_n(gpu, hit, n)
