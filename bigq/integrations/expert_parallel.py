@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from bigq.errors import UnsupportedError
 from bigq.integrations.collectives import summed, with_summed_gradients
 from bigq.integrations.sharded_rows import gather_rows
 from bigq.interop.expert_adapters import adapted_module
+from bigq.ops.sharding import local_part
 from bigq.weight.convert import original_class
 from bigq.weight.experts import IMPLEMENTATIONS, QuantizedExperts
 from bigq.weight.low_rank import Changes
@@ -69,7 +70,7 @@ class ExpertParallel(ParallelStyle):
             bound = arguments.bind(experts, *args, **kwargs).arguments
             hidden, ids, weights, *rest = list(bound.values())[1:]
             factors = [
-                _local(f) for of_leaf in changes.values() for change in of_leaf for f in (change.down, change.up)
+                local_part(f) for of_leaf in changes.values() for change in of_leaf for f in (change.down, change.up)
             ]
             hidden, weights, *factors = with_summed_gradients(group, hidden, weights, *factors)
             own = iter(factor[start:stop] for factor in factors)
@@ -91,7 +92,3 @@ class ExpertParallel(ParallelStyle):
         experts.register_forward_pre_hook(enter, with_kwargs=True)
         experts.register_forward_hook(leave)
         return module
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

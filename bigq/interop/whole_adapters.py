@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from bigq.ops.sharding import is_sharded
+from bigq.ops.sharding import sharded_parameters
 
 __all__ = ["whole_adapters"]
 
@@ -18,13 +18,7 @@ def whole_adapters(layer: nn.Module, base: nn.Module) -> Iterator[None]:
     each process computes its rows. Every process that holds a part of the layer has to enter.
     """
     of_base = set(base.modules())
-    shards = [
-        (module, name, parameter)
-        for module in layer.modules()
-        if module not in of_base
-        for name, parameter in module._parameters.items()
-        if parameter is not None and is_sharded(parameter)
-    ]
+    shards = sharded_parameters(module for module in layer.modules() if module not in of_base)
     if not shards:
         yield
         return

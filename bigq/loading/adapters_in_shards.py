@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from bigq.errors import UnsupportedError
+from bigq.ops.sharding import is_sharded
 from bigq.system.text import shortlist
 
 __all__ = ["NumbersStay", "refuse_new_adapters"]
@@ -74,7 +75,7 @@ class _Check:
         whole = [
             name
             for name, parameter in module.named_parameters()
-            if parameter.requires_grad and name not in self._known and not hasattr(parameter, "to_local")
+            if parameter.requires_grad and name not in self._known and not is_sharded(parameter)
         ]
         if whole:
             raise UnsupportedError(

@@ -22,6 +22,7 @@ from bigq.loading.shards import Shards
 from bigq.loading.timings import Timings
 from bigq.model.repeated_blocks import repeated_blocks
 from bigq.model.tree import assign_tensor, find_owner, is_dense
+from bigq.ops.sharding import chunk_of_rank, is_sharded
 from bigq.planning.plan import Plan, PlannedWeight
 from bigq.system.interrupts import Worker, to_the_end
 from bigq.system.text import shortlist
@@ -200,7 +201,7 @@ class ShardedTensors:
         if rows is not None and len(tensor) != len(rows):
             tensor = rows.of(tensor).clone()  # in memory of its own
         value = tensor.to(target.dtype)
-        if _is_shard(target):
+        if is_sharded(target):
             value = _as_shard(value, cast("DTensor", target), tuple(target.shape))
         if isinstance(target, nn.Parameter):
             value = nn.Parameter(value, requires_grad=target.requires_grad)
@@ -210,10 +211,6 @@ class ShardedTensors:
 
 def _on_meta(spec: TensorSpec) -> Tensor:
     return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-
-
-def _is_shard(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")
 
 
 def _as_shard(own: Tensor, like: "DTensor", shape: tuple[int, ...]) -> "DTensor":
@@ -236,9 +233,8 @@ class _Cut(NamedTuple):
 
 def _cut(dim: int, before: int, processes: int, coordinate: int) -> _Cut:
     """Each process gets ceil(before / processes) rows; the last ones may get fewer, or none."""
-    chunk = -(-before // processes)
-    start = min(before, chunk * coordinate)
-    return _Cut(dim, before, Rows(start=start, stop=min(before, start + chunk)))
+    start, stop = chunk_of_rank(before, coordinate, processes)
+    return _Cut(dim, before, Rows(start=start, stop=stop))
 
 
 def _cuts(sharded: "DTensor", name: str) -> list[_Cut]:
@@ -263,7 +259,7 @@ def _cuts(sharded: "DTensor", name: str) -> list[_Cut]:
 
 def _rows_of(name: str, tensor: Tensor) -> Rows | None:
     """The rows that this process keeps of the tensor `name` of a model; None for one that every process has whole."""
-    cuts = _cuts(cast("DTensor", tensor), name) if _is_shard(tensor) else []
+    cuts = _cuts(cast("DTensor", tensor), name) if is_sharded(tensor) else []
     if not cuts:
         return None
     start = sum(cut.rows.start for cut in cuts)

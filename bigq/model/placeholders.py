@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigq.model.tree import tensor_name
+from bigq.ops.sharding import is_sharded
 from bigq.system.internals import state_hooks
 from bigq.weight.placeholder import placeholder
 from bigq.weight.quantized_module import QuantizedModule
@@ -37,5 +38,5 @@ def _add(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             for leaf in module.descriptions:
-                if not (is_sliced(module) or hasattr(module.stored_weight(leaf).state["packed"], "to_local")):
+                if not (is_sliced(module) or is_sharded(module.stored_weight(leaf).state["packed"])):
                     state_dict[prefix + tensor_name(name, leaf)] = placeholder()

@@ -7,16 +7,25 @@ tensors are gathered.
 torch.distributed.tensor takes a second to import, so the rules are registered when bigq meets the first DTensor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigq.ops.checks import NESTED_BLOCK_SIZE
 
-__all__ = ["in_all", "is_sharded", "local_part", "placed_like", "register_rules", "shard_width"]
+__all__ = [
+    "chunk_of_rank",
+    "in_all",
+    "is_sharded",
+    "local_part",
+    "placed_like",
+    "register_rules",
+    "shard_width",
+    "sharded_parameters",
+]
 
 Rule = tuple[list[Any], list[Any]]  # placements of the outputs, and of the arguments: None for those that are no tensor
 Sharded = tuple[Any, dict[int, Any]]  # the outputs' placement, and that of arguments by position; others are replicated
@@ -30,6 +39,22 @@ def is_sharded(tensor: Tensor | None) -> bool:
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a DTensor; any other tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_parameters(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """(module, name, parameter) of each DTensor among the parameters of `modules` themselves."""
+    return [
+        (module, name, parameter)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_sharded(parameter)
+    ]
+
+
+def chunk_of_rank(size: int, rank: int, world: int) -> tuple[int, int]:
+    """Where the part of a rank begins and ends, as DTensors are cut: the last ones may get fewer, or none."""
+    step = -(-size // world)
+    return min(rank * step, size), min((rank + 1) * step, size)
 
 
 def in_all(claim: bool, tensor: Tensor) -> bool:

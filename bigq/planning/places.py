@@ -12,6 +12,7 @@ from bigq.config import QuantizationConfig, check_offload
 from bigq.errors import UnsupportedError
 from bigq.formats import Description, check_quant_state, decode_quant_state
 from bigq.model.tree import ModelTree
+from bigq.ops.sharding import is_sharded
 from bigq.planning.automatic import automatic_map
 from bigq.planning.device_map import (
     STRATEGIES,
@@ -80,7 +81,7 @@ def plan_and_place(
 
 def _refuse_shards(tree: ModelTree) -> None:
     """Raise an UnsupportedError if tensors of the model are shards: with whole ones in their place, its calls fail."""
-    shards = [group.names[0] for group in tree.tensors if hasattr(group.tensor, "to_local")]
+    shards = [group.names[0] for group in tree.tensors if is_sharded(group.tensor)]
     fsdp = sys.modules.get("torch.distributed.fsdp")  # to import it takes a second
     kind = getattr(fsdp, "FSDPModule", ())
     if not shards:  # after a call FSDP2 leaves the tensors of the outermost module whole

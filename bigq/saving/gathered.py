@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from bigq.ops.sharding import is_sharded
+from bigq.ops.sharding import sharded_parameters
 
 __all__ = ["gathered"]
 
@@ -22,12 +22,7 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     for module in model.modules():
         if fsdp is not None and isinstance(module, fsdp.FSDPModule):
             module.reshard()  # a call leaves the root whole, and torch makes it shards again for a state dict
-    shards = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and is_sharded(parameter)
-    ]
+    shards = sharded_parameters(model.modules())
     if not shards:
         yield True
         return

@@ -11,6 +11,7 @@ from bigq.formats import QUANT_STATE, state_name
 from bigq.interop.transformers_model import is_transformers_model
 from bigq.interop.transformers_names import names_in_files
 from bigq.model.tree import tensor_name
+from bigq.ops.sharding import is_sharded
 from bigq.saving import bitsandbytes, compressed_tensors
 from bigq.saving.saved_weight import SavedWeight, kept_linears, quantized_weights, with_rows
 from bigq.saving.separated import separated
@@ -109,7 +110,7 @@ def _refuse_unsaved(state: Mapping[str, object], *, on_meta: bool) -> None:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             reasons.setdefault("objects that are no tensors", []).append(name)
-        elif hasattr(tensor, "to_local"):
+        elif is_sharded(tensor):
             reasons.setdefault("shards of tensors, which have to be gathered first", []).append(name)
         elif tensor.is_meta and not on_meta:
             reasons.setdefault("tensors on meta", []).append(name)

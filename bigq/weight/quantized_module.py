@@ -25,7 +25,7 @@ from bigq.formats import (
     quant_state_spec,
     state_name,
 )
-from bigq.ops.sharding import is_sharded, placed_like, register_rules
+from bigq.ops.sharding import is_sharded, local_part, placed_like, register_rules
 from bigq.weight.lazy_weight import plain
 from bigq.weight.placeholder import is_placeholder
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -170,7 +170,7 @@ class QuantizedModule(nn.Module):
         for leaf, description in changed.items():
             self._describe(leaf, description)
         own = self._parameters.get(QUANT_STATE)
-        if changed and own is not None and not own.is_meta and not hasattr(own, "to_local"):
+        if changed and own is not None and not own.is_meta and not is_sharded(own):
             own.data = encode_quant_state(self._quantized).to(own.device)
 
     def quantize_weight(self, leaf: str, weight: Tensor) -> dict[str, Tensor]:
@@ -312,9 +312,9 @@ class QuantizedModule(nn.Module):
         own = self._parameters.get(QUANT_STATE)
         if quant_state.is_meta:
             return self.descriptions
-        if hasattr(quant_state, "to_local"):  # a shard of FSDP2 or tensor parallelism has to equal ours
-            is_sharded = own is not None and hasattr(own, "to_local") and not own.is_meta
-            if is_sharded and not torch.equal(quant_state.to_local(), cast(Any, own).to_local()):
+        if is_sharded(quant_state):  # a shard of FSDP2 or tensor parallelism has to equal ours
+            is_like_ours = own is not None and is_sharded(own) and not own.is_meta
+            if is_like_ours and not torch.equal(local_part(quant_state), local_part(cast(Tensor, own))):
                 raise CheckpointError(f"{prefix}{QUANT_STATE} describes other weights than the sharded model holds")
             return self.descriptions
         return decode_quant_state(quant_state, f"{prefix}{QUANT_STATE} of the state dict")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bigq.errors import UnsupportedError
 from bigq.formats import state_name
+from bigq.ops.sharding import chunk_of_rank, is_sharded
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["Range", "is_sliced", "keep_ranges", "range_of_rank", "refuse_slice", "refuse_slices"]
@@ -26,13 +27,13 @@ def range_of_rank(size: int, rank: int, world: int) -> Range:
     Raises:
         UnsupportedError: some rank would get nothing. All ranks raise it.
     """
-    step = -(-size // world)
-    if (world - 1) * step >= size:
+    first, last = (chunk_of_rank(size, of, world) for of in (0, world - 1))
+    if last[0] == last[1]:
         raise UnsupportedError(
-            f"{size} rows or columns of a quantized weight, {step} for each, are too few for {world} processes: "
+            f"{size} rows or columns of a quantized weight, {first[1]} for each, are too few for {world} processes: "
             "leave the module out of the plan, or use fewer processes"
         )
-    return rank * step, min((rank + 1) * step, size)
+    return chunk_of_rank(size, rank, world)
 
 
 def keep_ranges(module: QuantizedModule, leaf: str, dim: int, ranges: Sequence[Range], vectors: Sequence[str]) -> None:
@@ -119,10 +120,8 @@ def _narrow(tensor: Tensor, dim: int, ends: Range) -> Tensor:
 
 def _check_is_whole(module: QuantizedModule, leaf: str, packed: Tensor) -> None:
     shape = module.descriptions[leaf].shape
-    if hasattr(packed, "to_local") or packed.is_meta:
-        how = (
-            "is sharded (DTensor)" if hasattr(packed, "to_local") else "has no memory here: it is offloaded or on meta"
-        )
+    if is_sharded(packed) or packed.is_meta:
+        how = "is sharded (DTensor)" if is_sharded(packed) else "has no memory here: it is offloaded or on meta"
         raise UnsupportedError(
             f"the quantized {leaf!r} of shape {list(shape)} {how}, and cannot be cut: load the model onto one device "
             "of each process, parallelize it, and shard it with FSDP2 last"
