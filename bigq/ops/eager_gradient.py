@@ -5,6 +5,7 @@ with a profiler on), and a step of QLoRA is bound by the host. This node does th
 dX is dY times the dequantized weight.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from bigq.ops import library
 from bigq.ops.replays import Settings, State, run
 from bigq.system.internals import something_listens
 
-__all__ = ["linear_with_gradient", "routed_with_gradient"]
+__all__ = ["input_gradient", "linear_with_gradient", "routed_with_gradient"]
 
 
 def linear_with_gradient(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
@@ -25,6 +26,25 @@ def linear_with_gradient(name: str, x: Tensor, state: State, settings: Settings)
 def routed_with_gradient(name: str, x: Tensor, route: Tensor, state: State, settings: Settings) -> Tensor:
     """The op `name` of x [M, K] and a stack on a GPU, as `eager.routed` calls it; gradients reach x and the bias."""
     return _Stack.apply(x, state[2], name, route, state, settings)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def input_gradient(name: str, grad: Tensor, weight: Sequence[Tensor], settings: Settings, in_features: int) -> Tensor:
+    """The gradient of x [..., K] of the linear op `name`: that of its output, `grad` [..., N], times the weight [N, K].
+
+    Args:
+        name: of the op.
+        grad: of the output; the result has its dtype.
+        weight: codes, scales and what else the op takes but the bias.
+        settings: the op's other arguments.
+        in_features: K.
+    """
+    packed, absmax, *nested = weight
+    settings = settings if name == "linear_int8" else (*settings[:-1], in_features)
+    is_plain = type(grad) is Tensor and grad.is_cuda and not something_listens()
+    if is_plain and not torch.is_grad_enabled():  # then nobody asks for the gradient of this gradient
+        state = (packed, absmax, None, *nested)
+        return run(library.cuda_implementation, f"{name}_backward", grad, state, settings)
+    return grad @ library.dequantized(name, packed, absmax, nested, settings, grad.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -41,14 +61,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            packed, absmax, *nested = ctx.saved_tensors
-            settings = ctx.settings if ctx.name == "linear_int8" else (*ctx.settings[:-1], ctx.in_features)
-            is_plain = type(grad) is Tensor and grad.is_cuda and not something_listens()
-            if is_plain and not torch.is_grad_enabled():  # then nobody asks for the gradient of this gradient
-                state = (packed, absmax, None, *nested)
-                grad_x = run(library.cuda_implementation, f"{ctx.name}_backward", grad, state, settings)
-            else:
-                grad_x = grad @ library.dequantized(ctx.name, packed, absmax, nested, settings, grad.dtype)
+            grad_x = input_gradient(ctx.name, grad, ctx.saved_tensors, ctx.settings, ctx.in_features)
         if ctx.needs_input_grad[1]:
             grad_bias = library.bias_grad(grad, ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None

@@ -12,7 +12,7 @@ from weakref import ref
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bigq_kernels.replay import Replay
+    from bigq_kernels.replay import BoundReplay, Replay
 
 __all__ = ["Settings", "State", "run"]
 
@@ -23,7 +23,8 @@ Launcher = Callable[..., Tensor]
 MAX_TOKENS = 2048  # above, kernels take longer than Python: 202 us for 4096 tokens at 4096 x 4096, H200
 MAX_KEPT = 1 << 15  # bound calls: 300 linears at 100 numbers of tokens
 
-_CALLS: dict[Any, "_Call"] = {}
+_CALLS: dict[Any, "_Call"] = {}  # by the identity of the codes
+_BOUND: dict[Any, "BoundReplay"] = {}  # by signatures and addresses
 _REPLAYS: dict[Any, "Replay | None"] = {}  # None: has no replay
 _SEEN: set[Any] = set()  # signatures that ran once: their kernels are compiled and their tables made
 
@@ -33,13 +34,13 @@ class _Call:
 
     __slots__ = ("addresses", "bias_dtype", "dtype", "references", "replay", "settings")
 
-    def __init__(self, key: Any, replay: "Replay | None", state: State, settings: Settings) -> None:
+    def __init__(self, key: Any, replay: "BoundReplay | None", state: State, settings: Settings) -> None:
         # The key holds an id, so it goes when one of the tensors does: another may get it.
         self.references = [ref(tensor, lambda _: _CALLS.pop(key, None)) for tensor in state if tensor is not None]
         self.addresses = [tensor.data_ptr() for tensor in state if tensor is not None]
         self.dtype, self.bias_dtype = (None if tensor is None else tensor.dtype for tensor in (state[0], state[2]))
         self.settings = settings
-        self.replay = None if replay is None else replay.bind([None if t is None else t.data_ptr() for t in state])
+        self.replay = replay
 
 
 def run(
@@ -110,10 +111,21 @@ def _first_calls(
             return launcher(*tensors, *settings)
         out, _REPLAYS[signature] = record(launcher, tensors, settings, live=1 + len(route))
         return out
-    if len(_CALLS) >= MAX_KEPT:
-        _CALLS.clear()
-    _CALLS[key] = _Call(key, _REPLAYS[signature], state, settings)
-    return run(find, name, x, state, settings, route)
+    bound, replay = None, _REPLAYS[signature]
+    if replay is not None:
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in state]
+        where = (signature, *addresses)
+        bound = _BOUND.get(where)
+        if bound is None:
+            if len(_BOUND) >= MAX_KEPT:
+                _BOUND.clear()
+            bound = _BOUND[where] = replay.bind(addresses)
+    if not name.endswith("_backward"):  # under gradient checkpointing its tensors are new objects in each call
+        if len(_CALLS) >= MAX_KEPT:
+            _CALLS.clear()
+        _CALLS[key] = _Call(key, bound, state, settings)
+    replayed = None if bound is None else bound(x, state, route)
+    return launcher(*tensors, *settings) if replayed is None else replayed
 
 
 def _signature(tensor: Tensor) -> Any:

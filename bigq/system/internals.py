@@ -31,6 +31,7 @@ __all__ = [
     "TELLS_HOOKS",
     "TELLS_LISTENERS",
     "as_plain_tensor",
+    "calls_only_forward",
     "can_hook_saved_tensors",
     "check",
     "count_holders",
@@ -43,6 +44,7 @@ __all__ = [
     "may_write",
     "saved_tensor_hooks",
     "something_listens",
+    "something_transforms",
     "sparse_parts",
     "state_hooks",
     "version_of",
@@ -73,8 +75,12 @@ _TELLTALES = (
 )
 
 
-def _listener_check() -> Callable[[], bool]:
+def _listener_checks() -> tuple[Callable[[], bool], Callable[[], bool]]:
     functions, dispatches, transform, trace, profiler = attrgetter(*_TELLTALES)(torch._C)
+
+    def something_transforms() -> Any:
+        """Whether a dispatch mode, transform, trace or level of dual numbers is active. True where it is not known."""
+        return dispatches() or transform() is not None or trace() is not None or forward_ad._current_level >= 0
 
     def something_listens() -> Any:
         """Whether a mode, transform, trace, profiler or level of dual numbers hears or changes calls of ops.
@@ -90,17 +96,18 @@ def _listener_check() -> Callable[[], bool]:
             or forward_ad._current_level >= 0
         )
 
-    return something_listens
+    return something_listens, something_transforms
 
 
 def _listeners_are_told() -> bool:
-    before = bool(_listener_check()())
+    checks = _listener_checks()
+    before = [bool(check()) for check in checks]
     with forward_ad.dual_level():
-        return not before and bool(_listener_check()())
+        return before == [False, False] and all(check() for check in checks)
 
 
 TELLS_LISTENERS = _holds(_listeners_are_told)
-something_listens = _listener_check() if TELLS_LISTENERS else lambda: True
+something_listens, something_transforms = _listener_checks() if TELLS_LISTENERS else (lambda: True,) * 2
 
 
 # Versions of tensors, which count what torch sees of edits. Without them every tensor looks edited each time: an
@@ -351,6 +358,12 @@ _LOAD_HOOKS = _hook_table("register_load_state_dict_pre_hook")
 _BEFORE_STATE = _hook_table("register_state_dict_pre_hook")
 _AFTER_STATE = _hook_table("register_state_dict_post_hook")
 _FORWARD_HOOKS = _hook_table("register_forward_pre_hook")
+_CALL_HOOKS = (
+    _FORWARD_HOOKS,
+    _hook_table("register_forward_hook"),
+    _hook_table("register_full_backward_pre_hook"),
+    _hook_table("register_full_backward_hook"),
+)
 
 
 def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
@@ -366,6 +379,24 @@ def state_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], dict[
 def has_forward_pre_hooks(module: nn.Module) -> bool:
     """Whether something runs before each call of this module; True where that is not known."""
     return bool(getattr(module, _FORWARD_HOOKS, True))
+
+
+_TELLS_GLOBAL_HOOKS: Callable[[], bool] = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
+
+
+def calls_only_forward(*modules: nn.Module) -> bool:
+    """Whether a call of each module is its class's forward and nothing else; False where that is not known.
+
+    Else there are hooks, of the module or of all modules, or it has a forward of its own.
+    """
+    before, after, before_backward, after_backward = _CALL_HOOKS
+    for module in modules:
+        own = vars(module)
+        if "forward" in own or own.get(before, True) or own.get(after, True):
+            return False
+        if own.get(before_backward, True) or own.get(after_backward, True):
+            return False
+    return not _TELLS_GLOBAL_HOOKS()
 
 
 EXTRA_STATE: str = getattr(nn.modules.module, "_EXTRA_STATE_KEY_SUFFIX", "_extra_state")  # the last part of its name

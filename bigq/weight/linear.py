@@ -47,9 +47,13 @@ class QuantizedMatrix(QuantizedModule):
         Raises:
             UnsupportedError: x is not floating point, or its width is not K.
         """
+        product, tensors = self.operands()
+        return multiply(x, product, tensors, self.compute_dtype)
+
+    def operands(self) -> tuple[Product, tuple[Tensor | None, ...]]:
+        """How the format multiplies by the weight, and the Parameters that this takes, with the bias or None."""
         parameters = self._parameters  # nn.Module's own lookup of a Parameter takes half a microsecond
-        tensors = tuple([parameters[name] for name in self._tensor_names])
-        return multiply(x, self._product, tensors, self.compute_dtype)
+        return self._product, tuple([parameters[name] for name in self._tensor_names])
 
     def reset_parameters(self) -> None:
         """Do nothing: a quantized weight is never initialized at random."""

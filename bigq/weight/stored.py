@@ -11,7 +11,7 @@ from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import Format, Product, State
 from bigq.ops import eager
 
-__all__ = ["Stored", "multiply"]
+__all__ = ["Stored", "multiply", "result_dtype"]
 
 
 def multiply(
@@ -31,7 +31,7 @@ def multiply(
     Raises:
         UnsupportedError: x is not floating point, or its width is not K.
     """
-    out_dtype, autocast = _result_dtype(x)
+    out_dtype, autocast = result_dtype(x)
     if x.is_nested:
         parts = [multiply(part, product, tensors, compute_dtype) for part in x.unbind()]
         return torch.nested.as_nested_tensor(parts, layout=x.layout)
@@ -46,7 +46,7 @@ def multiply(
     return out if out.dtype is out_dtype else out.to(out_dtype)
 
 
-def _result_dtype(x: Tensor) -> tuple[torch.dtype, str]:
+def result_dtype(x: Tensor) -> tuple[torch.dtype, str]:
     """The dtype of a product with x: that of autocast, or of x; and the device type of autocast, empty where it is off.
 
     Where it is on, it is turned off around the op, in which it would cast exact sums in float32 to its own dtype.
@@ -159,7 +159,7 @@ class Stored:
 
     def _stack_linear(self, x: Tensor, route: Tensor, bias: Tensor | None, *, sorted_rows: bool) -> Tensor:
         product = self.format.stack_product(self.shape[-1], sorted_rows=sorted_rows)
-        out_dtype, autocast = _result_dtype(x)
+        out_dtype, autocast = result_dtype(x)
         tensors = tuple(bias if part == "bias" else self.state[part] for part in product.parts)
         rows = x.to(self.compute_dtype or out_dtype)
         with torch.autocast(autocast, enabled=False) if autocast else nullcontext():

@@ -11,6 +11,8 @@ from accelerate import init_empty_weights
 from accelerate.state import AcceleratorState
 
 from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model, save_quantized
+from bigq.ops import adapted
+from bigq.system.internals import TELLS_LISTENERS
 from ranks import error_of, run_ranks
 
 peft = pytest.importorskip("peft")
@@ -32,6 +34,13 @@ CASES = {  # what differs from: no mixed precision, float32 adapters, whole weig
         "own": NESTED,
         "mixed_precision": "bf16",
         "cpu_ram_efficient_loading": True,
+        "activation_checkpointing": True,
+    },
+    "fused-bfloat16-adapters": {"own": NESTED, "adapters": torch.bfloat16, "fused": True},
+    "fused-mixed-precision-checkpointing": {
+        "own": NF4(),
+        "fused": True,
+        "mixed_precision": "bf16",
         "activation_checkpointing": True,
     },
     "experts": {"own": NF4(), "experts": True},
@@ -106,13 +115,26 @@ def _accelerator(**settings):
     return Accelerator(cpu=True, mixed_precision=mixed_precision, fsdp_plugin=plugin)
 
 
-def _prepared(own, adapters=torch.float32, experts=False, target_parameters=None, mixed_precision="no", **settings):
+def _prepared(
+    own,
+    adapters=torch.float32,
+    experts=False,
+    target_parameters=None,
+    fused=False,
+    mixed_precision="no",
+    **settings,
+):
     """Whether logits of each step, trained tensors and frozen bits are those of one process, and all are shards."""
     model, one = (_model(own, adapters, experts=experts, target_parameters=target_parameters) for _ in range(2))
+    if fused:
+        from bigq.integrations.fused_lora import fuse_lora
+
+        assert fuse_lora(model) == fuse_lora(one) == 8
     layer = "MixtralDecoderLayer" if experts else "LlamaDecoderLayer"
     accelerator = _accelerator(mixed_precision=mixed_precision, transformer_cls_names_to_wrap=[layer], **settings)
     model, optimizer = accelerator.prepare(model, _optimizer(model))
-    logits = _train(model, optimizer, accelerator.backward)
+    with mock.patch("bigq.ops.adapted.input_gradient", wraps=adapted.input_gradient) as fused_calls:
+        logits = _train(model, optimizer, accelerator.backward)
     expected = _train(one, _optimizer(one), lambda loss: loss.backward(), autocast=mixed_precision == "bf16")
     trained, alone = _adapters(model), _adapters(one)
     frozen = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in model.named_parameters()}
@@ -121,6 +143,7 @@ def _prepared(own, adapters=torch.float32, experts=False, target_parameters=None
         "adapters": trained.keys() == alone.keys() and all(torch.equal(trained[n], alone[n]) for n in alone),
         "changed": not torch.equal(logits[0], logits[1]),
         "shards": all(hasattr(p, "to_local") for p in model.parameters()),
+        "fused": fused_calls.called == (fused and TELLS_LISTENERS),
         "bits": all(
             torch.equal(frozen[name].full_tensor(), p) for name, p in one.named_parameters() if not p.requires_grad
         ),
@@ -309,7 +332,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_training_with_accelerate_gives_the_bits_of_one_process(found, case):
     for rank in found:
-        assert rank[case] == dict.fromkeys(("logits", "adapters", "changed", "shards", "bits"), True)
+        assert rank[case] == dict.fromkeys(("logits", "adapters", "changed", "shards", "fused", "bits"), True)
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "experts"])

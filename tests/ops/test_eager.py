@@ -33,7 +33,7 @@ def _poisoned_empty():
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    for name, empty in (("_CALLS", {}), ("_REPLAYS", {}), ("_SEEN", set())):
+    for name, empty in (("_CALLS", {}), ("_BOUND", {}), ("_REPLAYS", {}), ("_SEEN", set())):
         monkeypatch.setattr(replays, name, empty)
 
 
@@ -281,12 +281,41 @@ def test_nothing_outlives_a_weight(launched):
         assert not replays._CALLS
 
 
+def test_new_objects_over_the_memory_of_a_weight_are_bound_once(launched):
+    """As autograd gives a weight back to a backward pass under gradient checkpointing."""
+    grad, weight, bound, bind = torch.randn(1, 8), torch.randn(4, 8), [], launched.bind
+    launched.bind = lambda pointers: bound.append(pointers) or bind(pointers)
+    for _ in range(6):
+        state = (weight.detach(), None, None)
+        out = replays.run(library.cuda_implementation, "linear_4bit_backward", grad, state, ("nf4",))
+        assert torch.equal(out, grad @ weight.T)
+    assert launched.counts == {"launcher": 1, "recorded": 1, "replayed": 4}
+    assert len(bound) == 1
+    assert not replays._CALLS
+
+
+@pytest.mark.parametrize("other", [(4, 8), (2, 8)], ids=["transposed", "fewer-rows"])
+def test_other_looks_at_the_same_address_are_not_what_was_bound(launched, other):
+    memory, x = torch.randn(32), torch.randn(1, 8)
+    for _ in range(3):
+        state = (memory.view(4, 8), None, None)
+        replays.run(library.cuda_implementation, "linear_4bit_backward", x, state, ("nf4",))
+    second = memory.view(8, 4).T if other == (4, 8) else memory[:16].view(2, 8)
+    assert (second.shape, second.data_ptr()) == (other, memory.data_ptr())
+    for _ in range(2):
+        state = (second, None, None)
+        out = replays.run(library.cuda_implementation, "linear_4bit_backward", x, state, ("nf4",))
+        assert torch.equal(out, x @ second.T)
+    assert launched.counts == {"launcher": 2, "recorded": 2, "replayed": 1}
+
+
 def test_what_is_kept_is_bounded(launched, monkeypatch):
     monkeypatch.setattr(replays, "MAX_KEPT", 3)
     x, weights = torch.randn(1, 8), [torch.randn(4, 8) for _ in range(9)]
     for weight in [weights[0], *weights]:
         eager.linear("linear_4bit", x, (weight, None, None), ("nf4",))
     assert 0 < len(replays._CALLS) <= 3
+    assert 0 < len(replays._BOUND) <= 3
 
 
 @pytest.fixture(params=FORMATS, ids=lambda fmt: f"{fmt.name}-{list(fmt.describe().values())[-1]}")

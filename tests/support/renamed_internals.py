@@ -31,6 +31,7 @@ NAMES = {
         "_functorch",
         "_get_tracing_state",
         "_grouped_mm",
+        "_has_any_global_hook",
         "_indices",
         "_len_torch_dispatch_stack",
         "_len_torch_function_stack",

@@ -48,6 +48,7 @@ PUBLIC = {
     "_fsdp_param": _leaves_fsdp_alone,  # torch's own error says that it takes no integers
     "_grouped_mm": lambda module: True,  # what F.grouped_mm calls is found on another way
     "_make_wrapper_subclass": lambda module: module.wrapper is module._wrapper_of_freed,
+    "_has_any_global_hook": lambda module: not module.calls_only_forward(nn.Identity()),
     "_schema": lambda module: module.may_write(torch.ops.aten.add.Tensor),
     "_version": lambda module: not module.SEES_EDITS,
     "unflatten_dense_tensors": lambda module: module.cut is module._cut_one_by_one,
@@ -252,6 +253,30 @@ def test_finds_the_hooks_of_a_module(module):
         assert [name for name, ask in asks.items() if ask(hooked)] == [method]
         handle.remove()
         assert not any(ask(hooked) for ask in asks.values())
+
+
+CALL_HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook")
+
+
+@pytest.mark.parametrize("hook", CALL_HOOKS)
+def test_a_module_with_a_hook_calls_more_than_its_forward(hook):
+    modules = nn.Linear(2, 2), nn.Linear(2, 2)
+    is_told = internals.calls_only_forward(*modules)
+    assert is_told is internals.TELLS_LISTENERS
+    handle = getattr(modules[1], f"register_{hook}")(lambda *args: None)
+    assert internals.calls_only_forward(modules[0]) is is_told
+    assert not internals.calls_only_forward(*modules)
+    handle.remove()
+    assert internals.calls_only_forward(*modules) is is_told
+    handle = getattr(nn.modules.module, f"register_module_{hook}")(lambda *args: None)
+    assert not internals.calls_only_forward(modules[0])
+    handle.remove()
+
+
+def test_a_forward_of_a_module_s_own_is_no_call_of_its_class():
+    module = nn.Linear(2, 2)
+    module.forward = module.forward
+    assert not internals.calls_only_forward(module)
 
 
 @pytest.mark.parametrize("name", NAMES)
