@@ -14,7 +14,7 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     found = [snippet for snippet in snippets(ROOT / "docs" / "finetuning.md") if snippet.needs is None]
-    assert len(found) == 6
+    assert len(found) == 7
     namespace: dict[str, object] = {"__name__": "finetuning"}
     for snippet in found:
         exec(compile(snippet.code, "docs/finetuning.md", "exec"), namespace)

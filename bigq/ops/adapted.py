@@ -69,8 +69,9 @@ def _forward(
     up = up if up.dtype is dtype else up.to(dtype)
     out = eager.linear(name, x, state, settings)
     rows = x.reshape(-1, x.shape[-1])
-    inner = rows.new_empty(len(rows), len(down)).addmm_(rows, down.t(), beta=0, alpha=scaling)
-    out.view(len(rows), len(up)).addmm_(inner, up.t())
+    tokens, rank, n = rows.shape[0], down.shape[0], up.shape[0]
+    inner = rows.new_empty(tokens, rank).addmm_(rows, down.t(), beta=0, alpha=scaling)
+    out.view(tokens, n).addmm_(inner, up.t())
     return out, x, down, up, inner
 
 

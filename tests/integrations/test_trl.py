@@ -12,6 +12,7 @@ trl = pytest.importorskip("trl")
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from adapted import SIX_STEPS, state  # noqa: E402  # it imports peft
+from bigq.integrations.fused_lora import fuse_lora  # noqa: E402
 from tuners import llama, lora  # noqa: E402
 
 pytestmark = [
@@ -34,10 +35,11 @@ def tokenizer():
     )
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("weight_format", [NF4(), Int8()], ids=["nf4", "int8"])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_a_trainer_of_trl_lowers_its_loss(kind, weight_format, dtype, tokenizer, tmp_path):
+def test_a_trainer_of_trl_lowers_its_loss(kind, weight_format, dtype, fused, tokenizer, tmp_path):
     config, trainer = {"sft": (trl.SFTConfig, trl.SFTTrainer), "dpo": (trl.DPOConfig, trl.DPOTrainer)}[kind]
     model = load_and_quantize_model(llama().to(dtype), None, QuantizationConfig(weight_format), "cpu")
     before = state(model)
@@ -53,6 +55,8 @@ def test_a_trainer_of_trl_lowers_its_loss(kind, weight_format, dtype, tokenizer,
         train_dataset=datasets.Dataset.from_dict(ROWS[kind]),
         peft_config=lora(target_modules="all-linear"),
     )
+    if fused:
+        assert fuse_lora(run.model) == 14
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
