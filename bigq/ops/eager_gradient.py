@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bigq.ops import library
+from bigq.ops.kept import keep
 from bigq.ops.replays import Settings, State, run
 from bigq.system.internals import something_listens
 
@@ -54,14 +55,18 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, name: str, state: State, settings: Settings) -> Tensor:
         ctx.name, ctx.settings, ctx.in_features = name, settings, x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(*state[:2], *state[3:])
+        weight = (*state[:2], *state[3:])
+        ctx.kept = keep(weight)
+        if ctx.kept is None:
+            ctx.save_for_backward(*weight)
         return run(library.cuda_implementation, name, x, state, settings)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = input_gradient(ctx.name, grad, ctx.saved_tensors, ctx.settings, ctx.in_features)
+            weight = ctx.saved_tensors if ctx.kept is None else ctx.kept.parameters()
+            grad_x = input_gradient(ctx.name, grad, weight, ctx.settings, ctx.in_features)
         if ctx.needs_input_grad[1]:
             grad_bias = library.bias_grad(grad, ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None

@@ -24,7 +24,7 @@ MAX_TOKENS = 2048  # above, kernels take longer than Python: 202 us for 4096 tok
 MAX_KEPT = 1 << 15  # bound calls: 300 linears at 100 numbers of tokens
 
 _CALLS: dict[Any, "_Call"] = {}  # by the identity of the codes
-_BOUND: dict[Any, "BoundReplay"] = {}  # by signatures and addresses
+_BOUND: dict[Any, "BoundReplay | None"] = {}  # by signatures and addresses
 _REPLAYS: dict[Any, "Replay | None"] = {}  # None: has no replay
 _SEEN: set[Any] = set()  # signatures that ran once: their kernels are compiled and their tables made
 
@@ -111,16 +111,16 @@ def _first_calls(
             return launcher(*tensors, *settings)
         out, _REPLAYS[signature] = record(launcher, tensors, settings, live=1 + len(route))
         return out
-    bound, replay = None, _REPLAYS[signature]
-    if replay is not None:
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in state]
-        where = (signature, *addresses)
-        bound = _BOUND.get(where)
-        if bound is None:
-            if len(_BOUND) >= MAX_KEPT:
-                _BOUND.clear()
-            bound = _BOUND[where] = replay.bind(addresses)
-    if not name.endswith("_backward"):  # under gradient checkpointing its tensors are new objects in each call
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in state]
+    where, replay = (signature, *addresses), _REPLAYS[signature]
+    # FSDP2 gathers a weight into other memory in each call, and what it used before comes back.
+    is_new = where not in _BOUND
+    if is_new:
+        if len(_BOUND) >= MAX_KEPT:
+            _BOUND.clear()
+        _BOUND[where] = None if replay is None else replay.bind(addresses)
+    bound = _BOUND[where]
+    if is_new or key not in _CALLS:
         if len(_CALLS) >= MAX_KEPT:
             _CALLS.clear()
         _CALLS[key] = _Call(key, bound, state, settings)

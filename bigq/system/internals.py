@@ -34,6 +34,7 @@ __all__ = [
     "calls_only_forward",
     "can_hook_saved_tensors",
     "check",
+    "copy_all",
     "count_holders",
     "cut",
     "edits_of",
@@ -232,6 +233,24 @@ def _cut_is_right() -> bool:
 
 cut = _cut_at_once if _holds(_cut_is_right) else _cut_one_by_one  # (flat, shapes): its views, one after the other
 
+
+# Copying and casting several tensors: one kernel instead of one for each.
+
+
+def _copy_one_by_one(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def _copies_all() -> bool:
+    targets = [torch.zeros(2, dtype=torch.bfloat16, device="cpu"), torch.zeros(1, dtype=torch.bfloat16, device="cpu")]
+    torch._foreach_copy_(targets, [torch.tensor([1.0, 2.0], device="cpu"), torch.tensor([3.0], device="cpu")])
+    return [target.tolist() for target in targets] == [[1.0, 2.0], [3.0]]
+
+
+copy_all: Callable[[Sequence[Tensor], Sequence[Tensor]], object] = (
+    torch._foreach_copy_ if _holds(_copies_all) else _copy_one_by_one  # type: ignore[assignment]
+)
 
 # A tensor without memory whose functions are those of its class. The public way takes the memory for a moment.
 

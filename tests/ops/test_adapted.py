@@ -9,6 +9,7 @@ from bigq import ops
 from bigq.errors import UnsupportedError
 from bigq.ops import eager
 from bigq.ops.adapted import adapted_linear
+from bigq.system.internals import SEES_EDITS, TELLS_HOOKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, K, RANK, SCALING = 48, 128, 8, 1.5
@@ -152,15 +153,49 @@ def test_checkpointing_computes_again_what_it_did_not_keep(reentrant):
     assert all(map(torch.equal, *found))
 
 
-def test_what_is_saved_is_the_input_as_it_is_the_factors_and_one_row_of_rank_a_token():
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=["cast", "as-they-are"])
+def test_hooks_of_others_see_all_that_a_node_needs(factor_dtype):
     op, state, settings, _ = weight("nf4")
-    (down, up), x, saved = factors(torch.bfloat16), activations(torch.bfloat16), []
+    (down, up), x, saved = factors(factor_dtype), activations(torch.bfloat16), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        adapted_linear(op, x, down, up, SCALING, torch.bfloat16, state, settings)
-    assert {t.data_ptr() for t in saved} >= {t.data_ptr() for t in (x, down, up, *state[:2])}
-    assert sorted(tuple(t.shape) for t in saved) == sorted(
-        tuple(shape) for shape in (x.shape, down.shape, up.shape, (12, RANK), *(t.shape for t in state[:2]))
-    )
+        out = adapted_linear(op, x, down, up, SCALING, torch.bfloat16, state, settings)
+    inner, is_cast = 12 * RANK, factor_dtype == torch.float32
+    own = [inner + RANK * (K + N)] if is_cast else [inner, down.numel(), up.numel()]
+    assert sorted(t.numel() for t in saved) == sorted([x.numel(), *own, *(t.numel() for t in state[:2])])
+    expected = torch.autograd.grad(out.sum(), (x, down, up))
+    again = adapted_linear(op, x, down, up, SCALING, torch.bfloat16, state, settings)
+    assert all(map(torch.equal, torch.autograd.grad(again.sum(), (x, down, up)), expected))
+
+
+@pytest.mark.skipif(not TELLS_HOOKS, reason="autograd saves all where its hooks are not known")
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=["cast", "as-they-are"])
+def test_checkpointing_computes_again_two_tensors(factor_dtype, monkeypatch):
+    """The input, and what the node computed. Parameters are kept."""
+    op, state, settings, _ = weight("nf4")
+    (down, up), x, packed = factors(factor_dtype), activations(torch.bfloat16), []
+    init = torch.autograd.graph.saved_tensors_hooks.__init__
+
+    def noting(self, pack, unpack):
+        init(self, pack_hook=lambda t: packed.append(t.shape) or pack(t), unpack_hook=unpack)
+        self.pack_hook.__module__ = pack.__module__
+
+    monkeypatch.setattr(torch.autograd.graph.saved_tensors_hooks, "__init__", noting)
+    out = checkpoint(adapted_linear, op, x, down, up, SCALING, torch.bfloat16, state, settings, use_reentrant=False)
+    assert len(packed) == 2
+    out.sum().backward()
+    assert len(packed) == 4
+
+
+@pytest.mark.skipif(not SEES_EDITS, reason="edits are not seen")
+@pytest.mark.parametrize("edited", ["codes", "factor"])
+def test_a_parameter_that_is_written_after_the_forward_pass_is_an_error(edited):
+    op, state, settings, _ = weight("nf4")
+    (down, up), x = factors(torch.bfloat16), activations(torch.bfloat16)
+    out = adapted_linear(op, x, down, up, SCALING, torch.bfloat16, state, settings)
+    with torch.no_grad():
+        (state[0] if edited == "codes" else up).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_an_input_that_is_written_after_the_forward_pass_is_an_error():

@@ -281,17 +281,20 @@ def test_nothing_outlives_a_weight(launched):
         assert not replays._CALLS
 
 
-def test_new_objects_over_the_memory_of_a_weight_are_bound_once(launched):
-    """As autograd gives a weight back to a backward pass under gradient checkpointing."""
-    grad, weight, bound, bind = torch.randn(1, 8), torch.randn(4, 8), [], launched.bind
+def test_memory_that_a_weight_has_again_is_bound_once(launched):
+    """As FSDP2 gathers a weight into the same few buffers, whether in one object or in another."""
+    x, bound, bind = torch.randn(1, 8), [], launched.bind
     launched.bind = lambda pointers: bound.append(pointers) or bind(pointers)
-    for _ in range(6):
-        state = (weight.detach(), None, None)
-        out = replays.run(library.cuda_implementation, "linear_4bit_backward", grad, state, ("nf4",))
-        assert torch.equal(out, grad @ weight.T)
-    assert launched.counts == {"launcher": 1, "recorded": 1, "replayed": 4}
-    assert len(bound) == 1
-    assert not replays._CALLS
+    buffers, weight = [torch.randn(4, 8), torch.randn(4, 8)], nn.Parameter(torch.randn(4, 8), requires_grad=False)
+    for turn in range(8):
+        weight.data = buffers[turn % 2]
+        for each in (weight, weight.detach()):
+            out = eager.linear("linear_4bit", x, (each, None, None), ("nf4",))
+            assert torch.equal(out, x @ buffers[turn % 2].T)
+    assert launched.counts == {"launcher": 1, "recorded": 1, "replayed": 14}
+    del each
+    assert len(bound) == 2
+    assert len(replays._CALLS) == 1
 
 
 @pytest.mark.parametrize("other", [(4, 8), (2, 8)], ids=["transposed", "fewer-rows"])

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigq import ops
 from bigq.ops import eager, library, reference
-from bigq.system.internals import TELLS_LISTENERS
+from bigq.system.internals import SEES_EDITS, TELLS_LISTENERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -102,6 +102,32 @@ def test_checkpointing_computes_again_what_it_did_not_keep(reentrant):
         out.sum().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.skipif(not SEES_EDITS, reason="edits are not seen")
+def test_codes_that_are_written_after_the_forward_pass_are_an_error():
+    op, state, settings = cases()["nested"]
+    x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
+    out = eager.linear(op, x, state, settings)
+    state[0].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_hooks_that_save_another_tensor_are_obeyed():
+    """As those of offloaded blocks: what was in their slot is gone when the backward pass runs."""
+    op, state, settings = cases()["plain"]
+    x, slot = torch.randn(3, 64, device=DEVICE, requires_grad=True), state[0].clone()
+
+    def pack(tensor):
+        return state[0] if tensor is slot else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = eager.linear(op, x, (slot, *state[1:]), settings)
+    slot.zero_()
+    (found,) = torch.autograd.grad(out.sum(), x)
+    (expected,) = torch.autograd.grad(eager.linear(op, x, state, settings).sum(), x)
+    assert torch.equal(found, expected)
 
 
 def test_the_result_can_be_changed_in_place():

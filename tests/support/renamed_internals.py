@@ -27,6 +27,7 @@ NAMES = {
         "_check",
         "_composable_state",
         "_current_level",
+        "_foreach_copy_",
         "_fsdp_param",
         "_functorch",
         "_get_tracing_state",

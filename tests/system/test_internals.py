@@ -48,6 +48,7 @@ PUBLIC = {
     "_fsdp_param": _leaves_fsdp_alone,  # torch's own error says that it takes no integers
     "_grouped_mm": lambda module: True,  # what F.grouped_mm calls is found on another way
     "_make_wrapper_subclass": lambda module: module.wrapper is module._wrapper_of_freed,
+    "_foreach_copy_": lambda module: module.copy_all is module._copy_one_by_one,
     "_has_any_global_hook": lambda module: not module.calls_only_forward(nn.Identity()),
     "_schema": lambda module: module.may_write(torch.ops.aten.add.Tensor),
     "_version": lambda module: not module.SEES_EDITS,
