@@ -7,6 +7,7 @@ from bigq.ops.library import (
     dequantize_int8,
     encode_scaled_4bit,
     grouped_linear_4bit,
+    grouped_linear_4bit_backward,
     grouped_linear_int8,
     grouped_matmul,
     linear_4bit,
@@ -18,6 +19,7 @@ from bigq.ops.library import (
     routed_linear_int8,
     search_scales_4bit,
 )
+from bigq.ops.stack_gradients import stack_gradients
 
 __all__ = [
     "cuda_implementation",
@@ -26,6 +28,7 @@ __all__ = [
     "dequantize_int8",
     "encode_scaled_4bit",
     "grouped_linear_4bit",
+    "grouped_linear_4bit_backward",
     "grouped_linear_int8",
     "grouped_matmul",
     "linear_4bit",
@@ -36,4 +39,5 @@ __all__ = [
     "routed_linear_4bit",
     "routed_linear_int8",
     "search_scales_4bit",
+    "stack_gradients",
 ]

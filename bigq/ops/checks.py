@@ -22,6 +22,7 @@ __all__ = [
     "check_dequantize_int8",
     "check_encode_scaled_4bit",
     "check_grouped_linear_4bit",
+    "check_grouped_linear_4bit_backward",
     "check_grouped_linear_int8",
     "check_grouped_matmul",
     "check_linear_4bit",
@@ -144,6 +145,30 @@ def _check_stack(
     matrix, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
     row_bias = bias if bias is None else bias.flatten()
     check_linear_4bit(x, matrix, scales, row_bias, nested_absmax, nested_offset, block_size, in_features, expect)
+
+
+def check_grouped_linear_4bit_backward(
+    grad: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int,
+    expect: Expect = _expect,
+) -> None:
+    """Check that grad [S, N], stops [E] and a stack of 4-bit weights [E, N, in_features] fit together."""
+    expect(
+        grad.dim() == 2 and weight.dim() == 3 and grad.shape[1] == weight.shape[1],
+        lambda: (
+            f"grad is {list(grad.shape)} and the weight {list(weight.shape)}; expected [S, N] and [E, N, ceil(K/2)]"
+        ),
+    )
+    matrix, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
+    check_dequantize_4bit(matrix, scales, nested_absmax, nested_offset, block_size, in_features, expect)
+    _check_beside(grad, weight, None, expect)
+    _check_stops(stops, weight, expect)
 
 
 def check_grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor, expect: Expect = _expect) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bigq.ops import library
 from bigq.ops.kept import keep
 from bigq.ops.replays import Settings, State, run
+from bigq.ops.stack_gradients import stack_gradients
 from bigq.system.internals import something_listens
 
 __all__ = ["input_gradient", "linear_with_gradient", "routed_with_gradient"]
@@ -87,12 +88,20 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = library.stack_gradients(
+        is_plain = type(grad) is Tensor and grad.is_cuda and not something_listens() and not torch.is_grad_enabled()
+        gradients = stack_gradients(
             grad,
             ctx.saved_tensors,
             ctx.settings,
             x_rows=ctx.rows if ctx.needs_input_grad[0] else None,
             bias_dtype=ctx.bias_dtype if ctx.needs_input_grad[1] else None,
             sorted_rows=ctx.sorted_rows,
+            multiply=_times_stack_4bit if is_plain and ctx.settings else None,
         )
         return *gradients, None, None, None, None
+
+
+def _times_stack_4bit(grad: Tensor, stops: Tensor, tensors: Sequence[Tensor], settings: Settings) -> Tensor:
+    packed, absmax, *nested = tensors
+    state = (packed, absmax, *(nested or (None, None)))
+    return run(library.cuda_implementation, "grouped_linear_4bit_backward", grad, state, settings, (stops,))

@@ -10,7 +10,7 @@ that do not fit together raise a RuntimeError, on each device and under fake ten
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch import Tensor
 from bigq.errors import UnsupportedError
 from bigq.ops import checks, reference
 from bigq.ops.replays import run
-from bigq.ops.routes import sort_by_weight, weights_of_rows
 from bigq.ops.sharding import shard_width
 from bigq.system.internals import check
 
 __all__ = [
+    "LIBRARY",
     "bias_grad",
     "cuda_implementation",
     "dequantize_4bit",
@@ -33,6 +33,7 @@ __all__ = [
     "dequantized",
     "encode_scaled_4bit",
     "grouped_linear_4bit",
+    "grouped_linear_4bit_backward",
     "grouped_linear_int8",
     "grouped_matmul",
     "linear_4bit",
@@ -43,7 +44,6 @@ __all__ = [
     "routed_linear_4bit",
     "routed_linear_int8",
     "search_scales_4bit",
-    "stack_gradients",
 ]
 
 _SCHEMAS = {
@@ -68,7 +68,17 @@ _SCHEMAS = {
         "(Tensor x, Tensor ids, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, "
         "Tensor? nested_offset, str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
     ),
+    "grouped_linear_4bit_backward": (
+        "(Tensor grad, Tensor stops, Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+        "str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
+    ),
     "grouped_matmul": "(Tensor x, Tensor stops, Tensor dense) -> Tensor",
+    "sort_rows": "(Tensor ids, int weights) -> (Tensor, Tensor, Tensor)",
+    "take_rows": "(Tensor x, Tensor? order, Tensor? factors, SymInt rows, ScalarType dtype) -> Tensor",
+    "sum_rows": "(Tensor rows, Tensor? places, Tensor? factors, SymInt tokens, ScalarType dtype) -> Tensor",
+    "dot_rows": "(Tensor rows, Tensor? places, Tensor x, ScalarType dtype) -> Tensor",
+    "gated": "(Tensor x, str kind, float alpha, float limit) -> Tensor",
+    "gated_backward": "(Tensor grad, Tensor x, str kind, float alpha, float limit) -> Tensor",
     "quantize_int8": "(Tensor weight) -> (Tensor, Tensor)",
     "dequantize_int8": "(Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
     "linear_int8": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
@@ -90,7 +100,14 @@ _LAUNCHERS = {  # the module of each launcher, imported on first use
     "linear_4bit": "bigq_kernels.block4.linear",
     "grouped_linear_4bit": "bigq_kernels.block4.grouped",
     "routed_linear_4bit": "bigq_kernels.block4.grouped",
+    "grouped_linear_4bit_backward": "bigq_kernels.block4.grouped_gradient",
     "grouped_matmul": "bigq_kernels.grouped_matmul",
+    "sort_rows": "bigq_kernels.rows",
+    "take_rows": "bigq_kernels.rows",
+    "sum_rows": "bigq_kernels.rows",
+    "dot_rows": "bigq_kernels.rows",
+    "gated": "bigq_kernels.gate",
+    "gated_backward": "bigq_kernels.gate",
     "quantize_int8": "bigq_kernels.int8.quantize",
     "dequantize_int8": "bigq_kernels.int8.dequantize",
     "linear_int8": "bigq_kernels.int8.linear",
@@ -128,35 +145,35 @@ def _on_cuda(name: str) -> Callable[..., Any]:
     return linear if name.startswith("linear") else implementation
 
 
-_LIBRARY = torch.library.Library("bigq", "DEF")
+LIBRARY = torch.library.Library("bigq", "DEF")
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, getattr(reference, _name), "CPU")
-    _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
+    LIBRARY.define(_name + _schema)
+    LIBRARY.impl(_name, getattr(reference, _name), "CPU")
+    LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
 
 
-@torch.library.register_fake("bigq::quantize_4bit", lib=_LIBRARY)
+@torch.library.register_fake("bigq::quantize_4bit", lib=LIBRARY)
 def _(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     packed = weight.new_empty(rows, (columns + 1) // 2, dtype=torch.uint8)
     return packed, weight.new_empty(rows, (columns + block_size - 1) // block_size, dtype=torch.float32)
 
 
-@torch.library.register_fake("bigq::search_scales_4bit", lib=_LIBRARY)
+@torch.library.register_fake("bigq::search_scales_4bit", lib=LIBRARY)
 def _(weight: Tensor, importance: Tensor, quant_type: str, block_size: int) -> Tensor:
     checks.check_search_scales_4bit(weight, importance, check)
     rows, columns = weight.shape
     return weight.new_empty(rows, (columns + block_size - 1) // block_size, dtype=torch.float32)
 
 
-@torch.library.register_fake("bigq::encode_scaled_4bit", lib=_LIBRARY)
+@torch.library.register_fake("bigq::encode_scaled_4bit", lib=LIBRARY)
 def _(weight: Tensor, scales: Tensor, quant_type: str, block_size: int) -> Tensor:
     checks.check_encode_scaled_4bit(weight, scales, block_size, check)
     rows, columns = weight.shape
     return weight.new_empty(rows, (columns + 1) // 2, dtype=torch.uint8)
 
 
-@torch.library.register_fake("bigq::dequantize_4bit", lib=_LIBRARY)
+@torch.library.register_fake("bigq::dequantize_4bit", lib=LIBRARY)
 def _(
     weight: Tensor, absmax: Tensor, quant_type: str, block_size: int, in_features: int | None, dtype: torch.dtype
 ) -> Tensor:
@@ -165,20 +182,20 @@ def _(
     return weight.new_empty(weight.shape[0], in_features, dtype=dtype)
 
 
-@torch.library.register_fake("bigq::quantize_absmax", lib=_LIBRARY)
+@torch.library.register_fake("bigq::quantize_absmax", lib=LIBRARY)
 def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absmax = checks.as_floats(absmax)
     blocks = (absmax.numel() + reference.NESTED_BLOCK_SIZE - 1) // reference.NESTED_BLOCK_SIZE
     return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(blocks), absmax.new_empty(1)
 
 
-@torch.library.register_fake("bigq::dequantize_absmax", lib=_LIBRARY)
+@torch.library.register_fake("bigq::dequantize_absmax", lib=LIBRARY)
 def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
     checks.check_dequantize_absmax(codes, nested_absmax, nested_offset, check)
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-@torch.library.register_fake("bigq::linear_4bit", lib=_LIBRARY)
+@torch.library.register_fake("bigq::linear_4bit", lib=LIBRARY)
 def _(
     x: Tensor,
     weight: Tensor,
@@ -194,7 +211,7 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake("bigq::grouped_linear_4bit", lib=_LIBRARY)
+@torch.library.register_fake("bigq::grouped_linear_4bit", lib=LIBRARY)
 def _(
     x: Tensor,
     stops: Tensor,
@@ -213,7 +230,7 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.register_fake("bigq::routed_linear_4bit", lib=_LIBRARY)
+@torch.library.register_fake("bigq::routed_linear_4bit", lib=LIBRARY)
 def _(
     x: Tensor,
     ids: Tensor,
@@ -232,36 +249,85 @@ def _(
     return x.new_empty(ids.shape[0], weight.shape[1])
 
 
-@torch.library.register_fake("bigq::grouped_matmul", lib=_LIBRARY)
+@torch.library.register_fake("bigq::grouped_linear_4bit_backward", lib=LIBRARY)
+def _(
+    grad: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    in_features = 2 * weight.shape[-1] if in_features is None else in_features
+    nested = (nested_absmax, nested_offset)
+    checks.check_grouped_linear_4bit_backward(grad, stops, weight, absmax, *nested, block_size, in_features, check)
+    return grad.new_empty(grad.shape[0], in_features)
+
+
+@torch.library.register_fake("bigq::grouped_matmul", lib=LIBRARY)
 def _(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
     checks.check_grouped_matmul(x, stops, dense, check)
     return x.new_empty(x.shape[0], dense.shape[-1])
 
 
-@torch.library.register_fake("bigq::quantize_int8", lib=_LIBRARY)
+@torch.library.register_fake("bigq::sort_rows", lib=LIBRARY)
+def _(ids: Tensor, weights: int) -> tuple[Tensor, Tensor, Tensor]:
+    places = torch.empty_like(ids, dtype=torch.int32)
+    return torch.empty_like(ids, dtype=torch.int64), places, places.new_empty(weights)
+
+
+@torch.library.register_fake("bigq::take_rows", lib=LIBRARY)
+def _(x: Tensor, order: Tensor | None, factors: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(rows, x.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("bigq::sum_rows", lib=LIBRARY)
+def _(rows: Tensor, places: Tensor | None, factors: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty(tokens, rows.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("bigq::dot_rows", lib=LIBRARY)
+def _(rows: Tensor, places: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty(x.shape[0], rows.shape[0] // x.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("bigq::gated", lib=LIBRARY)
+def _(x: Tensor, kind: str, alpha: float, limit: float) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+@torch.library.register_fake("bigq::gated_backward", lib=LIBRARY)
+def _(grad: Tensor, x: Tensor, kind: str, alpha: float, limit: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("bigq::quantize_int8", lib=LIBRARY)
 def _(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
 
 
-@torch.library.register_fake("bigq::dequantize_int8", lib=_LIBRARY)
+@torch.library.register_fake("bigq::dequantize_int8", lib=LIBRARY)
 def _(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     checks.check_dequantize_int8(weight, absmax, check)
     return torch.empty_like(weight, dtype=dtype)
 
 
-@torch.library.register_fake("bigq::linear_int8", lib=_LIBRARY)
+@torch.library.register_fake("bigq::linear_int8", lib=LIBRARY)
 def _(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     checks.check_linear_int8(x, weight, absmax, bias, check)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake("bigq::grouped_linear_int8", lib=_LIBRARY)
+@torch.library.register_fake("bigq::grouped_linear_int8", lib=LIBRARY)
 def _(x: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     checks.check_grouped_linear_int8(x, stops, weight, absmax, bias, check)
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.register_fake("bigq::routed_linear_int8", lib=_LIBRARY)
+@torch.library.register_fake("bigq::routed_linear_int8", lib=LIBRARY)
 def _(x: Tensor, ids: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     checks.check_routed_linear_int8(x, ids, weight, absmax, bias, check)
     return x.new_empty(ids.shape[0], weight.shape[1])
@@ -279,85 +345,6 @@ def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     settings = (ctx.quant_type, ctx.block_size, ctx.in_features)
     grad_x = grad @ _dense_4bit(weight, absmax, nested, settings, grad.dtype) if ctx.needs_input_grad[0] else None
     return grad_x, None, None, _bias_grad(ctx, grad, 3), None, None, None, None, None
-
-
-def _save_stack_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """For the grouped and the routed product, whose second input says which weight multiplies which row."""
-    x, route, weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size, _ = inputs
-    ctx.rows, in_features = x.shape
-    ctx.settings, ctx.inputs = (quant_type, block_size, in_features), len(inputs)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(route, weight, absmax, nested_absmax, nested_offset)
-
-
-def _save_stack_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, route, weight, absmax, bias, _ = inputs
-    ctx.rows, ctx.settings, ctx.inputs = x.shape[0], (), len(inputs)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(route, weight, absmax)
-
-
-def _stack_backward(ctx: Any, grad: Tensor, *, sorted_rows: bool) -> tuple[Tensor | None, ...]:
-    grad_x, grad_bias = stack_gradients(
-        grad,
-        ctx.saved_tensors,
-        ctx.settings,
-        x_rows=ctx.rows if ctx.needs_input_grad[0] else None,
-        bias_dtype=ctx.bias_dtype if ctx.needs_input_grad[4] else None,
-        sorted_rows=sorted_rows,
-    )
-    return grad_x, None, None, None, grad_bias, *[None] * (ctx.inputs - 5)
-
-
-def stack_gradients(
-    grad: Tensor,
-    tensors: Sequence[Tensor],
-    settings: tuple[Any, ...],
-    *,
-    x_rows: int | None,
-    bias_dtype: torch.dtype | None,
-    sorted_rows: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x [M, K] and of the bias [E, N] of a product with a stack, from that of its output [S, N].
-
-    dX = dY @ dequantize(weight), each row by its weight, summed over the rows that read one row of x.
-
-    Args:
-        grad: of the output.
-        tensors: the route, the codes [E, N, ...], the scales, and the two tensors that scales are decoded with or None.
-        settings: those of `dequantized`, which int8 has none of.
-        x_rows: M; None if x needs no gradient.
-        bias_dtype: of the bias; None if it needs no gradient.
-        sorted_rows: whether the product is the grouped one, whose route says where the rows of each weight end.
-    """
-    route, packed, absmax, *nested = tensors
-    (weights, n), grad_x, grad_bias = packed.shape[:2], None, None
-    if x_rows is not None:
-        order, stops = (None, route) if sorted_rows else sort_by_weight(route, weights)
-        name = "linear_4bit" if settings else "linear_int8"
-        dense = dequantized(name, packed.flatten(0, 1), absmax.flatten(0, 1), nested, settings, grad.dtype)
-        grad_x = grouped_matmul(grad if order is None else grad[order], stops, dense.view(weights, n, dense.shape[1]))
-        if order is not None:
-            each = torch.empty_like(grad_x).index_copy(0, order, grad_x)
-            grad_x = each.view(x_rows, len(route) // max(x_rows, 1), each.shape[1]).sum(dim=1)
-    if bias_dtype is not None:
-        if sorted_rows:
-            ids = weights_of_rows(route, len(grad))
-        else:
-            ids = torch.where((route >= 0) & (route < weights), route, weights)
-        total = torch.zeros(weights + 1, n, dtype=torch.float32, device=grad.device)
-        grad_bias = total.index_add(0, ids, grad.float())[:weights].to(bias_dtype)
-    return grad_x, grad_bias
-
-
-def _save_grouped_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _grouped_matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dX = dY @ dense, each row by its weight. The weight is made of a frozen one and has no gradient."""
-    stops, dense = ctx.saved_tensors
-    return grouped_matmul(grad, stops, dense.mT) if ctx.needs_input_grad[0] else None, None, None
 
 
 def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -402,18 +389,10 @@ def _dense_4bit(
 
 
 torch.library.register_autograd(
-    "bigq::linear_4bit", _linear_4bit_backward, setup_context=_save_linear_4bit, lib=_LIBRARY
-)
-for _kind in ("grouped", "routed"):
-    _backward = partial(_stack_backward, sorted_rows=_kind == "grouped")
-    for _bits, _save in (("4bit", _save_stack_4bit), ("int8", _save_stack_int8)):
-        _name = f"bigq::{_kind}_linear_{_bits}"
-        torch.library.register_autograd(_name, _backward, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd(
-    "bigq::grouped_matmul", _grouped_matmul_backward, setup_context=_save_grouped_matmul, lib=_LIBRARY
+    "bigq::linear_4bit", _linear_4bit_backward, setup_context=_save_linear_4bit, lib=LIBRARY
 )
 torch.library.register_autograd(
-    "bigq::linear_int8", _linear_int8_backward, setup_context=_save_linear_int8, lib=_LIBRARY
+    "bigq::linear_int8", _linear_int8_backward, setup_context=_save_linear_int8, lib=LIBRARY
 )
 
 quantize_4bit = torch.ops.bigq.quantize_4bit.default
@@ -425,6 +404,7 @@ dequantize_absmax = torch.ops.bigq.dequantize_absmax.default
 linear_4bit = torch.ops.bigq.linear_4bit.default
 grouped_linear_4bit = torch.ops.bigq.grouped_linear_4bit.default
 routed_linear_4bit = torch.ops.bigq.routed_linear_4bit.default
+grouped_linear_4bit_backward = torch.ops.bigq.grouped_linear_4bit_backward.default
 grouped_matmul = torch.ops.bigq.grouped_matmul.default
 quantize_int8 = torch.ops.bigq.quantize_int8.default
 dequantize_int8 = torch.ops.bigq.dequantize_int8.default

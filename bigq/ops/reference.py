@@ -24,6 +24,7 @@ from bigq.ops.checks import (
     check_dequantize_absmax,
     check_dequantize_int8,
     check_grouped_linear_4bit,
+    check_grouped_linear_4bit_backward,
     check_grouped_linear_int8,
     check_grouped_matmul,
     check_linear_4bit,
@@ -32,7 +33,7 @@ from bigq.ops.checks import (
     check_routed_linear_int8,
 )
 from bigq.ops.code_tables import CODES, bucket, row_chunks, tables_of
-from bigq.ops.routes import sort_by_weight
+from bigq.ops.routes import dot_rows, gated, gated_backward, sort_by_weight, sort_rows, sum_rows, take_rows
 from bigq.ops.scale_search import encode_scaled_4bit, search_scales_4bit
 
 __all__ = [
@@ -41,8 +42,12 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
+    "dot_rows",
     "encode_scaled_4bit",
+    "gated",
+    "gated_backward",
     "grouped_linear_4bit",
+    "grouped_linear_4bit_backward",
     "grouped_linear_int8",
     "grouped_matmul",
     "linear_4bit",
@@ -56,6 +61,9 @@ __all__ = [
     "routed_linear_4bit",
     "routed_linear_int8",
     "search_scales_4bit",
+    "sort_rows",
+    "sum_rows",
+    "take_rows",
 ]
 
 _EXACT_K = 1024  # 1024 * 127 * 127 < 2**24: an int8 product of this depth is exact in float32
@@ -223,6 +231,36 @@ def grouped_linear_4bit(
         if stop > start:
             own = None if bias is None else bias[e]
             out[start:stop] = linear_4bit(x[start:stop], weight[e], absmax[e], own, None, None, quant_type, block_size)
+            start = stop
+    return out
+
+
+def grouped_linear_4bit_backward(
+    grad: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int | None = None,
+) -> Tensor:
+    """The gradient of x in `grouped_linear_4bit`: grad [S, N] times the weights [E, N, K], each row by its own: [S, K].
+
+    The weight of each expert is dequantized on its own, if it has rows. Rows after the last of stops give zeros.
+    in_features: K. None: K is even.
+    """
+    k = 2 * weight.shape[-1] if in_features is None else in_features
+    nested = (nested_absmax, nested_offset)
+    check_grouped_linear_4bit_backward(grad, stops, weight, absmax, *nested, block_size, k)
+    if nested_absmax is not None and nested_offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+    out, start = grad.new_zeros(grad.shape[0], k), 0
+    for e, stop in enumerate(stops.tolist()):
+        if stop > start:
+            dense = dequantize_4bit(weight[e], absmax[e], quant_type, block_size, k, grad.dtype)
+            out[start:stop] = grad[start:stop] @ dense
             start = stop
     return out
 

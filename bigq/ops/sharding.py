@@ -178,6 +178,16 @@ def register_rules() -> None:
     def _(*arguments: Any) -> list[Rule]:
         return stack_rules(arguments)
 
+    @rule("grouped_linear_4bit_backward")
+    def _(*arguments: Any) -> list[Rule]:
+        _, _, packed, _, nested_absmax, _, _, block_size, in_features = (*arguments, None)[:9]
+        sharded: list[Sharded] = []
+        if nested_absmax is None:
+            sharded.append((summed, {0: Shard(1), 2: Shard(1), 3: Shard(1)}))
+            if in_features is None and cuts_at_blocks(packed, block_size):
+                sharded.append((Shard(1), {2: Shard(2), 3: Shard(2)}))
+        return rules(1, arguments, *sharded)
+
     @rule("grouped_matmul")
     def _(x: Any, stops: Any, dense: Any) -> list[Rule]:
         return rules(1, (x, stops, dense), (Shard(1), {2: Shard(2)}), (summed, {0: Shard(1), 2: Shard(1)}))

@@ -8,12 +8,14 @@ rows each expert has.
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from bigq.errors import UnsupportedError
-from bigq.ops.routes import sort_by_weight
+from bigq.ops.token_rows import Gate, gated, sort_rows, sum_rows, take_rows
 from bigq.weight.low_rank import Changes
 from bigq.weight.quantized_module import QuantizedModule
 
@@ -24,6 +26,8 @@ __all__ = ["IMPLEMENTATIONS", "QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
+
+_GATES: "WeakKeyDictionary[nn.Module, tuple[Any, Gate | None]]" = WeakKeyDictionary()  # what was tried, and found
 
 
 def are_fused_experts(kind: "type[nn.Module]") -> bool:
@@ -103,14 +107,13 @@ class QuantizedExperts(QuantizedModule):
             top_k_weights: their weights, [T, top_k].
         """
         ids, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
-        weights = top_k_weights.reshape(-1, 1)
+        order = places = None
         if len(ids) <= max(top_k, self.num_experts // UNSORTED_SHARE):
-            out = self._experts(hidden_states, changes, ids, sorted_rows=False) * weights
+            rows = self._experts(hidden_states, changes, ids, sorted_rows=False)
         else:
-            order, stops = sort_by_weight(ids, self.num_experts)
-            rows = self._experts(hidden_states[order // top_k], changes, stops, sorted_rows=True) * weights[order]
-            out = torch.zeros_like(rows).index_copy(0, order, rows)
-        return out.view(*top_k_index.shape, out.shape[-1]).sum(dim=-2).to(hidden_states.dtype)
+            order, places, stops = sort_rows(ids, self.num_experts)
+            rows = self._experts(take_rows(hidden_states, order, places), changes, stops, sorted_rows=True)
+        return sum_rows(rows, top_k_weights, order, places, hidden_states.dtype)
 
     def _experts(self, x: Tensor, changes: Changes, route: Tensor, *, sorted_rows: bool) -> Tensor:
         """The rows of all experts, each by its own: `route` says which, as the products of `Stored` take it."""
@@ -122,8 +125,23 @@ class QuantizedExperts(QuantizedModule):
                 out = out + (change.grouped(inputs, route) if sorted_rows else change.routed(inputs, route))
             x = out
             if leaf != "down_proj":
-                x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+                x = self._activated(x)
         return self.post_expert_norm(x) if getattr(self, "has_post_expert_norm", False) else x  # not before 5.18
+
+    def _activated(self, x: Tensor) -> Tensor:
+        """What transformers computes between the two products, in one kernel where it is one that is known here."""
+        if not self.has_gate:
+            return self.act_fn(x)
+        gate = None if is_compiling() or not x.is_cuda else self._known_gate()
+        return self._apply_gate(x) if gate is None else gated(x, gate)
+
+    def _known_gate(self) -> Gate | None:
+        """The gate that `_apply_gate` is, if it gives the same numbers for a few inputs; tried once for each module."""
+        settings = (getattr(self, "act_fn", None), getattr(self, "alpha", None), getattr(self, "limit", None))
+        known = _GATES.get(self)
+        if known is None or known[0] != settings:
+            _GATES[self] = known = settings, _tried_gate(self, *settings)
+        return known[1]
 
     def _multiplies(self, *leaves: str) -> bool:
         """Whether the products of stacks compute what the forward of transformers would."""
@@ -133,3 +151,15 @@ class QuantizedExperts(QuantizedModule):
             and "parametrizations" not in self._modules
             and all(leaf in described and described[leaf].format.has_stack_products for leaf in leaves)
         )
+
+
+def _tried_gate(experts: QuantizedExperts, act_fn: Any, alpha: Any, limit: Any) -> Gate | None:
+    if any(True for _ in getattr(act_fn, "parameters", tuple)()):
+        return None
+    gates = [Gate("silu")]
+    if isinstance(alpha, float) and isinstance(limit, float):
+        gates.append(Gate("clamped", alpha, limit))
+    x = ((torch.arange(128, device="cpu") * 37 % 128 - 64) / 5.0).view(2, 64)  # from -12.8 to 12.6, in no order
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        got = experts._apply_gate(x)
+        return next((gate for gate in gates if torch.allclose(got, gated(x, gate), rtol=1e-5, atol=1e-6)), None)

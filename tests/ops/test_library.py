@@ -38,7 +38,14 @@ def sample(name, dtype=torch.float32):
         "linear_4bit": (x, packed, codes, bias, nested, offset, "nf4", 32),
         "grouped_linear_4bit": (x, stops, *stack),
         "routed_linear_4bit": (x, ids, *stack),
+        "grouped_linear_4bit_backward": (torch.randn(3, 2, dtype=dtype, device=DEVICE), stops, *stack[:2], *stack[3:]),
         "grouped_matmul": (x, stops, torch.randn(3, 70, 4, dtype=dtype, device=DEVICE)),
+        "sort_rows": (ids, 3),
+        "take_rows": (x, torch.tensor([1, 0, 2, 5, 3, 4], device=DEVICE), None, 6, dtype),
+        "sum_rows": (weight, torch.tensor([1, 0, 2, 5, 3, 4], device=DEVICE).int(), bias.view(3, 2), 3, dtype),
+        "dot_rows": (weight, None, x, dtype),
+        "gated": (x, "silu", 0.0, 0.0),
+        "gated_backward": (x[:, :35], x, "clamped", 1.7, 1.0),
         "quantize_int8": (weight,),
         "dequantize_int8": (int8, scale, torch.float16),
         "linear_int8": (x, int8, scale, bias, 2.0),
@@ -58,6 +65,7 @@ SCALES = {  # of each op that takes scales, where
     "linear_4bit-fp4": (2,),
     "grouped_linear_4bit": (5, 6),
     "routed_linear_4bit": (5, 6),
+    "grouped_linear_4bit_backward": (4, 5),
     "dequantize_int8": (1,),
     "linear_int8": (2,),
     "grouped_linear_int8": (3,),
@@ -163,7 +171,7 @@ def test_in_features_may_be_left_out_and_is_held_to():
 def test_inputs_are_not_changed(name):
     arguments = sample(name)
     before = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
-    getattr(ops, name)(*arguments)
+    getattr(torch.ops.bigq, name).default(*arguments)
     for value, copy in zip(arguments, before, strict=True):
         assert torch.equal(value, copy) if isinstance(value, torch.Tensor) else value == copy
 
@@ -238,6 +246,14 @@ def test_gradients_of_grouped_matmul_are_those_of_each_product():
     gradient = torch.autograd.grad(ops.grouped_matmul(x.requires_grad_(), stops, dense).sum(), x)[0]
     expected = torch.stack([dense[0].sum(-1), dense[2].sum(-1), torch.zeros(70, device=DEVICE)])
     torch.testing.assert_close(gradient, expected)
+
+
+def test_the_gradient_of_a_gradient_of_a_stack_is_its_product():
+    grad, stops, *state = sample("grouped_linear_4bit_backward")
+    grad_x = ops.grouped_linear_4bit_backward(grad.requires_grad_(), stops, *state)
+    slopes = torch.randn_like(grad_x)
+    expected = ops.grouped_linear_4bit(slopes, stops, *state[:2], None, *state[2:])
+    torch.testing.assert_close(torch.autograd.grad(grad_x, grad, slopes)[0], expected)
 
 
 def test_gradient_in_higher_rank_and_half_precision():

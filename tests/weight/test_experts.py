@@ -7,6 +7,9 @@ import torch
 
 import bigq
 from bigq.ops import eager
+from bigq.ops.token_rows import Gate
+from bigq.testing import assert_within_budget
+from bigq.weight import experts
 from bigq.weight.experts import QuantizedExperts
 
 FORMATS = (bigq.NF4(), bigq.NF4(double_quant=True), bigq.FP4(block_size=32), bigq.Int8())
@@ -210,3 +213,45 @@ def test_compiled_experts_use_the_products_without_a_break(weight_format):
     for tokens in (1, 19):
         arguments = inputs(tokens)
         torch.testing.assert_close(compiled(*arguments), module(*arguments))
+
+
+def test_gates_are_known_by_their_numbers():
+    silu, clamped = Gate("silu"), Gate("clamped", 1.702, 7.0)
+    for name, expected in (("mixtral", silu), ("qwen3-moe", silu), ("gpt-oss", clamped)):
+        module = quantized(experts_of(name), bigq.NF4())
+        assert module._known_gate() == expected
+        if expected == silu:
+            module.act_fn = torch.nn.GELU()  # another one, so it is tried again
+            assert module._known_gate() is None
+            module.act_fn = torch.nn.SiLU()
+            assert module._known_gate() == expected
+            module._apply_gate = lambda x: x[:, ::2]
+        else:
+            module.limit = 6.0
+            assert module._known_gate() == Gate("clamped", 1.702, 6.0)
+            module.alpha = torch.tensor(1.702)
+        experts._GATES.pop(module)
+        assert module._known_gate() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_outputs_and_gradients_in_bfloat16_have_the_error_of_dequantized_experts(name):
+    module = quantized(experts_of(name), bigq.NF4()).to("cuda", torch.bfloat16)
+    plain = experts_of(name).cuda()
+    for tokens in (1, 3, 50):
+        slopes = torch.randn(tokens, H)
+        arguments = inputs(tokens, torch.bfloat16)
+        found = []
+        for own, dtype in ((module, torch.bfloat16), (plain, torch.float32), (plain, torch.bfloat16)):
+            own = own.to(dtype)
+            for leaf, parameter in plain.named_parameters() if own is plain else ():
+                dense = getattr(module, leaf)
+                with torch.no_grad():
+                    parameter.copy_(dense.dequantize() if leaf in module.descriptions else dense)
+            x, ids, weights = (part.cuda() for part in arguments)
+            x, weights = (part.to(dtype).requires_grad_() for part in (x, weights))
+            out = own(x, ids, weights)
+            found.append((out, *torch.autograd.grad(out, (x, weights), slopes.to("cuda", dtype))))
+        for got, exact, baseline in zip(*found, strict=True):
+            assert_within_budget(got, exact.double(), baseline)

@@ -16,6 +16,7 @@ __all__ = [
     "check_dequantize_int8",
     "check_encode_scaled_4bit",
     "check_grouped_linear_4bit",
+    "check_grouped_linear_4bit_backward",
     "check_grouped_linear_int8",
     "check_linear_4bit",
     "check_linear_int8",
@@ -75,6 +76,28 @@ def check_grouped_linear_4bit(
 ) -> None:
     """Raise RuntimeError unless x [S, K], stops [E], 4-bit weights [E, N, K] and bias [E, N] fit together."""
     _check_stack(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
+    _check_stops(stops, weight)
+
+
+def check_grouped_linear_4bit_backward(
+    grad: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    in_features: int,
+) -> None:
+    """Raise RuntimeError unless grad [S, N], stops [E] and 4-bit weights [E, N, in_features] fit together."""
+    if grad.dim() != 2 or weight.dim() != 3 or grad.shape[1] != weight.shape[1]:
+        raise RuntimeError(
+            f"grad is {list(grad.shape)} and the weight {list(weight.shape)}; expected [S, N] and [E, N, ceil(K/2)]"
+        )
+    (e, n, width), device = weight.shape, weight.device
+    matrix, scales = weight.view(e * n, width), absmax.view(e * n, -1)
+    _check_4bit(matrix, scales, nested_absmax, nested_offset, block_size, in_features, e * n, device)
+    _check_beside(grad, None, (), device)
     _check_stops(stops, weight)
 
 

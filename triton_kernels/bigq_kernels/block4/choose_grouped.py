@@ -20,6 +20,7 @@ from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
     STEP,
     Dp4aConfig,
+    GradientConfig,
     MmaConfig,
     WgmmaConfig,
     dp4a_config,
@@ -31,12 +32,13 @@ from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import weights_hit
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = ["choose_grouped"]
+__all__ = ["choose_gradient", "choose_grouped"]
 
 MAX_SINGLE_ROWS = 2  # dp4a up to this many rows, whatever the number of weights
 SINGLE_BLOCKS = 4  # 26 us for 32 rows of 128 weights of 1536 x 2048; with as many as fit at once, 34 (H200)
 MAX_STAGED_ROWS = 12  # of a weight: with 16, 338 us and 289 of wgmma (8 weights of 28672 x 4096, H200)
 MAX_MMA_ROWS = 64
+MAX_GRADIENT_ROWS = 128
 
 # Tokens of a tile: (the most rows of a weight on average, rows of the weight in a tile, warps, registers). Microseconds
 # of two tiles, on one H200: 32 rows for each of 128 weights of 1536 x 2048, 32 / 64: 166 / 155; 64 for each of 32 of
@@ -84,6 +86,32 @@ def choose_grouped(
         why = f"With {each}, mma is faster than dequantizing all weights."
         return Choice(way="mma", config=_mma_config(gpu, hit, mean, n, k, block_size), why=why)
     return _dequantize(f"With {each}, one dequantization of all weights is shared by enough rows.")
+
+
+@lru_cache(maxsize=4096)
+def choose_gradient(
+    device: torch.device | Gpu, rows: int, e: int, n: int, k: int, block_size: int, dtype: torch.dtype
+) -> Choice[GradientConfig | None]:
+    """The way of grad [rows, n] of `dtype`, each row times one of e 4-bit weights [n, k], on a device or a `Gpu`.
+
+    "rows" decodes in the kernel, "dequantize" all weights before it, and "one by one" each weight that has rows.
+    """
+    if not (rows and e and n and k):
+        why = f"Nothing is multiplied: {rows} rows, {e} weights of {n} x {k}."
+        return Choice(way="one by one", config=None, why=why)
+    if dtype not in (torch.bfloat16, torch.float16):
+        why = f"The gradient is {dtype}, and fused kernels multiply torch.bfloat16 and torch.float16."
+        return Choice(way="one by one", config=None, why=why)
+    if k % 32:
+        why = f"K = {k} is no multiple of 32, so rows are no whole vectors of 16 bytes."
+        return Choice(way="one by one", config=None, why=why)
+    hit = weights_hit(rows, e)
+    mean = rows / hit
+    each = f"{mean:.3g} rows for each of {hit} weights"
+    if dtype == torch.bfloat16 and k % 8 == n % 8 == 0 and mean > MAX_GRADIENT_ROWS:
+        return _dequantize(f"With {each}, one dequantization of all weights is shared by enough rows.")
+    config = GradientConfig(block_m=64 if mean <= 64 else 128, block_n=64, block_k=128, warps=4, stages=3)
+    return Choice(way="rows", config=config, why=f"With {each}, decoding in the kernel reads a quarter of the bytes.")
 
 
 def _tile(mean: float) -> int:
