@@ -24,6 +24,7 @@ __all__ = [
     "check_grouped_linear_4bit",
     "check_grouped_linear_4bit_backward",
     "check_grouped_linear_int8",
+    "check_grouped_linear_int8_backward",
     "check_grouped_matmul",
     "check_linear_4bit",
     "check_linear_int8",
@@ -195,6 +196,20 @@ def check_grouped_linear_int8(
 ) -> None:
     """Check that x [S, K], stops [E], a stack of int8 weights [E, N, K] and bias [E, N] fit together."""
     _check_stack_int8(x, weight, absmax, bias, expect)
+    _check_stops(stops, weight, expect)
+
+
+def check_grouped_linear_int8_backward(
+    grad: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor, expect: Expect = _expect
+) -> None:
+    """Check that grad [S, N], stops [E] and a stack of int8 weights [E, N, K] fit together."""
+    expect(
+        grad.dim() == 2 and weight.dim() == 3 and grad.shape[1] == weight.shape[1],
+        lambda: f"grad is {list(grad.shape)} and the weight {list(weight.shape)}; expected [S, N] and [E, N, K]",
+    )
+    _check("weight", weight, (torch.int8,), tuple(weight.shape), weight.device, expect)
+    _check("absmax", absmax, _SCALES, (*weight.shape[:-1], 1), weight.device, expect)
+    _check_beside(grad, weight, None, expect)
     _check_stops(stops, weight, expect)
 
 

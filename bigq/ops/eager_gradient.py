@@ -96,12 +96,14 @@ class _Stack(torch.autograd.Function):
             x_rows=ctx.rows if ctx.needs_input_grad[0] else None,
             bias_dtype=ctx.bias_dtype if ctx.needs_input_grad[1] else None,
             sorted_rows=ctx.sorted_rows,
-            multiply=_times_stack_4bit if is_plain and ctx.settings else None,
+            multiply=_times_stack if is_plain else None,
         )
         return *gradients, None, None, None, None
 
 
-def _times_stack_4bit(grad: Tensor, stops: Tensor, tensors: Sequence[Tensor], settings: Settings) -> Tensor:
+def _times_stack(grad: Tensor, stops: Tensor, tensors: Sequence[Tensor], settings: Settings) -> Tensor:
     packed, absmax, *nested = tensors
+    if not settings:
+        return library.cuda_implementation("grouped_linear_int8_backward")(grad, stops, packed, absmax)  # type: ignore[no-any-return]
     state = (packed, absmax, *(nested or (None, None)))
     return run(library.cuda_implementation, "grouped_linear_4bit_backward", grad, state, settings, (stops,))

@@ -35,6 +35,7 @@ __all__ = [
     "grouped_linear_4bit",
     "grouped_linear_4bit_backward",
     "grouped_linear_int8",
+    "grouped_linear_int8_backward",
     "grouped_matmul",
     "linear_4bit",
     "linear_int8",
@@ -85,6 +86,7 @@ _SCHEMAS = {
     "grouped_linear_int8": (
         "(Tensor x, Tensor stops, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor"
     ),
+    "grouped_linear_int8_backward": "(Tensor grad, Tensor stops, Tensor weight, Tensor absmax) -> Tensor",
     "routed_linear_int8": (
         "(Tensor x, Tensor ids, Tensor weight, Tensor absmax, Tensor? bias, float threshold) -> Tensor"
     ),
@@ -112,6 +114,7 @@ _LAUNCHERS = {  # the module of each launcher, imported on first use
     "dequantize_int8": "bigq_kernels.int8.dequantize",
     "linear_int8": "bigq_kernels.int8.linear",
     "grouped_linear_int8": "bigq_kernels.int8.grouped",
+    "grouped_linear_int8_backward": "bigq_kernels.int8.grouped_gradient",
     "routed_linear_int8": "bigq_kernels.int8.grouped",
     "linear_4bit_backward": "bigq_kernels.block4.linear",  # no op: the backward pass of an eager linear
     "linear_int8_backward": "bigq_kernels.int8.linear",
@@ -327,6 +330,12 @@ def _(x: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | N
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
+@torch.library.register_fake("bigq::grouped_linear_int8_backward", lib=LIBRARY)
+def _(grad: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
+    checks.check_grouped_linear_int8_backward(grad, stops, weight, absmax, check)
+    return grad.new_empty(grad.shape[0], weight.shape[2])
+
+
 @torch.library.register_fake("bigq::routed_linear_int8", lib=LIBRARY)
 def _(x: Tensor, ids: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     checks.check_routed_linear_int8(x, ids, weight, absmax, bias, check)
@@ -409,5 +418,6 @@ grouped_matmul = torch.ops.bigq.grouped_matmul.default
 quantize_int8 = torch.ops.bigq.quantize_int8.default
 dequantize_int8 = torch.ops.bigq.dequantize_int8.default
 linear_int8 = torch.ops.bigq.linear_int8.default
+grouped_linear_int8_backward = torch.ops.bigq.grouped_linear_int8_backward.default
 grouped_linear_int8 = torch.ops.bigq.grouped_linear_int8.default
 routed_linear_int8 = torch.ops.bigq.routed_linear_int8.default

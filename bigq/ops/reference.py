@@ -26,6 +26,7 @@ from bigq.ops.checks import (
     check_grouped_linear_4bit,
     check_grouped_linear_4bit_backward,
     check_grouped_linear_int8,
+    check_grouped_linear_int8_backward,
     check_grouped_matmul,
     check_linear_4bit,
     check_linear_int8,
@@ -49,6 +50,7 @@ __all__ = [
     "grouped_linear_4bit",
     "grouped_linear_4bit_backward",
     "grouped_linear_int8",
+    "grouped_linear_int8_backward",
     "grouped_matmul",
     "linear_4bit",
     "linear_4bit_backward",
@@ -398,6 +400,20 @@ def grouped_linear_int8(
         if stop > start:
             own = None if bias is None else bias[e]
             out[start:stop] = _int8_product(tokens, slice(start, stop), weight[e], absmax[e], own)
+            start = stop
+    return out
+
+
+def grouped_linear_int8_backward(grad: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
+    """The gradient of x in `grouped_linear_int8`: grad [S, N] times the weights [E, N, K], each row by its own: [S, K].
+
+    The weight of each expert is dequantized on its own, if it has rows. Rows after the last of stops give zeros.
+    """
+    check_grouped_linear_int8_backward(grad, stops, weight, absmax)
+    out, start = grad.new_zeros(grad.shape[0], weight.shape[2]), 0
+    for e, stop in enumerate(stops.tolist()):
+        if stop > start:
+            out[start:stop] = grad[start:stop] @ dequantize_int8(weight[e], absmax[e], grad.dtype)
             start = stop
     return out
 

@@ -16,6 +16,7 @@ from bigq.ops.library import (
     dequantize_int8,
     grouped_linear_4bit,
     grouped_linear_4bit_backward,
+    grouped_linear_int8_backward,
     grouped_matmul,
 )
 from bigq.ops.routes import sort_by_weight, weights_of_rows
@@ -97,8 +98,7 @@ def _times_stack(grad: Tensor, stops: Tensor, tensors: Sequence[Tensor], setting
     """dY [S, N] @ W [E, N, K], each row by its weight: [S, K]."""
     packed, absmax, *nested = tensors
     if not settings:
-        dense = dequantize_int8(packed.flatten(0, 1), absmax.flatten(0, 1), grad.dtype)
-        return grouped_matmul(grad, stops, dense.view(packed.shape))  # type: ignore[no-any-return]
+        return grouped_linear_int8_backward(grad, stops, packed, absmax)  # type: ignore[no-any-return]
     quant_type, block_size, in_features = settings
     scales = (absmax, *(nested or (None, None)))
     width = shard_width(packed, in_features)
@@ -117,6 +117,20 @@ def _grouped_backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
     if ctx.needs_input_grad[0]:
         out = grouped_linear_4bit(grad, stops, weight, absmax, None, *nested, *ctx.settings)
     return out, *[None] * 8
+
+
+def _save_grouped_backward_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _grouped_backward_backward_int8(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """grad times the transposed weights, in the dtype of grad: the gradient of rounding x to int8 is 1."""
+    stops, weight, absmax = ctx.saved_tensors
+    out = None
+    if ctx.needs_input_grad[0]:
+        dense = dequantize_int8(weight.flatten(0, 1), absmax.flatten(0, 1), grad.dtype).view(weight.shape)
+        out = grouped_matmul(grad, stops, dense.mT)
+    return out, None, None, None
 
 
 def _save_grouped_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -138,6 +152,12 @@ torch.library.register_autograd(
     "bigq::grouped_linear_4bit_backward",
     _grouped_backward_backward,
     setup_context=_save_grouped_backward,
+    lib=LIBRARY,
+)
+torch.library.register_autograd(
+    "bigq::grouped_linear_int8_backward",
+    _grouped_backward_backward_int8,
+    setup_context=_save_grouped_backward_int8,
     lib=LIBRARY,
 )
 torch.library.register_autograd(

@@ -50,6 +50,11 @@ def sample(name, dtype=torch.float32):
         "dequantize_int8": (int8, scale, torch.float16),
         "linear_int8": (x, int8, scale, bias, 2.0),
         "grouped_linear_int8": (x, stops, *int8_stack),
+        "grouped_linear_int8_backward": (
+            torch.randn(3, 2, dtype=dtype, device=DEVICE),
+            stops,
+            *int8_stack[:2],
+        ),
         "routed_linear_int8": (x, ids, *int8_stack),
         "linear_4bit-whole": (x, packed, absmax, bias, None, None, "nf4", 32, 70),
         "linear_4bit-fp4": (x, *ops.quantize_4bit(weight, "fp4", 64), None, None, None, "fp4", 64, None),
@@ -69,6 +74,7 @@ SCALES = {  # of each op that takes scales, where
     "dequantize_int8": (1,),
     "linear_int8": (2,),
     "grouped_linear_int8": (3,),
+    "grouped_linear_int8_backward": (3,),
     "routed_linear_int8": (3,),
 }
 

@@ -18,6 +18,7 @@ __all__ = [
     "check_grouped_linear_4bit",
     "check_grouped_linear_4bit_backward",
     "check_grouped_linear_int8",
+    "check_grouped_linear_int8_backward",
     "check_linear_4bit",
     "check_linear_int8",
     "check_routed_linear_4bit",
@@ -153,6 +154,18 @@ def check_linear_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | 
 def check_grouped_linear_int8(x: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
     """Raise RuntimeError unless x [S, K], stops [E], int8 weights [E, N, K] and bias [E, N] fit together."""
     _check_stack_int8(x, weight, absmax, bias)
+    _check_stops(stops, weight)
+
+
+def check_grouped_linear_int8_backward(grad: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor) -> None:
+    """Raise RuntimeError unless grad [S, N], stops [E] and int8 weights [E, N, K] fit together."""
+    if grad.dim() != 2 or weight.dim() != 3 or grad.shape[1] != weight.shape[1]:
+        raise RuntimeError(
+            f"grad is {list(grad.shape)} and the weight {list(weight.shape)}; expected [S, N] and [E, N, K]"
+        )
+    _check("weight", weight, _INT8, weight.shape, weight.device)
+    _check("absmax", absmax, _SCALES, (*weight.shape[:2], 1), weight.device)
+    _check_beside(grad, None, (), weight.device)
     _check_stops(stops, weight)
 
 

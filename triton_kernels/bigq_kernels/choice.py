@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Choice"]
+__all__ = ["Choice", "GradientConfig"]
 
 Config = TypeVar("Config", covariant=True)
 
@@ -15,3 +15,14 @@ class Choice(Generic[Config]):
     way: str  # the name of the kernel
     config: Config  # its tiles, pipeline and programs
     why: str  # the limit or number that decided, in one sentence
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientConfig:
+    """Tile and pipeline of `multiply_by_rows`."""
+
+    block_m: int  # rows of dY in a tile
+    block_n: int  # rows of the weight in a step
+    block_k: int  # columns of the weight in a tile
+    warps: int
+    stages: int  # steps whose loads are in flight

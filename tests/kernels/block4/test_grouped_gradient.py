@@ -5,9 +5,9 @@ import torch
 
 from bigq.ops import reference
 from bigq_kernels.block4.choose_grouped import choose_gradient
-from bigq_kernels.block4.configs import GradientConfig
 from bigq_kernels.block4.grouped_gradient import grouped_linear_4bit_backward
 from bigq_kernels.block4.rows_times_weight import multiply_by_rows
+from bigq_kernels.choice import GradientConfig
 from bigq_kernels.gpu import Gpu
 from linear_cases import assert_within_budget, packed4, quantized_4bit
 

@@ -20,14 +20,13 @@ from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
     STEP,
     Dp4aConfig,
-    GradientConfig,
     MmaConfig,
     WgmmaConfig,
     dp4a_config,
     mma_config,
     staged_config,
 )
-from bigq_kernels.choice import Choice
+from bigq_kernels.choice import Choice, GradientConfig
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import weights_hit
 from bigq_kernels.tiles import ceil_div, next_power_of_2

@@ -14,7 +14,6 @@ __all__ = [
     "MAX_DP4A_K",
     "TABLE_NBYTES",
     "Dp4aConfig",
-    "GradientConfig",
     "MmaConfig",
     "StagedConfig",
     "WgmmaConfig",
@@ -81,17 +80,6 @@ class WgmmaConfig:
     split: int  # programs along K
     warps: int
     registers: int | None  # the most a thread may have; None leaves it to ptxas
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientConfig:
-    """Tile and pipeline of `multiply_by_rows`."""
-
-    block_m: int  # rows of dY in a tile
-    block_n: int  # rows of the weight in a step
-    block_k: int  # columns of the weight in a tile
-    warps: int
-    stages: int  # steps whose loads are in flight
 
 
 # fmt: off

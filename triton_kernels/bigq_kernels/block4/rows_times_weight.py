@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq_kernels.block4.absmax import load_absmax
-from bigq_kernels.block4.configs import GradientConfig
 from bigq_kernels.block4.packed import Packed4
+from bigq_kernels.choice import GradientConfig
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.launch import launch

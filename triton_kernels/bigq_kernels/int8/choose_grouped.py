@@ -15,16 +15,17 @@ from functools import lru_cache
 
 import torch
 
-from bigq_kernels.choice import Choice
+from bigq_kernels.choice import Choice, GradientConfig
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import weights_hit
 from bigq_kernels.int8.choose import MAX_SEGMENTS_M, MAX_TILES_M, Int8Config, fitted
 from bigq_kernels.tiles import ceil_div
 
-__all__ = ["choose_grouped", "choose_single"]
+__all__ = ["choose_gradient", "choose_grouped", "choose_single"]
 
 SINGLE_SHARE = 4  # up to one row for each four weights, two rows seldom have the same
 MAX_SINGLE_ROWS = 2  # and up to this many whatever the number of weights
+MAX_GRADIENT_ROWS = 128
 MIN_PROGRAMS = 2  # a multiprocessor; fewer take narrower tiles
 
 
@@ -73,6 +74,31 @@ def choose_single(
     if m <= MAX_SEGMENTS_M and dtype != torch.float32:
         return Choice(way="planes", config=config, why=f"{each}; outlier columns are two more int8 rows a token.")
     return Choice(way="tiles", config=config, why=f"{each}; each program gathers the outlier columns of its row.")
+
+
+@lru_cache(maxsize=4096)
+def choose_gradient(
+    device: torch.device | Gpu, rows: int, e: int, n: int, k: int, dtype: torch.dtype
+) -> Choice[GradientConfig | None]:
+    """The way of grad [rows, n] of `dtype`, each row times one of e int8 weights [n, k], on a device or a `Gpu`.
+
+    "rows" decodes in the kernel, "dequantize" all weights before it, and "one by one" each weight that has rows.
+    """
+    if not (rows and e and n and k):
+        why = f"Nothing is multiplied: {rows} rows, {e} weights of {n} x {k}."
+        return Choice(way="one by one", config=None, why=why)
+    if dtype not in (torch.bfloat16, torch.float16):
+        why = f"The gradient is {dtype}, and fused kernels multiply torch.bfloat16 and torch.float16."
+        return Choice(way="one by one", config=None, why=why)
+    hit = weights_hit(rows, e)
+    mean = rows / hit
+    each = f"With {mean:.3g} rows for each of {hit} weights"
+    if dtype == torch.bfloat16 and k % 8 == n % 8 == 0 and mean > MAX_GRADIENT_ROWS:
+        return Choice(
+            way="dequantize", config=None, why=f"{each}, enough rows share one dequantization of all weights."
+        )
+    config = GradientConfig(block_m=64 if mean <= 64 else 128, block_n=64, block_k=128, warps=4, stages=3)
+    return Choice(way="rows", config=config, why=f"{each}, decoding in the kernel reads half of the bytes.")
 
 
 def _block_n(gpu: Gpu, hit: int, n: int) -> int:
