@@ -1,7 +1,7 @@
 """Rows of dY times the int8 weights of a stack, each row by its own: the gradient of x in a product with the stack.
 
-A program takes up to BLOCK_M rows of one weight and a tile of K, and goes over N. Codes become weights in registers, but
-for a rounding of float32 those of `dequantize_int8`, and go through shared memory to the tensor cores.
+A program takes up to BLOCK_M rows of one weight and a tile of K, and goes over N. Codes become weights in registers:
+those of `dequantize_int8`, but for a rounding in float32. They go through shared memory to the tensor cores.
 """
 
 import triton
