@@ -21,13 +21,16 @@ from bigq.ops.library import (
     search_scales_4bit,
 )
 from bigq.ops.stack_gradients import stack_gradients
+from bigq.ops.token_rows import Gate, gated, sort_rows, sum_rows, take_rows
 
 __all__ = [
+    "Gate",
     "cuda_implementation",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
     "encode_scaled_4bit",
+    "gated",
     "grouped_linear_4bit",
     "grouped_linear_4bit_backward",
     "grouped_linear_int8",
@@ -41,5 +44,8 @@ __all__ = [
     "routed_linear_4bit",
     "routed_linear_int8",
     "search_scales_4bit",
+    "sort_rows",
     "stack_gradients",
+    "sum_rows",
+    "take_rows",
 ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bigq.ops import reference
+from bigq_kernels.block4 import grouped_gradient
 from bigq_kernels.block4.choose_grouped import choose_gradient
 from bigq_kernels.block4.grouped_gradient import grouped_linear_4bit_backward
 from bigq_kernels.block4.rows_times_weight import multiply_by_rows
@@ -70,6 +71,16 @@ def test_the_launcher_gives_the_gradients_of_the_reference(nested, dtype, k, dev
         args = (grad, as_stops(stops, device), weight, absmax, *scales, "nf4", 64, k)
         check(grouped_linear_4bit_backward(*args), grad, stops, exact)
         check(reference.grouped_linear_4bit_backward(*args), grad, stops, exact)
+
+
+@pytest.mark.parametrize("k", [64, 50, 352], ids=["one-block", "partial-block", "several-parts"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "double_quant"])
+def test_weights_are_dequantized_by_columns(nested, k, device):
+    (weight, absmax, *scales), exact = stack("nf4", 64, nested, 24, k, device)
+    grad = torch.randn(S, 24, device=device)
+    for stops in STOPS.values():
+        args = (grad, as_stops(stops, device), weight, absmax, *scales, "nf4", 64, k)
+        check(grouped_gradient._by_columns(*args), grad, stops, exact)
 
 
 def test_what_lies_between_stops_and_rows_is_not_read(device):

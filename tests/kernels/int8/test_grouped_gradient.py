@@ -7,6 +7,7 @@ from bigq.ops import reference
 from bigq.testing import assert_within_budget
 from bigq_kernels.choice import GradientConfig
 from bigq_kernels.gpu import Gpu
+from bigq_kernels.int8 import grouped_gradient
 from bigq_kernels.int8.choose_grouped import choose_gradient
 from bigq_kernels.int8.grouped_gradient import grouped_linear_int8_backward
 from bigq_kernels.int8.rows_times_weight import multiply_by_rows
@@ -50,6 +51,15 @@ def test_the_launcher_gives_the_gradients_of_the_reference(dtype, device):
         args = (grad, torch.tensor(stops, dtype=torch.int32, device=device), codes, absmax.view(torch.int32))
         check(grouped_linear_int8_backward(*args), grad, stops, exact)
         check(reference.grouped_linear_int8_backward(*args), grad, stops, exact)
+
+
+@pytest.mark.parametrize("k", [50, 500], ids=["one-part", "several-parts"])
+def test_weights_are_dequantized_by_columns(k, device):
+    codes, absmax, exact = stack(24, k, device)
+    grad = torch.randn(S, 24, device=device)
+    for stops in STOPS:
+        ends = torch.tensor(stops, dtype=torch.int32, device=device)
+        check(grouped_gradient._by_columns(grad, ends, codes, absmax), grad, stops, exact)
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ MAX_SINGLE_ROWS = 2  # dp4a up to this many rows, whatever the number of weights
 SINGLE_BLOCKS = 4  # 26 us for 32 rows of 128 weights of 1536 x 2048; with as many as fit at once, 34 (H200)
 MAX_STAGED_ROWS = 12  # of a weight: with 16, 338 us and 289 of wgmma (8 weights of 28672 x 4096, H200)
 MAX_MMA_ROWS = 64
-MAX_GRADIENT_ROWS = 128
+MAX_GRADIENT_ROWS = 256
 
 # Tokens of a tile: (the most rows of a weight on average, rows of the weight in a tile, warps, registers). Microseconds
 # of two tiles, on one H200: 32 rows for each of 128 weights of 1536 x 2048, 32 / 64: 166 / 155; 64 for each of 32 of
@@ -109,7 +109,8 @@ def choose_gradient(
     each = f"{mean:.3g} rows for each of {hit} weights"
     if dtype == torch.bfloat16 and k % 8 == n % 8 == 0 and mean > MAX_GRADIENT_ROWS:
         return _dequantize(f"With {each}, one dequantization of all weights is shared by enough rows.")
-    config = GradientConfig(block_m=64 if mean <= 64 else 128, block_n=64, block_k=128, warps=4, stages=3)
+    block_m, warps = (64, 4) if mean <= 64 else (128, 8)
+    config = GradientConfig(block_m=block_m, block_n=64, block_k=128, warps=warps, stages=3)
     return Choice(way="rows", config=config, why=f"With {each}, decoding in the kernel reads a quarter of the bytes.")
 
 

@@ -24,48 +24,28 @@ from bigq_kernels.tiles import ceil_div, code_table, decode_pair, lookup
 
 __all__ = ["multiply_by_rows"]
 
-# A float32 scale ($2) as 16 bits, twice in $0, and what they miss of it, twice in $1.
-_BF16_SCALE = tl.constexpr("""{
-.reg .b32 high; .reg .f32 scale, near;
-prmt.b32 $0, $2, $2, 0x3232;
-and.b32 high, $2, 0xFFFF0000;
-mov.b32 scale, $2;
-mov.b32 near, high;
-sub.rn.f32 near, scale, near;
-cvt.rn.bf16x2.f32 $1, near, near;
-}""")
-_FP16_SCALE = tl.constexpr("""{
-.reg .b16 high, same; .reg .f32 scale, near;
-mov.b32 scale, $2;
-min.f32 near, scale, 0f477FE000;
-max.f32 near, near, 0fC77FE000;
-cvt.rn.f16x2.f32 $0, near, near;
-mov.b32 {high, same}, $0;
-cvt.f32.f16 near, high;
-sub.rn.f32 near, scale, near;
-cvt.rn.f16x2.f32 $1, near, near;
-}""")
-
 
 def _scaled_asm(dtype: str) -> str:
-    """PTX: four values ($2, $3) times their scale, whose two parts come once for each value ($4 to $7, $8 to $11)."""
-    zero = "0x80008000"  # -0.0: the first is a product, which sm_80 has for float16 alone
+    """PTX: four values ($2, $3) times scales that are sums, of $4 and $5 and of $6 and $7, rounded once.
+
+    Each value has a scale of its own: Triton does not say that the four come from one row.
+    """
     lines = [
-        f"fma.rn.{dtype}x2 rest, ${i + 2}, $8, zero;\nfma.rn.{dtype}x2 ${i}, ${i + 2}, $4, rest;" for i in range(2)
-    ]
-    return "{\n.reg .b32 rest, zero;\nmov.b32 zero, " + zero + ";\n" + "\n".join(lines) + "\n}"
+        f"fma.rn.{dtype}x2 least, ${i + 2}, ${i + 6}, zero;\nfma.rn.{dtype}x2 ${i}, ${i + 2}, ${i + 4}, least;"
+        for i in range(2)
+    ]  # zero is -0.0, which makes the first a product: sm_80 has no other one of bfloat16
+    return "{\n.reg .b32 least, zero;\nmov.b32 zero, 0x80008000;\n" + "\n".join(lines) + "\n}"
 
 
 _BF16_SCALED = tl.constexpr(_scaled_asm("bf16"))
 _FP16_SCALED = tl.constexpr(_scaled_asm("f16"))
-_SCALED_CONSTRAINTS = tl.constexpr("=&r,=&r" + ",r" * 10)
 
 
 @triton.jit
 def _scaled(value, near, rest):
     ASM: tl.constexpr = _BF16_SCALED if value.dtype.is_bf16() else _FP16_SCALED
     args = [value, near, rest]
-    return tl.inline_asm_elementwise(ASM, _SCALED_CONSTRAINTS, args, dtype=value.dtype, is_pure=True, pack=4)
+    return tl.inline_asm_elementwise(ASM, "=&r,=&r,r,r,r,r,r,r", args, dtype=value.dtype, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -73,17 +53,10 @@ def _weights(packed, absmax, QUANT_TYPE: tl.constexpr, DTYPE: tl.constexpr, USE_
     """(values of the high nibbles, of the low nibbles) of a uint8 tile, times the absmax of each row, in DTYPE."""
     if USE_PRMT:
         high, low = decode_pair(packed, QUANT_TYPE, DTYPE, USE_PRMT)
-        SCALE: tl.constexpr = _BF16_SCALE if DTYPE.is_bf16() else _FP16_SCALE
-        near, rest = tl.inline_asm_elementwise(
-            SCALE,
-            "=&r,=&r,r",
-            [absmax.to(tl.int32, bitcast=True)],
-            dtype=(tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-        zero = packed.to(tl.int32) * 0  # for the shape
-        near, rest = near[:, None] + zero, rest[:, None] + zero
+        MOST: tl.constexpr = 65504.0 if tl.float16 == DTYPE else 3.38e38  # that DTYPE has
+        near = tl.minimum(tl.maximum(absmax, -MOST), MOST).to(DTYPE)
+        rest = (absmax - near.to(tl.float32)).to(DTYPE)
+        near, rest = tl.broadcast_to(near[:, None], packed.shape), tl.broadcast_to(rest[:, None], packed.shape)
         return _scaled(high, near, rest), _scaled(low, near, rest)
     else:
         table = code_table(QUANT_TYPE).to(DTYPE).to(tl.float32)
@@ -133,8 +106,7 @@ def _rows_times_weight_kernel(
     in_m = (token < M)[:, None]
     weight_row = weight * N
 
-    even = tl.zeros((BLOCK_M, GROUPS * HALF), tl.float32)
-    odd = tl.zeros((BLOCK_M, GROUPS * HALF), tl.float32)
+    total = tl.zeros((BLOCK_M, GROUPS * GROUP), tl.float32)  # of each group the even columns, then the odd ones
     for start in range(0, N, BLOCK_N):
         in_grad, own = in_m, row
         if not EVEN_N:
@@ -146,13 +118,13 @@ def _rows_times_weight_kernel(
         place = own * B + (group if BLOCK_SIZE == GROUP else group * GROUP // BLOCK_SIZE)
         absmax = load_absmax(absmax_ptr, (weight_row + start) * B, place, nested_ptr, offset_ptr, code_ptr)
         high, low = _weights(packed, absmax, QUANT_TYPE, DTYPE, USE_PRMT)
-        even = tl.dot(grad, high.reshape(BLOCK_N, GROUPS * HALF), even)
-        odd = tl.dot(grad, low.reshape(BLOCK_N, GROUPS * HALF), odd)
+        values = tl.join(high, low).permute((0, 2, 1)).reshape(BLOCK_N, GROUPS * GROUP)
+        total = tl.dot(grad, values, total)
 
     column = k_tile * (GROUPS * GROUP) + tl.arange(0, GROUPS * GROUP)
-    both = tl.join(even, odd).reshape(BLOCK_M, GROUPS * GROUP).to(DTYPE)
+    total = total.to(DTYPE).reshape(BLOCK_M, GROUPS, 2, HALF).permute((0, 1, 3, 2)).reshape(BLOCK_M, GROUPS * GROUP)
     mask = in_m & (column < K)[None, :]
-    tl.store(out_ptr + first_m * K + (token[:, None] * K + column[None, :]), both, mask=mask)
+    tl.store(out_ptr + first_m * K + (token[:, None] * K + column[None, :]), total, mask=mask)
 
 
 def multiply_by_rows(grad: Tensor, packed: Packed4, out: Tensor, config: GradientConfig, stops: Tensor) -> None:

@@ -25,7 +25,7 @@ __all__ = ["choose_gradient", "choose_grouped", "choose_single"]
 
 SINGLE_SHARE = 4  # up to one row for each four weights, two rows seldom have the same
 MAX_SINGLE_ROWS = 2  # and up to this many whatever the number of weights
-MAX_GRADIENT_ROWS = 128
+MAX_GRADIENT_ROWS = 256
 MIN_PROGRAMS = 2  # a multiprocessor; fewer take narrower tiles
 
 
@@ -97,7 +97,8 @@ def choose_gradient(
         return Choice(
             way="dequantize", config=None, why=f"{each}, enough rows share one dequantization of all weights."
         )
-    config = GradientConfig(block_m=64 if mean <= 64 else 128, block_n=64, block_k=128, warps=4, stages=3)
+    block_m, warps = (64, 4) if mean <= 64 else (128, 8)
+    config = GradientConfig(block_m=block_m, block_n=64, block_k=128, warps=warps, stages=3)
     return Choice(way="rows", config=config, why=f"{each}, decoding in the kernel reads half of the bytes.")
 
 
