@@ -46,7 +46,8 @@ class LowRank:
         every = torch.cat([stops, stops.new_full((1,), len(x))])  # the rest belongs to the zeros behind the last weight
         wide = F.pad(x, (0, -x.shape[1] % ALIGNED)) if x.shape[1] % ALIGNED else x.contiguous()
         inner = F.grouped_mm(wide, down.mT, offs=every)
-        return F.grouped_mm(inner * self.scaling, up.mT, offs=every)[:, :n]
+        out = F.grouped_mm(inner * self.scaling, up.mT, offs=every)
+        return out[:, :n] if n % ALIGNED else out  # a slice has a gradient of its own, also if it is all of it
 
     def _masked(self, x: Tensor, stops: Tensor) -> Tensor:
         """`grouped`, where graphs have no `grouped_mm`: each row times all factors, of which one counts."""
