@@ -16,7 +16,7 @@ from bigq_kernels.tiles import ceil_div, next_power_of_2
 __all__ = ["dot_rows", "sort_rows", "sum_rows", "take_rows"]
 
 COLUMNS = 1024  # that a program takes
-IDS = 1024  # that a program of the sort reads at a time
+IDS = 4096  # that a program of the sort reads at a time
 
 
 @triton.jit
@@ -68,9 +68,10 @@ def sort_rows(ids: Tensor, weights: int) -> tuple[Tensor, Tensor, Tensor]:
     order = ids.new_empty(len(ids), dtype=torch.int64)
     places, stops = ids.new_empty(len(ids), dtype=torch.int32), ids.new_empty(weights, dtype=torch.int32)
     pdl = Gpu.of(ids.device).pdl
+    block = min(IDS, max(16, next_power_of_2(len(ids))))
     launch(
         _sort_rows_kernel, (weights + 1,), ids, order, places, stops, len(ids), weights,
-        BLOCK=min(IDS, max(16, next_power_of_2(len(ids)))), PDL=pdl, options={"launch_pdl": pdl},
+        BLOCK=block, PDL=pdl, options={"num_warps": 16 if block > 1024 else 4, "launch_pdl": pdl},
     )  # fmt: skip
     return order, places, stops
 
