@@ -22,7 +22,7 @@ class GradientConfig:
     """Tile and pipeline of `multiply_by_rows`."""
 
     block_m: int  # rows of dY in a tile
-    block_n: int  # rows of the weight in a step
+    block_n: int  # rows of the weight in a step, at least 64
     block_k: int  # columns of the weight in a tile
     warps: int
     stages: int  # steps whose loads are in flight

@@ -7,7 +7,6 @@ from bigq.ops import reference
 from bigq.testing import assert_within_budget
 from bigq_kernels.choice import GradientConfig
 from bigq_kernels.gpu import Gpu
-from bigq_kernels.int8 import grouped_gradient
 from bigq_kernels.int8.choose_grouped import choose_gradient
 from bigq_kernels.int8.grouped_gradient import grouped_linear_int8_backward
 from bigq_kernels.int8.rows_times_weight import multiply_by_rows
@@ -32,10 +31,10 @@ def check(got, grad, stops, exact):
     assert not got[start:].any()
 
 
-@pytest.mark.parametrize("n, k", [(32, 64), (21, 50)], ids=["whole-steps", "partial-steps"])
+@pytest.mark.parametrize("n, k", [(64, 64), (21, 50)], ids=["whole-steps", "partial-steps"])
 def test_each_row_is_multiplied_by_its_weight(n, k, device):
     codes, absmax, exact = stack(n, k, device)
-    config = GradientConfig(block_m=16, block_n=16, block_k=32, warps=4, stages=2)
+    config = GradientConfig(block_m=16, block_n=64, block_k=32, warps=4, stages=2)
     for stops in STOPS:
         grad = torch.randn(S, n, device=device).half()
         out = torch.full((S, k), float("nan"), device=device).half()
@@ -53,15 +52,6 @@ def test_the_launcher_gives_the_gradients_of_the_reference(dtype, device):
         check(reference.grouped_linear_int8_backward(*args), grad, stops, exact)
 
 
-@pytest.mark.parametrize("k", [50, 500], ids=["one-part", "several-parts"])
-def test_weights_are_dequantized_by_columns(k, device):
-    codes, absmax, exact = stack(24, k, device)
-    grad = torch.randn(S, 24, device=device)
-    for stops in STOPS:
-        ends = torch.tensor(stops, dtype=torch.int32, device=device)
-        check(grouped_gradient._by_columns(grad, ends, codes, absmax), grad, stops, exact)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n, k", [(256, 512), (100, 344)], ids=["whole-steps", "partial-steps"])
@@ -70,7 +60,7 @@ def test_tiles_on_a_gpu(n, k, dtype):
     for stops in ([0, 1, 1, 20, 84, 85, 300, 690, 690], [0, 0, 0, 0, 700, 700, 700, 700, 700]):
         grad, ends = torch.randn(700, n, device="cuda").to(dtype), torch.tensor(stops, dtype=torch.int32, device="cuda")
         check(grouped_linear_int8_backward(grad, ends, codes, absmax), grad, stops, exact)
-        for block_m in (64, 128):
+        for block_m in (16, 64, 128):  # 16 takes mma.sync, as all tiles do on GPUs before Hopper
             out = torch.full((700, k), float("nan"), device="cuda", dtype=dtype)
             config = GradientConfig(block_m=block_m, block_n=64, block_k=128, warps=8, stages=3)
             multiply_by_rows(grad, codes, absmax, out, config, ends)

@@ -11,11 +11,8 @@ from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.rows_times_weight import multiply_by_rows
 from bigq_kernels.checks import check_grouped_linear_4bit_backward
 from bigq_kernels.grouped_matmul import grouped_matmul
-from bigq_kernels.tiles import ceil_div
 
 __all__ = ["grouped_linear_4bit_backward"]
-
-PARTS = 4  # of the columns
 
 
 def grouped_linear_4bit_backward(
@@ -41,38 +38,15 @@ def grouped_linear_4bit_backward(
     choice = choose_gradient(grad.device, rows, e, n, k, block_size, grad.dtype)
     if choice.way == "one by one":
         return _one_by_one(grad, stops, weight, absmax, *nested_state, quant_type, block_size, k)
-    if choice.config is None:
-        return _by_columns(grad, stops, weight, absmax, *nested_state, quant_type, block_size, k)
     absmax, nested = with_code(absmax, nested_absmax, nested_offset)
+    if choice.config is None:
+        codes, scales = weight.flatten(0, 1), absmax.flatten(0, 1)
+        dense = dequantize_4bit(codes, scales, quant_type, block_size, k, grad.dtype, nested)
+        return grouped_matmul(grad, stops, dense.view(e, n, k))
     packed = Packed4(contiguous(weight), absmax.contiguous(), nested, quant_type, block_size)
     out = grad.new_empty(rows, k)
     with device_of(grad):
         multiply_by_rows(contiguous(grad), packed, out, choice.config, stops)
-    return out
-
-
-def _by_columns(
-    grad: Tensor,
-    stops: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    block_size: int,
-    k: int,
-) -> Tensor:
-    """The same with some columns of all weights dequantized at a time, so that a quarter of them is in memory."""
-    if nested_absmax is not None and nested_offset is not None:
-        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
-    (e, n, _), out = weight.shape, grad.new_empty(len(grad), k)
-    step = ceil_div(ceil_div(k, PARTS), block_size) * block_size
-    for start in range(0, k, step):
-        stop = min(start + step, k)
-        codes = weight[:, :, start // 2 : ceil_div(stop, 2)].flatten(0, 1)
-        scales = absmax[:, :, start // block_size : ceil_div(stop, block_size)].flatten(0, 1)
-        dense = dequantize_4bit(codes, scales, quant_type, block_size, stop - start, grad.dtype)
-        out[:, start:stop] = grouped_matmul(grad, stops, dense.view(e, n, stop - start))
     return out
 
 

@@ -91,6 +91,7 @@ def _rows_times_weight_kernel(
     GROUP: tl.constexpr = min(BLOCK_SIZE, 64)  # elements of K that share a scale
     HALF: tl.constexpr = GROUP // 2
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    tl.static_assert(BLOCK_N >= 64)  # with 16, Triton 3.6 multiplies wrong rows: a lane takes 8 of mma.sync's operand
     if PDL:
         tl.extra.cuda.gdc_wait()
     k_tiles = tl.cdiv(K, GROUPS * GROUP)
@@ -106,7 +107,8 @@ def _rows_times_weight_kernel(
     in_m = (token < M)[:, None]
     weight_row = weight * N
 
-    total = tl.zeros((BLOCK_M, GROUPS * GROUP), tl.float32)  # of each group the even columns, then the odd ones
+    even = tl.zeros((BLOCK_M, GROUPS * HALF), tl.float32)
+    odd = tl.zeros((BLOCK_M, GROUPS * HALF), tl.float32)
     for start in range(0, N, BLOCK_N):
         in_grad, own = in_m, row
         if not EVEN_N:
@@ -118,13 +120,13 @@ def _rows_times_weight_kernel(
         place = own * B + (group if BLOCK_SIZE == GROUP else group * GROUP // BLOCK_SIZE)
         absmax = load_absmax(absmax_ptr, (weight_row + start) * B, place, nested_ptr, offset_ptr, code_ptr)
         high, low = _weights(packed, absmax, QUANT_TYPE, DTYPE, USE_PRMT)
-        values = tl.join(high, low).permute((0, 2, 1)).reshape(BLOCK_N, GROUPS * GROUP)
-        total = tl.dot(grad, values, total)
+        even = tl.dot(grad, high.reshape(BLOCK_N, GROUPS * HALF), even)
+        odd = tl.dot(grad, low.reshape(BLOCK_N, GROUPS * HALF), odd)
 
     column = k_tile * (GROUPS * GROUP) + tl.arange(0, GROUPS * GROUP)
-    total = total.to(DTYPE).reshape(BLOCK_M, GROUPS, 2, HALF).permute((0, 1, 3, 2)).reshape(BLOCK_M, GROUPS * GROUP)
+    both = tl.join(even, odd).reshape(BLOCK_M, GROUPS * GROUP).to(DTYPE)
     mask = in_m & (column < K)[None, :]
-    tl.store(out_ptr + first_m * K + (token[:, None] * K + column[None, :]), total, mask=mask)
+    tl.store(out_ptr + first_m * K + (token[:, None] * K + column[None, :]), both, mask=mask)
 
 
 def multiply_by_rows(grad: Tensor, packed: Packed4, out: Tensor, config: GradientConfig, stops: Tensor) -> None:

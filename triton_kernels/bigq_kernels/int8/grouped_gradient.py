@@ -8,12 +8,8 @@ from bigq_kernels.grouped_matmul import grouped_matmul
 from bigq_kernels.int8.choose_grouped import choose_gradient
 from bigq_kernels.int8.dequantize import dequantize_int8
 from bigq_kernels.int8.rows_times_weight import multiply_by_rows
-from bigq_kernels.tiles import ceil_div
 
 __all__ = ["grouped_linear_int8_backward"]
-
-PARTS = 4  # of the columns
-UNIT = 64  # columns: rows of `grouped_mm` are whole 16 bytes
 
 
 def grouped_linear_int8_backward(grad: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
@@ -28,22 +24,12 @@ def grouped_linear_int8_backward(grad: Tensor, stops: Tensor, weight: Tensor, ab
     if choice.way == "one by one":
         return _one_by_one(grad, stops, weight, absmax)
     if choice.config is None:
-        return _by_columns(grad, stops, weight, absmax)
+        dense = dequantize_int8(weight.flatten(0, 1), absmax.flatten(0, 1), grad.dtype)
+        return grouped_matmul(grad, stops, dense.view(e, n, k))
     out = grad.new_empty(rows, k)
     with torch.cuda.device_of(grad):
         state = weight.contiguous(), as_floats(absmax).contiguous()
         multiply_by_rows(grad.contiguous(), *state, out, choice.config, stops)
-    return out
-
-
-def _by_columns(grad: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
-    """The same with some columns of all weights dequantized at a time, so that a quarter of them is in memory."""
-    k, out = weight.shape[2], grad.new_empty(len(grad), weight.shape[2])
-    step = ceil_div(ceil_div(k, PARTS), UNIT) * UNIT
-    for start in range(0, k, step):
-        codes = weight[:, :, start : start + step]
-        dense = dequantize_int8(codes.flatten(0, 1), absmax.flatten(0, 1), grad.dtype)
-        out[:, start : start + step] = grouped_matmul(grad, stops, dense.view(codes.shape))
     return out
 
 

@@ -35,6 +35,7 @@ def _rows_times_weight_kernel(
     BLOCK_K: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    tl.static_assert(BLOCK_N >= 64)  # see the kernel of 4-bit weights
     if PDL:
         tl.extra.cuda.gdc_wait()
     k_tiles = tl.cdiv(K, BLOCK_K)
