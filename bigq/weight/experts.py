@@ -27,6 +27,7 @@ __all__ = ["IMPLEMENTATIONS", "QuantizedExperts", "are_fused_experts"]
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module of torch
 _GATES: "WeakKeyDictionary[nn.Module, tuple[Any, Gate | None]]" = WeakKeyDictionary()  # what was tried, and found
 
 
@@ -136,11 +137,18 @@ class QuantizedExperts(QuantizedModule):
         return self._apply_gate(x) if gate is None else gated(x, gate)
 
     def _known_gate(self) -> Gate | None:
-        """The gate that `_apply_gate` is, if it gives the same numbers for a few inputs; tried once for each module."""
-        settings = (getattr(self, "act_fn", None), getattr(self, "alpha", None), getattr(self, "limit", None))
+        """The gate that `_apply_gate` is, if it gives the same numbers for a few inputs; tried once for each module.
+
+        None if hooks hear the activation, which `_apply_gate` calls.
+        """
+        act_fn, alpha, limit = (getattr(self, name, None) for name in ("act_fn", "alpha", "limit"))
+        if any(getattr(act_fn, hooks, None) for hooks in _HOOKS):
+            return None
+        method = self._apply_gate
+        settings = getattr(method, "__func__", method), act_fn, alpha, limit
         known = _GATES.get(self)
-        if known is None or known[0] != settings:
-            _GATES[self] = known = settings, _tried_gate(self, *settings)
+        if known is None or any(old is not new for old, new in zip(known[0], settings, strict=True)):
+            _GATES[self] = known = settings, _tried_gate(self, act_fn, alpha, limit)
         return known[1]
 
     def _multiplies(self, *leaves: str) -> bool:

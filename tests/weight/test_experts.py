@@ -9,7 +9,6 @@ import bigq
 from bigq.ops import eager
 from bigq.ops.token_rows import Gate
 from bigq.testing import assert_within_budget
-from bigq.weight import experts
 from bigq.weight.experts import QuantizedExperts
 
 FORMATS = (bigq.NF4(), bigq.NF4(double_quant=True), bigq.FP4(block_size=32), bigq.Int8())
@@ -225,12 +224,15 @@ def test_gates_are_known_by_their_numbers():
             assert module._known_gate() is None
             module.act_fn = torch.nn.SiLU()
             assert module._known_gate() == expected
+            hook = module.act_fn.register_forward_hook(lambda *_: None)
+            assert module._known_gate() is None  # the hook would not be called
+            hook.remove()
+            assert module._known_gate() == expected
             module._apply_gate = lambda x: x[:, ::2]
         else:
             module.limit = 6.0
             assert module._known_gate() == Gate("clamped", 1.702, 6.0)
             module.alpha = torch.tensor(1.702)
-        experts._GATES.pop(module)
         assert module._known_gate() is None
 
 
