@@ -5,14 +5,14 @@ So what is done for a run is not done for each of 19,000 small tensors.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, chain, groupby, zip_longest
+from itertools import chain, groupby, zip_longest
 from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bigq.checkpoint import ByteSource, Span, StoredTensor, cut_out
+from bigq.checkpoint import Span, StoredTensor, cut_out
 from bigq.system.internals import cut
 from bigq.system.interrupts import Latch
 
@@ -56,12 +56,11 @@ class Part(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Bytes of a run that are read at once, into `memory`: from `start` of the run on, from `offset` of `source` on."""
+    """Bytes of a run that are read by one thread, into `memory`: those of `spans`, from `start` of the run on."""
 
     run: "Run"
     start: int
-    source: ByteSource
-    offset: int
+    spans: tuple[Span, ...]
     memory: Tensor
 
 
@@ -114,7 +113,11 @@ class Run:
         return part.info.name
 
     def start(self, chunk_nbytes: int) -> list[Chunk]:
-        """Make the memory; returns what is to be read."""
+        """Make the memory; returns what is to be read.
+
+        A chunk goes over the ends of spans: its copy and its turns at Python's lock are then one for many experts of a
+        stack, of which each has a span of its own.
+        """
         if self.target.allocate is not None:
             self._memory = self.target.allocate()
             self._bytes = self._memory.reshape(-1).view(torch.uint8)
@@ -124,17 +127,12 @@ class Run:
         if not self.nbytes:
             self.handed_over.open()
             return []
-        reads = [
-            (span.source, span.offset + at, min(chunk_nbytes, span.nbytes - at))
-            for span in self.spans
-            for at in range(0, span.nbytes, chunk_nbytes)
-        ]
-        self._unread = len(reads)
-        memory = self._bytes.split([nbytes for _, _, nbytes in reads])  # type: ignore[no-untyped-call]
-        starts = accumulate((nbytes for _, _, nbytes in reads), initial=0)
+        spans, starts = self.spans, range(0, self.nbytes, chunk_nbytes)
+        self._unread = len(starts)
+        memory = self._bytes.split(chunk_nbytes)  # type: ignore[no-untyped-call]
         return [
-            Chunk(self, start, source, offset, chunk)
-            for (source, offset, _), start, chunk in zip(reads, starts, memory, strict=False)  # one start too many
+            Chunk(self, start, cut_out(spans, start, len(chunk)), chunk)
+            for start, chunk in zip(starts, memory, strict=True)
         ]
 
     def chunk_done(self) -> None:

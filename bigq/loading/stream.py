@@ -302,10 +302,12 @@ class _Mover:
         return self.slots[-1]
 
     def _read(self, chunk: Chunk, buffer: memoryview) -> None:
-        began = time.perf_counter()
-        try:
-            chunk.source.read_into(buffer, chunk.offset)
-        except ReadError as error:
-            raise error.in_tensor(chunk.run.name_at(chunk.start + error.at - chunk.offset)) from error
+        began, at = time.perf_counter(), 0
+        for source, offset, nbytes in chunk.spans:
+            try:
+                source.read_into(buffer[at : at + nbytes], offset)
+            except ReadError as error:
+                raise error.in_tensor(chunk.run.name_at(chunk.start + at + error.at - offset)) from error
+            at += nbytes
         self.read_s += time.perf_counter() - began
-        self.read_nbytes += len(buffer)
+        self.read_nbytes += at

@@ -36,7 +36,7 @@ def test_a_run_of_several_dtypes():
     for chunk in chunks:
         assert not first.handed_over.is_open
         at = first.spans[0].offset - 64 + chunk.start
-        assert (chunk.source, chunk.offset - 64) == (file, at)
+        assert chunk.spans == (Span(file, at + 64, len(chunk.memory)),)
         chunk.memory.copy_(torch.frombuffer(bytearray(raw[at : at + len(chunk.memory)]), dtype=torch.uint8))
         first.chunk_done()
     assert first.handed_over.is_open
@@ -64,25 +64,24 @@ def read(run, contents, chunk_nbytes=50):
     """Fill a run from {source: bytes}, chunk by chunk; returns its pieces."""
     for chunk in run.start(chunk_nbytes):
         assert len(chunk.memory) <= chunk_nbytes
-        content = contents[chunk.source][chunk.offset : chunk.offset + len(chunk.memory)]
+        content = b"".join(contents[source][offset : offset + nbytes] for source, offset, nbytes in chunk.spans)
         chunk.memory.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         run.chunk_done()
     assert run.handed_over.is_open
     return run.pieces()
 
 
-def test_a_tensor_of_several_spans_is_a_run_of_its_own_in_chunks_of_each_span():
+def test_a_tensor_of_several_spans_is_a_run_of_its_own_and_a_chunk_goes_over_their_ends():
     file, other = LocalFile(Path("f"), 1000), LocalFile(Path("g"), 1000)
     contents = {file: bytes(i % 251 for i in range(1000)), other: bytes(i % 241 for i in range(1000))}
     spread = stored("spread", [8, 16], Span(file, 16, 70), Span(other, 5, 0), Span(other, 5, 58))
     tensors = [stored("before", [16], Span(file, 0, 16)), spread, stored("after", [2], Span(other, 63, 2))]
     runs = list(make_runs(tensors, dict.fromkeys(["before", "spread", "after"], Target(device=CPU)), 1 << 20))
     assert [[part.info.name for part in run.parts] for run in runs] == [["before"], ["spread"], ["after"]]
-    assert [(c.start, c.source, c.offset, len(c.memory)) for c in runs[1].start(50)] == [
-        (0, file, 16, 50),
-        (50, file, 66, 20),
-        (70, other, 5, 50),
-        (120, other, 55, 8),
+    assert [(chunk.start, len(chunk.memory), chunk.spans) for chunk in runs[1].start(50)] == [
+        (0, 50, (Span(file, 16, 50),)),
+        (50, 50, (Span(file, 66, 20), Span(other, 5, 30))),
+        (100, 28, (Span(other, 35, 28),)),
     ]
     (piece,) = read(runs[1], contents)
     assert bytes(piece.tensor.flatten().tolist()) == contents[file][16:86] + contents[other][5:63]
