@@ -56,14 +56,14 @@ def fill(
         warm_up.wait()
         finite = {name: tensor.isfinite().all() for name, tensor in source.read(weights)}
         _refuse_non_finite(source, [name for name, flag in finite.items() if not flag])
-    to_come: Counter[torch.device] = Counter()  # bytes of quantized weights that GPUs do not hold yet
+    lent: Counter[torch.device] = Counter()  # bytes of GPUs that are lent to what is read
     for weight_job in weights.values():
-        to_come[weight_job.device] += weight_job.nbytes_on_gpu
+        lent[weight_job.device] += weight_job.lent_nbytes(budget.run_nbytes)
     targets = {name: job.target(source.tensors[name]) for name, job in jobs.items()}
     hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
     total = sum(source.tensors[name].nbytes for name in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
-        for pieces in stream(source, targets, budget, timings, to_come.__getitem__):
+        for pieces in stream(source, targets, budget, timings, lent.__getitem__):
             between()
             nbytes = sum(piece.tensor.nbytes for piece in pieces)
             names = [piece.info.name for piece in pieces]
@@ -76,7 +76,7 @@ def fill(
                     warm_up.wait()
             with timings.timed("quantize"):
                 for weight_job in batch.quantize():
-                    to_come[weight_job.device] -= weight_job.nbytes_on_gpu
+                    lent[weight_job.device] -= weight_job.lent_nbytes(budget.run_nbytes)
             if source.in_place:
                 for name in names:
                     jobs.pop(name).commit(modules)

@@ -102,10 +102,17 @@ class WeightJob:
         self.device = destinations.runs_on  # where it is quantized
         if place:
             self.device = destinations.work_device(name, runs=True)
-        # GPU memory that the quantized weight will take. Until it does, weights on their way may use it.
-        is_large = planned.description.state_spec["packed"].nbytes > _SMALL_NBYTES
-        self.nbytes_on_gpu = planned.nbytes if is_large and place and is_gpu(place) else 0
+        self._stays_on_gpu = bool(place) and is_gpu(place)
         self._placed: dict[str, Tensor] = {}  # by first name in the model
+
+    def lent_nbytes(self, run_nbytes: int) -> int:
+        """Bytes of GPU memory that the quantized weight will take, and that runs of `run_nbytes` may use until then.
+
+        Only a weight that torch's allocator puts into what a run has left: it does not join the memory of two runs for
+        a stack of experts, and reserved 1.5 times the peak of a load of Qwen3-30B-A3B.
+        """
+        fits = _SMALL_NBYTES < self.planned.description.state_spec["packed"].nbytes <= run_nbytes
+        return self.planned.nbytes if fits and self._stays_on_gpu else 0
 
     def target(self, stored: StoredTensor) -> Target:
         return self.batch.target(self.device, self.planned)
