@@ -31,8 +31,8 @@ __all__ = ["Call", "Prefetcher"]
 class Call:
     """A call of a block, from `Prefetcher.enter` on; it ends with `Prefetcher.leave`, or when nothing refers to it."""
 
-    def __init__(self, prefetcher: "Prefetcher", block: OffloadedBlock) -> None:
-        self.prefetcher, self.block = prefetcher, block
+    def __init__(self, prefetcher: "Prefetcher", block: OffloadedBlock, *, in_place: bool) -> None:
+        self.prefetcher, self.block, self.in_place = prefetcher, block, in_place
         self.saving: saved_tensors_hooks | None = None  # what autograd saves in it goes through this
 
     @property
@@ -55,7 +55,7 @@ class Call:
     def __del__(self) -> None:
         if self.is_open:  # an interrupt came before it could be ended
             with suppress(BaseException):
-                self.prefetcher.leave(self)
+                self.prefetcher.end(self)
 
 
 class Prefetcher:
@@ -115,7 +115,7 @@ class Prefetcher:
             self._start()
             for known in self.blocks:
                 known.forget_calls()
-        call = Call(self, block)
+        call = Call(self, block, in_place=in_place)
         with self._lock:
             try:
                 if not block.calls:
@@ -125,8 +125,9 @@ class Prefetcher:
                 assert slot is not None
                 assert layout is not None
                 slot.wait_for_copies()
-                if block.ahead and SEES_EDITS:  # otherwise each copy counts as outdated: one made ahead is made again
-                    self._follow(block, in_place)
+                if block.ahead:
+                    self._learn(block)
+                    self._copy_ahead(call, len(self._slots or ()) - 1)
                 if torch.is_grad_enabled() and can_hook_saved_tensors():
                     call.saving = saved_offloaded(slot.buffer, layout, self._transfer)
             except BaseException:
@@ -135,6 +136,17 @@ class Prefetcher:
         return call
 
     def leave(self, call: Call) -> None:
+        """End a call, and start to copy another block into its slot.
+
+        What runs next may need no copies, as the half of a model that is resident, and the link would be idle.
+        """
+        with self._lock:
+            self.end(call)
+            if call.block.ahead and not call.block.calls:
+                with suppress(Exception):  # it comes again where the block is needed, and here would hide an output
+                    self._copy_ahead(call, len(self._slots or ()))
+
+    def end(self, call: Call) -> None:
         """End a call. The last one to end puts the offloaded tensors back."""
         with self._lock:
             to_the_end(partial(self._end, call))
@@ -236,18 +248,30 @@ class Prefetcher:
         slot.fill(layout, self._transfer, stream)
         slot.turn = self._tick()
 
-    def _follow(self, block: OffloadedBlock, in_place: bool) -> None:
-        """Learn what follows what, and copy ahead of `block` as far as there are idle slots."""
+    def _learn(self, block: OffloadedBlock) -> None:
+        """Learn that `block` follows the one that this thread entered before."""
         last: OffloadedBlock | None = getattr(self._last, "block", None)
         if last is not None:
             self._next[last] = block
         self._last.block = block
-        for _ in range(len(self._slots or ()) - 1):
+
+    def _copy_ahead(self, call: Call, count: int) -> None:
+        """Copy the `count` blocks that come after that of `call`, as far as there are idle slots."""
+        if not SEES_EDITS:  # each copy counts as outdated: one made ahead is made again
+            return
+        block = call.block
+        for _ in range(count):
             block = self._next[block]
-            if block.calls or (block.layout is not None and self._held(block.layout)):
+            if block.calls:
                 continue
-            layout = self._copied_layout(block, in_place)
-            if not layout.nbytes or self._held(layout) is not None:
+            layout = block.layout
+            if layout is None or self._held(layout) is None:
+                layout = self._copied_layout(block, call.in_place)
+            held = self._held(layout)
+            if held is not None:
+                held.turn = self._tick()  # not the one to give to the blocks after it
+                continue
+            if not layout.nbytes:
                 continue
             slot = self._idle_slot(layout)
             if slot is None or not layout.on_host:
