@@ -153,6 +153,13 @@ def test_triton_hashes_where_its_cache_is_another(sources, name):
     assert sources.cache.triton_key is sources.hash_sources
 
 
+def test_every_kernel_is_started_by_launch():
+    """Those of quantizing were not, so the first load of a process hashed Triton's library again: 0.4 to 0.8 s."""
+    folder = ROOT / "triton_kernels" / "bigq_kernels"
+    starts = {file for file in folder.rglob("*.py") if re.search(r"\w*kernel\w*\[", file.read_text())}
+    assert starts == {folder / "launch.py"}
+
+
 class Kernel:
     """Stands for a JIT function, and its compiled kernel, that doubles on the CPU."""
 

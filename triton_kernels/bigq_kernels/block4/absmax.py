@@ -84,8 +84,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     flat = absmax.flatten()
     offset = flat.mean().reshape(1)  # torch's own summation order, so that the bytes equal those of other writers
     with torch.cuda.device_of(absmax):
-        _quantize_absmax_kernel[(blocks,)](
-            flat, offset, nested_code(absmax.device), codes, nested, n, enable_fp_fusion=True
+        launch(
+            _quantize_absmax_kernel, (blocks,), flat, offset, nested_code(absmax.device), codes, nested, n, options={}
         )
     return codes, nested, offset
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.launch import launch
 from bigq_kernels.tiles import FLOAT32_TINY, absmax_bits, bin_table, ceil_div, encode_4bit, nan_to_inf, next_power_of_2
 
 __all__ = ["quantize_4bit"]
@@ -70,7 +71,9 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
     tile_blocks, tile_rows, warps = tile_shape(blocks, block_size)
     grid = (ceil_div(rows, tile_rows) * ceil_div(blocks, tile_blocks),)
     with torch.cuda.device_of(weight):
-        _quantize_4bit_kernel[grid](
+        launch(
+            _quantize_4bit_kernel,
+            grid,
             weight,
             packed,
             absmax,
@@ -79,11 +82,10 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
             packed.shape[1],
             blocks,
             weight.stride(0),
+            options={"num_warps": warps},
             QUANT_TYPE=quant_type,
             BLOCK_SIZE=block_size,
             BLOCKS=tile_blocks,
             ROWS=tile_rows,
-            num_warps=warps,
-            enable_fp_fusion=True,
         )
     return packed, absmax

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bigq_kernels.block4.quantize import tile_shape
 from bigq_kernels.checks import check_encode_scaled_4bit, check_search_scales_4bit
+from bigq_kernels.launch import launch
 from bigq_kernels.tiles import (
     FLOAT32_TINY,
     INF_BITS,
@@ -113,7 +114,9 @@ def search_scales_4bit(weight: Tensor, importance: Tensor, quant_type: str, bloc
     tile_blocks, tile_rows, warps = tile_shape(blocks, block_size)
     grid = (ceil_div(rows, tile_rows) * ceil_div(blocks, tile_blocks),)
     with torch.cuda.device_of(weight):
-        _search_scales_4bit_kernel[grid](
+        launch(
+            _search_scales_4bit_kernel,
+            grid,
             weight,
             importance.contiguous(),
             scales,
@@ -122,12 +125,11 @@ def search_scales_4bit(weight: Tensor, importance: Tensor, quant_type: str, bloc
             blocks,
             weight.stride(0),
             torch.finfo(weight.dtype).max,
+            options={"num_warps": warps, "enable_fp_fusion": False},  # every product is rounded, as on the CPU
             QUANT_TYPE=quant_type,
             BLOCK_SIZE=block_size,
             BLOCKS=tile_blocks,
             ROWS=tile_rows,
-            num_warps=warps,
-            enable_fp_fusion=False,  # every product is rounded, as on the CPU
         )
     return scales
 
@@ -186,7 +188,9 @@ def encode_scaled_4bit(weight: Tensor, scales: Tensor, quant_type: str, block_si
     tile_blocks, tile_rows, warps = tile_shape(blocks, block_size)
     grid = (ceil_div(rows, tile_rows) * ceil_div(blocks, tile_blocks),)
     with torch.cuda.device_of(weight):
-        _encode_scaled_4bit_kernel[grid](
+        launch(
+            _encode_scaled_4bit_kernel,
+            grid,
             weight,
             scales.contiguous(),
             packed,
@@ -195,11 +199,10 @@ def encode_scaled_4bit(weight: Tensor, scales: Tensor, quant_type: str, block_si
             packed.shape[1],
             blocks,
             weight.stride(0),
+            options={"num_warps": warps, "enable_fp_fusion": False},
             QUANT_TYPE=quant_type,
             BLOCK_SIZE=block_size,
             BLOCKS=tile_blocks,
             ROWS=tile_rows,
-            num_warps=warps,
-            enable_fp_fusion=False,
         )
     return packed

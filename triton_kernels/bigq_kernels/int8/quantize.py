@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.launch import launch
 from bigq_kernels.tiles import absmax_bits, encode_int8, int8_inverse, nan_to_inf, next_power_of_2
 
 __all__ = ["quantize_int8"]
@@ -48,14 +49,15 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight = weight.contiguous()
     block_k = min(16384, next_power_of_2(max(columns, 16)))
     with torch.cuda.device_of(weight):
-        _quantize_int8_kernel[(rows,)](
+        launch(
+            _quantize_int8_kernel,
+            (rows,),
             weight,
             codes,
             absmax,
             columns,
             weight.stride(0),
+            options={"num_warps": 16 if block_k > 8192 else 8, "enable_fp_fusion": False},  # see encode_int8
             BLOCK_K=block_k,
-            num_warps=16 if block_k > 8192 else 8,
-            enable_fp_fusion=False,  # see encode_int8
         )
     return codes, absmax
