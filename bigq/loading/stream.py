@@ -15,10 +15,10 @@ from functools import partial
 from queue import SimpleQueue
 
 import torch
-from torch import Tensor
 
 from bigq.checkpoint import ByteSource, ReadError, Source
 from bigq.errors import ConfigError
+from bigq.loading.link import Link, Slot
 from bigq.loading.runs import Chunk, Piece, Run, Target, make_runs, take_turns
 from bigq.loading.timings import Timings
 from bigq.system.files import open_unchanged
@@ -133,7 +133,7 @@ class _Reader:
         self.runs, self.budget, self.extra_nbytes, self.timings = deque(runs), budget, extra_nbytes, timings
         self.sources: dict[int, ByteSource] = {}  # those that are open, by identity
         self.unread = Counter(id(span.source) for run in self.runs for span in run.spans)  # spans, of each source
-        self.links: dict[torch.device, _Link] = {}
+        self.links: dict[torch.device, Link] = {}
         self.work: SimpleQueue[Chunk | None] = SimpleQueue()
         self.error: BaseException | None = None
         self.threads = [Worker(self._run) for _ in range(budget.threads)]
@@ -195,7 +195,7 @@ class _Reader:
         chunks, device = run.start(self.budget.chunk_nbytes), run.target.device
         if device.type == "cuda":
             if device not in self.links:
-                self.links[device] = _Link(device)
+                self.links[device] = Link(device)
             self.links[device].depart()
         for chunk in chunks:
             self.work.put(chunk)
@@ -215,57 +215,12 @@ class _Reader:
         mover.finish(self.timings)
 
 
-class _Link:
-    """The stream on which all copies to one GPU are queued, and its order with the consumer's work on that GPU.
-
-    One for all threads: a link carries one copy at a time, and each event of CUDA's costs a turn at Python's lock.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._departed, self._arrived = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    def depart(self) -> None:
-        """Let copies wait for the work queued so far, which may still use what is now to be written."""
-        self._departed.record(torch.cuda.current_stream(self.device))
-        self.stream.wait_event(self._departed)
-
-    def arrive(self) -> None:
-        """Let work wait for the copies queued so far."""
-        self._arrived.record(self.stream)
-        torch.cuda.current_stream(self.device).wait_event(self._arrived)
-
-
-class _Slot:
-    """Pinned memory for a chunk on its way to a GPU."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.buffer = memory_of(self.memory)
-        self._events: dict[_Link, torch.cuda.Event] = {}  # an event belongs to a GPU
-        self._copied: torch.cuda.Event | None = None
-
-    def copy_to(self, memory: Tensor, link: _Link) -> None:
-        """Queue the copy of the first bytes to all of `memory`, on the current stream of this thread, the link's."""
-        nbytes = len(memory)
-        memory.copy_(self.memory if nbytes == len(self.memory) else self.memory[:nbytes], non_blocking=True)
-        if link not in self._events:
-            self._events[link] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied = self._events[link]
-        self._copied.record(link.stream)
-
-    def wait(self) -> None:
-        """Return when the last copy is done, so that the slot can be written again."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-
 class _Mover:
     """What one thread needs to move chunks; Python's lock is what the threads wait for, so little is done a chunk."""
 
-    def __init__(self, links: Mapping[torch.device, _Link], chunk_nbytes: int) -> None:
+    def __init__(self, links: Mapping[torch.device, Link], chunk_nbytes: int) -> None:
         self.links, self.chunk_nbytes = links, chunk_nbytes
-        self.slots: deque[_Slot] = deque()
+        self.slots: deque[Slot] = deque()
         self.current: torch.cuda.Stream | None = None
         self.read_s, self.read_nbytes, self.copy_s, self.copy_nbytes = 0.0, 0, 0.0, 0
 
@@ -275,11 +230,11 @@ class _Mover:
         if link is None:
             self._read(chunk, memory_of(memory))
             return
+        if link.stream is not self.current:
+            torch.cuda.set_stream(link.stream)  # of this thread only, and with it the GPU that pins a slot
+            self.current = link.stream
         slot, nbytes = self._free_slot(), len(memory)
         self._read(chunk, slot.buffer[:nbytes])
-        if link.stream is not self.current:
-            torch.cuda.set_stream(link.stream)  # of this thread only
-            self.current = link.stream
         slot.copy_to(memory, link)
         self.copy_nbytes += nbytes
 
@@ -291,9 +246,9 @@ class _Mover:
         if self.copy_nbytes:
             timings.add("copy", self.copy_s, self.copy_nbytes)
 
-    def _free_slot(self) -> _Slot:
+    def _free_slot(self) -> Slot:
         if len(self.slots) < _SLOTS:
-            self.slots.append(_Slot(self.chunk_nbytes))
+            self.slots.append(Slot(self.chunk_nbytes))
         else:
             self.slots.rotate(-1)
         began = time.perf_counter()

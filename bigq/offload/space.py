@@ -1,9 +1,8 @@
 """OffloadSpace: the memory of offloaded tensors, pinned or in a file, reserved before the first one arrives.
 
 An unnamed file: no other model or process can read it half-written, and the system frees it with the last tensor,
-however the process ends. Its space is reserved, so a full disk is an error before any work. Pinned memory is one
-mapping of the exact size, registered with CUDA: torch's own pinned allocator rounds up to powers of two. What a
-checkpoint already holds as needed stays there: its tensors are copy-on-write maps, so no edit reaches the file.
+however the process ends. Its space is reserved, so a full disk is an error before any work. What a checkpoint already
+holds as needed stays there: its tensors are copy-on-write maps, so no edit reaches the file.
 """
 
 import mmap
@@ -26,6 +25,7 @@ from bigq.formats import TensorSpec
 from bigq.system.files import FileIdentity, open_unchanged, read_into
 from bigq.system.internals import version_of
 from bigq.system.memory import ALIGNMENT, align, memory_of
+from bigq.system.pinned_memory import PinnedMemory
 
 __all__ = [
     "CheckpointMap",
@@ -44,35 +44,30 @@ _NO_SECOND_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >
 _MAPS: dict[int, tuple["ref[mmap.mmap]", range]] = {}  # each mapping and its addresses, by its first one
 
 
-class PinnedMap(mmap.mmap):
-    """Anonymous memory registered with CUDA, so that copies from it are asynchronous and run at the link's rate.
+class PinnedMap(PinnedMemory):
+    """Pinned memory that copies made ahead and kernels may read until it is freed.
 
-    `gpu` is the index of the one that was current then: CUDA names it as the device of the memory.
+    `gpu` is the index of the one that was current when it was pinned: CUDA names it as the device of the memory.
     """
 
     gpu: int | None = None
-    _address: int | None = None
 
-    def pin(self) -> None:
-        self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        memory = torch.frombuffer(self, dtype=torch.uint8)
-        memory.zero_()  # with all cores: the driver would touch the pages one by one
-        status = int(self._cudart.cudaHostRegister(memory.data_ptr(), len(self), 0))
+    def pin(self) -> int:
+        status = super().pin()
         if not status:
-            self._address, self.gpu = memory.data_ptr(), torch.cuda.current_device()
-        else:
-            raise PlacementError(
-                f"cannot pin {len(self) / 1e9:.3f} GB of host memory for modules on 'cpu' (CUDA error {status}): "
-                "free some memory, raise the limit on locked memory, or send fewer modules to 'cpu'"
-            )
+            self.gpu = torch.cuda.current_device()
+        return status
 
-    def __del__(self) -> None:  # before the memory is unmapped
+    def _touch(self) -> None:
+        self.bytes.zero_()  # with all cores
+
+    def __del__(self) -> None:
         if self._address is not None:
             for device in range(torch.cuda.device_count()):
-                # copies made ahead and kernels may still read it, on any GPU; one without memory runs none of them
+                # on any GPU; one without memory runs nothing that reads it
                 if device == torch.cuda.current_device() or torch.cuda.memory_reserved(device):
                     torch.cuda.synchronize(device)
-            self._cudart.cudaHostUnregister(self._address)
+        super().__del__()
 
 
 class FileMap(mmap.mmap):
@@ -137,10 +132,14 @@ class OffloadSpace:
     def pinned(cls, specs: Mapping[str, TensorSpec]) -> "OffloadSpace":
         """In pinned host memory; raises PlacementError where there is too little of it."""
         try:
-            mapping = PinnedMap(-1, _size(specs), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapping = PinnedMap.of(_size(specs))
         except OSError as error:
             raise PlacementError(f"no memory for the modules on 'cpu': {error}; send fewer there") from error
-        mapping.pin()
+        if status := mapping.pin():
+            raise PlacementError(
+                f"cannot pin {len(mapping) / 1e9:.3f} GB of host memory for modules on 'cpu' (CUDA error {status}): "
+                "free some memory, raise the limit on locked memory, or send fewer modules to 'cpu'"
+            )
         return cls(mapping, specs)
 
     @classmethod

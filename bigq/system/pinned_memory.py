@@ -1,0 +1,58 @@
+"""PinnedMemory: host memory that CUDA may read at any time: copies from it do not wait, and run at the link's rate.
+
+torch's own pinned memory is pinned page by page of 4 KiB, and rounded up to a power of two. In huge pages 384 MiB take
+22 ms instead of 198, and 25 where 12 threads pin a part each, instead of 180 (host of an H200).
+"""
+
+import mmap
+from contextlib import suppress
+from ctypes import memset
+from typing import TypeVar
+
+import torch
+
+__all__ = ["PinnedMemory"]
+
+_Memory = TypeVar("_Memory", bound="PinnedMemory")
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for all GPUs, and not for the current one alone
+
+
+class PinnedMemory(mmap.mmap):
+    """Anonymous memory of the exact size, in huge pages where the system has them; unpinned and freed with the object.
+
+    Copies from it have to be done by then. Make it with `of`, and then `pin` it.
+    """
+
+    _address: int | None = None  # where it is pinned
+
+    @classmethod
+    def of(cls: type[_Memory], nbytes: int) -> _Memory:
+        """Raises OSError where there is too little memory."""
+        memory = cls(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a Linux that was built without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
+
+    def pin(self) -> int:
+        """Pin it; returns the error code of CUDA, 0 if it is pinned. The current GPU has to have a context."""
+        self._touch()
+        address = self.bytes.data_ptr()
+        self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = int(self._cudart.cudaHostRegister(address, len(self), _PORTABLE))
+        if not status:
+            self._address = address
+        return status
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """All of it, as a tensor that keeps it alive."""
+        return torch.frombuffer(self, dtype=torch.uint8)
+
+    def _touch(self) -> None:
+        """Write to all pages: the driver would touch them one by one."""
+        memset(self.bytes.data_ptr(), 0, len(self))
+
+    def __del__(self) -> None:  # before the memory is unmapped
+        if self._address is not None:
+            self._cudart.cudaHostUnregister(self._address)

@@ -1,0 +1,69 @@
+"""PinnedMemory: pinned once, and unpinned with the object."""
+
+import gc
+import mmap
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bigq.system.pinned_memory import PinnedMemory
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A CUDA runtime that writes down what it is asked; `status` is what it answers."""
+    asked = SimpleNamespace(pinned=[], unpinned=[], status=0)
+
+    def register(address, nbytes, flags):
+        asked.pinned.append((address, nbytes, flags))
+        return asked.status
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=asked.unpinned.append)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    return asked
+
+
+def test_it_is_pinned_and_unpinned_once(cuda):
+    memory = PinnedMemory.of(3 << 20)
+    assert memory.pin() == 0
+    address = memory.bytes.data_ptr()
+    assert cuda.pinned == [(address, 3 << 20, 1)]
+    held = memory.bytes[5:]
+    del memory
+    gc.collect()
+    assert not cuda.unpinned, "a tensor keeps it"
+    assert not held.any()
+    del held
+    gc.collect()
+    assert cuda.unpinned == [address]
+
+
+def test_what_cuda_does_not_pin_is_not_unpinned(cuda):
+    cuda.status = 2
+    memory = PinnedMemory.of(4096)
+    assert memory.pin() == 2
+    del memory
+    gc.collect()
+    assert not cuda.unpinned
+
+
+def test_a_system_without_huge_pages(cuda, monkeypatch):
+    def madvise(self, *advice):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(PinnedMemory, "madvise", madvise, raising=False)
+    assert PinnedMemory.of(4096).pin() == 0
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert len(PinnedMemory.of(4097).bytes) == 4097
+
+
+@pytest.mark.gpu
+def test_torch_knows_that_it_is_pinned():
+    memory = PinnedMemory.of(5 << 20)
+    assert not memory.bytes.is_pinned()
+    torch.zeros(1, device="cuda")
+    assert memory.pin() == 0
+    assert memory.bytes.is_pinned()
+    memory.bytes.copy_(torch.arange(5 << 20) % 251)
+    assert torch.equal(memory.bytes.to("cuda", non_blocking=True).cpu(), memory.bytes)
