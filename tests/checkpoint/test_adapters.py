@@ -180,6 +180,29 @@ def test_what_is_made_of_others_is_read_where_they_lie_if_its_rows_are_theirs(ch
     assert_holds(source, {**kept, **dict(zip(conversion.names, made, strict=True))})
 
 
+def test_what_a_kind_does_to_rows_is_asked_once_for_members_of_the_same_shapes(tmp_path):
+    shapes = {"1.a": 4, "1.b": 2, "2.a": 2, "2.b": 4, "3.a": 2, "3.b": 2}
+    stored = {name: torch.randn(rows, 3) for name, rows in shapes.items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    members = {"1": ("1.a", "1.b"), "2": ("2.b", "2.a"), "3": ("3.a", "3.b")}  # those of 1 and 2 have the same shapes
+
+    def source_of(convert):
+        asked = []
+        conversions = [
+            Conversion(own, (name,), lambda held: asked.append(len(held[0])) or [convert(held)], True, "of one kind")
+            for name, own in members.items()
+        ]
+        source = Converted(Checkpoint.open(tmp_path), conversions)
+        assert asked == [4, 2]
+        assert_holds(source, {name: convert([stored[member] for member in own]) for name, own in members.items()})
+        return source
+
+    joined = source_of(torch.cat)
+    assert [len(joined.tensors[name].spans) for name in members] == [1, 2, 1], "those of 2 are stored in another order"
+    turned = source_of(lambda held: torch.cat([held[0][1:], held[1], held[0][:1]]))
+    assert [len(turned.tensors[name].spans) for name in members] == [0, 0, 0], "three pieces of two members"
+
+
 def test_a_stack_may_have_the_name_of_a_member(tmp_path):
     stored = {name: torch.randn(2, 2) for name in "ab"}
     save_file(stored, tmp_path / "model.safetensors")
