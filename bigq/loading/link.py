@@ -7,7 +7,7 @@ from bigq.errors import PlacementError
 from bigq.system.memory import memory_of
 from bigq.system.pinned_memory import PinnedMemory
 
-__all__ = ["Link", "Slot"]
+__all__ = ["Link", "StagingBuffer"]
 
 
 class Link:
@@ -31,7 +31,7 @@ class Link:
         torch.cuda.current_stream(self.device).wait_event(self._arrived)
 
 
-class Slot:
+class StagingBuffer:
     """Pinned memory for a chunk on its way to a GPU."""
 
     def __init__(self, nbytes: int) -> None:
@@ -42,7 +42,7 @@ class Slot:
                 "free some memory, raise the limit on locked memory, or lower read_budget"
             )
         self.memory = pinned.bytes
-        self.buffer = memory_of(self.memory)
+        self.bytes = memory_of(self.memory)
         self._events: dict[Link, torch.cuda.Event] = {}  # an event belongs to a GPU
         self._copied: torch.cuda.Event | None = None
 
@@ -56,6 +56,6 @@ class Slot:
         self._copied.record(link.stream)
 
     def wait(self) -> None:
-        """Return when the last copy is done, so that the slot can be written again."""
+        """Return when the last copy is done, so that the buffer can be written again."""
         if self._copied is not None:
             self._copied.synchronize()

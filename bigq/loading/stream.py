@@ -18,7 +18,7 @@ import torch
 
 from bigq.checkpoint import ByteSource, ReadError, Source
 from bigq.errors import ConfigError
-from bigq.loading.link import Link, Slot
+from bigq.loading.link import Link, StagingBuffer
 from bigq.loading.runs import Chunk, Piece, Run, Target, make_runs, take_turns
 from bigq.loading.timings import Timings
 from bigq.system.files import open_unchanged
@@ -32,7 +32,7 @@ READ_BUDGET_NBYTES = 768 << 20  # see Budget.of_machine
 
 # 22 GB/s with 8 threads; 21, 14 and 9 in chunks of 8, 4 and 2 MiB, for which Python is too slow
 _CHUNK_NBYTES = 16 << 20
-_SLOTS = 2  # pinned chunks a thread: one is filled while the other is copied
+_BUFFERS = 2  # staging buffers a thread: one is filled while the other is copied
 _MAX_OPEN = 64  # sources: tiny files all fit the budget at once, and a process may open 1024, or 256
 _TURN_S = 5e-4  # for which a thread keeps Python's lock; Python's own is 5e-3
 
@@ -70,7 +70,7 @@ class Budget:
     @property
     def chunk_nbytes(self) -> int:
         """Bytes of a chunk: the pinned ring takes at most half of `nbytes`."""
-        return min(_CHUNK_NBYTES, max(4096, self.nbytes // (2 * _SLOTS * self.threads)))
+        return min(_CHUNK_NBYTES, max(4096, self.nbytes // (2 * _BUFFERS * self.threads)))
 
 
 def stream(
@@ -220,7 +220,7 @@ class _Mover:
 
     def __init__(self, links: Mapping[torch.device, Link], chunk_nbytes: int) -> None:
         self.links, self.chunk_nbytes = links, chunk_nbytes
-        self.slots: deque[Slot] = deque()
+        self.buffers: deque[StagingBuffer] = deque()
         self.current: torch.cuda.Stream | None = None
         self.read_s, self.read_nbytes, self.copy_s, self.copy_nbytes = 0.0, 0, 0.0, 0
 
@@ -231,30 +231,30 @@ class _Mover:
             self._read(chunk, memory_of(memory))
             return
         if link.stream is not self.current:
-            torch.cuda.set_stream(link.stream)  # of this thread only, and with it the GPU that pins a slot
+            torch.cuda.set_stream(link.stream)  # of this thread only, and with it the GPU that pins a buffer
             self.current = link.stream
-        slot, nbytes = self._free_slot(), len(memory)
-        self._read(chunk, slot.buffer[:nbytes])
-        slot.copy_to(memory, link)
+        buffer, nbytes = self._free_buffer(), len(memory)
+        self._read(chunk, buffer.bytes[:nbytes])
+        buffer.copy_to(memory, link)
         self.copy_nbytes += nbytes
 
     def finish(self, timings: Timings) -> None:
         """Wait for the copies, and add up what all chunks took."""
-        for slot in self.slots:
-            slot.wait()
+        for buffer in self.buffers:
+            buffer.wait()
         timings.add("read", self.read_s, self.read_nbytes)
         if self.copy_nbytes:
             timings.add("copy", self.copy_s, self.copy_nbytes)
 
-    def _free_slot(self) -> Slot:
-        if len(self.slots) < _SLOTS:
-            self.slots.append(Slot(self.chunk_nbytes))
+    def _free_buffer(self) -> StagingBuffer:
+        if len(self.buffers) < _BUFFERS:
+            self.buffers.append(StagingBuffer(self.chunk_nbytes))
         else:
-            self.slots.rotate(-1)
+            self.buffers.rotate(-1)
         began = time.perf_counter()
-        self.slots[-1].wait()
+        self.buffers[-1].wait()
         self.copy_s += time.perf_counter() - began
-        return self.slots[-1]
+        return self.buffers[-1]
 
     def _read(self, chunk: Chunk, buffer: memoryview) -> None:
         began, at = time.perf_counter(), 0
