@@ -75,10 +75,11 @@ def load_into_shards(
                 names = {*(own.names[0] for own in others.tensors), *(own.names[0] for own in others.weights)}
                 jobs = [job for job in jobs if job.planned.names[0] not in names]
                 jobs += read(others, shards.source(source), replace(destinations, cuts=shards.cuts))
+            gathers = tensors.gathers(shards, jobs, agreement.device)
         agreement.same("sets of sharded tensors", " ".join(sorted(tensors.rows)))  # as their scales are gathered
-        with timings.timed("commit"):
-            tensors.commit(shards, jobs)
         with agreement.all_or_none():
+            with timings.timed("commit"):
+                tensors.commit(shards, jobs, gathers)
             extra_states.hand_over()
             finish_load(model, plan, places, destinations, timings, options.skip_keys, config)
             report = make_report(shards.held(), destinations.places, timings)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
 from math import prod
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from bigq.errors import UnsupportedError
 from bigq.formats import QUANT_STATE, Description, TensorSpec
 from bigq.loading.adapters_in_shards import NumbersStay
 from bigq.loading.commit import commit_tensor, commit_weight
+from bigq.loading.cuts import cut_rows, cuts_of, rows_of
+from bigq.loading.gathers import Gathers
 from bigq.loading.jobs import Job
 from bigq.loading.shards import Shards
 from bigq.loading.timings import Timings
 from bigq.model.repeated_blocks import repeated_blocks
 from bigq.model.tree import assign_tensor, find_owner, is_dense
-from bigq.ops.sharding import chunk_of_rank, is_sharded
+from bigq.ops.sharding import is_sharded
 from bigq.planning.plan import Plan, PlannedWeight
 from bigq.system.interrupts import Worker, to_the_end
 from bigq.system.text import shortlist
@@ -79,7 +81,7 @@ def expected_rows(plan: Plan, mesh: "DeviceMesh") -> dict[str, Rows]:
             row_format, shape = weight.description.format.row_format, weight.description.shape
             specs |= {weight.tensor_name(part): spec for part, spec in row_format.state_spec(shape).items()}
     return {
-        name: _cut(0, spec.shape[0], processes, coordinate).rows
+        name: cut_rows(0, spec.shape[0], processes, coordinate).rows
         for name, spec in specs.items()
         if name.rpartition(".")[2] != QUANT_STATE and spec.shape and spec.shape[0] > 1
     }
@@ -152,45 +154,30 @@ class ShardedTensors:
         self._modules = modules
         self._tensors: dict[str, Tensor] = {name: getattr(*find_owner(modules, name)) for name in names}
         _refuse_changes(model, self._tensors)
-        found = {name: _rows_of(name, tensor) for name, tensor in self._tensors.items()}
+        found = {name: rows_of(name, tensor) for name, tensor in self._tensors.items()}
         self.rows = {name: rows for name, rows in found.items() if rows is not None}
 
-    def commit(self, shards: Shards, jobs: Iterable[Job]) -> None:
-        """Put what `jobs` have made into the model. Gathers the scales of double quantization from all processes."""
-        names = {tensor.names[0]: tensor.names for tensor in shards.whole.tensors if tensor.source is not None}
-        names |= {own[0]: own for weight in shards.whole.weights for own in weight.specs()}
-        whole = {weight.names[0]: weight for weight in shards.whole.weights}
-        order = {first: place for place, first in enumerate([*whole, *names])}
-        for job in sorted(jobs, key=lambda job: order.get(job.planned.names[0], -1)):  # one order in all processes
-            placed, planned = job.take_placed(), job.planned
-            if isinstance(planned, PlannedWeight) and planned.source is not None:
-                placed |= self._finished(whole[planned.names[0]], planned.description, placed)
-            for name, tensor in placed.items():
-                self._put(names[name], tensor)
+    def gathers(self, shards: Shards, jobs: Iterable[Job], device: torch.device) -> Gathers:
+        """What `commit` of these will gather on `device`: the scales of double quantization."""
+        tensors = []
+        for job, weight in _in_order(shards, jobs):
+            for part, spec in _unfinished(job, weight).items():
+                name = weight.tensor_name(part)  # type: ignore[union-attr]
+                like = cast("DTensor", self._tensors[name])
+                whole = TensorSpec(shape=(len(like), *spec.shape[1:]), dtype=spec.dtype)
+                tensors.append((like.device_mesh, cuts_of(like, name), whole))
+        return Gathers(tensors, device)
 
-    def _finished(self, weight: PlannedWeight, own: Description, placed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of `weight` that its format makes of all rows, by first name; none if it is finished.
-
-        Args:
-            own: the description of what this process has made of it: of its rows, or of all.
-            placed: their tensors.
-        """
-        description = weight.description
-        final = description.format.state_spec(own.shape)
-        gathered = [part for part, spec in own.state_spec.items() if spec != final[part]]
-        if not gathered:
-            return {}
-        rows = {}
-        for part, spec in own.state_spec.items():
-            name, columns = weight.tensor_name(part), spec.shape[-1]
-            if part in gathered:
-                whole = _gathered(placed[name], cast("DTensor", self._tensors[name]), name)
-            else:  # each row of it is finished: `finish` gets as many rows, of no columns
-                whole, columns = placed[name].new_empty(*description.shape[:-1], 0), 0
-            rows[part] = whole.view(prod(description.shape[:-1]), columns)
-        finished = description.format.finish(rows, description.shape)
-        changed = [part for part in finished if part in gathered or part not in own.state_spec]
-        return {weight.tensor_name(part): finished[part] for part in changed}
+    def commit(self, shards: Shards, jobs: Iterable[Job], gathers: Gathers) -> None:
+        """Put what `jobs` have made into the model. A process that fails still takes part in all `gathers`."""
+        names = _names_by_first(shards)
+        with gathers.taken_part_in():
+            for job, weight in _in_order(shards, jobs):
+                unfinished, placed = _unfinished(job, weight), job.take_placed()
+                if weight is not None and unfinished:
+                    placed |= _finish(weight, job.planned.description, unfinished, placed, gathers)  # type: ignore[union-attr]
+                for name, tensor in placed.items():
+                    self._put(names[name], tensor)
 
     def _put(self, names: tuple[str, ...], tensor: Tensor) -> None:
         """Make the finished `tensor`, whole or the rows of this process, what stands in the model under `names`.
@@ -209,6 +196,55 @@ class ShardedTensors:
             assign_tensor(*find_owner(self._modules, name), value)
 
 
+def _names_by_first(shards: Shards) -> dict[str, tuple[str, ...]]:
+    """All names in the model of each tensor that comes from a source, by the first."""
+    names = {tensor.names[0]: tensor.names for tensor in shards.whole.tensors if tensor.source is not None}
+    return names | {own[0]: own for weight in shards.whole.weights for own in weight.specs()}
+
+
+def _in_order(shards: Shards, jobs: Iterable[Job]) -> list[tuple[Job, PlannedWeight | None]]:
+    """`jobs` in an order that is the same in all processes; beside one that has quantized rows, the whole weight."""
+    whole = {weight.names[0]: weight for weight in shards.whole.weights if weight.source is not None}
+    order = {first: place for place, first in enumerate([*whole, *_names_by_first(shards)])}
+    ordered = sorted(jobs, key=lambda job: order.get(job.planned.names[0], -1))
+    return [(job, whole.get(job.planned.names[0])) for job in ordered]
+
+
+def _unfinished(job: Job, weight: PlannedWeight | None) -> dict[str, TensorSpec]:
+    """The parts of a quantized weight that its format makes of all rows, as the rows of this process are; by part."""
+    if weight is None or not isinstance(job.planned, PlannedWeight):
+        return {}
+    own = job.planned.description  # of the rows of this process, or of all
+    final = weight.description.format.state_spec(own.shape)
+    return {part: spec for part, spec in own.state_spec.items() if spec != final[part]}
+
+
+def _finish(
+    weight: PlannedWeight,
+    own: Description,
+    unfinished: Mapping[str, TensorSpec],
+    placed: Mapping[str, Tensor],
+    gathers: Gathers,
+) -> dict[str, Tensor]:
+    """The parts of `weight` that its format makes of all rows, by first name.
+
+    Args:
+        own: the description of the rows of this process.
+        placed: their tensors, of which the parts `unfinished` are gathered.
+    """
+    rows, description = {}, weight.description
+    for part in own.state_spec:
+        tensor = placed[weight.tensor_name(part)]
+        if part in unfinished:
+            whole, columns = gathers.next(tensor), tensor.shape[-1]
+        else:  # each row of it is finished: `finish` gets as many rows, of no columns
+            whole, columns = tensor.new_empty(*description.shape[:-1], 0), 0
+        rows[part] = whole.view(prod(description.shape[:-1]), columns)
+    finished = description.format.finish(rows, description.shape)
+    changed = [part for part in finished if part in unfinished or part not in own.state_spec]
+    return {weight.tensor_name(part): finished[part] for part in changed}
+
+
 def _on_meta(spec: TensorSpec) -> Tensor:
     return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
@@ -221,72 +257,6 @@ def _as_shard(own: Tensor, like: "DTensor", shape: tuple[int, ...]) -> "DTensor"
     return DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-
-
-class _Cut(NamedTuple):
-    """How rows are cut among the processes along one dimension of a mesh: this one gets `rows` of `before`."""
-
-    dim: int
-    before: int
-    rows: Rows
-
-
-def _cut(dim: int, before: int, processes: int, coordinate: int) -> _Cut:
-    """Each process gets ceil(before / processes) rows; the last ones may get fewer, or none."""
-    start, stop = chunk_of_rank(before, coordinate, processes)
-    return _Cut(dim, before, Rows(start=start, stop=stop))
-
-
-def _cuts(sharded: "DTensor", name: str) -> list[_Cut]:
-    """How the tensor `name` of a model is cut, from the first dimension of its mesh to the last."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    mesh = sharded.device_mesh
-    coordinates = mesh.get_coordinate() or ()
-    cuts: list[_Cut] = []
-    rows = len(sharded) if sharded.dim() else 1
-    for dim, (coordinate, placement) in enumerate(zip(coordinates, sharded.placements, strict=True)):
-        if isinstance(placement, Replicate):
-            continue
-        if type(placement) is not Shard or placement.dim != 0:
-            raise UnsupportedError(
-                f"{name} is sharded as {placement}; a load reads whole rows, so expected Shard(0) or Replicate()"
-            )
-        cuts.append(_cut(dim, rows, mesh.size(dim), coordinate))
-        rows = len(cuts[-1].rows)
-    return cuts
-
-
-def _rows_of(name: str, tensor: Tensor) -> Rows | None:
-    """The rows that this process keeps of the tensor `name` of a model; None for one that every process has whole."""
-    cuts = _cuts(cast("DTensor", tensor), name) if is_sharded(tensor) else []
-    if not cuts:
-        return None
-    start = sum(cut.rows.start for cut in cuts)
-    rows = Rows(start=start, stop=start + len(cuts[-1].rows))
-    held = cast("DTensor", tensor).to_local()
-    if len(held) != len(rows):
-        raise UnsupportedError(
-            f"{name}: this process holds {len(held)} rows of {len(tensor)}; expected {len(rows)}, as torch.chunk cuts"
-        )
-    return rows
-
-
-def _gathered(own: Tensor, like: "DTensor", name: str) -> Tensor:
-    """All rows of a tensor that is sharded as `like` is, of which this process has its `own`.
-
-    `full_tensor` does this too. Its first call imports for a second, and each takes 0.6 ms of Python.
-    """
-    import torch.distributed as dist
-
-    for dim, before, _ in reversed(_cuts(like, name)):
-        processes = like.device_mesh.size(dim)
-        chunk = own.new_zeros(-(-before // processes), *own.shape[1:])
-        chunk[: len(own)] = own
-        chunks = [torch.empty_like(chunk) for _ in range(processes)]
-        dist.all_gather(chunks, chunk, group=like.device_mesh.get_group(dim))
-        own = torch.cat(chunks)[:before]  # only the last chunks are shorter
-    return own
 
 
 def _refuse_changes(model: nn.Module, targets: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,8 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     """Whether this process is to write `model`. Meanwhile it holds the sharded tensors of the model whole.
 
     Every process that holds a part of the model has to enter and leave. A tensor at a time is gathered, on the device.
-    All leave together. A model without shards is written by every process that asks.
+    All leave together, also where the host memory of the writing process does not hold the model: that raises there. A
+    model without shards is written by every process that asks.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
@@ -31,12 +32,19 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     mesh = shards[0][2].device_mesh  # type: ignore[attr-defined]
     writes = not any(mesh.get_coordinate())
     whole: dict[int, nn.Parameter] = {}
+    failure: Exception | None = None
     try:
         for module, name, parameter in shards:
             if id(parameter) not in whole:  # tied ones stay tied
-                tensor = parameter.detach().full_tensor()  # type: ignore[attr-defined]
-                whole[id(parameter)] = nn.Parameter(tensor.cpu(), requires_grad=False) if writes else parameter
+                tensor, whole[id(parameter)] = parameter.detach().full_tensor(), parameter  # type: ignore[attr-defined]
+                if writes and failure is None:
+                    try:
+                        whole[id(parameter)] = nn.Parameter(tensor.cpu(), requires_grad=False)
+                    except Exception as error:  # raised when all is gathered: the other processes wait for this one
+                        failure = error
             module._parameters[name] = whole[id(parameter)]
+        if failure is not None:
+            raise failure
         yield writes
     finally:
         for module, name, parameter in shards:

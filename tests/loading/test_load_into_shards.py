@@ -159,6 +159,48 @@ def _fail_in_one(rank, world, folder):
     ]
 
 
+def _fail_while_gathering(rank, world, folder):
+    """What the processes raise if the second one fails while scales are gathered and committed; and what is left."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from bigq.loading import gathers, sharded_model
+
+    mesh, double = init_device_mesh("cpu", (world,)), QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
+    places = {
+        "memory for the gathers": (gathers, "_memory", 1),
+        "the third gather": (gathers.Gathers, "_gather", 3),
+        "the second weight": (sharded_model, "_finish", 2),
+        "the last weight": (sharded_model, "_finish", 8),  # 3 linears in each of 2 blocks, and 2 stacks
+        "the tenth tensor": (sharded_model, "_as_shard", 10),
+    }
+    said = {}
+    for name, (owner, attribute, count) in places.items():
+        model, function = _skeleton(), getattr(owner, attribute)
+        if rank == 1:
+            setattr(owner, attribute, _failing(function, count))
+        try:
+            error = error_of(lambda m=model: load_and_quantize_model(m, folder, double, progress=False, mesh=mesh))
+        finally:
+            setattr(owner, attribute, function)
+        undone = type(model.blocks[0].up) is nn.Linear and all(p.is_meta for p in model.parameters())
+        said[name] = error, undone and not hasattr(model.blocks[0], "unshard")
+    loaded = load_and_quantize_model(model, folder, double, progress=False, mesh=mesh)
+    said["then"] = torch.equal(loaded(IDS), _load(folder, double, device_map="cpu")(IDS))
+    return said
+
+
+def _failing(function, count):
+    """`function`, which runs out of memory at its call number `count`."""
+    calls = iter(range(1, 1 << 20))
+
+    def fails(*arguments):
+        if next(calls) == count:
+            raise torch.OutOfMemoryError("no memory")
+        return function(*arguments)
+
+    return fails
+
+
 def _refuse(rank, world, folder):
     """What is refused, in all processes, and whether the model is as it was then."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -238,6 +280,7 @@ def _work(rank, world, folder):
         "otherwise": _load_otherwise(world, folder),
         "refused": _refuse(rank, world, folder),
         "fail in one": _fail_in_one(rank, world, folder),
+        "while gathering": _fail_while_gathering(rank, world, folder),
     }
 
 
@@ -375,5 +418,17 @@ def test_an_error_before_the_first_step_or_after_the_last_is_told_and_undone(of_
         assert said[3:] == [True, True]  # the sharded model runs as before, and the new one is on meta
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["memory for the gathers", "the third gather", "the second weight", "the last weight", "the tenth tensor"],
+)
+def test_an_error_while_scales_are_gathered_is_told_and_undone(of_two, place):
+    first, second = (each["while gathering"][place] for each in of_two)
+    assert second == ("OutOfMemoryError: no memory", True)
+    words = "BigqError: process 1 failed, so no process has loaded anything: OutOfMemoryError: no memory"
+    assert first == (words, True)
+
+
 def test_a_model_is_loaded_after_loads_that_failed(of_two):
+    assert [each["while gathering"]["then"] for each in of_two] == [True, True]
     assert [each["refused"]["then"] for each in of_two] == [True, True]
