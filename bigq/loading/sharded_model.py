@@ -26,6 +26,7 @@ from bigq.model.repeated_blocks import repeated_blocks
 from bigq.model.tree import assign_tensor, find_owner, is_dense
 from bigq.ops.sharding import is_sharded
 from bigq.planning.plan import Plan, PlannedWeight
+from bigq.system.internals import cpu_shards
 from bigq.system.interrupts import Worker, to_the_end
 from bigq.system.text import shortlist
 from bigq.weight.quantized_module import QuantizedModule
@@ -154,6 +155,7 @@ class ShardedTensors:
         self._modules = modules
         self._tensors: dict[str, Tensor] = {name: getattr(*find_owner(modules, name)) for name in names}
         _refuse_changes(model, self._tensors)
+        self._on_cpu = {key: pinned for module in model.modules() for key, pinned in cpu_shards(module).items()}
         found = {name: rows_of(name, tensor) for name, tensor in self._tensors.items()}
         self.rows = {name: rows for name, rows in found.items() if rows is not None}
 
@@ -188,6 +190,8 @@ class ShardedTensors:
         if rows is not None and len(tensor) != len(rows):
             tensor = rows.of(tensor).clone()  # in memory of its own
         value = tensor.to(target.dtype)
+        if id(target) in self._on_cpu:
+            value = _on_cpu(value, pinned=self._on_cpu[id(target)])
         if is_sharded(target):
             value = _as_shard(value, cast("DTensor", target), tuple(target.shape))
         if isinstance(target, nn.Parameter):
@@ -247,6 +251,13 @@ def _finish(
 
 def _on_meta(spec: TensorSpec) -> Tensor:
     return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+
+def _on_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:
+    """`tensor` where FSDP2 keeps a shard on the CPU. There is nothing to pin for a mesh of CPUs."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor)
 
 
 def _as_shard(own: Tensor, like: "DTensor", shape: tuple[int, ...]) -> "DTensor":

@@ -36,7 +36,10 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     try:
         for module, name, parameter in shards:
             if id(parameter) not in whole:  # tied ones stay tied
-                tensor, whole[id(parameter)] = parameter.detach().full_tensor(), parameter  # type: ignore[attr-defined]
+                own = parameter.detach()
+                if own.device.type != mesh.device_type:  # kept on the CPU by FSDP2; NCCL gathers what is on a GPU
+                    own = own.to(mesh.device_type)
+                tensor, whole[id(parameter)] = own.full_tensor(), parameter  # type: ignore[attr-defined]
                 if writes and failure is None:
                     try:
                         whole[id(parameter)] = nn.Parameter(tensor.cpu(), requires_grad=False)

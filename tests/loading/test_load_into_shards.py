@@ -78,7 +78,7 @@ def _load_formats(world, folder, names):
 def _load_otherwise(world, folder):
     """Other meshes, checkpoints and ways to shard."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     nf4, mesh = QuantizationConfig("nf4", also_quantize=STACKS), init_device_mesh("cpu", (world,))
     names = ("replicas", "shards")
@@ -119,6 +119,13 @@ def _load_otherwise(world, folder):
         fully_shard(model, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=names))
 
     found["some-whole"] = _compare(folder, double, mesh=mesh, shard=some_whole)
+
+    def on_cpu(model):
+        policy = CPUOffloadPolicy(pin_memory=False)  # there is no GPU to pin memory for
+        fully_shard(model.blocks[0], mesh=mesh, offload_policy=policy)
+        fully_shard(model, mesh=mesh)
+
+    found["kept-on-cpu"] = _compare(folder, double, mesh=mesh, shard=on_cpu)
     found["other-mesh"] = _compare(folder, double, mesh=mesh, shard=replicas)
     return found
 
@@ -354,6 +361,7 @@ def test_the_report_counts_the_bytes_of_the_process(of_two, name):
         "tied",
         "one-group",
         "some-whole",
+        "kept-on-cpu",
         "other-mesh",
     ],
 )
@@ -432,3 +440,44 @@ def test_an_error_while_scales_are_gathered_is_told_and_undone(of_two, place):
 def test_a_model_is_loaded_after_loads_that_failed(of_two):
     assert [each["while gathering"]["then"] for each in of_two] == [True, True]
     assert [each["refused"]["then"] for each in of_two] == [True, True]
+
+
+def _load_onto_cpu(rank, folder):
+    """Where shards are that FSDP2 keeps on the CPU, for a mesh of one GPU, what they compute, and what is saved."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    torch.cuda.set_device(0)
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    mesh, config = init_device_mesh("cuda", (1,)), QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
+    whole, found = _load(folder, config, device_map="cuda:0"), {}
+    expected = whole(IDS.cuda())
+    for pinned in (True, False):
+
+        def on_cpu(model, policy=CPUOffloadPolicy(pin_memory=pinned)):  # noqa: B008
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh, offload_policy=policy)
+            return fully_shard(model, mesh=mesh)
+
+        model = _load(folder, config, mesh=mesh, shard=on_cpu)
+        held = {name: p.to_local() for name, p in model.named_parameters() if hasattr(p, "to_local")}
+        outputs = [model(IDS.cuda()) for _ in range(2)]
+        bigq.save_quantized(model, f"{folder}/saved-{pinned}")
+        found[pinned] = {
+            "devices": {name.partition(".")[0]: (t.device.type, t.is_pinned()) for name, t in held.items()},
+            "outputs": all(torch.equal(out, expected) for out in outputs),
+            "saved": torch.equal(_load(f"{folder}/saved-{pinned}", None, device_map="cuda:0")(IDS.cuda()), expected),
+        }
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
+def test_shards_that_fsdp2_keeps_on_the_cpu_are_made_there(checkpoint, tmp_path, pinned):
+    (found,) = run_ranks(_load_onto_cpu, tmp_path, str(checkpoint), world=1)
+    devices = found[pinned]["devices"]
+    assert devices.pop("blocks") == ("cpu", pinned)
+    assert set(devices.values()) == {("cuda", False)}
+    assert found[pinned]["outputs"]
+    assert found[pinned]["saved"]

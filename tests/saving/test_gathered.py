@@ -46,7 +46,8 @@ def of_two(tmp_path_factory):
 
 def test_one_process_gets_the_whole_model_in_host_memory(of_two):
     (_, _, (writes, equal)), (_, _, other) = of_two
-    assert writes and all(equal)
+    assert writes
+    assert all(equal)
     assert len(equal) > 10
     assert other == (False, [])
 
