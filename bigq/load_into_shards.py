@@ -10,12 +10,12 @@ from torch import nn
 
 from bigq.config import QuantizationConfig
 from bigq.errors import UnsupportedError
-from bigq.loading.adapters_in_shards import refuse_new_adapters
+from bigq.loading.adapters_in_shards import keeping_numbers, refuse_new_adapters
 from bigq.loading.agreement import Agreement
 from bigq.loading.destinations import Destinations
 from bigq.loading.fill import fill
 from bigq.loading.report import make_report
-from bigq.loading.sharded_model import ShardedTensors, Sharding, expected_rows, shard_blocks, stand_in
+from bigq.loading.sharded_model import Sharding, expected_rows, shard_blocks, stand_in
 from bigq.loading.shards import Shards
 from bigq.loading.timings import Timings
 from bigq.loading.unload import is_loaded
@@ -64,22 +64,21 @@ def load_into_shards(
                 warm_up=warm_up,
                 progress=options.progress if agreement.is_first else False,
             )
-            with Sharding(shard or partial(shard_blocks, mesh=mesh), model, agreement.device, timings) as sharding:
+            call = partial(shard_blocks, mesh=mesh) if shard is None else keeping_numbers(shard, agreement.device)
+            with Sharding(call, model, modules, plan, agreement.device, timings) as sharding:
                 jobs = read(shards.to_read(), shards.source(source), destinations, between=sharding.check)
                 with timings.timed("wait"):
-                    result = sharding.wait()
-            tensors, expected = ShardedTensors(model, modules, plan), shards
-            shards = Shards.of(plan, tensors.rows)
-            others = shards.to_read(after=expected)
+                    result, tensors = sharding.wait()
+            others, shards = tensors.shards.to_read(after=shards), tensors.shards
             if others.tensors or others.weights:  # they were sharded in another way
                 names = {*(own.names[0] for own in others.tensors), *(own.names[0] for own in others.weights)}
                 jobs = [job for job in jobs if job.planned.names[0] not in names]
                 jobs += read(others, shards.source(source), replace(destinations, cuts=shards.cuts))
-            gathers = tensors.gathers(shards, jobs, agreement.device)
+            gathers = tensors.gathers(jobs, agreement.device)
         agreement.same("sets of sharded tensors", " ".join(sorted(tensors.rows)))  # as their scales are gathered
         with agreement.all_or_none():
             with timings.timed("commit"):
-                tensors.commit(shards, jobs, gathers)
+                tensors.commit(jobs, gathers)
             extra_states.hand_over()
             finish_load(model, plan, places, destinations, timings, options.skip_keys, config)
             report = make_report(shards.held(), destinations.places, timings)
