@@ -65,7 +65,7 @@ fully_shard(model, **settings)
 say(f"megabytes on each GPU   {bigq.memory_footprint(model).total_nbytes / 1e6:>9.2f}")
 
 show_loss(args.format)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, fused=True)
 for _ in range(args.steps):
     batch = training[torch.randint(len(training), (8,))][rank::ranks]
     model.train()(input_ids=batch, labels=batch).loss.backward()
