@@ -54,7 +54,8 @@ def load_into_shards(
         with agreement.all_or_none(), WarmUp(config, source, agreement.device) as warm_up:
             with timings.timed("plan"):
                 stand_in(modules, plan, agreement.device)
-                shards = Shards.of(plan, expected_rows(plan, mesh))
+                rows = expected_rows(plan, mesh)
+                shards = Shards.of(plan, rows)
                 destinations = Destinations.open(shards.plan, places, None, source, cuts=shards.cuts)
             read = partial(
                 fill,
@@ -65,20 +66,20 @@ def load_into_shards(
                 progress=options.progress if agreement.is_first else False,
             )
             call = partial(shard_blocks, mesh=mesh) if shard is None else keeping_numbers(shard, agreement.device)
-            with Sharding(call, model, modules, plan, agreement.device, timings) as sharding:
-                jobs = read(shards.to_read(), shards.source(source), destinations, between=sharding.check)
-                with timings.timed("wait"):
-                    result, tensors = sharding.wait()
-            others, shards = tensors.shards.to_read(after=shards), tensors.shards
-            if others.tensors or others.weights:  # they were sharded in another way
+            sharding = Sharding(call, model, modules, plan, timings)
+            jobs = read(shards.to_read(), shards.source(source), destinations, between=sharding.done)
+            result, tensors = sharding.done()
+            if tensors.rows != rows:  # some were sharded in another way
+                expected, shards = shards, Shards.of(plan, tensors.rows)
+                others = shards.to_read(after=expected)
                 names = {*(own.names[0] for own in others.tensors), *(own.names[0] for own in others.weights)}
                 jobs = [job for job in jobs if job.planned.names[0] not in names]
                 jobs += read(others, shards.source(source), replace(destinations, cuts=shards.cuts))
-            gathers = tensors.gathers(jobs, agreement.device)
+            gathers = tensors.gathers(shards, jobs, agreement.device)
         agreement.same("sets of sharded tensors", " ".join(sorted(tensors.rows)))  # as their scales are gathered
         with agreement.all_or_none():
             with timings.timed("commit"):
-                tensors.commit(jobs, gathers)
+                tensors.commit(shards, jobs, gathers)
             extra_states.hand_over()
             finish_load(model, plan, places, destinations, timings, options.skip_keys, config)
             report = make_report(shards.held(), destinations.places, timings)

@@ -1,4 +1,4 @@
-"""Private names of torch and Triton stand in the two files of internals, and nowhere else in what is installed."""
+"""Private names of torch and Triton stand in the three files of internals, and nowhere else in what is installed."""
 
 import ast
 import re

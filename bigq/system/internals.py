@@ -36,7 +36,6 @@ __all__ = [
     "check",
     "copy_all",
     "count_holders",
-    "cpu_shards",
     "cut",
     "edits_of",
     "forget_sharding",
@@ -439,22 +438,6 @@ def _sharding_states() -> Any:
 def forget_sharding(module: nn.Module) -> None:
     """Make torch forget that `module` was sharded by fully_shard, whose other traces are attributes of the module."""
     _sharding_states().pop(module, None)
-
-
-# Which shards FSDP2's CPUOffloadPolicy keeps on the CPU. Without this way they are left on the device: FSDP2 moves
-# them at the first call, or says there that they have to be on the CPU.
-
-
-def cpu_shards(module: nn.Module) -> dict[int, bool]:
-    """{id of a Parameter: whether it is to be pinned} of the shards that fully_shard keeps on the CPU for `module`.
-
-    Empty for a module that fully_shard was not called with, and where it is not known.
-    """
-    try:
-        group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
-        return {id(shard.sharded_param): bool(shard.pin_memory) for shard in group.fsdp_params if shard.offload_to_cpu}
-    except Exception:  # also of a state with several groups, which has no such attribute
-        return {}
 
 
 # The parts of sparse tensors.

@@ -178,7 +178,7 @@ def _fail_while_gathering(rank, world, folder):
         "the third gather": (gathers.Gathers, "_gather", 3),
         "the second weight": (sharded_model, "_finish", 2),
         "the last weight": (sharded_model, "_finish", 8),  # 3 linears in each of 2 blocks, and 2 stacks
-        "the tenth tensor": (sharded_model, "_as_shard", 10),
+        "the tenth tensor": (sharded_model, "sharded_as", 10),
     }
     said = {}
     for name, (owner, attribute, count) in places.items():

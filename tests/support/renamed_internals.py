@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = {
     "bigq.system.internals": ROOT / "bigq" / "system" / "internals.py",
+    "bigq.system.distributed.internals": ROOT / "bigq" / "system" / "distributed" / "internals.py",
     "bigq_kernels.internals": ROOT / "triton_kernels" / "bigq_kernels" / "internals.py",
 }
 NAMES = {
@@ -29,9 +30,7 @@ NAMES = {
         "_current_level",
         "_foreach_copy_",
         "_fsdp_param",
-        "_fsdp_param_group",
         "_functorch",
-        "_get_fsdp_state",
         "_get_tracing_state",
         "_grouped_mm",
         "_has_any_global_hook",
@@ -50,6 +49,7 @@ NAMES = {
         "_version",
         "unflatten_dense_tensors",
     ),
+    "bigq.system.distributed.internals": ("_fsdp_param_group", "_get_fsdp_state", "_spec"),
     "bigq_kernels.internals": (
         "TorchDispatchMode",
         "active",

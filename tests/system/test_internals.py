@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -14,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.nn import functional as F
 
@@ -41,18 +39,6 @@ def _leaves_fsdp_alone(module):
         return _fsdp_param.nn is nn
 
 
-@cache
-def _on_cpu():
-    """A linear whose shards FSDP2 keeps on the CPU."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh, policy = torch.distributed.init_device_mesh("cpu", (1,)), CPUOffloadPolicy(pin_memory=False)
-        return fully_shard(nn.Linear(2, 2, device="meta"), mesh=mesh, offload_policy=policy)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 # What tells that a public way is taken, for each private name.
 PUBLIC = {
     "DisableTorchFunctionSubclass": lambda module: module.as_plain_tensor is module._by_default,
@@ -70,7 +56,6 @@ PUBLIC = {
     **dict.fromkeys(
         ("_composable_state", "_module_state_mapping"), lambda module: type(module._sharding_states()) is dict
     ),
-    **dict.fromkeys(("_fsdp_param_group", "_get_fsdp_state"), lambda module: not module.cpu_shards(_on_cpu())),
     **dict.fromkeys(("_indices", "_values"), lambda module: len(module.sparse_parts(_twice())[1]) == 1),
     **dict.fromkeys(
         ("_storage_Use_Count", "_use_count", "_cdata"), lambda module: module.count_holders(torch.ones(1), []) is None
@@ -131,13 +116,6 @@ def test_an_edit_is_never_missed(module):
 def test_of_a_tensor_made_in_inference_mode_no_edits_are_counted(module):
     with torch.inference_mode():
         assert module.version_of(torch.zeros(2).add_(1)) == 0
-
-
-def test_shards_that_fsdp2_keeps_on_the_cpu_are_found_or_none_is(module):
-    linear = _on_cpu()
-    found = module.cpu_shards(linear)
-    assert found in ({}, {id(linear.weight): False, id(linear.bias): False})
-    assert module.cpu_shards(nn.Linear(2, 2)) == {}
 
 
 HOLDERS = {

@@ -1,0 +1,1 @@
+"""distributed: what bigq takes of torch.distributed that torch calls private."""

@@ -1,0 +1,62 @@
+"""Internals of torch.distributed: private names that bigq uses, each with a public way that is slower and as right."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["cpu_shards", "sharded_as"]
+
+
+# Which shards FSDP2's CPUOffloadPolicy keeps on the CPU. Without this way they are left on the device: FSDP2 moves
+# them at the first call, or says there that they have to be on the CPU.
+
+
+def cpu_shards(module: nn.Module) -> dict[int, bool]:
+    """{id of a Parameter: whether it is to be pinned} of the shards that fully_shard keeps on the CPU for `module`.
+
+    Empty for a module that fully_shard was not called with, and where it is not known.
+    """
+    try:
+        group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
+        return {id(shard.sharded_param): bool(shard.pin_memory) for shard in group.fsdp_params if shard.offload_to_cpu}
+    except Exception:  # also of a state with several groups, which has no such attribute
+        return {}
+
+
+# A DTensor of what a process has: 3 us, and 24 the public way, which is half of the time in which a load into shards
+# puts its tensors into a model. The way is tried on the first one.
+
+
+def _with_spec(own: Tensor, like: Any) -> Any:
+    return type(like)(own, like._spec, requires_grad=False)
+
+
+def _from_local(own: Tensor, like: Any) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _is_part(make: Callable[[Tensor, Any], Any], own: Tensor, like: Any) -> bool:
+    """Whether `make` makes what `sharded_as` is to make."""
+    try:
+        made = make(own, like)
+        described = [(type(t), t.shape, t.stride(), t.dtype, t.placements, t.device_mesh) for t in (made, like)]
+        local = made.to_local()
+        same = (local.data_ptr(), local.shape, made.device) == (own.data_ptr(), own.shape, own.device)
+        return bool(described[0] == described[1] and same and not made.requires_grad)
+    except Exception:
+        return False
+
+
+_makers: list[Callable[[Tensor, Any], Any]] = []  # the one that is taken, once one was tried
+
+
+def sharded_as(own: Tensor, like: Any) -> Any:
+    """A DTensor that is shaped and sharded as the DTensor `like`, of whose dtype this process has `own`."""
+    if not _makers:
+        _makers.append(_with_spec if _is_part(_with_spec, own, like) else _from_local)
+    return _makers[0](own, like)

@@ -1,0 +1,70 @@
+"""Each private name of torch.distributed has a public way, and it is taken where torch has renamed it."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+from bigq.system.distributed import internals
+from renamed_internals import NAMES, renamed
+
+NAME = "bigq.system.distributed.internals"
+
+
+@cache
+def _on_cpu():
+    """A linear whose shards FSDP2 keeps on the CPU, in a mesh of one process."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh, policy = torch.distributed.init_device_mesh("cpu", (1,)), CPUOffloadPolicy(pin_memory=False)
+        return fully_shard(nn.Linear(2, 2, device="meta"), mesh=mesh, offload_policy=policy)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _maker(module):
+    """What `sharded_as` of this module takes, once it has made a part."""
+    module.sharded_as(torch.ones(2, 2), _on_cpu().weight)
+    return module._makers[0].__name__
+
+
+# What tells that a public way is taken, for each private name.
+PUBLIC = {
+    "_fsdp_param_group": lambda module: module.cpu_shards(_on_cpu()) == {},
+    "_get_fsdp_state": lambda module: module.cpu_shards(_on_cpu()) == {},
+    "_spec": lambda module: _maker(module) == "_from_local",
+}
+
+
+@pytest.fixture(params=[(), NAMES[NAME]], ids=["as-it-is", "all-renamed"])
+def module(request):
+    return renamed(NAME, *request.param)
+
+
+@pytest.mark.skipif(internals.__spec__ is None, reason="all are renamed: tests/support/renamed_internals.py")
+def test_this_torch_has_all_that_is_private():
+    assert [name for name, is_public in PUBLIC.items() if is_public(internals)] == []
+
+
+@pytest.mark.parametrize("name", NAMES[NAME])
+def test_a_renamed_one_is_done_without(name):
+    assert PUBLIC[name](renamed(NAME, name))
+
+
+def test_shards_that_fsdp2_keeps_on_the_cpu_are_found_or_none_is(module):
+    linear = _on_cpu()
+    assert module.cpu_shards(linear) in ({}, {id(linear.weight): False, id(linear.bias): False})
+    assert module.cpu_shards(nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.parametrize("rows", [2, 0], ids=["rows", "no-rows"])
+def test_a_part_of_a_dtensor_is_one_as_torch_makes_it(module, rows):
+    like, own = _on_cpu().weight, torch.ones(2, 2)[:rows]
+    made, expected = module.sharded_as(own, like), internals._from_local(own, like)
+    assert torch.equal(made.to_local(), expected.to_local())
+    assert repr(made) == repr(expected)
+    assert (made.shape, made.stride(), made.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    assert not made.requires_grad
