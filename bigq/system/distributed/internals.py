@@ -17,6 +17,8 @@ def cpu_shards(module: nn.Module) -> dict[int, bool]:
 
     Empty for a module that fully_shard was not called with, and where it is not known.
     """
+    if not hasattr(type(module), "_get_fsdp_state"):  # most modules; on an instance torch would word an error
+        return {}
     try:
         group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
         return {id(shard.sharded_param): bool(shard.pin_memory) for shard in group.fsdp_params if shard.offload_to_cpu}
