@@ -92,9 +92,10 @@ def load_and_quantize_model(
         mesh: the processes that share the model: a DeviceMesh of one dimension, or of two (replicas, shards). It takes
             the place of `device_map`: each process loads onto its current GPU, or onto the CPU if the mesh is one of
             CPUs.
-        shard: with `mesh`, called with the model when its quantized modules are in place, on the meta device; while the
+        shard: with `mesh`, called with the model when its quantized modules are in place, on the meta device, while the
             checkpoint is read. It shards them by their first dimension, and may add an adapter before that. Calls of
-            `fully_shard` do it. None: each repeated block is sharded with `fully_shard`, and then the rest of the model.
+            `fully_shard` do it. None: each repeated block is sharded with `fully_shard`, and then the rest of the
+            model.
 
     Returns:
         `model` itself, in the same training mode; or the module that `shard` returned, if it did. `model` has new
