@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bigq.formats import state_name
-from bigq.model.experts import is_transposed
+from bigq.model.experts import holds_experts_in_matrices, is_transposed
 from bigq.model.selection import candidates
 from bigq.model.tree import ModelTree, tensor_key
 from bigq.offload.containers import first_tensor
@@ -78,6 +78,8 @@ class MeasuredInputs:
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
     """(leaf, K, the Parameter that holds it or its codes) of the weights of `module` that a product may read."""
+    if holds_experts_in_matrices(module):
+        return
     own = candidates(module)  # of a quantized stack, its parts
     described = module.descriptions if isinstance(module, QuantizedModule) else {}
     parts = {state_name(leaf, part) for leaf, description in described.items() for part in description.state_spec}

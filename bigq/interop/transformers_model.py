@@ -42,6 +42,7 @@ def introduce(model: nn.Module, config: Any) -> None:
     own = known.config
     described = copy(own)  # its owner may build other models with it
     described.quantization_config = config
+    described._is_quantized = True  # as from_pretrained leaves it: Jamba then calls a linear that it would read
     for module in model.modules():  # they share it, so that a change of it holds for all
         if vars(module).get("config") is own:
             vars(module)["config"] = described

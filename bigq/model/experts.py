@@ -3,19 +3,37 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from torch import nn
+from torch import Tensor, nn
 
 from bigq.weight.convert import is_transposed_linear, original_class
 
-__all__ = ["holds_fused_experts", "is_transposed", "routers"]
+__all__ = ["expert_weights", "holds_experts_in_matrices", "is_transposed", "routers"]
 
-# Classes of transformers with a forward of their own, which do not say `is_transposed`: whether they hold [E, K, N].
-_OTHER_EXPERTS = {"InklingSharedExperts": False, "JetMoeParallelExperts": False, "Llama4TextExperts": True}
+# Classes of transformers that do not say `is_transposed`, and whose stacks have names of their own: whether they hold
+# [E, K, N].
+_OTHER_EXPERTS = {"InklingSharedExperts": False, "JetMoeParallelExperts": False}
+# Those that hold experts one below the other, as [E * I, H], whether H is K or N. Their code reads views [E, I, H].
+_IN_MATRICES = {"DbrxExpertGLU"}
 
 
-def holds_fused_experts(module: nn.Module) -> bool:
-    """Whether `module` holds transformers' fused experts [E, N, K], or [E, K, N] if they are transposed."""
-    return _layout(module) is not None
+def expert_weights(module: nn.Module) -> tuple[str, ...]:
+    """The Parameters of `module` that are transformers' fused experts: [E, N, K], or [E, K, N] if they are transposed.
+
+    Those of some classes are matrices, see `holds_experts_in_matrices`.
+    """
+    if holds_experts_in_matrices(module):
+        dimensions = 2
+    elif _layout(module) is not None:
+        dimensions = 3
+    else:
+        return ()
+    held = module._parameters.items()
+    return tuple(leaf for leaf, tensor in held if tensor is not None and tensor.dim() == dimensions)
+
+
+def holds_experts_in_matrices(module: nn.Module) -> bool:
+    """Whether `module` holds its experts one below the other in matrices: its input is not that of all of them."""
+    return _of_transformers(module) in _IN_MATRICES
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -28,30 +46,63 @@ def routers(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
 
     `modules` are all modules of a model. A small error there sends a token to another expert. Experts are fused, or a
     module whose name ends with "experts": a ModuleList, a ModuleDict, or one that holds stacks of weights or says
-    `num_experts`. A router may be a module of its own with a single linear.
+    `num_experts`. A router may be a module of its own with a single linear. One that is called a router, as
+    its class may be, may have several linears and any number of outputs: Zaya's is an MLP, Doge's gives halves of keys.
     """
+    found: dict[nn.Linear, None] = {}
     for module in modules:
         counts: set[int] = set()
         for name, child in module._modules.items():
-            if child is not None and not isinstance(child, nn.Linear):  # a model may have 19,000 linears
+            if child is None:
+                continue
+            if "router" in name or "Router" in type(child).__name__:
+                found |= dict.fromkeys(_linears(child))
+            if not isinstance(child, nn.Linear):  # a model may have 19,000 linears
                 counts |= _counts(name, child)
         for child in module.children() if counts else ():
-            linears = list(islice((inner for inner in child.modules() if isinstance(inner, nn.Linear)), 2))
+            linears = list(islice(_linears(child), 2))
             if len(linears) == 1 and linears[0].out_features in (*counts, 1):
-                yield linears[0]
+                found[linears[0]] = None
+    yield from found
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Linear]:
+    return (inner for inner in module.modules() if isinstance(inner, nn.Linear))
 
 
 def _layout(module: nn.Module) -> bool | None:
     """Whether `module` holds fused experts that are transposed; None if it holds none."""
     if isinstance(module, nn.Linear):  # hasattr of a module takes 2 us
         return None
-    kind = original_class(module)
-    if kind.__name__ in _OTHER_EXPERTS and kind.__module__.startswith("transformers.models."):
-        return _OTHER_EXPERTS[kind.__name__]
+    kind = _of_transformers(module)
+    if kind in _OTHER_EXPERTS:
+        return _OTHER_EXPERTS[kind]
+    if kind.endswith("Experts") and not hasattr(module, "is_transposed"):
+        return _layout_by_shape(module)
     if not (hasattr(module, "is_transposed") and hasattr(module, "num_experts")):
         return None
     said: object = module.is_transposed
     return said is True
+
+
+def _of_transformers(module: nn.Module) -> str:
+    """The name of the class of `module`, if it is one of transformers' models."""
+    kind = original_class(module)
+    return kind.__name__ if kind.__module__.startswith("transformers.models.") else ""
+
+
+def _layout_by_shape(module: nn.Module) -> bool | None:
+    """The same of a class that does not say it, and holds `gate_up_proj` of 2 I rows and `down_proj` of I columns.
+
+    Llama4's are transposed; those of LongCat-Flash and Step3p7 are not. Both cannot fit one pair of shapes.
+    """
+    up, down = (getattr(module, leaf, None) for leaf in ("gate_up_proj", "down_proj"))
+    if not (isinstance(up, Tensor) and isinstance(down, Tensor) and up.dim() == down.dim() == 3):
+        return None
+    rows, columns = up.shape[1:]
+    if (columns, rows) == (down.shape[1], 2 * down.shape[2]):
+        return False
+    return True if (rows, columns) == (down.shape[2], 2 * down.shape[1]) else None
 
 
 def _counts(name: str, child: nn.Module) -> set[int]:
@@ -65,7 +116,7 @@ def _counts(name: str, child: nn.Module) -> set[int]:
         members = list(child.children()) if is_named else []
         return {len(members), sum(map(_has_parameters, members))} - {0}
     stacks = {weight.shape[0] for weight in child._parameters.values() if weight is not None and weight.dim() == 3}
-    if not is_named and not (stacks and holds_fused_experts(child)):  # to ask a module for attributes takes longer
+    if not is_named and not (stacks and expert_weights(child)):  # to ask a module for attributes takes longer
         return set()
     own = getattr(child, "num_experts", None)
     return stacks | {own} if isinstance(own, int) else stacks

@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from bigq.errors import ConfigError
 from bigq.formats import Format
-from bigq.model.experts import holds_fused_experts, is_transposed, routers
+from bigq.model.experts import expert_weights, is_transposed, routers
 from bigq.model.float32_names import float32_names
 from bigq.model.patterns import is_named, match_patterns
 from bigq.model.tree import ModelTree, TensorGroup, is_dense, tensor_name
@@ -166,9 +166,7 @@ def candidates(module: nn.Module) -> tuple[str, ...]:
     """The parameters of `module`, none of whose weights is quantized yet, that are quantized by default."""
     if _is_linear(module):
         return ("weight",)
-    if holds_fused_experts(module):
-        return tuple(leaf for leaf, tensor in module._parameters.items() if tensor is not None and tensor.dim() == 3)
-    return ()
+    return expert_weights(module)
 
 
 def _why_left_alone(module: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import Format, Product, State
 from bigq.ops import eager
+from bigq.ops.sharding import is_sharded
 
 __all__ = ["Stored", "multiply", "result_dtype"]
 
@@ -116,6 +117,14 @@ class Stored:
             shape = (len(range(*index.indices(self.shape[0]))), *self.shape[1:])
         part_format, state = self.format.select(self.state, self.shape, index)
         return replace(self, format=part_format, state=state, shape=shape)
+
+    def with_shape(self, shape: tuple[int, ...]) -> "Stored | None":
+        """The same rows in other groups, as [E * N, K] is [E, N, K]; None if rows would be cut or are not stored."""
+        if self.transposed or len(shape) < 2 or shape[-1] != self.shape[-1] or is_sharded(self.state["packed"]):
+            return None
+        spec = self.format.state_spec(shape)
+        state = {part: held.view(spec[part].shape) for part, held in self.state.items()}
+        return replace(self, state=state, shape=shape)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Decode only the entries `index` [...], all >= 0, of the first dimension: [..., *shape[1:]]."""

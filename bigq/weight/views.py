@@ -47,6 +47,9 @@ def views(func: Function, weight: LazyWeight, others: Arguments, kwargs: Keyword
     if name in ("chunk", "split", "split_with_sizes") and shapes[0][1:] == weight.shape[1:]:
         stops = list(accumulate(shape[0] for shape in shapes))  # cut along the first dimension
         return tuple(weight.part(slice(*ends)) for ends in zip([0, *stops], stops, strict=False))
+    if name in ("reshape", "unflatten", "view"):
+        shape = tuple(shapes[0])
+        return weight.viewed(lambda dense: outputs(dense)[0], lambda stored: stored.with_shape(shape))
     made = [weight.viewed(lambda dense, i=i: outputs(dense)[i]) for i in range(len(shapes))]  # type: ignore[misc]
     return tuple(made) if name in _SEVERAL else made[0]
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigq import ConfigError, QuantizationConfig, QuantizedModule, input_moments, load_and_quantize_model
+from mixtures import mixture
 
 
 class Block(nn.Module):
@@ -247,3 +248,9 @@ def test_a_model_offloaded_from_a_gpu():
     moments = input_moments(loaded, batches)
     assert set(moments) == set(wanted)
     torch.testing.assert_close(moments["blocks.0.up.weight"], wanted["blocks.0.up.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_experts_in_matrices_have_none_because_one_of_them_is_multiplied_from_the_other_side():
+    moments = input_moments(mixture("DbrxForCausalLM"), [torch.arange(9)[None]])
+    assert len(moments) == 7  # three linears in each of two blocks, and the head
+    assert [name for name in moments if "experts" in name] == []

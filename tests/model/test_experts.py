@@ -4,20 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from bigq import QuantizationConfig, dequantize, load_and_quantize_model
+from bigq import QuantizationConfig, load_and_quantize_model
 from bigq.formats import Int8
-from bigq.model.experts import holds_fused_experts, is_transposed, routers
+from bigq.model.experts import expert_weights, holds_experts_in_matrices, is_transposed, routers
 from bigq.model.selection import select_weights
 from bigq.model.tree import ModelTree
-
-TOKENS = torch.arange(9).view(1, 9) * 7
-COMMON = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-}
+from mixtures import mixture
 
 
 class Stack(nn.Module):
@@ -66,40 +58,40 @@ def test_linears_without_experts_beside_them_are_no_routers():
     assert not list(routers(model.modules()))
 
 
-def mixture(name):
-    """A tiny model of transformers, and what else its config needs."""
-    transformers = pytest.importorskip("transformers")
-    own = {
-        "Llama4": ("Llama4TextConfig", {"intermediate_size_mlp": 128, "head_dim": 16, "num_experts_per_tok": 1}),
-        "JetMoe": ("JetMoeConfig", {"kv_channels": 16, "num_attention_heads": 4, "num_key_value_heads": 2}),
-        "Phimoe": ("PhimoeConfig", {"max_position_embeddings": 128}),
-    }
-    config, extra = own[name]
-    sizes = COMMON | {"intermediate_size": 128, "num_local_experts": 4, "bos_token_id": 1, "eos_token_id": 2} | extra
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config)(**sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 3:  # some are not initialized
-                parameter.normal_(0, 0.02)
-    return model
+def test_all_linears_of_what_is_called_a_router_choose():
+    class TinyRouter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Linear(8, 3), nn.Linear(3, 5)
+
+    model = nn.ModuleDict({"router_gate": nn.Linear(8, 6), "gate": TinyRouter(), "other": nn.Linear(8, 6)})
+    assert list(routers(model.modules())) == [model["router_gate"], model["gate"].down, model["gate"].up]
 
 
-@pytest.mark.parametrize("name", ["Llama4", "JetMoe", "Phimoe"])
-@pytest.mark.parametrize("weight_format", ["nf4", "int8"])
-def test_experts_with_a_forward_of_their_own_are_quantized_and_their_routers_are_not(name, weight_format):
+@pytest.mark.parametrize(
+    "name, transposed",
+    [
+        ("InklingForCausalLM", False),
+        ("JetMoeForCausalLM", False),
+        ("Llama4ForCausalLM", True),
+        ("LongcatFlashForCausalLM", False),
+        ("Step3p7TextModel", False),
+    ],
+)
+def test_stacks_whose_class_does_not_say_how_they_lie(name, transposed):
     model = mixture(name)
-    stacks = {at for at, module in model.named_modules() if holds_fused_experts(module)}
-    assert stacks
-    assert all(is_transposed(model.get_submodule(at)) is (name == "Llama4") for at in stacks)
-    sizes = {at: parameter.numel() for at, parameter in model.named_parameters()}
-    load_and_quantize_model(model, None, QuantizationConfig(weight_format), {"": "cpu"})
-    rules = {entry.name: entry.rule for entry in model.quantization_report.modules}
-    assert all(rules[at] == "quantized: fused experts" for at in stacks)
-    assert [at for at, rule in rules.items() if rule == "the router of experts"]
-    outside = ("embed_tokens", "lm_head", *(at for at, rule in rules.items() if rule == "the router of experts"))
-    kept = sum(count for at, count in sizes.items() if at.rpartition(".")[0].endswith(outside))
-    assert model.quantization_report.quantized_share * sum(sizes.values()) >= 0.97 * (sum(sizes.values()) - kept)
-    quantized, exact = model(TOKENS).logits, dequantize(model)(TOKENS).logits
-    error = (quantized - exact).norm() / exact.norm()
-    assert error < (1e-5 if weight_format == "nf4" else 0.1)  # int8 rounds activations: some go to other experts
+    stacks = [module for module in model.modules() if expert_weights(module)]
+    assert {type(module).__name__: is_transposed(module) for module in stacks if not hasattr(module, "is_transposed")}
+    assert {is_transposed(module) for module in stacks} == {transposed}
+    held = {id(module._parameters[leaf]) for module in stacks for leaf in expert_weights(module)}
+    left = [name for name, tensor in model.named_parameters() if tensor.dim() == 3 and id(tensor) not in held]
+    assert [name for name in left if "conv1d" not in name] == []
+
+
+def test_experts_one_below_the_other_are_matrices_of_which_views_stay_quantized():
+    model = load_and_quantize_model(mixture("DbrxForCausalLM"), None, QuantizationConfig("nf4"), {"": "cpu"})
+    experts = model.transformer.blocks[0].ffn.experts.mlp
+    assert holds_experts_in_matrices(experts)
+    assert not is_transposed(experts)
+    for weight in (experts.w1, experts.v1, experts.w2):
+        assert weight.view(8, 96, 64)[torch.tensor(3)].operand().shape == (96, 64)

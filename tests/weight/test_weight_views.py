@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bigq import Int8
+from bigq import NF4, Int8
 from one_weight import Holder, near, quantized
 
 LOST = [
@@ -90,3 +90,20 @@ def test_mm_takes_its_arguments_by_name_and_refuses_more_dimensions():
     assert near(torch.mm(x, mat2=weight.t()), x @ weight.dequantize().t())
     with pytest.raises(RuntimeError):
         torch.mm(x[None], weight.t())
+
+
+@pytest.mark.parametrize("weight_format", ["nf4", "nf4-double", "int8"])
+def test_rows_in_other_groups_stay_quantized(weight_format):
+    """As DBRX reads its experts, which lie one below the other."""
+    own = Int8() if weight_format == "int8" else NF4(double_quant=weight_format == "nf4-double")
+    module = quantized(Holder(12, 71), own)
+    dense, stack = module.weight.dequantize(), module.weight.view(3, 4, 71)
+    assert torch.equal(stack[1] + 0, dense[4:8])
+    assert stack[1].operand() is not None
+    x = torch.randn(2, 71)
+    assert torch.equal(x @ stack[2].T, x @ module.weight[8:].T)
+    stack[0].mul_(2)
+    assert near(module.weight.dequantize(), torch.cat([2 * dense[:4], dense[4:]]))
+    assert module.weight.view(4, 3, 71).view(2, 6, 71)[1].operand().shape == (6, 71)
+    assert module.weight.view(71, 12).operand() is None
+    assert module.weight.T.reshape(71, 3, 4).shape == (71, 3, 4)
