@@ -14,19 +14,32 @@ each_format = pytest.mark.parametrize("format_name", ["nf4", "int8"])
 SLOW = [] if torch.cuda.is_available() else pytest.mark.slow  # inductor compiles C++ for the CPU
 
 
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "tie_word_embeddings": False,
+}
+
+
 def llama(format_name, **settings):
+    config = transformers.LlamaConfig(**SIZES | settings)
+    return load(transformers.LlamaForCausalLM, config, format_name)
+
+
+def qwen_moe(format_name, **settings):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = transformers.Qwen3MoeConfig(**SIZES | experts | settings)
+    return load(transformers.Qwen3MoeForCausalLM, config, format_name)
+
+
+def load(kind, config, format_name):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        tie_word_embeddings=False,
-        **settings,
-    )
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = kind(config).eval().requires_grad_(False)
     return load_and_quantize_model(model, None, QuantizationConfig(format_name), DEVICE)
 
 
@@ -98,6 +111,36 @@ def test_generate_compiles_for_a_static_cache(format_name):
     again = model.generate(ids + 1, cache_implementation="static", compile_config=config, **settings)
     assert torch.equal(again, model.generate(ids + 1, **settings))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("build, format_name", [(llama, "nf4"), (qwen_moe, "int8")])
+@pytest.mark.parametrize("is_early", [True, False], ids=["cache initialized before", "in the first call"])
+def test_steps_of_generation_compile_once_if_their_cache_is_initialized_before(build, format_name, is_early):
+    """More layers than torch compiles variants of a function: it does not matter that each has a cache of its own."""
+    model = build(format_name, num_hidden_layers=9)
+
+    def cache():
+        made = transformers.StaticCache(config=model.config, max_cache_len=16)
+        if is_early:
+            made.early_initialization(1, 2, 16, torch.float32, DEVICE)
+        return made
+
+    def steps(call, cache):
+        with torch.no_grad():
+            outputs = [
+                call(input_ids=ids[None, None], past_key_values=cache, use_cache=True).logits
+                for ids in torch.arange(3, 7, device=DEVICE)
+            ]
+        return torch.cat(outputs, dim=1)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, own = torch.compile(model.forward, fullgraph=True, backend=counter), cache()
+    expected, found = steps(model, cache()), steps(compiled, own)
+    torch.testing.assert_close(found, expected)
+    assert counter.frame_count == (1 if is_early else 2)
+    own.reset()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(steps(compiled, own), found)
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
