@@ -11,7 +11,7 @@ __all__ = ["expert_weights", "holds_experts_in_matrices", "is_transposed", "rout
 
 # Classes of transformers that do not say `is_transposed`, and whose stacks have names of their own: whether they hold
 # [E, K, N].
-_OTHER_EXPERTS = {"InklingSharedExperts": False, "JetMoeParallelExperts": False}
+_OTHER_EXPERTS = {"AriaGroupedExpertsGemm": True, "InklingSharedExperts": False, "JetMoeParallelExperts": False}
 # Those that hold experts one below the other, as [E * I, H], whether H is K or N. Their code reads views [E, I, H].
 _IN_MATRICES = {"DbrxExpertGLU"}
 

@@ -42,7 +42,6 @@ MIXTURES = {
     "DeepseekV2ForCausalLM": ALL_HEADS,
     "DeepseekV3ForCausalLM": ALL_HEADS,
     "DeepseekV32ForCausalLM": ALL_HEADS,
-    "DogeForCausalLM": {"is_moe": True, "num_experts_per_tok": 2},
     "Dots1ForCausalLM": {},
     "Ernie4_5_MoeForCausalLM": {},
     "ExaoneMoeForCausalLM": {},
