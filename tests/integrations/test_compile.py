@@ -90,9 +90,9 @@ def test_a_model_and_its_gradients_compile_once_for_all_batch_sizes(format_name,
     assert sum("bigq.linear" in str(node.target) for node in counter.graphs[-1].graph.nodes) == 7
 
 
-@each_format
-def test_generate_compiles_for_a_static_cache(format_name):
-    model = llama(format_name)
+@pytest.mark.parametrize("build, format_name", [(llama, "nf4"), (llama, "int8"), (qwen_moe, "nf4")])
+def test_generate_compiles_for_a_static_cache(build, format_name):
+    model = build(format_name)
     ids = IDS.to(DEVICE)
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, **settings)
