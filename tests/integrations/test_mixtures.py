@@ -60,8 +60,8 @@ def test_experts_are_quantized_and_routers_are_not(name, format_name):
 @each_format
 @each_mixture
 def test_it_computes_what_its_weights_say_and_keeps_all_bits_in_a_folder(name, format_name, tmp_path, empty):
-    """With all experts for each token, because int8 rounds activations: a token might go to another expert."""
-    plain = mixture(name, top_k=8)
+    """In int8 each token gets all experts, because activations are rounded: it might go to another one."""
+    plain = mixture(name, top_k=8 if format_name == "int8" else 2)
     plain.save_pretrained(tmp_path / "plain")
     config = QuantizationConfig(format_name)
     model, info = type(plain).from_pretrained(tmp_path / "plain", quantization_config=config, output_loading_info=True)
