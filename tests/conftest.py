@@ -58,11 +58,15 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return lines
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
+    """Skip tests of a GPU where there is none. Where there is one, modules that say DEVICE are tests of it too."""
+    for item in items:
+        if not torch.cuda.is_available():
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif str(getattr(getattr(item, "module", None), "DEVICE", "cpu")).startswith("cuda"):
+            item.add_marker(pytest.mark.gpu)
 
 
 def pytest_collection_finish() -> None:

@@ -15,7 +15,7 @@ from bigq.ops import eager, library
 from bigq.ops.eager_gradient import input_gradient
 from bigq.ops.kept import keep
 from bigq.ops.replays import Settings, State
-from bigq.system.internals import copy_all, something_transforms
+from bigq.system.internals import as_result, copy_all, something_transforms
 
 __all__ = ["adapted_linear"]
 
@@ -122,7 +122,7 @@ class _Adapted(torch.autograd.Function):
         parameters = (*state[:2], *state[3:]) if ctx.are_cast else (*state[:2], *state[3:], down, up)
         ctx.kept = keep(parameters)
         ctx.save_for_backward(x, memory, *(parameters if ctx.kept is None else ()))
-        return out
+        return as_result(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from bigq.ops import library
 from bigq.ops.kept import keep
 from bigq.ops.replays import Settings, State, run
 from bigq.ops.stack_gradients import stack_gradients
-from bigq.system.internals import something_listens
+from bigq.system.internals import as_result, something_listens
 
 __all__ = ["input_gradient", "linear_with_gradient", "routed_with_gradient"]
 
@@ -42,8 +42,7 @@ def input_gradient(name: str, grad: Tensor, weight: Sequence[Tensor], settings: 
     """
     packed, absmax, *nested = weight
     settings = settings if name == "linear_int8" else (*settings[:-1], in_features)
-    is_plain = type(grad) is Tensor and grad.is_cuda and not something_listens()
-    if is_plain and not torch.is_grad_enabled():  # then nobody asks for the gradient of this gradient
+    if _is_plain(grad):
         state = (packed, absmax, None, *nested)
         return run(library.cuda_implementation, f"{name}_backward", grad, state, settings)
     return grad @ library.dequantized(name, packed, absmax, nested, settings, grad.dtype)
@@ -60,7 +59,7 @@ class _Linear(torch.autograd.Function):
         ctx.kept = keep(weight)
         if ctx.kept is None:
             ctx.save_for_backward(*weight)
-        return run(library.cuda_implementation, name, x, state, settings)
+        return as_result(run(library.cuda_implementation, name, x, state, settings))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,11 +83,10 @@ class _Stack(torch.autograd.Function):
         ctx.rows, ctx.sorted_rows = len(x), name.startswith("grouped")
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(route, *state[:2], *state[3:])
-        return run(library.cuda_implementation, name, x, state, settings, (route,))
+        return as_result(run(library.cuda_implementation, name, x, state, settings, (route,)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        is_plain = type(grad) is Tensor and grad.is_cuda and not something_listens() and not torch.is_grad_enabled()
         gradients = stack_gradients(
             grad,
             ctx.saved_tensors,
@@ -96,9 +94,20 @@ class _Stack(torch.autograd.Function):
             x_rows=ctx.rows if ctx.needs_input_grad[0] else None,
             bias_dtype=ctx.bias_dtype if ctx.needs_input_grad[1] else None,
             sorted_rows=ctx.sorted_rows,
-            multiply=_times_stack if is_plain else None,
+            multiply=_times_stack if _is_plain(grad) else None,
         )
         return *gradients, None, None, None, None
+
+
+def _is_plain(grad: Tensor) -> bool:
+    """Whether a launcher can take a gradient: one in the memory of a GPU, whose own gradient nobody asks for."""
+    if type(grad) is not Tensor or not grad.is_cuda or torch.is_grad_enabled() or something_listens():
+        return False
+    try:
+        grad.data_ptr()
+    except RuntimeError:  # a batch of gradients (is_grads_batched) looks like a tensor, and has no memory
+        return False
+    return True
 
 
 def _times_stack(grad: Tensor, stops: Tensor, tensors: Sequence[Tensor], settings: Settings) -> Tensor:

@@ -31,6 +31,7 @@ __all__ = [
     "TELLS_HOOKS",
     "TELLS_LISTENERS",
     "as_plain_tensor",
+    "as_result",
     "calls_only_forward",
     "can_hook_saved_tensors",
     "check",
@@ -251,6 +252,24 @@ def _copies_all() -> bool:
 copy_all: Callable[[Sequence[Tensor], Sequence[Tensor]], object] = (
     torch._foreach_copy_ if _holds(_copies_all) else _copy_one_by_one  # type: ignore[assignment]
 )
+
+# The result of a function of autograd: torch lets nobody write to one that is a view of another tensor, as that of
+# F.linear is with a bias and more than two dimensions. Without the private way every result is copied.
+
+
+def _without_base(tensor: Tensor) -> Tensor:
+    return torch.ops.aten._unsafe_view.default(tensor, tensor.shape) if tensor._is_view() else tensor
+
+
+def _keeps_the_memory() -> bool:
+    base = torch.zeros(4, device="cpu")
+    view = base.view(2, 2)
+    own = _without_base(view)
+    return view._is_view() and not own._is_view() and own.data_ptr() == view.data_ptr() and _without_base(base) is base
+
+
+# of a tensor that nobody else holds, nor its base
+as_result: Callable[[Tensor], Tensor] = _without_base if _holds(_keeps_the_memory) else torch.clone
 
 # A tensor without memory whose functions are those of its class. The public way takes the memory for a moment.
 
