@@ -84,7 +84,7 @@ def gluon_switch(device: torch.device) -> Switch:
     gpu = Gpu.of(device)
     releases = ", ".join(f"{major}.{minor}" for major, minor in GLUON_RELEASES)
     if gpu.gluon:
-        return Switch(name="Gluon kernels", is_on=True, why="for 3 to some hundred tokens times a 4-bit weight")
+        return Switch(name="Gluon kernels", is_on=True, why="for one to some hundred tokens times a 4-bit weight")
     if not gpu.ptx:
         why, advice = "kernels are interpreted, or the GPU takes no PTX", "unset TRITON_INTERPRET on a GPU of NVIDIA"
     elif gpu.capability < (8, 0):

@@ -24,14 +24,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bigq_kernels.block4.configs import (
+    SlicedConfig,
     WgmmaConfig,
     dp4a_config,
     mma_config,
     shape_class,
+    sliced_config,
     staged_config,
     wgmma_config,
 )
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
+from bigq_kernels.block4.gluon.sliced import linear_4bit_sliced
 from bigq_kernels.block4.gluon.staged import linear_4bit_staged
 from bigq_kernels.block4.gluon.wgmma import linear_4bit_wgmma
 from bigq_kernels.block4.mma import linear_4bit_mma
@@ -47,12 +50,34 @@ STAGED_TILES = {  # by BLOCK_M: (rows of the weight, stages, warps, registers, p
     16: ((128, 2, 8, 128, 2), (128, 3, 8, 128, 2), (256, 3, 16, 128, 1), (64, 2, 4, None, 3), (64, 3, 4, None, 2)),
     32: ((128, 2, 8, 128, 2), (128, 3, 8, None, 1), (256, 3, 16, 128, 1), (64, 2, 4, None, 2), (64, 3, 4, None, 2)),
 }
+SLICED_RINGS = {  # by BLOCK_M: (warps, slices of a warp, stages, tiles whose sums are added together, programs)
+    8: ((16, 1, 2, 2, 1), (16, 1, 3, 4, 1), (16, 2, 2, 2, 1), (16, 2, 3, 4, 1), (8, 1, 3, 2, 2), (8, 2, 3, 1, 2)),
+    16: ((16, 1, 2, 1, 1), (16, 1, 3, 2, 1), (8, 2, 4, 1, 1), (8, 2, 8, 2, 1), (8, 1, 3, 1, 2)),
+}
 Candidate = tuple[Callable[..., None], Any]
 
 
 def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
     """(launcher, configuration), the shipped ones first."""
     gpu = Gpu.of(torch.device("cuda", torch.cuda.current_device()))
+    if m <= 16 and k % 256 == 0 and n % 16 == 0 and gpu.capability == (9, 0):
+        shipped = sliced_config(gpu, m, n, k)
+        if shipped is not None:
+            yield linear_4bit_sliced, shipped
+        for warps, covers, stages, flush, resident in SLICED_RINGS[8 if m <= 8 else 16]:
+            yield (
+                linear_4bit_sliced,
+                SlicedConfig(
+                    block_m=8 if m <= 8 else 16,
+                    warps=warps,
+                    covers=covers,
+                    split=ceil_div(k // 256, warps * covers),
+                    stages=stages,
+                    flush=flush,
+                    programs=resident * gpu.multiprocessors,
+                    registers=min(255, 65536 // (32 * warps * resident)),
+                ),
+            )
     if m <= 2:
         dp4a = dp4a_config(gpu, m, n, k)
         yield linear_4bit_dp4a, dp4a

@@ -28,6 +28,7 @@ except ImportError:
 
 __all__ = [
     "IS_COMPLETE",
+    "SHARED_MEMORY",
     "TESTED_TRITON",
     "DispatchMode",
     "Launch",
@@ -42,6 +43,8 @@ __all__ = [
 
 # What replays and the Gluon kernels are taken with: docs/design.md says what was tested.
 TESTED_TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
+# In PTX, the shared memory that Triton allocates. ptxas refuses a name that is not there.
+SHARED_MEMORY = "global_smem"
 
 Launch = tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...]]  # call first(*second, third) or first(*second)
 

@@ -9,11 +9,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigq_kernels.block4.choose import choose
-from bigq_kernels.block4.configs import MAX_DP4A_K, Dp4aConfig, MmaConfig, StagedConfig, WgmmaConfig
+from bigq_kernels.block4.configs import MAX_DP4A_K, Dp4aConfig, MmaConfig, SlicedConfig, StagedConfig, WgmmaConfig
 from bigq_kernels.gpu import Gpu
 
 H100 = Gpu.named("h100")
 CONFIGS = {
+    "sliced": SlicedConfig,
     "dp4a": Dp4aConfig,
     "staged": StagedConfig,
     "wgmma": WgmmaConfig,
@@ -31,9 +32,14 @@ def way(m, n=4096, k=4096, block_size=64, dtype=torch.bfloat16, gpu=H100):
 @pytest.mark.parametrize(
     "question, expected, why",
     [
-        pytest.param({"m": 1, "k": MAX_DP4A_K}, "dp4a", "For 1 token and K up to 32768", id="one-token"),
+        pytest.param({"m": 1}, "sliced", "SLICED of configs.py has a row for 1 token and K = 4096", id="one-token"),
+        pytest.param({"m": 16}, "sliced", "a row for 16 tokens and K = 4096", id="sixteen-tokens"),
+        pytest.param({"m": 16, "k": 8192}, "staged", "Up to 32 tokens", id="sixteen-tokens-too-long"),
+        pytest.param({"m": 17}, "staged", "Up to 32 tokens", id="too-many-for-slices"),
+        pytest.param({"m": 1, "n": 4100}, "dp4a", "For 1 token and K up to 32768", id="one-token-of-a-partial-tile"),
+        pytest.param({"m": 1, "k": MAX_DP4A_K - 32}, "dp4a", "K up to 32768", id="one-token-of-a-partial-slice"),
         pytest.param({"m": 1, "k": MAX_DP4A_K + 32}, "staged", "Up to 32 tokens", id="one-token-too-long"),
-        pytest.param({"m": 2}, "dp4a", "For 2 tokens and K up to 4096", id="two-tokens"),
+        pytest.param({"m": 2, "k": 4064}, "dp4a", "For 2 tokens and K up to 4096", id="two-tokens"),
         pytest.param({"m": 2, "k": 4128}, "staged", "Up to 32 tokens", id="two-tokens-too-long"),
         pytest.param({"m": 32}, "staged", "Up to 32 tokens", id="staged"),
         pytest.param({"m": 33}, "wgmma", "a row for 33 tokens and the shape class 'middle'", id="wgmma"),
@@ -70,7 +76,7 @@ def test_the_interpreter_has_no_gluon():
     assert way(8, gpu=torch.device("cpu")) == "mma"
 
 
-def test_gpus_that_are_not_hopper_have_no_wgmma():
+def test_gpus_that_are_not_hopper_have_no_wgmma_and_no_slices():
     assert [way(m, gpu=Gpu.named("a100")) for m in (2, 32, 33, 128, 129)] == [
         "dp4a", "staged", "mma", "mma", "dequantize",
     ]  # fmt: skip
@@ -94,9 +100,10 @@ def test_every_question_has_an_answer_that_its_kernel_can_run(gpu, m, n, k, bloc
         assert k > 0
         assert k % 32 == 0
         assert dtype != torch.float32
-    if chosen in ("staged", "wgmma"):
+    if chosen in ("sliced", "staged", "wgmma"):
         assert gpu.gluon
         assert block_size >= 64
+    assert chosen != "sliced" or (m <= 16 and k % 256 == 0 and n % 16 == 0 and gpu.capability == (9, 0))
     assert chosen != "dp4a" or m <= 2
     assert chosen != "staged" or m <= 32
     assert chosen != "mma" or m <= 128
@@ -114,7 +121,8 @@ def test_this_gpu_takes_what_it_should(block_size, few, device):
     gpu = Gpu.of(device)
     if not gpu.gluon:
         few = "mma"
-    ways = [way(m, 1024, block_size=block_size, gpu=device) for m in (2, 3, 32, 33, 65)]
+    ways = [way(m, 1000, block_size=block_size, gpu=device) for m in (2, 3, 32, 33, 65)]
     assert ways == ["dp4a", few, few, "mma", "dequantize"]
     if gpu.gluon and gpu.capability == (9, 0) and block_size == 64:
+        assert [way(m, 14336, gpu=device) for m in (1, 16)] == ["sliced"] * 2
         assert [way(m, 14336, gpu=device) for m in (64, 256, 257, 513)] == ["wgmma"] * 3 + ["dequantize"]

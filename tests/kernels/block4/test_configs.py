@@ -11,6 +11,7 @@ from bigq_kernels.block4.configs import (
     dp4a_config,
     mma_config,
     row_blocks,
+    sliced_config,
     staged_config,
     wgmma_config,
 )
@@ -29,6 +30,7 @@ def test_shape_classes():
 def test_every_gpu_has_every_row():
     assert configs.HOPPER in configs.MMA
     assert configs.HOPPER in configs.STAGED
+    assert all(list(rows) == [8, 16] for rows in configs.SLICED.values())
     for rows in configs.MMA.values():
         assert tuple(rows) == configs.SHAPES
         assert all(list(row) == [8, 16, 32, 64, 128] for row in rows.values())
@@ -54,6 +56,42 @@ def test_staged_config(gpu, is_stack):
         assert config.programs % Gpu.named(gpu).multiprocessors == 0
         shared = configs.TABLE_NBYTES + config.stages * (config.block_n * 128 + config.block_m * 512)
         assert shared <= Gpu.named(gpu).shared_nbytes - 2048, (m, n, k)
+
+
+def test_sliced_config():
+    """All of K is in a split's programs, and what a multiprocessor holds fits it."""
+    shapes = product((16, 1024, 4096, 28672), (*range(256, 4097, 256), 5120, 8192, 11008, 14336, 28672, 53248))
+    taken = dict.fromkeys((1, 8, 9, 16), 0)
+    for (n, k), m in product(shapes, taken):
+        config, case = sliced_config(H100, m, n, k), (m, n, k)
+        if config is None:
+            continue
+        taken[m] += 1
+        assert config.block_m == (8 if m <= 8 else 16), case
+        assert config.split * config.warps * config.covers * 256 >= k, case
+        assert config.stages >= 2, case
+        assert config.covers * config.block_m <= (16 if config.registers <= 128 else 32), case  # tokens in registers
+        resident = config.programs // 132
+        assert resident * config.warps * 32 * config.registers <= 65536, case
+        sums = 2 * config.warps * config.flush * 16 * config.block_m * 4
+        shared = configs.TABLE_NBYTES + max(sums + config.warps * config.stages * 2048, 48 * 1024) + 1024
+        assert resident * shared <= 228 * 1024, case
+    assert all(taken.values())
+
+
+@pytest.mark.parametrize(
+    "m, n, k",
+    [
+        pytest.param(17, 4096, 4096, id="too-many-tokens"),
+        pytest.param(1, 4100, 4096, id="partial-tile"),
+        pytest.param(1, 4096, 4128, id="partial-slice"),
+        pytest.param(1, 4096, 2048, id="idle-warps"),
+        pytest.param(1, 2048, 4096, id="idle-multiprocessors"),
+        pytest.param(16, 28672, 8192, id="more-tokens-than-registers-hold"),
+    ],
+)
+def test_what_slices_do_not_take(m, n, k):
+    assert sliced_config(H100, m, n, k) is None
 
 
 def test_dp4a_config():
@@ -157,8 +195,9 @@ def test_wgmma_takes_whole_steps():
     assert wgmma_config(H100, 64, 14336, 4352 - 32) is None
 
 
-def test_wgmma_is_hoppers():
+def test_wgmma_and_slices_are_hoppers():
     assert wgmma_config(Gpu.named("a100"), 64, 14336, 4096) is None
+    assert sliced_config(Gpu.named("a100"), 1, 14336, 4096) is None
 
 
 def test_a_gpu_without_rows_takes_hoppers():

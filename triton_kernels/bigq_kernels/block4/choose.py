@@ -2,14 +2,14 @@
 
     >>> import torch
     >>> from bigq_kernels.gpu import Gpu
-    >>> choice = choose(Gpu.named("h100"), m=1, n=4096, k=14336, block_size=64, dtype=torch.bfloat16)
+    >>> choice = choose(Gpu.named("h100"), m=1, n=4096, k=4128, block_size=64, dtype=torch.bfloat16)
     >>> choice.way, choice.why
     ('dp4a', 'For 1 token and K up to 32768, byte dot products are fastest.')
 
-The ways are "dp4a", "staged", "wgmma" and "mma", which are modules here and in `gluon`, and "dequantize": the whole
-weight is dequantized, and cuBLAS multiplies by it. "staged" and "wgmma" are Gluon. Where these do not run (in the
-interpreter, with other releases of Triton, for blocks of 32), "mma" takes up to 48 % longer (14336 x 4096, 128 tokens,
-one H100), and "dequantize" above 128 tokens up to 92 % (28672 x 8192, 256 tokens).
+The ways are "sliced", "dp4a", "staged", "wgmma" and "mma", which are modules here and in `gluon`, and "dequantize": the
+whole weight is dequantized, and cuBLAS multiplies by it. "sliced", "staged" and "wgmma" are Gluon. Where these do not
+run (in the interpreter, with other releases of Triton, for blocks of 32), "mma" takes up to 48 % longer (14336 x 4096,
+128 tokens, one H100), and "dequantize" above 128 tokens up to 92 % (28672 x 8192, 256 tokens).
 """
 
 from functools import lru_cache
@@ -20,11 +20,13 @@ from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
     Dp4aConfig,
     MmaConfig,
+    SlicedConfig,
     StagedConfig,
     WgmmaConfig,
     dp4a_config,
     mma_config,
     shape_class,
+    sliced_config,
     staged_config,
     wgmma_config,
 )
@@ -42,7 +44,7 @@ MAX_MMA_M_PARTIAL = 64  # likewise if N is too small to fill the GPU, or K leave
 NARROW_N = 2048
 MIN_GLUON_BLOCK = 64
 
-Config = Dp4aConfig | StagedConfig | WgmmaConfig | MmaConfig
+Config = SlicedConfig | Dp4aConfig | StagedConfig | WgmmaConfig | MmaConfig
 
 
 @lru_cache(maxsize=4096)  # a linear asks at each call; a server meets many numbers of tokens
@@ -60,13 +62,18 @@ def choose(
     if k == 0:
         return _dequantize("K is 0, so there is nothing to multiply.")
     tokens = "1 token" if m == 1 else f"{m} tokens"
+    takes_gluon = gpu.gluon and block_size >= MIN_GLUON_BLOCK
+    sliced = sliced_config(gpu, m, n, k) if takes_gluon else None
+    if sliced is not None:
+        why = f"The table SLICED of configs.py has a row for {tokens} and K = {k} on this GPU."
+        return Choice(way="sliced", config=sliced, why=why)
     longest = DP4A_MAX_K.get(m, 0)
-    if 0 < k <= longest:
+    if k <= longest:
         why = f"For {tokens} and K up to {longest}, byte dot products are fastest."
         return Choice(way="dp4a", config=dp4a_config(gpu, m, n, k), why=why)
     if not gpu.gluon:
         no_gluon = "the Gluon kernels do not run on this GPU with this release of Triton"
-    elif block_size < MIN_GLUON_BLOCK:
+    elif not takes_gluon:
         no_gluon = f"the Gluon kernels want blocks of {MIN_GLUON_BLOCK} or more, not {block_size}"
     else:
         wgmma = wgmma_config(gpu, m, n, k)

@@ -15,11 +15,13 @@ __all__ = [
     "TABLE_NBYTES",
     "Dp4aConfig",
     "MmaConfig",
+    "SlicedConfig",
     "StagedConfig",
     "WgmmaConfig",
     "dp4a_config",
     "mma_config",
     "row_blocks",
+    "sliced_config",
     "staged_config",
     "wgmma_config",
 ]
@@ -34,7 +36,9 @@ SPLIT_ROWS = 2.5  # rows that cost a program of the dp4a kernel as much as split
 MAX_DP4A_K = 32768  # two chunks of one or two tokens for each of 512 threads, in their registers
 TABLE_NBYTES = 256 * 32 * 4  # of the Gluon kernels, in shared memory: an entry for a byte and a lane
 RESERVED_NBYTES = 2048  # of shared memory, for the system and for Triton
-STEP = 256  # elements of K in a step of the Gluon kernels
+STEP = 256  # elements of K in a step or a slice of the Gluon kernels
+SLICED_ROWS = 16  # of a tile of the sliced kernel
+LEAST_SLICES = 0.75  # of the slices that its warps have room for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,20 @@ class StagedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlicedConfig:
+    """Slices, rings and programs of `linear_4bit_sliced`."""
+
+    block_m: int  # tokens of a tile
+    warps: int
+    covers: int  # slices of K that a warp has
+    split: int  # programs that share the slices
+    stages: int  # of a warp's ring
+    flush: int  # tiles whose sums are added together
+    programs: int  # in all
+    registers: int  # the most a thread may have
+
+
+@dataclass(frozen=True, kw_only=True)
 class WgmmaConfig:
     """Tile and programs along K of `linear_4bit_wgmma`."""
 
@@ -91,6 +109,12 @@ STAGED: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int | Non
     8:  {2**27: (64, 4, 4, 128, 2), 2**62: (128, 3, 8, 128, 2)},
     16: {2**27: (64, 3, 4, None, 2), 2**62: (128, 3, 8, 128, 2)},
     32: {2**25: (64, 2, 4, None, 2), 2**62: (128, 2, 4, None, 2)},
+}}
+# By GPU and BLOCK_M, for K of up to so many slices: (warps, COVERS, STAGES, FLUSH, programs of a multiprocessor). The
+# registers of a multiprocessor hold 16 tokens of 16 slices.
+SLICED: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int, int]]]] = {HOPPER: {
+    8:  {16: (16, 1, 3, 4, 1), 32: (16, 2, 4, 4, 1), 2**31: (8, 1, 4, 2, 2)},
+    16: {16: (8, 2, 4, 1, 1)},
 }}
 # The same of stacks. 8 rows for each of 32 weights of 5760 x 2880 take 159 us with 4 warps and 176 with 8 (H200).
 STAGED_STACK: dict[tuple[int, int], dict[int, tuple[int, int, int, int | None, int]]] = {
@@ -199,6 +223,28 @@ def staged_config(gpu: Gpu, m: int, n: int, k: int, *, is_stack: bool = False) -
         stages=stages,
         warps=warps,
         registers=registers,
+    )
+
+
+def sliced_config(gpu: Gpu, m: int, n: int, k: int) -> SlicedConfig | None:
+    """For m tokens and a weight of n x k; None where another way is faster, or this one does not take the weight."""
+    by_slices = SLICED.get(gpu.capability, {}).get(block_m(m), {})
+    slices, partial = divmod(k, STEP)
+    if partial or n % SLICED_ROWS or slices > max(by_slices, default=0):
+        return None
+    warps, covers, stages, flush, resident = by_slices[min(most for most in by_slices if slices <= most)]
+    split = ceil_div(slices, warps * covers)
+    if slices < LEAST_SLICES * split * warps * covers or n // SLICED_ROWS * split < gpu.multiprocessors:
+        return None
+    return SlicedConfig(
+        block_m=block_m(m),
+        warps=warps,
+        covers=covers,
+        split=split,
+        stages=stages,
+        flush=flush,
+        programs=resident * gpu.multiprocessors,
+        registers=min(255, REGISTERS // (32 * warps * resident)),
     )
 
 

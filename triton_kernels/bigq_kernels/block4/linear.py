@@ -19,6 +19,7 @@ __all__ = ["contiguous", "device_of", "launcher", "linear_4bit", "linear_4bit_ba
 
 _MODULES = {  # imported on first use: not all releases of Triton have what the Gluon kernels import
     "dp4a": "bigq_kernels.block4.dp4a",
+    "sliced": "bigq_kernels.block4.gluon.sliced",
     "staged": "bigq_kernels.block4.gluon.staged",
     "wgmma": "bigq_kernels.block4.gluon.wgmma",
     "mma": "bigq_kernels.block4.mma",

@@ -12,12 +12,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 
-def build(kernel, capability, dtype, nested, constants, warps):
+def build(kernel, capability, dtype, nested, constants, warps, **options):
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    integers = ["M", "N", "PAIRS", "B", "steps_per_split", *(f"t{i}" for i in range(8))]
-    signature |= dict.fromkeys([name for name in integers if name in signature], "i32")
-    signature |= dict(x_ptr=dtype, weight_ptr="*u8", absmax_ptr="*u8" if nested else "*fp32", bias_ptr=dtype)
-    signature |= dict(partial_ptr="*fp32", count_ptr="*i32", out_ptr=dtype)
+    types = dict(x_ptr=dtype, weight_ptr="*u8", absmax_ptr="*u8" if nested else "*fp32", bias_ptr=dtype, out_ptr=dtype)
+    types |= dict(partial_ptr="*fp32", count_ptr="*i32")
+    types |= dict.fromkeys(["M", "N", "PAIRS", "B", "steps_per_split", *(f"t{i}" for i in range(8))], "i32")
+    signature |= {name: type for name, type in types.items() if name in signature}
     constants = dict(BLOCK_SIZE=64) | constants
     tables = ["nested_ptr", "offset_ptr", "code_ptr"]
     if nested:
@@ -27,7 +27,7 @@ def build(kernel, capability, dtype, nested, constants, warps):
     place = kernel.arg_names.index
     aligned = {(place(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*" or n == "PAIRS"}
     source = GluonASTSource(kernel, signature, {(place(n),): v for n, v in constants.items()}, aligned)
-    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps} | options)
 """
 STAGED = """
 from bigq_kernels.block4.gluon.staged import _linear_4bit_staged_kernel as kernel
@@ -38,6 +38,23 @@ for capability, block_m, stages, *types, even in cases:
     built = build(kernel, capability, *types, tile, 4)
     ptx = built.asm["ptx"]
     print(built.metadata.shared, ptx.count("mma.sync.aligned.m16n8k16"), ptx.count("table[32768]"))
+"""
+SLICED = """
+from bigq_kernels.block4.configs import SLICED
+from bigq_kernels.block4.gluon.sliced import _linear_4bit_sliced_kernel as kernel
+
+for block_m, by_slices in SLICED[9, 0].items():
+    for warps, covers, stages, flush, resident in by_slices.values():
+        slices = dict(COVERS=covers, STAGES=stages, FLUSH=flush)
+        for split in (1, 2):
+            tile = dict(BLOCK_M=block_m, SPLIT=split, WHOLE=split == 1, PDL=True)
+            registers = min(255, 65536 // (32 * warps * resident))
+            built = build(kernel, 90, "*bf16", split == 2, tile | slices, warps, maxnreg=registers)
+            ptx = built.asm["ptx"]
+            memory = max(2 * warps * flush * 16 * block_m * 4 + warps * stages * 2048, 49168)
+            place = warps * flush * 16 * block_m * 4
+            print(built.metadata.shared - -(-memory // place) * place, ptx.count("bar.sync"), ptx.count("table[32768]"),
+                  ptx.count("mma.sync.aligned.m16n8k16") - 16 * covers * block_m // 8)
 """
 WGMMA = """
 import pathlib, subprocess, tempfile, triton
@@ -78,6 +95,17 @@ def test_staged_compiles_for_gpus_that_are_not_here():
     assert all(nbytes > 48 * 1024 for nbytes in shared)
     assert products == (4 * 4, 4 * 4, 4 * 4 * 4)  # 16 slices of K, for every 8 tokens
     assert tables == (1, 1, 1)
+
+
+@pytest.mark.slow
+def test_sliced_compiles_with_rings_where_its_memory_begins_and_no_barrier_for_them():
+    lines = compiled(SLICED)
+    assert len(lines) >= 4
+    for other_memory, barriers, tables, other_products in lines:
+        assert other_memory == 0  # Triton allocates nothing else, so what the kernel allocates lies at the beginning
+        assert barriers == 2  # for the table, and for sums that are added
+        assert tables == 1
+        assert other_products == 0  # 16 for each slice and 8 tokens
 
 
 @pytest.mark.slow
