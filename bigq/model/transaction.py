@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from bigq.system.internals import forget_sharding, state_hooks
+from bigq.system.distributed.internals import forget_sharding
+from bigq.system.internals import state_hooks
 from bigq.system.interrupts import to_the_end
 
 __all__ = ["Snapshot", "restored_on_error"]

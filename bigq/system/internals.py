@@ -39,7 +39,6 @@ __all__ = [
     "count_holders",
     "cut",
     "edits_of",
-    "forget_sharding",
     "has_forward_pre_hooks",
     "let_fsdp_shard_integers",
     "load_hooks",
@@ -438,25 +437,6 @@ def calls_only_forward(*modules: nn.Module) -> bool:
 
 
 EXTRA_STATE: str = getattr(nn.modules.module, "_EXTRA_STATE_KEY_SUFFIX", "_extra_state")  # the last part of its name
-
-
-# What torch.distributed notes of a module beside its attributes. A module that gets its old attributes back is one that
-# fully_shard has never seen, but it would be asked for a state that is gone. Without this way, a second attempt to
-# shard it raises torch's error.
-
-
-def _sharding_states() -> Any:
-    try:
-        from torch.distributed import _composable_state
-
-        return _composable_state._module_state_mapping
-    except (ImportError, AttributeError):
-        return {}
-
-
-def forget_sharding(module: nn.Module) -> None:
-    """Make torch forget that `module` was sharded by fully_shard, whose other traces are attributes of the module."""
-    _sharding_states().pop(module, None)
 
 
 # The parts of sparse tensors.

@@ -54,9 +54,6 @@ PUBLIC = {
     "_version": lambda module: not module.SEES_EDITS,
     **dict.fromkeys(("_is_view", "_unsafe_view"), lambda module: module.as_result is torch.clone),
     "unflatten_dense_tensors": lambda module: module.cut is module._cut_one_by_one,
-    **dict.fromkeys(
-        ("_composable_state", "_module_state_mapping"), lambda module: type(module._sharding_states()) is dict
-    ),
     **dict.fromkeys(("_indices", "_values"), lambda module: len(module.sparse_parts(_twice())[1]) == 1),
     **dict.fromkeys(
         ("_storage_Use_Count", "_use_count", "_cdata"), lambda module: module.count_holders(torch.ones(1), []) is None

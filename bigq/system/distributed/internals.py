@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["cpu_shards", "sharded_as"]
+__all__ = ["cpu_shards", "forget_sharding", "sharded_as"]
 
 
 # Which shards FSDP2's CPUOffloadPolicy keeps on the CPU. Without this way they are left on the device: FSDP2 moves
@@ -62,3 +62,22 @@ def sharded_as(own: Tensor, like: Any) -> Any:
     if not _makers:
         _makers.append(_with_spec if _is_part(_with_spec, own, like) else _from_local)
     return _makers[0](own, like)
+
+
+# What torch.distributed notes of a module beside its attributes. A module that gets its old attributes back is one that
+# fully_shard has never seen, but it would be asked for a state that is gone. Without this way, a second attempt to
+# shard it raises torch's error.
+
+
+def _sharding_states() -> Any:
+    try:
+        from torch.distributed import _composable_state
+
+        return _composable_state._module_state_mapping
+    except (ImportError, AttributeError):
+        return {}
+
+
+def forget_sharding(module: nn.Module) -> None:
+    """Make torch forget that `module` was sharded by fully_shard, whose other traces are attributes of the module."""
+    _sharding_states().pop(module, None)

@@ -33,8 +33,10 @@ def _maker(module):
 
 # What tells that a public way is taken, for each private name.
 PUBLIC = {
+    "_composable_state": lambda module: type(module._sharding_states()) is dict,
     "_fsdp_param_group": lambda module: module.cpu_shards(_on_cpu()) == {},
     "_get_fsdp_state": lambda module: module.cpu_shards(_on_cpu()) == {},
+    "_module_state_mapping": lambda module: type(module._sharding_states()) is dict,
     "_spec": lambda module: _maker(module) == "_from_local",
 }
 
