@@ -188,28 +188,11 @@ def test_linear_int8_split_along_k_gives_the_same_bits(m, threshold, device):
 
 
 @pytest.mark.parametrize("m", [20, 130], ids="tokens={}".format)
-@pytest.mark.parametrize("threshold", [2.0, 6.0, 100.0], ids=["many", "few", "none"])
-def test_linear_int8_gathers_the_same_outliers_in_each_way(threshold, m, device):
-    x, weight, absmax = int8_case(m, 24, 160, torch.bfloat16, device)  # 2.0: more than are gathered before the product
+def test_linear_int8_gathers_the_same_outliers_before_the_product_and_in_it(m, device):
+    x, weight, absmax = int8_case(m, 24, 160, torch.bfloat16, device)  # more outlier columns than are gathered before
     choice = choose(x.device, m, 24, 160, x.dtype, True)
-    ways = [replace(choice, way=way) for way in ("gather", "tiles", "beside")]
-    outputs = [linear_int8(x, weight, absmax, None, threshold, way) for way in ways]
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[0], outputs[2])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("m, n, k", [(16, 4096, 14336), (64, 14336, 4096), (100, 1000, 4096), (256, 4096, 4096)])
-def test_linear_int8_finds_the_outliers_beside_its_tiles(m, n, k):
-    weight, absmax = reference.quantize_int8(torch.randn(n, k, device="cuda"))
-    choice = choose(weight.device, m, n, k, torch.bfloat16, True)
-    assert choice.way == "beside"
-    for columns in (0, 1, 6, 64, 200):
-        x = torch.randn(m, k, device="cuda").clamp(-5, 5)
-        x[m // 2, torch.randperm(k, device="cuda")[:columns]] = 9.0
-        x = x.bfloat16()
-        expected = linear_int8(x, weight, absmax, None, 6.0, replace(choice, way="gather"))
-        assert all(torch.equal(linear_int8(x, weight, absmax, None, 6.0, choice), expected) for _ in range(50))
+    outputs = [linear_int8(x, weight, absmax, None, 2.0, replace(choice, way=way)) for way in ("gather", "tiles")]
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bigq_kernels.int8.planes import quantize_planes
-from bigq_kernels.int8.tokens import _list_outliers_kernel, list_outliers, quantize_tokens
+from bigq_kernels.int8.tokens import _list_outliers_kernel, quantize_tokens
 from bigq_kernels.launch import launch
 
 THRESHOLD = 6.0
@@ -40,10 +40,7 @@ B, H, F = torch.bfloat16, torch.float16, torch.float32
 )
 def test_codes_and_outlier_columns(m, k, dtype, device):
     x = tokens(m, k, dtype, device)
-    ready = torch.full((4,), 7, dtype=torch.int32, device=device)
-    codes, scale, marks = quantize_tokens(x, THRESHOLD, None, ready, False)
-    counts, columns = list_outliers(marks, False)
-    assert ready.tolist() == [0, 0, 7, 7]
+    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, False)
     outlier = x.abs() >= THRESHOLD
     expected_codes, expected_scale = codes_of(x.float().masked_fill(outlier, 0.0))
     assert torch.equal(codes, expected_codes)
@@ -67,8 +64,9 @@ def test_more_tokens_than_are_looked_at_together(device):
 
 def test_a_threshold_of_0_lists_nothing(device):
     x = tokens(5, 300, torch.float16, device)
-    codes, scale, marks = quantize_tokens(x, 0.0, None, None, False)
-    assert marks is None
+    codes, scale, counts, columns = quantize_tokens(x, 0.0, None, False)
+    assert counts is None
+    assert columns is None
     expected_codes, expected_scale = codes_of(x.float())
     assert torch.equal(codes, expected_codes)
     assert torch.equal(scale, expected_scale)
@@ -78,8 +76,7 @@ def test_a_threshold_of_0_lists_nothing(device):
 def test_inf_is_an_outlier_and_nan_is_none(device):
     x = torch.ones(20, 300, dtype=torch.bfloat16, device=device)
     x[3, 7], x[4, 200], x[5, 299] = float("inf"), float("nan"), float("-inf")
-    codes, scale, marks = quantize_tokens(x, THRESHOLD, None, None, False)
-    counts, columns = list_outliers(marks, False)
+    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, False)
     assert counts.tolist() == [1, 0, 1]
     assert (columns[0, 0], columns[2, 0]) == (7, 299)
     assert scale.isnan().nonzero().flatten().tolist() == [4]

@@ -4,14 +4,13 @@
     >>> from bigq_kernels.gpu import Gpu
     >>> choice = choose(Gpu.named("h100"), m=16, n=4096, k=4096, dtype=torch.bfloat16, outliers=True)
     >>> choice.way, choice.why
-    ('beside', 'Beside 128 tiles, 49 programs find room to list and gather the outlier columns.')
+    ('segments', 'For up to 16 tokens, outlier columns are multiplied in int8 segments of 32.')
 
 Few tokens are bound by bytes in flight, many by the tensor cores. Tuned on Hopper only. The ways:
 
 - "codes": without a threshold there are no outliers.
 - "planes": outlier columns are two more int8 rows a token, of the same product.
 - "segments": these rows are multiplied apart, only where there are outliers: by segments of 32 columns.
-- "beside": the first programs of the product gather them for its tiles, where all find room at once.
 - "tiles": each program gathers the outlier columns of its tile.
 - "gather": a launch gathers them for all programs first.
 - "dequantize": the product is empty, so no kernel of this package runs.
@@ -25,7 +24,6 @@ import triton.language as tl
 
 from bigq_kernels.choice import Choice
 from bigq_kernels.gpu import Gpu
-from bigq_kernels.int8.outliers import LISTS, gather_steps
 from bigq_kernels.split_k import split_steps
 from bigq_kernels.tiles import ceil_div
 
@@ -34,11 +32,8 @@ __all__ = ["MAX_SEGMENTS_M", "MAX_SPLIT_TILES", "MAX_TILES_M", "Int8Config", "ch
 MAX_PLANES_M = 4  # whose three rows each fill the least tile of a tensor core
 MAX_SEGMENTS_M = 16
 MAX_TILES_M = 128  # more tokens make so many programs that gathering once pays
-MAX_BESIDE_M = 256  # more were not faster: 29.9 us at 4096 x 4096 and 512 tokens, where "gather" takes 28.0 (H200)
-MAX_BESIDE_FEW_N = 8192  # up to 16 tokens: of 14336 x 4096 they take 30.8 us with six outlier columns, 24.4 in segments
 MAX_SPLIT_TILES = tl.constexpr(1024)  # as many counters are zeroed; fewer tiles than these fill every GPU
 MAX_STAGED_NBYTES = 112 << 10  # of shared memory: a program with more has its multiprocessor to itself
-RESERVED_NBYTES = 1 << 10  # of shared memory, that CUDA takes of each program
 OUTLIERS_NBYTES = 8 << 10  # and outlier columns: 16 of 128 rows and 128 tokens, in 16 bits
 MIN_SPLIT_STEPS = 24  # fewer do not pay for the sum: 16 take 34 us instead of 27 (4096 x 4096, 512 tokens)
 
@@ -59,10 +54,6 @@ class Int8Config:
     def tiles(self, m: int, n: int) -> int:
         """How many tiles m tokens and n rows of the weight make."""
         return ceil_div(m, self.block_m) * ceil_div(n, self.block_n)
-
-    def room(self, gpu: Gpu) -> int:
-        """How many programs run at once, as far as shared memory says, and not more than 3 a multiprocessor."""
-        return gpu.multiprocessors * min(3, max(1, gpu.shared_nbytes // (self.staged_nbytes() + RESERVED_NBYTES)))
 
     def staged_nbytes(self) -> int:
         """Bytes of codes that a program has in shared memory."""
@@ -130,11 +121,4 @@ def choose(
         split, steps_per_split = split_steps(tiles, steps, gpu.multiprocessors, 4 + partial)
         if steps_per_split >= MIN_SPLIT_STEPS:
             config = replace(config, split=split, steps_per_split=steps_per_split)
-    beside = LISTS.value + gather_steps(m, n)
-    is_few = m <= MAX_SEGMENTS_M and n > MAX_BESIDE_FEW_N
-    if way in ("segments", "tiles", "gather") and dtype != torch.float32 and m <= MAX_BESIDE_M and not is_few:
-        programs = tiles * config.split
-        if programs + beside <= config.room(gpu):
-            why = f"Beside {programs} tiles, {beside} programs find room to list and gather the outlier columns."
-            return Choice(way="beside", config=config, why=why)
     return Choice(way=way, config=config, why=why)

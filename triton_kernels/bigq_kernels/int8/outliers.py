@@ -1,12 +1,7 @@
-"""Outlier columns for LLM.int8(), gathered from x and from the weight by the list of them.
+"""Outlier columns for LLM.int8(), gathered from x and from the weight by the list that `tokens.py` makes.
 
-- "beside": the first programs of the product list outlier columns and gather the first CAPACITY of them, while the
-  others multiply codes. A tile waits for them when its codes are multiplied. Programs start in the order of their
-  number, and wait only for programs with a lower one, which run or have ended.
-- "gather": one launch lists them, and one gathers the first CAPACITY of them for all tiles.
-- "tiles": each tile gathers all of them.
-
-Each tile gathers further ones itself.
+Above 128 tokens one launch gathers the first 128 outlier columns for all tiles of the product. Each tile gathers any
+further ones itself, and for fewer tokens all of them.
 """
 
 import torch
@@ -17,30 +12,7 @@ from torch import Tensor
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = [
-    "LISTS",
-    "gather_block",
-    "gather_outliers",
-    "gather_steps",
-    "list_or_gather",
-    "outlier_tables",
-    "wait_for",
-]
-
-LISTS = tl.constexpr(16)  # programs of a product that list columns
-STEP_ROWS = tl.constexpr(128)  # of the weight or of x, that one program of a product gathers: 16 loads of a thread
-
-
-def gather_steps(m: int, n: int) -> int:
-    """How many programs of a product gather outlier columns of m tokens and n rows of a weight."""
-    return ceil_div(m, STEP_ROWS.value) + ceil_div(n, STEP_ROWS.value)
-
-
-def outlier_tables(x: Tensor, n: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for (rest [M, capacity], dequantized weight [n, capacity], count [1]) of outlier columns of x [M, K]."""
-    rest = torch.empty(len(x), capacity, dtype=x.dtype, device=x.device)
-    dense = torch.empty(n, capacity, dtype=x.dtype, device=x.device)
-    return rest, dense, torch.empty(1, dtype=torch.int32, device=x.device)
+__all__ = ["gather_block", "gather_outliers"]
 
 
 @triton.jit
@@ -97,8 +69,8 @@ def gather_block(
     return rest_of(x, codes, scale[:, None]), dense_of(weight, absmax[:, None], x.dtype), count
 
 
-@triton.jit
-def _gather_rows(
+@triton.jit(do_not_specialize=["M"])
+def _gather_outliers_kernel(
     x_ptr,  # [M, K]
     codes_ptr,  # [M, K] int8
     scale_ptr,  # [M] float32
@@ -112,15 +84,18 @@ def _gather_rows(
     M,
     N,
     K,
-    program,  # of those that gather; the first ones take the weight
     segments,
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Gather the first outlier columns of BLOCK_ROWS rows of the weight or of x."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    program = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_ROWS)
     column, count = outlier_columns(count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK)
     if program == 0:
@@ -147,38 +122,6 @@ def _gather_rows(
             tl.store(rest_ptr + row[:, None] * CAPACITY + (start + number)[None, :], rest, mask=in_m)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _gather_outliers_kernel(
-    x_ptr,  # see _gather_rows, and so below
-    codes_ptr,
-    scale_ptr,
-    weight_ptr,
-    absmax_ptr,
-    count_ptr,
-    column_ptr,
-    rest_ptr,
-    dense_ptr,
-    total_ptr,
-    M,
-    N,
-    K,
-    segments,
-    SEGMENT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    _gather_rows(
-        x_ptr, codes_ptr, scale_ptr, weight_ptr, absmax_ptr, count_ptr, column_ptr, rest_ptr, dense_ptr, total_ptr,
-        M, N, K, tl.program_id(0), segments, SEGMENT, SEGMENTS, CAPACITY, BLOCK_ROWS, BLOCK,
-    )  # fmt: skip
-
-
 def gather_outliers(
     x: Tensor,
     codes: Tensor,
@@ -196,7 +139,9 @@ def gather_outliers(
     Those are set up to the count, padded with zeros to whole blocks of `block` columns, one at least.
     """
     (m, k), n = x.shape, weight.shape[0]
-    rest, dense, total = outlier_tables(x, n, capacity)
+    rest = torch.empty(m, capacity, dtype=x.dtype, device=x.device)
+    dense = torch.empty(n, capacity, dtype=x.dtype, device=x.device)
+    total = torch.empty(1, dtype=torch.int32, device=x.device)
     rows = 64
     launch(
         _gather_outliers_kernel, (ceil_div(n, rows) + ceil_div(m, rows),),
@@ -206,62 +151,3 @@ def gather_outliers(
         options={"num_warps": 4, "launch_pdl": pdl},
     )  # fmt: skip
     return rest, dense, total
-
-
-@triton.jit
-def _list_segment(mark_ptr, count_ptr, column_ptr, M, words, segment, SEGMENT: tl.constexpr):
-    """List the columns of one segment that are outliers in any token."""
-    WORDS: tl.constexpr = SEGMENT // 32
-    BLOCK_M: tl.constexpr = max(2048 // WORDS, 8)  # 2048 words are 16 loads of a thread, in flight together
-    word = segment * WORDS + tl.arange(0, WORDS)[None, :]
-    marks = tl.zeros((BLOCK_M, WORDS), tl.int32)
-    for start in tl.range(0, M, BLOCK_M, num_stages=1):  # not staged through shared memory
-        row = start + tl.arange(0, BLOCK_M)[:, None]
-        marks |= tl.load(mark_ptr + row.to(tl.int64) * words + word, mask=(row < M) & (word < words), other=0)
-    found = ((tl.reduce_or(marks, axis=0)[:, None] >> tl.arange(0, 32)[None, :]) & 1).reshape(SEGMENT)
-    column = segment * SEGMENT + tl.arange(0, SEGMENT)
-    tl.store(column_ptr + segment * SEGMENT + tl.cumsum(found, axis=0) - found, column, mask=found != 0)
-    tl.store(count_ptr + segment, tl.sum(found, axis=0))
-
-
-@triton.jit
-def wait_for(done_ptr, count):
-    """Return when `count` programs have counted themselves as done. They come earlier in the grid."""
-    while tl.atomic_add(done_ptr, 0, sem="acquire", scope="gpu") < count:
-        pass
-
-
-@triton.jit
-def list_or_gather(
-    program,
-    x_ptr,
-    codes_ptr,
-    scale_ptr,
-    weight_ptr,
-    absmax_ptr,
-    mark_ptr,  # [M, words] int32: see _quantize_tokens_kernel
-    ready_ptr,  # [2] int32, zero: how many programs have listed, and have gathered
-    count_ptr,
-    column_ptr,
-    rest_ptr,
-    dense_ptr,
-    total_ptr,
-    M,
-    N,
-    K,
-    words,
-    SEGMENT: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """What the first programs of a product do: LISTS list a segment each, the next gather STEP_ROWS rows each."""
-    if program < LISTS:
-        _list_segment(mark_ptr, count_ptr, column_ptr, M, words, program, SEGMENT)
-    else:
-        wait_for(ready_ptr, LISTS)
-        _gather_rows(
-            x_ptr, codes_ptr, scale_ptr, weight_ptr, absmax_ptr, count_ptr, column_ptr, rest_ptr, dense_ptr, total_ptr,
-            M, N, K, program - LISTS, LISTS, SEGMENT, LISTS, CAPACITY, STEP_ROWS, BLOCK,
-        )  # fmt: skip
-    tl.debug_barrier()  # the whole program has stored, then one thread publishes it
-    tl.atomic_add(ready_ptr + (program >= LISTS).to(tl.int32), 1, sem="release", scope="gpu")

@@ -20,17 +20,9 @@ from torch import Tensor
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.int8.choose import Int8Config
-from bigq_kernels.int8.outliers import (
-    LISTS,
-    gather_block,
-    gather_outliers,
-    gather_steps,
-    list_or_gather,
-    outlier_tables,
-    wait_for,
-)
+from bigq_kernels.int8.outliers import gather_block, gather_outliers
 from bigq_kernels.int8.planes import load_segments, quantize_planes
-from bigq_kernels.int8.tokens import list_outliers, quantize_tokens
+from bigq_kernels.int8.tokens import quantize_tokens
 from bigq_kernels.launch import launch
 from bigq_kernels.split_k import add_splits, split_workspace, store_split
 from bigq_kernels.tiles import ceil_div, next_power_of_2
@@ -50,7 +42,7 @@ def _prefetch(ptrs):
     tl.inline_asm_elementwise(PREFETCH_ASM, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit(do_not_specialize=["M", "E", "repeat", "first", "split"])  # a new number of tokens compiles nothing
+@triton.jit(do_not_specialize=["M", "E", "repeat", "split"])  # a new number of tokens compiles nothing
 def _linear_int8_kernel(
     codes_ptr,  # [M, K] int8: x; with PLANES [3, M, K]
     scale_ptr,  # [M] float32; with PLANES [3, M]
@@ -60,11 +52,9 @@ def _linear_int8_kernel(
     x_ptr,  # [M, K]
     count_ptr,  # see _list_outliers_kernel
     column_ptr,
-    rest_ptr,  # see _gather_rows; None where each program gathers for itself
+    rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
     dense_ptr,
     total_ptr,
-    mark_ptr,  # see list_or_gather, which the first programs do; or None
-    ready_ptr,
     segment_ptr,  # see quantize_planes, where the planes of a tile's tokens are multiplied after its codes; or None
     partial_ptr,  # [split, tiles, BLOCK_M, BLOCK_N] int32; None without a split
     arrived_ptr,  # [tiles] int32, zero: how many programs have finished the tile
@@ -77,8 +67,6 @@ def _linear_int8_kernel(
     E,  # weights of the stack
     repeat,
     segments,
-    words,  # of a row of marks
-    first,  # programs that list or gather
     split,
     k_per_split,
     SEGMENT: tl.constexpr,
@@ -95,18 +83,7 @@ def _linear_int8_kernel(
     BLOCK_SEGMENTS: tl.constexpr,  # segments that are multiplied together
     GROUP_M: tl.constexpr,  # tiles of M that share their tiles of N in L2
 ):
-    tile, tiles, tiles_n = tl.program_id(0), tl.num_programs(0), tl.cdiv(N, BLOCK_N)
-    if ready_ptr is not None:
-        if tile < first:
-            if PDL:
-                tl.extra.cuda.gdc_wait()
-            if tl.program_id(1) == 0:
-                list_or_gather(
-                    tile, x_ptr, codes_ptr, scale_ptr, weight_ptr, absmax_ptr, mark_ptr, ready_ptr, count_ptr,
-                    column_ptr, rest_ptr, dense_ptr, total_ptr, M, N, K, words, SEGMENT, CAPACITY, BLOCK_OUTLIERS,
-                )  # fmt: skip
-            return
-        tile, tiles = tile - first, tiles - first
+    tile, tiles_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     TOKENS: tl.constexpr = BLOCK_M // 4 if PLANES else BLOCK_M
     base = 0  # the first row of its weight in a stack
     if groups_ptr is not None:
@@ -156,11 +133,12 @@ def _linear_int8_kernel(
                 count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
             )  # fmt: skip
         else:
+            count = tl.load(total_ptr)
             number = tl.arange(0, BLOCK_OUTLIERS)[None, :]
             rest_ptrs = rest_ptr + x_token[:, None] * CAPACITY + number
             dense_ptrs = dense_ptr + n_row[:, None] * CAPACITY + number
-            if ready_ptr is None:
-                count, first_rest, first_dense = tl.load(total_ptr), tl.load(rest_ptrs), tl.load(dense_ptrs)
+            first_rest = tl.load(rest_ptrs)
+            first_dense = tl.load(dense_ptrs)
 
     if segment_ptr is not None:
         plane = M.to(tl.int64) * K
@@ -183,7 +161,7 @@ def _linear_int8_kernel(
     if partial_ptr is not None:
         offset = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         partial_ptr += tile.to(tl.int64) * (BLOCK_M * BLOCK_N)
-        stride = tiles.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        stride = tl.num_programs(0).to(tl.int64) * (BLOCK_M * BLOCK_N)
         mine = partial_ptr + tl.program_id(1) * stride + offset
         is_last = store_split(total, mine, arrived_ptr + tile, True) == split - 1
     if is_last:
@@ -207,9 +185,6 @@ def _linear_int8_kernel(
             outlier = high.to(tl.float32) + low.to(tl.float32) * (1.0 / 128.0)
             out += outlier * (outlier_scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
         if count_ptr is not None:
-            if ready_ptr is not None:
-                wait_for(ready_ptr + 1, first - LISTS)
-                count, first_rest, first_dense = tl.load(total_ptr), tl.load(rest_ptrs), tl.load(dense_ptrs)
             out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
             if rest_ptr is not None:
                 for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
@@ -262,8 +237,8 @@ def multiply_int8(
     (m, k), n, e = x.shape, weight.shape[-2], len(weight)
     pdl = Gpu.of(x.device).pdl
     threshold = _rounded(threshold, x.dtype)
-    groups = counts = columns = listed = rest = dense = total = marks = ready = partial = arrived = None
-    tiles, repeat, first = config.tiles(m, n), 1, 0
+    groups = counts = columns = listed = rest = dense = total = partial = arrived = None
+    tiles, repeat = config.tiles(m, n), 1
     if stops is not None:
         tiles = most_tiles(m, e, config.block_m) * ceil_div(n, config.block_n)
         groups = group_tokens(stops, e, config.block_m, torch.empty(0, dtype=torch.int32, device=x.device), out)
@@ -275,16 +250,7 @@ def multiply_int8(
     if way in ("planes", "segments"):
         codes, scale, listed = quantize_planes(x, threshold, way == "segments", arrived, pdl)
     else:
-        ready = torch.empty(2, dtype=torch.int32, device=x.device) if way == "beside" else None
-        codes, scale, marks = quantize_tokens(x, threshold, arrived, ready, pdl)
-    if way == "beside":
-        first = LISTS.value + gather_steps(m, n)
-        counts = torch.empty(LISTS.value, dtype=torch.int32, device=x.device)
-        segment = next_power_of_2(max(32, ceil_div(k, LISTS.value)))
-        columns = torch.empty(LISTS.value, segment, dtype=torch.int32, device=x.device)
-        rest, dense, total = outlier_tables(x, n, CAPACITY)
-    elif marks is not None:
-        counts, columns = list_outliers(marks, pdl)
+        codes, scale, counts, columns = quantize_tokens(x, threshold, arrived, pdl)
     if way == "gather" and counts is not None and columns is not None:
         matrix, scales = weight.view(-1, k), absmax.view(-1, 1)
         rest, dense, total = gather_outliers(
@@ -293,10 +259,9 @@ def multiply_int8(
     segments, segment = (0, 1) if columns is None else columns.shape
     prefetch = pdl and k % 16 == 0 and k >= config.prefetches * PREFETCH_BYTES.value and weight.data_ptr() % 16 == 0
     launch(
-        _linear_int8_kernel, (first + tiles, config.split),
-        codes, scale, weight, absmax, bias, x, counts, columns, rest, dense, total, marks if first else None, ready,
-        listed, partial, arrived, out, groups, ids, m, n, k, e, repeat, segments,
-        0 if marks is None else marks.shape[1], first, config.split, config.steps_per_split * config.block_k or k,
+        _linear_int8_kernel, (tiles, config.split),
+        codes, scale, weight, absmax, bias, x, counts, columns, rest, dense, total, listed, partial, arrived, out,
+        groups, ids, m, n, k, e, repeat, segments, config.split, config.steps_per_split * config.block_k or k,
         SEGMENT=segment, SEGMENTS=next_power_of_2(max(segments, 1)), CAPACITY=CAPACITY,
         PLANES=way == "planes", EVEN_K=k % config.block_k == 0, PDL=pdl,
         PREFETCHES=config.prefetches if prefetch else 0,

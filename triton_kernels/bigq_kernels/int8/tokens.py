@@ -1,7 +1,7 @@
 """Tokens for LLM.int8(): int8 codes with one scale a row, and the list of their outlier columns, in static shapes.
 
 - One launch, a program a row, reads x once. An element beyond the threshold gets code 0 and sets a bit. So no row is
-  read for another. A second launch ORs the bits of all rows and lists the columns, or programs of the product do.
+  read for another. A second launch ORs the bits of all rows and lists the columns.
 - What the codes leave of an outlier column is its *rest*: the outliers themselves, and the rounding errors of the other
   elements. It is multiplied in the dtype of x.
 
@@ -17,7 +17,7 @@ from bigq_kernels.int8.choose import MAX_SPLIT_TILES
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import absmax_bits, ceil_div, encode_int8, int8_inverse, next_power_of_2
 
-__all__ = ["list_outliers", "quantize_tokens", "zero_arrivals"]
+__all__ = ["quantize_tokens", "zero_arrivals"]
 
 SEGMENT = 128  # columns whose outliers one program lists: 16 bytes of bits a token
 
@@ -59,7 +59,6 @@ def _quantize_tokens_kernel(
     codes_ptr,  # [M, K] int8
     scale_ptr,  # [M] float32
     mark_ptr,  # [M, words] int32, or None: a bit a column, set where the token has an outlier
-    ready_ptr,  # [2] int32: see list_or_gather, zeroed; or None
     arrived_ptr,  # see zero_arrivals
     K,
     words,
@@ -79,8 +78,6 @@ def _quantize_tokens_kernel(
     codes_ptr += row * K
     if OUTLIERS:
         mark_ptr += row * words
-    if ready_ptr is not None:
-        tl.store(ready_ptr + tl.arange(0, 2), tl.zeros((2,), tl.int32), mask=tl.full((2,), row, tl.int64) == 0)
     column = tl.arange(0, BLOCK_K)
     x = _load_regular(x_ptr, mark_ptr, 0, K, words, threshold, OUTLIERS, True, BLOCK_K)  # kept: most rows are one tile
     largest = absmax_bits(x)
@@ -129,34 +126,30 @@ def _list_outliers_kernel(
 
 
 def quantize_tokens(
-    x: Tensor, threshold: float, arrived: Tensor | None, ready: Tensor | None, pdl: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes int8 [M, K], scale [M] and outlier marks int32 [M, words] of x [M, K]; no marks for threshold 0.
+    x: Tensor, threshold: float, arrived: Tensor | None, pdl: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Codes int8 [M, K] and scale [M] of x [M, K]; the counts and columns of its outliers, None for threshold 0.
 
-    `arrived` and `ready` are zeroed.
+    `arrived` is zeroed.
     """
     m, k = x.shape
-    words = ceil_div(k, SEGMENT) * SEGMENT // 32 if threshold > 0 else 0
+    segments = ceil_div(k, SEGMENT) if threshold > 0 else 0
+    words = segments * SEGMENT // 32
     block_k = min(16384, next_power_of_2(max(k, SEGMENT)))
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     marks = torch.empty(m, words, dtype=torch.int32, device=x.device) if words else None
     launch(
         _quantize_tokens_kernel, (m,),
-        x, codes, scale, marks, ready, arrived, k, words, threshold, 0 if arrived is None else arrived.numel(),
+        x, codes, scale, marks, arrived, k, words, threshold, 0 if arrived is None else arrived.numel(),
         TILES=ceil_div(k, block_k), BLOCK_K=block_k, PDL=pdl,
         # enable_fp_fusion: see encode_int8.
         options={"num_warps": 16 if block_k > 8192 else 8, "enable_fp_fusion": False, "launch_pdl": pdl},
     )  # fmt: skip
-    return codes, scale, marks
-
-
-def list_outliers(marks: Tensor, pdl: bool) -> tuple[Tensor, Tensor]:
-    """The counts [segments] and columns [segments, SEGMENT] of outliers, from the marks of `quantize_tokens`."""
-    m, words = marks.shape
-    segments = words * 32 // SEGMENT
-    counts = torch.empty(segments, dtype=torch.int32, device=marks.device)
-    columns = torch.empty(segments, SEGMENT, dtype=torch.int32, device=marks.device)
+    if marks is None:
+        return codes, scale, None, None
+    counts = torch.empty(segments, dtype=torch.int32, device=x.device)
+    columns = torch.empty(segments, SEGMENT, dtype=torch.int32, device=x.device)
     launch(
         _list_outliers_kernel, (segments,),
         marks, counts, columns, m,
@@ -164,4 +157,4 @@ def list_outliers(marks: Tensor, pdl: bool) -> tuple[Tensor, Tensor]:
         # maxnreg: a cap that none reaches. Without one the compiler keeps to 32 registers and a few loads in flight.
         options={"num_warps": 4, "maxnreg": 128, "launch_pdl": pdl},
     )  # fmt: skip
-    return counts, columns
+    return codes, scale, counts, columns
