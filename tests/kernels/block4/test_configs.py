@@ -85,8 +85,8 @@ def test_sliced_config():
         pytest.param(17, 4096, 4096, id="too-many-tokens"),
         pytest.param(1, 4100, 4096, id="partial-tile"),
         pytest.param(1, 4096, 4128, id="partial-slice"),
-        pytest.param(1, 4096, 2048, id="idle-warps"),
-        pytest.param(1, 2048, 4096, id="idle-multiprocessors"),
+        pytest.param(1, 4096, 2304, id="idle-warps"),
+        pytest.param(1, 1008, 4096, id="idle-multiprocessors"),
         pytest.param(16, 28672, 8192, id="more-tokens-than-registers-hold"),
     ],
 )

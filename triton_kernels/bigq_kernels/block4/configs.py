@@ -38,7 +38,8 @@ TABLE_NBYTES = 256 * 32 * 4  # of the Gluon kernels, in shared memory: an entry 
 RESERVED_NBYTES = 2048  # of shared memory, for the system and for Triton
 STEP = 256  # elements of K in a step or a slice of the Gluon kernels
 SLICED_ROWS = 16  # of a tile of the sliced kernel
-LEAST_SLICES = 0.75  # of the slices that its warps have room for
+LEAST_SLICES = 0.6  # of those that its warps have room for: 20 of 32 at 5120 x 5120 take 9.3 us, staged 9.7 (4 tokens, H200)
+LEAST_PROGRAMS = 64  # 1024 x 4096 has as many: 2.6 us for 4 tokens, staged takes 5.9 (H200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,8 @@ STAGED: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int | Non
 # By GPU and BLOCK_M, for K of up to so many slices: (warps, COVERS, STAGES, FLUSH, programs of a multiprocessor). The
 # registers of a multiprocessor hold 16 tokens of 16 slices.
 SLICED: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int, int]]]] = {HOPPER: {
-    8:  {16: (16, 1, 3, 4, 1), 32: (16, 2, 4, 4, 1), 2**31: (8, 1, 4, 2, 2)},
-    16: {16: (8, 2, 4, 1, 1)},
+    8:  {8: (8, 1, 2, 2, 2), 16: (16, 1, 2, 4, 1), 32: (16, 2, 3, 4, 1), 2**31: (8, 1, 2, 2, 2)},
+    16: {8: (8, 1, 3, 1, 2), 16: (16, 1, 2, 2, 1)},
 }}
 # The same of stacks. 8 rows for each of 32 weights of 5760 x 2880 take 159 us with 4 warps and 176 with 8 (H200).
 STAGED_STACK: dict[tuple[int, int], dict[int, tuple[int, int, int, int | None, int]]] = {
@@ -234,7 +235,7 @@ def sliced_config(gpu: Gpu, m: int, n: int, k: int) -> SlicedConfig | None:
         return None
     warps, covers, stages, flush, resident = by_slices[min(most for most in by_slices if slices <= most)]
     split = ceil_div(slices, warps * covers)
-    if slices < LEAST_SLICES * split * warps * covers or n // SLICED_ROWS * split < gpu.multiprocessors:
+    if slices < LEAST_SLICES * split * warps * covers or n // SLICED_ROWS * split < LEAST_PROGRAMS:
         return None
     return SlicedConfig(
         block_m=block_m(m),
