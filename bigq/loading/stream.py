@@ -180,6 +180,7 @@ class _Reader:
             thread.join()
         for source in self.sources.values():
             source.close()
+        self.error = None  # its traceback holds this object, and with it what threads read into
 
     def _may_start(self, run: Run, in_use: int) -> bool:
         if len(self.sources) >= _MAX_OPEN and any(id(source) not in self.sources for source, _, _ in run.spans):

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -337,6 +338,30 @@ def test_what_a_read_raises_in_a_thread_is_raised_in_the_caller(checkpoint, erro
     assert set(threading.enumerate()) <= before
     assert [source.closes for source in wrapped if source.reads] == [1]
     assert not open_files(checkpoint)
+
+
+def test_an_error_in_a_thread_keeps_no_staging_memory_once_it_is_handled(checkpoint, monkeypatch):
+    """Pinned memory and memory of a GPU are freed with the error, and not when the collector comes."""
+    movers, make = [], bigq.loading.stream._Mover
+
+    def noted(*args):
+        mover = make(*args)
+        movers.append(weakref.ref(mover))
+        return mover
+
+    monkeypatch.setattr(bigq.loading.stream, "_Mover", noted)
+    span = checkpoint.tensors["half"].spans[0]
+    source = with_bytes(checkpoint, lambda s: FaultyBytes(s, fail_at=span.offset) if s is span.source else s)
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(CheckpointError):
+            list(stream(source, targets(checkpoint), BUDGET, Timings()))
+        kept = [mover for mover in movers if mover() is not None]
+    finally:
+        gc.enable()
+    assert len(movers) == BUDGET.threads
+    assert not kept
 
 
 def test_an_error_names_the_tensor_that_the_byte_belongs_to(checkpoint):
