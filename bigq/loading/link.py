@@ -35,11 +35,14 @@ class StagingBuffer:
     """Pinned memory for a chunk on its way to a GPU."""
 
     def __init__(self, nbytes: int) -> None:
-        pinned = PinnedMemory.of(nbytes)
+        advice = "free some memory, raise the limit on locked memory, or lower read_budget"
+        try:
+            pinned = PinnedMemory.of(nbytes)
+        except OSError as error:
+            raise PlacementError(f"no {nbytes / 1e6:.1f} MB of host memory to read into: {error}; {advice}") from error
         if status := pinned.pin():
             raise PlacementError(
-                f"cannot pin {nbytes / 1e6:.1f} MB of host memory to read into (CUDA error {status}): "
-                "free some memory, raise the limit on locked memory, or lower read_budget"
+                f"cannot pin {nbytes / 1e6:.1f} MB of host memory to read into (CUDA error {status}): {advice}"
             )
         self.memory = pinned.bytes
         self.bytes = memory_of(self.memory)
@@ -49,9 +52,9 @@ class StagingBuffer:
     def copy_to(self, memory: Tensor, link: Link) -> None:
         """Queue the copy of the first bytes to all of `memory`, on the current stream of this thread, the link's."""
         nbytes = len(memory)
-        memory.copy_(self.memory if nbytes == len(self.memory) else self.memory[:nbytes], non_blocking=True)
-        if link not in self._events:
+        if link not in self._events:  # before the copy, which has to be waited for
             self._events[link] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        memory.copy_(self.memory if nbytes == len(self.memory) else self.memory[:nbytes], non_blocking=True)
         self._copied = self._events[link]
         self._copied.record(link.stream)
 
