@@ -23,7 +23,7 @@ class PinnedMemory(mmap.mmap):
     Copies from it have to be done by then. Make it with `of`, and then `pin` it.
     """
 
-    _address: int | None = None  # where it is pinned
+    _address: int | None = None  # where it is pinned, or may be
 
     @classmethod
     def of(cls: type[_Memory], nbytes: int) -> _Memory:
@@ -37,11 +37,11 @@ class PinnedMemory(mmap.mmap):
     def pin(self) -> int:
         """Pin it; returns the error code of CUDA, 0 if it is pinned. The current GPU has to have a context."""
         self._touch()
-        address = self.bytes.data_ptr()
         self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = int(self._cudart.cudaHostRegister(address, len(self), _PORTABLE))
-        if not status:
-            self._address = address
+        self._address = self.bytes.data_ptr()  # before it is pinned, because an interrupt is raised as CUDA returns
+        status = int(self._cudart.cudaHostRegister(self._address, len(self), _PORTABLE))
+        if status:
+            self._address = None
         return status
 
     @property

@@ -13,10 +13,12 @@ from bigq.system.pinned_memory import PinnedMemory
 @pytest.fixture
 def cuda(monkeypatch):
     """A CUDA runtime that writes down what it is asked; `status` is what it answers."""
-    asked = SimpleNamespace(pinned=[], unpinned=[], status=0)
+    asked = SimpleNamespace(pinned=[], unpinned=[], status=0, interrupt=None)
 
     def register(address, nbytes, flags):
         asked.pinned.append((address, nbytes, flags))
+        if asked.interrupt is not None:
+            raise asked.interrupt
         return asked.status
 
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=asked.unpinned.append)
@@ -46,6 +48,18 @@ def test_what_cuda_does_not_pin_is_not_unpinned(cuda):
     del memory
     gc.collect()
     assert not cuda.unpinned
+
+
+def test_an_interrupt_while_it_is_pinned_leaves_nothing_pinned(cuda):
+    """Python raises it as CUDA returns. New memory at this address would be read from the old pages."""
+    cuda.interrupt = KeyboardInterrupt()
+    memory = PinnedMemory.of(4096)
+    with pytest.raises(KeyboardInterrupt):
+        memory.pin()
+    del memory
+    cuda.interrupt = None
+    gc.collect()
+    assert cuda.unpinned == [cuda.pinned[0][0]]
 
 
 def test_a_system_without_huge_pages(cuda, monkeypatch):
