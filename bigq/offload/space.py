@@ -61,13 +61,13 @@ class PinnedMap(PinnedMemory):
     def _touch(self) -> None:
         self.bytes.zero_()  # with all cores
 
-    def __del__(self) -> None:
+    def _unpin(self) -> None:
         if self._address is not None:
             for device in range(torch.cuda.device_count()):
                 # on any GPU; one without memory runs nothing that reads it
                 if device == torch.cuda.current_device() or torch.cuda.memory_reserved(device):
                     torch.cuda.synchronize(device)
-        super().__del__()
+        super()._unpin()
 
 
 class FileMap(mmap.mmap):

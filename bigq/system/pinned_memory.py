@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from bigq.system.interrupts import to_the_end
+
 __all__ = ["PinnedMemory"]
 
 _Memory = TypeVar("_Memory", bound="PinnedMemory")
@@ -53,6 +55,10 @@ class PinnedMemory(mmap.mmap):
         """Write to all pages: the driver would touch them one by one."""
         memset(self.bytes.data_ptr(), 0, len(self))
 
-    def __del__(self) -> None:  # before the memory is unmapped
-        if self._address is not None:
-            self._cudart.cudaHostUnregister(self._address)
+    def _unpin(self) -> None:
+        address, self._address = self._address, None  # an interrupt is raised as CUDA returns
+        if address is not None:
+            self._cudart.cudaHostUnregister(address)
+
+    def __del__(self) -> None:  # before the memory is unmapped, also after an interrupt
+        to_the_end(self._unpin)

@@ -158,3 +158,25 @@ def test_pinned_memory_is_given_back_when_no_gpu_reads_it(monkeypatch):
     del mapping
     gc.collect()
     assert events == ["wait for 0", "wait for 1", "give back"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # nothing that `__del__` raises gets out
+@pytest.mark.parametrize("where", ["waiting", "unpinning"])
+def test_an_interrupt_does_not_unmap_memory_that_a_gpu_may_read(monkeypatch, where):
+    """Python raises it as CUDA returns; what is unmapped as pinned would be read from the old pages later."""
+    events = []
+
+    def done(event):
+        events.append(event)
+        if where == event and events.count(event) == 1:
+            raise KeyboardInterrupt
+
+    for name, value in {"device_count": 1, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done("waiting"))
+    mapping = PinnedMap(-1, 4096)
+    mapping._address = 4096
+    mapping._cudart = SimpleNamespace(cudaHostUnregister=lambda address: done("unpinning"))
+    del mapping
+    gc.collect()
+    assert events == {"waiting": ["waiting", "waiting", "unpinning"], "unpinning": ["waiting", "unpinning"]}[where]
