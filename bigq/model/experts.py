@@ -48,6 +48,7 @@ def routers(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
     module whose name ends with "experts": a ModuleList, a ModuleDict, or one that holds stacks of weights or says
     `num_experts`. A router may be a module of its own with a single linear. One that is called a router, as
     its class may be, may have several linears and any number of outputs: Zaya's is an MLP, Doge's gives halves of keys.
+    A layer with that name that holds the experts too is none.
     """
     found: dict[nn.Linear, None] = {}
     for module in modules:
@@ -55,7 +56,7 @@ def routers(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
         for name, child in module._modules.items():
             if child is None:
                 continue
-            if "router" in name or "Router" in type(child).__name__:
+            if ("router" in name or "Router" in type(child).__name__) and not _holds_experts(child):
                 found |= dict.fromkeys(_linears(child))
             if not isinstance(child, nn.Linear):  # a model may have 19,000 linears
                 counts |= _counts(name, child)
@@ -64,6 +65,11 @@ def routers(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
             if len(linears) == 1 and linears[0].out_features in (*counts, 1):
                 found[linears[0]] = None
     yield from found
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    held = ((name, child) for inner in module.modules() for name, child in inner._modules.items())
+    return any(_counts(name, child) for name, child in held if child is not None and not isinstance(child, nn.Linear))
 
 
 def _linears(module: nn.Module) -> Iterator[nn.Linear]:

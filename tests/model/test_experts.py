@@ -68,6 +68,15 @@ def test_all_linears_of_what_is_called_a_router_choose():
     assert list(routers(model.modules())) == [model["router_gate"], model["gate"].down, model["gate"].up]
 
 
+def test_a_layer_that_is_called_a_router_and_holds_experts_has_a_router():
+    class RouterLayer(nn.ModuleDict):
+        pass
+
+    layer = RouterLayer({"gate": nn.Linear(8, 4), "experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(4))})
+    for model in (nn.ModuleDict({"mlp": layer}), nn.ModuleDict({"routers": nn.ModuleList([layer])})):
+        assert list(routers(model.modules())) == [layer["gate"]]
+
+
 @pytest.mark.parametrize(
     "name, transposed",
     [
