@@ -43,6 +43,8 @@ def introduce(model: nn.Module, config: Any) -> None:
     described = copy(own)  # its owner may build other models with it
     described.quantization_config = config
     described._is_quantized = True  # as from_pretrained leaves it: Jamba then calls a linear that it would read
+    if getattr(described, "dtype", None) is None:  # flash attention takes it where it would read that of a linear
+        described.dtype = known.dtype
     for module in model.modules():  # they share it, so that a change of it holds for all
         if vars(module).get("config") is own:
             vars(module)["config"] = described

@@ -197,3 +197,16 @@ def test_peft_trains_adapters_on_it(use_dora, tmp_path):
         original = name.removeprefix("base_model.model.").replace(".base_layer", "")
         if original in frozen and tensor.dtype in (torch.uint8, torch.int8):
             assert torch.equal(tensor, frozen[original])
+
+
+@pytest.mark.parametrize("said", [None, torch.float16], ids=str)
+def test_flash_attention_gets_the_dtype_of_the_model_from_float32(said):
+    """transformers asks the config of a quantized model for it, which has none if the model was built without."""
+    get_target_dtype = pytest.importorskip("transformers.integrations.flash_attention").get_target_dtype
+    model = build("llama").to(torch.bfloat16)
+    model.config.dtype = said
+    own = model.config
+    load_and_quantize_model(model, None, NF4, "cpu")
+    attention = model.model.layers[0].self_attn
+    assert get_target_dtype(torch.zeros(1), attention) == (said or torch.bfloat16)
+    assert own.dtype == said
