@@ -10,6 +10,7 @@ from torch import nn
 
 from bigq.config import QuantizationConfig
 from bigq.errors import UnsupportedError
+from bigq.load_source import LoadOptions, collector_paused, finish_load, open_checkpoint, plan_load
 from bigq.loading.adapters_in_shards import keeping_numbers, refuse_new_adapters
 from bigq.loading.agreement import Agreement
 from bigq.loading.destinations import Destinations
@@ -25,7 +26,6 @@ from bigq.model.tree import ModelTree
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-from bigq.load_source import LoadOptions, collector_paused, finish_load, open_checkpoint, plan_load
 
 __all__ = ["load_into_shards"]
 
