@@ -7,31 +7,28 @@ rows each expert has.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from bigq.errors import UnsupportedError
 from bigq.ops.token_rows import Gate, gated, sort_rows, sum_rows, take_rows
+from bigq.system.internals import calls_only_forward
 from bigq.weight.low_rank import Changes
 from bigq.weight.quantized_module import QuantizedModule
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = ["IMPLEMENTATIONS", "QuantizedExperts", "are_fused_experts"]
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # of transformers: the same sums in another order, as here
 UNSORTED_SHARE = 4  # up to one row for each four experts, sorting takes longer than it saves
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module of torch
-_GATES: "WeakKeyDictionary[nn.Module, tuple[Any, Gate | None]]" = WeakKeyDictionary()  # what was tried, and found
+_GATES: WeakKeyDictionary[nn.Module, tuple[Any, Gate | None]] = WeakKeyDictionary()  # what was tried, and found
 
 
-def are_fused_experts(kind: "type[nn.Module]") -> bool:
+def are_fused_experts(kind: type[nn.Module]) -> bool:
     """Whether the forward of `kind` is that of transformers, which computes the products of experts in several ways.
 
     A class with a forward of its own, such as Step3p7Experts, may have the same methods and inherit the rest.
@@ -133,16 +130,16 @@ class QuantizedExperts(QuantizedModule):
         """What transformers computes between the two products, in one kernel where it is one that is known here."""
         if not self.has_gate:
             return self.act_fn(x)
-        gate = None if is_compiling() or not x.is_cuda else self._known_gate()
+        gate = self._known_gate() if type(x) is Tensor and x.is_cuda and not is_compiling() else None
         return self._apply_gate(x) if gate is None else gated(x, gate)
 
     def _known_gate(self) -> Gate | None:
         """The gate that `_apply_gate` is, if it gives the same numbers for a few inputs; tried once for each module.
 
-        None if hooks hear the activation, which `_apply_gate` calls.
+        None if hooks hear the activation, which `_apply_gate` calls, or it has a forward of its own.
         """
         act_fn, alpha, limit = (getattr(self, name, None) for name in ("act_fn", "alpha", "limit"))
-        if any(getattr(act_fn, hooks, None) for hooks in _HOOKS):
+        if isinstance(act_fn, nn.Module) and not calls_only_forward(act_fn):
             return None
         method = self._apply_gate
         settings = getattr(method, "__func__", method), act_fn, alpha, limit
@@ -167,11 +164,12 @@ def _tried_gate(experts: QuantizedExperts, act_fn: Any, alpha: Any, limit: Any) 
     gates = [Gate("silu")]
     if isinstance(alpha, float) and isinstance(limit, float):
         gates.append(Gate("clamped", alpha, limit))
-    x = ((torch.arange(128, device="cpu") * 37 % 128 - 64) / 5.0).view(2, 64)  # from -12.8 to 12.6, in no order
+    small = ((torch.arange(128, device="cpu") * 37 % 128 - 64) / 5.0).view(2, 64)  # from -12.8 to 12.6, in no order
+    x = torch.cat([small, 8 * small, 1e3 * small, 1e15 * small])  # a gate may clamp at any limit, under any name
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             got = experts._apply_gate(x)
-        except RuntimeError:  # it needs tensors that the module has on another device, so it is none of these
+        except Exception:  # it takes tensors of a GPU alone, or raises for those, too, when the forward calls it
             return None
         expected = [gated(x, gate) for gate in gates]
     is_like = [got.shape == out.shape and torch.allclose(got, out, rtol=1e-5, atol=1e-6) for out in expected]

@@ -8,6 +8,7 @@ import torch
 import bigq
 from bigq.ops import eager
 from bigq.ops.token_rows import Gate
+from bigq.system.internals import calls_only_forward
 from bigq.testing import assert_within_budget
 from bigq.weight.experts import QuantizedExperts
 
@@ -214,6 +215,7 @@ def test_compiled_experts_use_the_products_without_a_break(weight_format):
         torch.testing.assert_close(compiled(*arguments), module(*arguments))
 
 
+@pytest.mark.skipif(not calls_only_forward(torch.nn.Identity()), reason="this torch does not tell who hears a call")
 def test_gates_are_known_by_their_numbers():
     silu, clamped = Gate("silu"), Gate("clamped", 1.702, 7.0)
     for name, expected in (("mixtral", silu), ("qwen3-moe", silu), ("gpt-oss", clamped)):
@@ -234,6 +236,51 @@ def test_gates_are_known_by_their_numbers():
             assert module._known_gate() == Gate("clamped", 1.702, 6.0)
             module.alpha = torch.tensor(1.702)
         assert module._known_gate() is None
+
+
+def _clamped_at(limit):
+    def apply_gate(x):
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+    return apply_gate
+
+
+def _raises(x):
+    raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")  # as a kernel of others
+
+
+@pytest.mark.parametrize(
+    "apply_gate",
+    [
+        *(pytest.param(_clamped_at(limit), id=f"clamped at {limit:g}") for limit in (10.0, 16.0, 100.0, 1e4)),
+        pytest.param(_raises, id="takes no tensor of a CPU"),
+    ],
+)
+def test_a_gate_that_is_another_one_is_not_known(apply_gate):
+    """Those of Glm5Next and HYV4 clamp at `swiglu_limit` of the config."""
+    module = quantized(experts_of("mixtral"), bigq.NF4())
+    module._apply_gate = apply_gate
+    assert module._known_gate() is None
+
+
+def test_an_activation_that_does_more_than_its_class_is_called():
+    module, heard = quantized(experts_of("mixtral"), bigq.NF4()), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: heard.append(1))
+    try:
+        assert module._known_gate() is None
+    finally:
+        handle.remove()
+    module.act_fn.forward = torch.tanh
+    assert module._known_gate() is None
+
+
+def test_a_fake_tensor_of_a_gpu_tries_no_gate():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    module = quantized(experts_of("mixtral"), bigq.NF4())
+    with FakeTensorMode():
+        assert module._activated(torch.empty(4, 2 * INNER, device="cuda")).shape == (4, INNER)
 
 
 @pytest.mark.gpu
