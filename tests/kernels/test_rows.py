@@ -77,3 +77,52 @@ def test_gates_and_their_gradients_are_those_of_the_reference(kind, dtype, devic
     for module in (gate, reference):
         close(module.gated(x.to(dtype), *SETTINGS[kind]), out.detach().to(dtype))
         close(module.gated_backward(grad.to(dtype), x.to(dtype), *SETTINGS[kind]), of_x.to(dtype))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_gates_hand_on_nan(kind, device):
+    """What became NaN in the product before does not become a number again."""
+    odd = torch.tensor([torch.nan, -9.0, 1.0, 9.0], device=device)
+    gates, ups = (part.flatten() for part in torch.meshgrid(odd, odd, indexing="ij"))
+    x = torch.cat([gates, ups])[None] if kind == "silu" else torch.stack([gates, ups], dim=1).view(1, -1)
+    grad = torch.ones(1, len(gates), device=device)
+    got, expected = gate.gated(x, *SETTINGS[kind]), reference.gated(x, *SETTINGS[kind])
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    torch.testing.assert_close(
+        gate.gated_backward(grad, x, *SETTINGS[kind]),
+        reference.gated_backward(grad, x, *SETTINGS[kind]),
+        equal_nan=True,
+    )
+
+
+MISFITS = {
+    "factors of more experts than a token has rows": lambda x: rows.sum_rows(x, None, torch.ones(2, 3), 2, x.dtype),
+    "rows that are no multiple of the tokens": lambda x: rows.sum_rows(x[:3], None, None, 2, x.dtype),
+    "no tokens": lambda x: rows.sum_rows(x, None, None, 0, x.dtype),
+    "places of fewer rows": lambda x: rows.sum_rows(x, torch.arange(3, dtype=torch.int32), None, 2, x.dtype),
+    "places that are floats": lambda x: rows.sum_rows(x, torch.zeros(4), None, 2, x.dtype),
+    "an order of fewer rows": lambda x: rows.take_rows(x[:2], torch.arange(3), None, 4, x.dtype),
+    "factors of fewer rows": lambda x: rows.take_rows(x[:2], None, torch.ones(2, 1), 4, x.dtype),
+    "tokens of another width": lambda x: rows.dot_rows(x, None, torch.ones(2, 5), x.dtype),
+    "an odd width": lambda x: gate.gated(x[:, :3], "silu", 0.0, 0.0),
+    "a gate of another kind": lambda x: gate.gated(x, "gelu", 0.0, 0.0),
+    "a gradient of another width": lambda x: gate.gated_backward(x, x, "silu", 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_tensors_that_do_not_fit_are_refused(what):
+    with pytest.raises(RuntimeError, match="; expected"):
+        MISFITS[what](torch.ones(4, 4))
+
+
+def test_an_order_may_have_strides(device):
+    order, places = route(device)
+    wide = [torch.stack([part, part], dim=1)[:, 0] for part in (order, places)]
+    x, each = torch.randn(TOKENS, N, device=device), torch.randn(TOKENS * TOP_K, N, device=device)
+    taken = rows.take_rows(x, wide[0], None, TOKENS * TOP_K, x.dtype)
+    assert torch.equal(taken, rows.take_rows(x, order, None, TOKENS * TOP_K, x.dtype))
+    total = rows.sum_rows(each, wide[1], None, TOKENS, x.dtype)
+    assert torch.equal(total, rows.sum_rows(each, places, None, TOKENS, x.dtype))
+    dots = rows.dot_rows(each, wide[1], x, x.dtype)
+    assert torch.equal(dots, rows.dot_rows(each, places, x, x.dtype))

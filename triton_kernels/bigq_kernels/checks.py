@@ -15,6 +15,7 @@ __all__ = [
     "check_dequantize_absmax",
     "check_dequantize_int8",
     "check_encode_scaled_4bit",
+    "check_gated",
     "check_grouped_linear_4bit",
     "check_grouped_linear_4bit_backward",
     "check_grouped_linear_int8",
@@ -23,7 +24,9 @@ __all__ = [
     "check_linear_int8",
     "check_routed_linear_4bit",
     "check_routed_linear_int8",
+    "check_rows",
     "check_search_scales_4bit",
+    "check_tokens",
 ]
 
 _BLOCK: int = NESTED_BLOCK_SIZE.value
@@ -31,6 +34,7 @@ _UINT8 = (torch.uint8,)
 _INT8 = (torch.int8,)
 _FLOAT32 = (torch.float32,)
 _SCALES = (torch.float32, torch.int32)
+_INDICES = (torch.int32, torch.int64)
 
 
 def as_floats(bits: Tensor) -> Tensor:
@@ -228,6 +232,29 @@ def check_encode_scaled_4bit(weight: Tensor, scales: Tensor, block_size: int) ->
     """Raise RuntimeError unless `scales` has a float32 number for each block of a float weight [N, K]."""
     rows, columns = weight.shape
     _check("scales", scales, _FLOAT32, (rows, (columns + block_size - 1) // block_size), weight.device)
+
+
+def check_rows(rows: int, tokens: int, places: Tensor | None, factors: Tensor | None, device: torch.device) -> None:
+    """Raise RuntimeError unless each token has as many rows, and places [rows] and factors [tokens, top_k] fit."""
+    if not tokens or rows % tokens:
+        raise RuntimeError(f"{tokens} tokens have {rows} rows; expected a multiple of the tokens")
+    if places is not None:
+        _check("the places of rows", places, _INDICES, (rows,), device)
+    if factors is not None:
+        _check("factors", factors, None, (tokens, rows // tokens), device)
+
+
+def check_tokens(x: Tensor, tokens: int, columns: int, device: torch.device) -> None:
+    """Raise RuntimeError unless x is [tokens, columns]."""
+    _check("x", x, None, (tokens, columns), device)
+
+
+def check_gated(x: Tensor, grad: Tensor | None, kind: str) -> None:
+    """Raise RuntimeError unless x is [S, 2 * WIDTH], grad [S, WIDTH], and the gate `kind` is known."""
+    if x.dim() != 2 or x.shape[1] % 2 or kind not in ("silu", "clamped"):
+        raise RuntimeError(f"x is {list(x.shape)} and the gate {kind!r}; expected [S, 2 * WIDTH], and silu or clamped")
+    if grad is not None:
+        _check("grad", grad, None, (len(x), x.shape[1] // 2), x.device)
 
 
 def _check_4bit(

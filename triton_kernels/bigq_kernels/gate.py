@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.checks import check_gated
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
@@ -30,6 +31,14 @@ def _both(x_ptr, column, WIDTH, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _clamped(first, second, limit):
+    """gate up to `limit`, and up from -limit to `limit`. NaN stays NaN, which the GPU's min and max would drop."""
+    first = tl.minimum(first, limit, propagate_nan=tl.PropagateNan.ALL)
+    second = tl.maximum(second, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return first, tl.minimum(second, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _gate_kernel(
     x_ptr,  # [S, 2 * WIDTH]
     out_ptr,  # [S, WIDTH]
@@ -48,7 +57,7 @@ def _gate_kernel(
     if KIND == "silu":
         out = first * tl.sigmoid(first) * second
     else:
-        first, second = tl.minimum(first, limit), tl.minimum(tl.maximum(second, -limit), limit)
+        first, second = _clamped(first, second, limit)
         out = (second + 1.0) * first * tl.sigmoid(first * alpha)
     tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
 
@@ -80,12 +89,12 @@ def _gate_backward_kernel(
         tl.store(out_ptr + column, of_first.to(out_ptr.dtype.element_ty), mask=in_row)
         tl.store(out_ptr + WIDTH + column, of_second.to(out_ptr.dtype.element_ty), mask=in_row)
     else:
-        low, middle = tl.minimum(first, limit), tl.minimum(tl.maximum(second, -limit), limit)
+        low, middle = _clamped(first, second, limit)
         share = tl.sigmoid(low * alpha)
         of_first = grad * (middle + 1.0) * share * (1.0 + alpha * low * (1.0 - share))
         of_second = grad * low * share
-        of_first = tl.where(first <= limit, of_first, 0.0)
-        of_second = tl.where(tl.abs(second) <= limit, of_second, 0.0)
+        of_first = tl.where(first > limit, 0.0, of_first)
+        of_second = tl.where(tl.abs(second) > limit, 0.0, of_second)
         pair = 2 * column[:, None] + tl.arange(0, 2)[None, :]
         both = tl.join(of_first, of_second).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + pair, both, mask=in_row[:, None])
@@ -93,6 +102,7 @@ def _gate_backward_kernel(
 
 def gated(x: Tensor, kind: str, alpha: float, limit: float) -> Tensor:
     """[S, WIDTH] of x [S, 2 * WIDTH], in its dtype; `alpha` and `limit` are those of "clamped"."""
+    check_gated(x, None, kind)
     x = x.contiguous()
     rows, width = len(x), x.shape[1] // 2
     out = x.new_empty(rows, width)
@@ -102,6 +112,7 @@ def gated(x: Tensor, kind: str, alpha: float, limit: float) -> Tensor:
 
 def gated_backward(grad: Tensor, x: Tensor, kind: str, alpha: float, limit: float) -> Tensor:
     """The gradient of x [S, 2 * WIDTH] in `gated` from that of its result, grad [S, WIDTH]."""
+    check_gated(x, grad, kind)
     x = x.contiguous()
     out = x.new_empty(x.shape)
     _launch(_gate_backward_kernel, (grad.contiguous(), x), out, x.shape[1] // 2, kind, alpha, limit)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq_kernels.checks import check_rows, check_tokens
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
@@ -106,8 +107,9 @@ def take_rows(x: Tensor, order: Tensor | None, factors: Tensor | None, rows: int
 
     No order is that of the tokens. x is not empty.
     """
+    check_rows(rows, len(x), order, factors, x.device)
     x, n = x.contiguous(), x.shape[1]
-    factors = factors if factors is None else factors.contiguous()
+    order, factors = (part if part is None else part.contiguous() for part in (order, factors))
     out = x.new_empty(rows, n, dtype=dtype)
     pdl = Gpu.of(x.device).pdl
     block = min(COLUMNS, next_power_of_2(n))
@@ -150,8 +152,9 @@ def sum_rows(rows: Tensor, places: Tensor | None, factors: Tensor | None, tokens
 
     No places are those in the order of the tokens. rows is not empty.
     """
+    check_rows(len(rows), tokens, places, factors, rows.device)
     rows, n = rows.contiguous(), rows.shape[1]
-    factors = factors if factors is None else factors.contiguous()
+    places, factors = (part if part is None else part.contiguous() for part in (places, factors))
     out = rows.new_empty(tokens, n, dtype=dtype)
     pdl = Gpu.of(rows.device).pdl
     block = min(COLUMNS, next_power_of_2(n))
@@ -192,8 +195,11 @@ def dot_rows(rows: Tensor, places: Tensor | None, x: Tensor, dtype: torch.dtype)
 
     No places are those in the order of the tokens. rows is not empty.
     """
-    rows, x = rows.contiguous(), x.contiguous()
     (entries, n), tokens = rows.shape, len(x)
+    check_rows(entries, tokens, places, None, rows.device)
+    check_tokens(x, tokens, n, rows.device)
+    rows, x = rows.contiguous(), x.contiguous()
+    places = places if places is None else places.contiguous()
     out = rows.new_empty(tokens, entries // tokens, dtype=dtype)
     pdl = Gpu.of(rows.device).pdl
     launch(
