@@ -131,33 +131,42 @@ class _Adapted(torch.autograd.Function):
                 "gradients of gradients (create_graph=True) are asked of a LoRA layer that fuse_lora has fused, which "
                 "computes first gradients only: call unfuse_lora(model) before the forward pass"
             )
-        x, memory, *weight = ctx.saved_tensors
-        weight = weight if ctx.kept is None else ctx.kept.parameters()
-        if ctx.are_cast:
-            down, up, inner = _parts(memory, *ctx.sizes)
-        else:
-            *weight, down, up = weight
-            inner = memory
-        x_dtype, down_dtype, up_dtype, bias_dtype = ctx.dtypes
-        needs_x, needs_down, needs_up, needs_bias = ctx.needs_input_grad[:4]
-        grad_x = grad_down = grad_up = grad_bias = None
-        rows, k = grad.reshape(-1, grad.shape[-1]), x.shape[-1]
-        if needs_x or needs_down:
-            inner_grad = torch.addmm(inner, rows, up, beta=0, alpha=ctx.scaling)
-        if needs_x:
-            grad_x = input_gradient(ctx.name, grad, weight, ctx.settings, k)
-            if grad_x.dtype is x_dtype:
-                grad_x.view(-1, k).addmm_(inner_grad, down)
-            else:  # a sum in the dtype of x, as it is where autograd adds the two
-                grad_x = grad_x.to(x_dtype)
-                grad_x.view(-1, k).add_(inner_grad @ down)
-        if needs_down:
-            grad_down = _product(inner_grad.t(), x.reshape(-1, k), down_dtype)
-        if needs_up:
-            grad_up = _product(rows.t(), inner, up_dtype)
-        if needs_bias:
-            grad_bias = library.bias_grad(grad, bias_dtype)
-        return grad_x, grad_down, grad_up, grad_bias, None, None, None, None, None
+        device_type = "cuda" if grad.is_cuda else grad.device.type
+        if torch.is_autocast_enabled(device_type):  # around backward(): it would cast some of the products
+            with torch.autocast(device_type, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """What `_Adapted.backward` returns."""
+    x, memory, *weight = ctx.saved_tensors
+    weight = weight if ctx.kept is None else ctx.kept.parameters()
+    if ctx.are_cast:
+        down, up, inner = _parts(memory, *ctx.sizes)
+    else:
+        *weight, down, up = weight
+        inner = memory
+    x_dtype, down_dtype, up_dtype, bias_dtype = ctx.dtypes
+    needs_x, needs_down, needs_up, needs_bias = ctx.needs_input_grad[:4]
+    grad_x = grad_down = grad_up = grad_bias = None
+    rows, k = grad.reshape(-1, grad.shape[-1]), x.shape[-1]
+    if needs_x or needs_down:
+        inner_grad = torch.addmm(inner, rows, up, beta=0, alpha=ctx.scaling)
+    if needs_x:
+        grad_x = input_gradient(ctx.name, grad, weight, ctx.settings, k)
+        if grad_x.dtype is x_dtype:
+            grad_x.view(-1, k).addmm_(inner_grad, down)
+        else:  # a sum in the dtype of x, as it is where autograd adds the two
+            grad_x = grad_x.to(x_dtype)
+            grad_x.view(-1, k).add_(inner_grad @ down)
+    if needs_down:
+        grad_down = _product(inner_grad.t(), x.reshape(-1, k), down_dtype)
+    if needs_up:
+        grad_up = _product(rows.t(), inner, up_dtype)
+    if needs_bias:
+        grad_bias = library.bias_grad(grad, bias_dtype)
+    return grad_x, grad_down, grad_up, grad_bias, None, None, None, None, None
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -247,3 +247,16 @@ def test_a_wrong_width_is_refused_by_the_op():
     down, up = factors()
     with pytest.raises((RuntimeError, UnsupportedError), match="in_features"):
         adapted_linear(op, torch.randn(2, K + 1, device=DEVICE), down, up, SCALING, torch.float32, state, settings)
+
+
+@each_format
+def test_autocast_around_the_backward_pass_casts_no_product(name):
+    """A launcher does not hear it and torch's products do: two dtypes would meet in one product on a GPU."""
+    op, state, settings, _ = weight(name, bias=True)
+    (down, up), x = factors(), activations()
+    found = []
+    for enabled in (False, True):
+        out = adapted_linear(op, x, down, up, SCALING, torch.float32, state, settings)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out.square().sum(), (x, down, up, state[2])))
+    assert all(map(torch.equal, *found))
