@@ -47,4 +47,5 @@ def keep(parameters: Sequence[Tensor | None]) -> Kept | None:
     if not TELLS_HOOKS:
         return None
     hooks = saved_tensor_hooks()
-    return Kept(parameters) if hooks is None or hooks[0].__module__ == "torch.utils.checkpoint" else None
+    is_kept = hooks is None or getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"  # Tensor.cpu has none
+    return Kept(parameters) if is_kept else None

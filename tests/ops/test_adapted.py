@@ -167,6 +167,16 @@ def test_hooks_of_others_see_all_that_a_node_needs(factor_dtype):
     assert all(map(torch.equal, torch.autograd.grad(again.sum(), (x, down, up)), expected))
 
 
+def test_hooks_may_be_methods_of_torch():
+    op, state, settings, _ = weight("nf4")
+    (down, up), x, found = factors(), activations(), []
+    for pack in (lambda t: t.cpu(), torch.Tensor.cpu):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.to(DEVICE)):
+            out = adapted_linear(op, x, down, up, SCALING, torch.float32, state, settings)
+        found.append(torch.autograd.grad(out.sum(), (x, down, up)))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.skipif(not TELLS_HOOKS, reason="autograd saves all where its hooks are not known")
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=["cast", "as-they-are"])
 def test_checkpointing_computes_again_two_tensors(factor_dtype, monkeypatch):
