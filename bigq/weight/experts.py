@@ -102,16 +102,24 @@ class QuantizedExperts(QuantizedModule):
             changes: what adapters add to the weights.
             hidden_states: floating point.
             top_k_index: which experts a row has, [T, top_k]. One that does not exist adds nothing.
-            top_k_weights: their weights, [T, top_k].
+            top_k_weights: their weights, [T, top_k], or as many in another shape.
+
+        Raises:
+            UnsupportedError: rows, experts and weights are of different numbers of rows.
         """
-        ids, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
+        ids, tokens, top_k = top_k_index.reshape(-1), hidden_states.shape[0], top_k_index.shape[-1]
+        if not ids.shape[0] == top_k_weights.numel() == tokens * top_k:
+            raise UnsupportedError(
+                f"{type(self).__name__} is given {list(hidden_states.shape)} rows, experts {list(top_k_index.shape)} "
+                f"and weights {list(top_k_weights.shape)}; expected [T, H], [T, top_k] and [T, top_k]"
+            )
         order = places = None
         if len(ids) <= max(top_k, self.num_experts // UNSORTED_SHARE):
             rows = self._experts(hidden_states, changes, ids, sorted_rows=False)
         else:
             order, places, stops = sort_rows(ids, self.num_experts)
             rows = self._experts(take_rows(hidden_states, order, places), changes, stops, sorted_rows=True)
-        return sum_rows(rows, top_k_weights, order, places, hidden_states.dtype)
+        return sum_rows(rows, top_k_weights.reshape(tokens, top_k), order, places, hidden_states.dtype)
 
     def _experts(self, x: Tensor, changes: Changes, route: Tensor, *, sorted_rows: bool) -> Tensor:
         """The rows of all experts, each by its own: `route` says which, as the products of `Stored` take it."""

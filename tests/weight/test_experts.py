@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bigq
+from bigq.errors import UnsupportedError
 from bigq.ops import eager
 from bigq.ops.token_rows import Gate
 from bigq.system.internals import calls_only_forward
@@ -112,6 +113,25 @@ def test_an_expert_that_does_not_exist_adds_nothing(weight_format):
         torch.testing.assert_close(module(x, ids_of_others, torch.cat([weights, weights], dim=1)), everywhere)
         ids_of_others[:, TOP_K:] = -1
         torch.testing.assert_close(module(x, ids_of_others, torch.cat([weights, weights], dim=1)), everywhere)
+
+
+@BOTH
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_weights_may_be_of_another_shape_as_in_transformers(tokens, weight_format):
+    module, (x, ids, weights) = quantized(experts_of("mixtral"), weight_format), inputs(tokens)
+    expected = module(x, ids, weights)
+    for shape in ((-1,), (tokens, TOP_K, 1)):
+        assert torch.equal(module(x, ids, weights.view(shape)), expected)
+
+
+@BOTH
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_rows_experts_and_weights_of_different_numbers_are_refused(tokens, weight_format):
+    module, (x, ids, weights) = quantized(experts_of("mixtral"), weight_format), inputs(tokens)
+    twice = [ids.repeat(2, 1), weights.repeat(2, 1)]
+    for arguments in ((x, *twice), (x, ids, twice[1]), (x, ids, weights.repeat(1, 2))):
+        with pytest.raises(UnsupportedError, match=r"expected \[T, H\], \[T, top_k\] and \[T, top_k\]"):
+            module(*arguments)
 
 
 def test_arguments_may_have_the_names_that_transformers_has_for_them():
