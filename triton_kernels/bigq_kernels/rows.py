@@ -77,13 +77,12 @@ def sort_rows(ids: Tensor, weights: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, places, stops
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit
 def _take_rows_kernel(
     x_ptr,  # [T, N]
     order_ptr,  # [S] int64; None: the rows are in the order of the tokens
     factors_ptr,  # [S] or None
     out_ptr,  # [S, N]
-    S,
     N,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -114,7 +113,7 @@ def take_rows(x: Tensor, order: Tensor | None, factors: Tensor | None, rows: int
     pdl = Gpu.of(x.device).pdl
     block = min(COLUMNS, next_power_of_2(n))
     launch(
-        _take_rows_kernel, (rows, ceil_div(n, block)), x, order, factors, out, rows, n,
+        _take_rows_kernel, (rows, ceil_div(n, block)), x, order, factors, out, n,
         TOP_K=rows // len(x), BLOCK=block, PDL=pdl, options={"launch_pdl": pdl},
     )  # fmt: skip
     return out
