@@ -28,9 +28,11 @@ class FusedLoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute x [..., K] times the transposed weight, plus what the adapter adds: [..., N]."""
-        adapter = None if args or kwargs or is_compiling() else _plain_adapter(self)
+        # A hook of accelerate's keeps this function also when `unfuse_lora` has given the layer its class back.
+        is_other = args or kwargs or type(self) is Linear or is_compiling()
+        adapter = None if is_other else _plain_adapter(self)
         out = None if adapter is None or type(x) is not Tensor or x.is_nested else _adapted(x, *adapter)
-        return super().forward(x, *args, **kwargs) if out is None else out
+        return Linear.forward(self, x, *args, **kwargs) if out is None else out
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -44,7 +46,8 @@ def fuse_lora(model: nn.Module) -> int:
     - several adapters are active, none is, or it is merged or disabled;
     - without autocast, the dtypes of input and adapter differ;
     - hooks see the call of the linear or of the factors, or a transform of functorch, torch.compile or a trace does;
-    - it gets `adapter_names` or any other argument than its input.
+    - it gets `adapter_names` or any other argument than its input;
+    - it had a forward of its own before, as a hook of accelerate's gives it.
 
     The products are those of PEFT in the same dtype, with fewer roundings between them: the result and the gradient of
     the input are sums in float32 that are rounded once, and float32 gradients of the factors are not rounded to the

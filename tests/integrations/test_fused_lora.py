@@ -210,6 +210,24 @@ def test_a_forward_that_someone_gave_the_linear_is_called(fused_calls):
     assert not fused_calls
 
 
+@pytest.mark.parametrize("is_hooked_first", [True, False], ids=["hook-first", "hook-after-it"])
+def test_a_layer_with_a_hook_of_accelerates_is_fused_and_unfused(is_hooked_first, fused_calls):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = layer()
+    if is_hooked_first:
+        hooks.add_hook_to_module(model.base_model.model[0], hooks.ModelHook())
+    fuse_lora(model)
+    if not is_hooked_first:
+        hooks.add_hook_to_module(model.base_model.model[0], hooks.ModelHook())
+    fused = model(X)
+    assert len(fused_calls) == (FUSES and not is_hooked_first)  # the hook holds the forward that it found
+    unfuse_lora(model)
+    torch.testing.assert_close(model(X), fused, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(model(X), model.base_model.model[0].base_layer(X))
+    assert len(fused_calls) == (FUSES and not is_hooked_first)
+
+
 OTHERS = {
     "dora": {"use_dora": True},
     "bias-of-the-adapter": {"lora_bias": True},
