@@ -38,7 +38,8 @@ TABLE_NBYTES = 256 * 32 * 4  # of the Gluon kernels, in shared memory: an entry 
 RESERVED_NBYTES = 2048  # of shared memory, for the system and for Triton
 STEP = 256  # elements of K in a step or a slice of the Gluon kernels
 SLICED_ROWS = 16  # of a tile of the sliced kernel
-LEAST_SLICES = 0.6  # of those that its warps have room for: 20 of 32 at 5120 x 5120 take 9.3 us, staged 9.7 (4 tokens, H200)
+# Of the slices that its warps have room for. 4 tokens of 5120 x 5120, with 20 of 32, take 9.3 us, staged 9.7 (H200).
+LEAST_SLICES = 0.6
 LEAST_PROGRAMS = 64  # 1024 x 4096 has as many: 2.6 us for 4 tokens, staged takes 5.9 (H200)
 
 
