@@ -32,10 +32,10 @@ def test_most_weights_left_without_a_reason_are_named():
     ids=["quantized", "skipped"],
 )
 def test_weights_that_are_named_are_no_reason_to_warn(settings):
-    model = loaded(nn.Sequential(OwnExperts(), nn.Linear(64, 64)), **settings)
+    model = loaded(nn.Sequential(OwnExperts(), nn.Linear(64, 64), nn.Linear(64, 64)), **settings)
     experts, linears = 2 * 64 * 128 * 64, 64 * 64
     quantized = linears + (experts if "also_quantize" in settings else 0)
-    share = quantized / (experts + linears + 64 + 64 * 65)  # the last linear is the head, and is kept
+    share = quantized / (experts + linears + 64 + 2 * 64 * 65)  # the router is kept, and the last linear, the head
     assert model.quantization_report.quantized_share == pytest.approx(share)
     assert f"{100 * share:.1f} % of the numbers" in model.quantization_report.table()
 
