@@ -105,5 +105,7 @@ def gated_backward(grad: Tensor, x: Tensor, kind: str, alpha: float, limit: floa
 
 def _halves(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """(gate, up) of x [S, 2I]."""
+    if kind not in ("silu", "clamped"):
+        raise RuntimeError(f"the gate is {kind!r}; expected 'silu' or 'clamped'")
     wide = _wide(x)
     return wide.chunk(2, dim=1) if kind == "silu" else (wide[:, ::2], wide[:, 1::2])  # type: ignore[return-value]

@@ -103,3 +103,8 @@ def test_what_kernels_do_not_take_is_computed_in_torch(dtype, monkeypatch):
     out = token_rows.sum_rows(rows, torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=dtype), order, places, dtype)
     assert (out.dtype, out.tolist()) == (dtype, [[3.0], [14.0]])
     assert token_rows.sum_rows(rows[:0], torch.ones(0, 2), None, None, dtype).shape == (0, 1)
+
+
+def test_an_unknown_gate_is_refused():
+    with pytest.raises(RuntimeError, match="the gate is 'gelu'"):
+        torch.ops.bigq.gated(torch.ones(2, 4), "gelu", 0.0, 0.0)
