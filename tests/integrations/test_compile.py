@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 IDS = torch.arange(9)[None]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor says so on a GPU, in float32
 each_format = pytest.mark.parametrize("format_name", ["nf4", "int8"])
 SLOW = [] if torch.cuda.is_available() else pytest.mark.slow  # inductor compiles C++ for the CPU
 
@@ -143,7 +144,6 @@ def test_steps_of_generation_compile_once_if_their_cache_is_initialized_before(b
         assert torch.equal(steps(compiled, own), found)
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch 2.11 says so of the first of its tree
 @pytest.mark.gpu
 @each_format
