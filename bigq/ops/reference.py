@@ -34,7 +34,16 @@ from bigq.ops.checks import (
     check_routed_linear_int8,
 )
 from bigq.ops.code_tables import CODES, bucket, row_chunks, tables_of
-from bigq.ops.routes import dot_rows, gated, gated_backward, sort_by_weight, sort_rows, sum_rows, take_rows
+from bigq.ops.routes import (
+    dot_rows,
+    gated,
+    gated_backward,
+    rows_of_weights,
+    sort_by_weight,
+    sort_rows,
+    sum_rows,
+    take_rows,
+)
 from bigq.ops.scale_search import encode_scaled_4bit, search_scales_4bit
 
 __all__ = [
@@ -228,12 +237,9 @@ def grouped_linear_4bit(
     if nested_absmax is not None and nested_offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
     out = torch.zeros(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
-    start = 0
-    for e, stop in enumerate(stops.tolist()):
-        if stop > start:
-            own = None if bias is None else bias[e]
-            out[start:stop] = linear_4bit(x[start:stop], weight[e], absmax[e], own, None, None, quant_type, block_size)
-            start = stop
+    for e, rows in rows_of_weights(stops):
+        own = None if bias is None else bias[e]
+        out[rows] = linear_4bit(x[rows], weight[e], absmax[e], own, None, None, quant_type, block_size)
     return out
 
 
@@ -258,12 +264,9 @@ def grouped_linear_4bit_backward(
     check_grouped_linear_4bit_backward(grad, stops, weight, absmax, *nested, block_size, k)
     if nested_absmax is not None and nested_offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
-    out, start = grad.new_zeros(grad.shape[0], k), 0
-    for e, stop in enumerate(stops.tolist()):
-        if stop > start:
-            dense = dequantize_4bit(weight[e], absmax[e], quant_type, block_size, k, grad.dtype)
-            out[start:stop] = grad[start:stop] @ dense
-            start = stop
+    out = grad.new_zeros(grad.shape[0], k)
+    for e, rows in rows_of_weights(stops):
+        out[rows] = grad[rows] @ dequantize_4bit(weight[e], absmax[e], quant_type, block_size, k, grad.dtype)
     return out
 
 
@@ -294,11 +297,9 @@ def routed_linear_4bit(
 def grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
     """x [S, K] times dense [E, K, N], each row by its own as in `grouped_linear_4bit`: [S, N], in x's dtype."""
     check_grouped_matmul(x, stops, dense)
-    out, start = x.new_zeros(x.shape[0], dense.shape[-1]), 0
-    for e, stop in enumerate(stops.tolist()):
-        if stop > start:
-            out[start:stop] = x[start:stop] @ dense[e]
-            start = stop
+    out = x.new_zeros(x.shape[0], dense.shape[-1])
+    for e, rows in rows_of_weights(stops):
+        out[rows] = x[rows] @ dense[e]
     return out
 
 
@@ -395,12 +396,9 @@ def grouped_linear_int8(
     """
     check_grouped_linear_int8(x, stops, weight, absmax, bias)
     out, tokens = x.new_zeros(x.shape[0], weight.shape[1]), _int8_tokens(x, threshold)
-    start = 0
-    for e, stop in enumerate(stops.tolist()):
-        if stop > start:
-            own = None if bias is None else bias[e]
-            out[start:stop] = _int8_product(tokens, slice(start, stop), weight[e], absmax[e], own)
-            start = stop
+    for e, rows in rows_of_weights(stops):
+        own = None if bias is None else bias[e]
+        out[rows] = _int8_product(tokens, rows, weight[e], absmax[e], own)
     return out
 
 
@@ -410,11 +408,9 @@ def grouped_linear_int8_backward(grad: Tensor, stops: Tensor, weight: Tensor, ab
     The weight of each expert is dequantized on its own, if it has rows. Rows after the last of stops give zeros.
     """
     check_grouped_linear_int8_backward(grad, stops, weight, absmax)
-    out, start = grad.new_zeros(grad.shape[0], weight.shape[2]), 0
-    for e, stop in enumerate(stops.tolist()):
-        if stop > start:
-            out[start:stop] = grad[start:stop] @ dequantize_int8(weight[e], absmax[e], grad.dtype)
-            start = stop
+    out = grad.new_zeros(grad.shape[0], weight.shape[2])
+    for e, rows in rows_of_weights(stops):
+        out[rows] = grad[rows] @ dequantize_int8(weight[e], absmax[e], grad.dtype)
     return out
 
 

@@ -1,5 +1,7 @@
 """Routes: which weight of a stack multiplies which row; the rows sorted by weight, gated, and summed again by token."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -7,12 +9,22 @@ __all__ = [
     "dot_rows",
     "gated",
     "gated_backward",
+    "rows_of_weights",
     "sort_by_weight",
     "sort_rows",
     "sum_rows",
     "take_rows",
     "weights_of_rows",
 ]
+
+
+def rows_of_weights(stops: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each weight that has rows, and these rows, which are sorted by weight. The host reads `stops`."""
+    start = 0
+    for weight, stop in enumerate(stops.tolist()):
+        if stop > start:
+            yield weight, slice(start, stop)
+            start = stop
 
 
 def sort_by_weight(ids: Tensor, weights: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bigq_kernels.groups import rows_of_weights
+
 __all__ = ["grouped_matmul"]
 
 
@@ -18,9 +20,7 @@ def grouped_matmul(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == torch.bfloat16 and x.numel() and dense.numel() and k % 8 == 0 and n % 8 == 0:
         behind = torch.arange(len(x), device=x.device) >= stops[-1:]  # torch leaves these rows as they were
         return F.grouped_mm(x.contiguous(), dense, offs=stops).masked_fill_(behind[:, None], 0)
-    out, start = x.new_zeros(len(x), n), 0
-    for e, stop in enumerate(stops.tolist()):
-        if stop > start:
-            out[start:stop] = x[start:stop] @ dense[e]
-            start = stop
+    out = x.new_zeros(len(x), n)
+    for e, rows in rows_of_weights(stops):
+        out[rows] = x[rows] @ dense[e]
     return out

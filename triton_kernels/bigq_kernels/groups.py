@@ -5,6 +5,8 @@ many rows a weight has is known on the GPU alone, so the grid is the most that S
 `most_tiles(S, E, BLOCK_M)`. Programs beyond the tiles that there are end at once.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,15 @@ from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = ["group_tokens", "most_tiles", "place_in_group", "sort_by_weight", "weights_hit", "weights_of_rows"]
+__all__ = [
+    "group_tokens",
+    "most_tiles",
+    "place_in_group",
+    "rows_of_weights",
+    "sort_by_weight",
+    "weights_hit",
+    "weights_of_rows",
+]
 
 # Of a tile of tokens: weight, its first row of x, how many rows it has, its first tile, and how many tiles there are.
 FIELDS = tl.constexpr(5)
@@ -25,6 +35,15 @@ def most_tiles(rows: int, weights: int, block_m: int) -> int:
     """The most tiles of block_m rows that `rows` rows of `weights` weights make."""
     hit = min(rows, weights)
     return hit + (rows - hit) // block_m
+
+
+def rows_of_weights(stops: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each weight that has rows, and these rows: for products one by one, for which the host reads `stops`."""
+    start = 0
+    for weight, stop in enumerate(stops.tolist()):
+        if stop > start:
+            yield weight, slice(start, stop)
+            start = stop
 
 
 def weights_hit(rows: int, weights: int) -> int:

@@ -11,6 +11,7 @@ from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.rows_times_weight import multiply_by_rows
 from bigq_kernels.checks import check_grouped_linear_4bit_backward
 from bigq_kernels.grouped_matmul import grouped_matmul
+from bigq_kernels.groups import rows_of_weights
 
 __all__ = ["grouped_linear_4bit_backward"]
 
@@ -64,10 +65,8 @@ def _one_by_one(
     """The same where the host reads `stops`: one product for each weight that has rows, dequantized for it alone."""
     if nested_absmax is not None and nested_offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
-    out, start = grad.new_zeros(len(grad), k), 0
-    for e, stop in enumerate(stops.tolist()):
-        if stop > start:
-            dense = dequantize_4bit(weight[e], absmax[e], quant_type, block_size, k, grad.dtype)
-            torch.mm(grad[start:stop], dense, out=out[start:stop])
-            start = stop
+    out = grad.new_zeros(len(grad), k)
+    for e, rows in rows_of_weights(stops):
+        dense = dequantize_4bit(weight[e], absmax[e], quant_type, block_size, k, grad.dtype)
+        torch.mm(grad[rows], dense, out=out[rows])
     return out

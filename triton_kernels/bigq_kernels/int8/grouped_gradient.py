@@ -5,6 +5,7 @@ from torch import Tensor
 
 from bigq_kernels.checks import as_floats, check_grouped_linear_int8_backward
 from bigq_kernels.grouped_matmul import grouped_matmul
+from bigq_kernels.groups import rows_of_weights
 from bigq_kernels.int8.choose_grouped import choose_gradient
 from bigq_kernels.int8.dequantize import dequantize_int8
 from bigq_kernels.int8.rows_times_weight import multiply_by_rows
@@ -35,9 +36,7 @@ def grouped_linear_int8_backward(grad: Tensor, stops: Tensor, weight: Tensor, ab
 
 def _one_by_one(grad: Tensor, stops: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
     """The same where the host reads `stops`: one product for each weight that has rows, dequantized for it alone."""
-    out, start = grad.new_zeros(len(grad), weight.shape[2]), 0
-    for e, stop in enumerate(stops.tolist()):
-        if stop > start:
-            torch.mm(grad[start:stop], dequantize_int8(weight[e], absmax[e], grad.dtype), out=out[start:stop])
-            start = stop
+    out = grad.new_zeros(len(grad), weight.shape[2])
+    for e, rows in rows_of_weights(stops):
+        torch.mm(grad[rows], dequantize_int8(weight[e], absmax[e], grad.dtype), out=out[rows])
     return out
