@@ -21,7 +21,7 @@ from bigq.errors import UnsupportedError
 from bigq.ops import checks, reference
 from bigq.ops.replays import run
 from bigq.ops.sharding import shard_width
-from bigq.system.internals import check
+from bigq.system.internals import as_result, check
 
 __all__ = [
     "LIBRARY",
@@ -143,7 +143,7 @@ def _on_cuda(name: str) -> Callable[..., Any]:
 
     def linear(x: Tensor, *args: Any) -> Any:
         tensors = 5 if isinstance(args[3], Tensor) else 3  # parts and bias: 5 with double quantization, otherwise 3
-        return run(cuda_implementation, name, x, args[:tensors], args[tensors:])
+        return as_result(run(cuda_implementation, name, x, args[:tensors], args[tensors:]))
 
     return linear if name.startswith("linear") else implementation
 

@@ -100,7 +100,7 @@ def check_grouped_linear_4bit_backward(
             f"grad is {list(grad.shape)} and the weight {list(weight.shape)}; expected [S, N] and [E, N, ceil(K/2)]"
         )
     (e, n, width), device = weight.shape, weight.device
-    matrix, scales = weight.view(e * n, width), absmax.view(e * n, -1)
+    matrix, scales = weight.view(e * n, width), absmax.view(e * n, absmax.shape[-1])
     _check_4bit(matrix, scales, nested_absmax, nested_offset, block_size, in_features, e * n, device)
     _check_beside(grad, None, (), device)
     _check_stops(stops, weight)
@@ -141,7 +141,7 @@ def _check_stack(
         raise RuntimeError(f"x is {list(x.shape)}; expected [..., {in_features}], the in_features of the weight")
     if width != (k + 1) // 2:
         raise _widths_differ(x, weight, (k + 1) // 2)
-    matrix, scales = weight.view(e * n, width), absmax.view(e * n, -1)
+    matrix, scales = weight.view(e * n, width), absmax.view(e * n, absmax.shape[-1])
     _check_4bit(matrix, scales, nested_absmax, nested_offset, block_size, k, e * n, weight.device)
     _check_beside(x, bias if bias is None else bias.view(-1), (e * n,), weight.device)
 

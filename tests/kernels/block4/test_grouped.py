@@ -225,3 +225,14 @@ def test_every_reference_row_is_that_of_the_reference_linear(device):
         x, torch.tensor(stops, dtype=torch.int32, device=device), weight, absmax, None, *nested, "nf4", 64, K
     )
     assert_within_budget(got, row_by_row(x.double(), exact, stops), row_by_row(x, exact, stops))
+
+
+@pytest.mark.parametrize("e, n", [(0, 4), (3, 0)], ids=["no-weights", "no-outputs"])
+def test_an_empty_stack_gives_zeros(e, n, device):
+    x = torch.randn(2, 64, device=device, dtype=torch.bfloat16)
+    codes, absmax = torch.zeros(e, n, 32, dtype=torch.uint8, device=device), torch.ones(e, n, 1, device=device)
+    state = (codes, absmax, torch.ones(e, n, device=device), None, None, "nf4", 64)
+    ids = torch.zeros(4, dtype=torch.int32, device=device)
+    assert torch.equal(routed_linear_4bit(x, ids, *state), x.new_zeros(4, n))
+    stops = torch.full((e,), 2, dtype=torch.int32, device=device)
+    assert torch.equal(grouped_linear_4bit(x, stops, *state), x.new_zeros(2, n))
