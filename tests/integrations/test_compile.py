@@ -63,7 +63,8 @@ def _fresh_compiler():
 )
 def test_a_model_and_its_gradients_compile_once_for_all_batch_sizes(format_name, backend):
     """Gradients of the inputs are what an adapter below the quantized linears needs."""
-    model = llama(format_name)
+    # transformers leaves out the mask of an sdpa that is not traced, which is then another kernel on a GPU.
+    model = llama(format_name, attn_implementation="eager")
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
 
@@ -156,6 +157,7 @@ def test_generate_compiles_on_a_gpu_without_being_asked(format_name):
     assert hasattr(model, "_compiled_call")
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 says so of files that it loads
 @each_format
 def test_an_exported_model_is_saved_and_loaded(format_name, tmp_path):
     model = llama(format_name)
