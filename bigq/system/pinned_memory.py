@@ -44,6 +44,7 @@ class PinnedMemory(mmap.mmap):
         status = int(self._cudart.cudaHostRegister(self._address, len(self), _PORTABLE))
         if status:
             self._address = None
+            _forget_error()
         return status
 
     @property
@@ -62,3 +63,10 @@ class PinnedMemory(mmap.mmap):
 
     def __del__(self) -> None:  # before the memory is unmapped, also after an interrupt
         to_the_end(self._unpin)
+
+
+def _forget_error() -> None:
+    """CUDA keeps the error of a call, and torch would raise it after its next kernel, whatever that is: this one."""
+    if torch.cuda.is_initialized():
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")

@@ -81,3 +81,16 @@ def test_torch_knows_that_it_is_pinned():
     assert memory.bytes.is_pinned()
     memory.bytes.copy_(torch.arange(5 << 20) % 251)
     assert torch.equal(memory.bytes.to("cuda", non_blocking=True).cpu(), memory.bytes)
+
+
+@pytest.mark.gpu
+def test_what_cuda_does_not_pin_leaves_no_error_for_the_next_kernel():
+    memory = PinnedMemory.of(1 << 20)
+    x = torch.ones(1, device="cuda")
+    address, runtime = memory.bytes.data_ptr(), torch.cuda.cudart()
+    assert int(runtime.cudaHostRegister(address, 1 << 20, 1)) == 0
+    try:
+        assert memory.pin() != 0, "it is pinned already"
+        assert (x + 1).item() == 2
+    finally:
+        runtime.cudaHostUnregister(address)
