@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -323,3 +325,16 @@ def test_another_release_is_said_and_left_to_the_launcher(asked, monkeypatch):
 def test_replays_work_on_this_gpu(monkeypatch):
     monkeypatch.setattr(replay, "_works", None)
     assert replay.can_replay()
+
+
+def test_a_recording_does_not_import_torchs_compiler():
+    """torch imports it where a mode does not say that the compiler may see it: 1.9 s (2-core CPU)."""
+    code = (
+        "import sys, torch\n"
+        "from bigq_kernels import replay\n"
+        "with replay._Watch() as watch: torch.empty(3)\n"
+        "assert len(watch.allocated) == 1\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "triton_kernels")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
