@@ -34,16 +34,8 @@ from bigq.ops.checks import (
     check_routed_linear_int8,
 )
 from bigq.ops.code_tables import CODES, bucket, row_chunks, tables_of
-from bigq.ops.routes import (
-    dot_rows,
-    gated,
-    gated_backward,
-    rows_of_weights,
-    sort_by_weight,
-    sort_rows,
-    sum_rows,
-    take_rows,
-)
+from bigq.ops.routes import rows_of_weights, sort_by_weight
+from bigq.ops.row_steps import dot_rows, gated, gated_backward, sort_rows, sum_rows, take_rows
 from bigq.ops.scale_search import encode_scaled_4bit, search_scales_4bit
 
 __all__ = [
