@@ -21,7 +21,9 @@ Settings = tuple[str | int | float | None, ...]
 Launcher = Callable[..., Tensor]
 
 MAX_TOKENS = 2048  # above, kernels take longer than Python: 202 us for 4096 tokens at 4096 x 4096, H200
-MAX_ROWS_OF_A_TOKEN = 16  # a row of a stack is not a token: of a mixture of experts, a token has 1 to 16
+# A row of a stack is not a token: of a mixture of experts, a token has 1 to 16. A product of 4096 rows takes 129 us of
+# host time by its launcher and 30 replayed (H200).
+MAX_ROWS_OF_A_TOKEN = 16
 MAX_KEPT = 1 << 15  # bound calls: 300 linears at 100 numbers of tokens
 
 _CALLS: dict[Any, "_Call"] = {}  # by the identity of the codes
