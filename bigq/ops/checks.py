@@ -20,7 +20,9 @@ __all__ = [
     "check_dequantize_4bit",
     "check_dequantize_absmax",
     "check_dequantize_int8",
+    "check_dot_rows",
     "check_encode_scaled_4bit",
+    "check_gated",
     "check_grouped_linear_4bit",
     "check_grouped_linear_4bit_backward",
     "check_grouped_linear_int8",
@@ -30,11 +32,14 @@ __all__ = [
     "check_linear_int8",
     "check_routed_linear_4bit",
     "check_routed_linear_int8",
+    "check_rows",
     "check_search_scales_4bit",
+    "check_sort_rows",
 ]
 
 NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale in double quantization
 _SCALES = (torch.float32, torch.int32)
+_INDICES = (torch.int32, torch.int64)
 
 Expect = Callable[[bool, Callable[[], str]], object]  # (condition, message if it is false), like torch._check
 
@@ -237,11 +242,51 @@ def _check_stops(stops: Tensor, weight: Tensor, expect: Expect) -> None:
 
 
 def _check_ids(ids: Tensor, x: Tensor, weight: Tensor, expect: Expect) -> None:
-    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device, expect)
+    _check("ids", ids, _INDICES, (ids.numel(),), weight.device, expect)
     expect(
         ids.shape[0] % x.shape[0] == 0 if x.shape[0] else ids.shape[0] == 0,
         lambda: f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x",
     )
+
+
+def check_sort_rows(ids: Tensor, expect: Expect = _expect) -> None:
+    """Check that ids are indices [S]."""
+    _check("ids", ids, _INDICES, (ids.numel(),), ids.device, expect)
+
+
+def check_rows(
+    rows: int,
+    tokens: int,
+    places: Tensor | None,
+    factors: Tensor | None,
+    device: torch.device,
+    expect: Expect = _expect,
+) -> None:
+    """Check that each token has as many rows, and that places [rows] and factors [tokens, top_k] fit."""
+    expect(
+        tokens != 0 and rows % tokens == 0,
+        lambda: f"{tokens} tokens have {rows} rows; expected a multiple of the tokens",
+    )
+    if places is not None:
+        _check("the places of rows", places, _INDICES, (rows,), device, expect)
+    if factors is not None:
+        _check("factors", factors, (factors.dtype,), (tokens, rows // tokens), device, expect)
+
+
+def check_dot_rows(rows: Tensor, places: Tensor | None, x: Tensor, expect: Expect = _expect) -> None:
+    """Check that rows [S, N], places [S] and x [T, N] fit together."""
+    check_rows(rows.shape[0], x.shape[0], places, None, rows.device, expect)
+    _check("x", x, (x.dtype,), (x.shape[0], rows.shape[1]), rows.device, expect)
+
+
+def check_gated(x: Tensor, grad: Tensor | None, kind: str, expect: Expect = _expect) -> None:
+    """Check that x is [S, 2 * WIDTH], grad [S, WIDTH], and the gate `kind` is known."""
+    expect(
+        x.dim() == 2 and x.shape[1] % 2 == 0 and kind in ("silu", "clamped"),
+        lambda: f"x is {list(x.shape)} and the gate {kind!r}; expected [S, 2 * WIDTH], and silu or clamped",
+    )
+    if grad is not None:
+        _check("grad", grad, (grad.dtype,), (x.shape[0], x.shape[1] // 2), x.device, expect)
 
 
 def check_search_scales_4bit(weight: Tensor, importance: Tensor, expect: Expect = _expect) -> None:

@@ -278,32 +278,38 @@ def _(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
 
 @torch.library.register_fake("bigq::sort_rows", lib=LIBRARY)
 def _(ids: Tensor, weights: int) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_sort_rows(ids, check)
     places = torch.empty_like(ids, dtype=torch.int32)
     return torch.empty_like(ids, dtype=torch.int64), places, places.new_empty(weights)
 
 
 @torch.library.register_fake("bigq::take_rows", lib=LIBRARY)
 def _(x: Tensor, order: Tensor | None, factors: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
+    checks.check_rows(rows, x.shape[0], order, factors, x.device, check)
     return x.new_empty(rows, x.shape[1], dtype=dtype)
 
 
 @torch.library.register_fake("bigq::sum_rows", lib=LIBRARY)
 def _(rows: Tensor, places: Tensor | None, factors: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor:
+    checks.check_rows(rows.shape[0], tokens, places, factors, rows.device, check)
     return rows.new_empty(tokens, rows.shape[1], dtype=dtype)
 
 
 @torch.library.register_fake("bigq::dot_rows", lib=LIBRARY)
 def _(rows: Tensor, places: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    checks.check_dot_rows(rows, places, x, check)
     return rows.new_empty(x.shape[0], rows.shape[0] // x.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("bigq::gated", lib=LIBRARY)
 def _(x: Tensor, kind: str, alpha: float, limit: float) -> Tensor:
+    checks.check_gated(x, None, kind, check)
     return x.new_empty(x.shape[0], x.shape[1] // 2)
 
 
 @torch.library.register_fake("bigq::gated_backward", lib=LIBRARY)
 def _(grad: Tensor, x: Tensor, kind: str, alpha: float, limit: float) -> Tensor:
+    checks.check_gated(x, grad, kind, check)
     return torch.empty_like(x)
 
 

@@ -34,16 +34,8 @@ from bigq.ops.checks import (
     check_routed_linear_int8,
 )
 from bigq.ops.code_tables import CODES, bucket, row_chunks, tables_of
-from bigq.ops.routes import (
-    dot_rows,
-    gated,
-    gated_backward,
-    rows_of_weights,
-    sort_by_weight,
-    sort_rows,
-    sum_rows,
-    take_rows,
-)
+from bigq.ops.routes import order_by_weight, rows_of_weights
+from bigq.ops.row_steps import dot_rows, gated, gated_backward, sort_rows, sum_rows, take_rows
 from bigq.ops.scale_search import encode_scaled_4bit, search_scales_4bit
 
 __all__ = [
@@ -287,7 +279,7 @@ def routed_linear_4bit(
     A row whose id is no weight's gives zeros. ids is int32 or int64 [S]; S is a multiple of M.
     """
     check_routed_linear_4bit(x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
-    order, stops = sort_by_weight(ids, weight.shape[0])
+    order, stops = order_by_weight(ids, weight.shape[0])
     sorted_x = x[order // (ids.shape[0] // max(x.shape[0], 1))]
     nested = (nested_absmax, nested_offset)
     out = grouped_linear_4bit(sorted_x, stops, weight, absmax, bias, *nested, quant_type, block_size)
@@ -423,7 +415,7 @@ def routed_linear_int8(
     [S]; S is a multiple of M.
     """
     check_routed_linear_int8(x, ids, weight, absmax, bias)
-    order, stops = sort_by_weight(ids, weight.shape[0])
+    order, stops = order_by_weight(ids, weight.shape[0])
     out = grouped_linear_int8(x[order // (ids.shape[0] // max(x.shape[0], 1))], stops, weight, absmax, bias, threshold)
     return torch.empty_like(out).index_copy_(0, order, out)
 

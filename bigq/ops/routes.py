@@ -9,8 +9,8 @@ __all__ = [
     "dot_rows",
     "gated",
     "gated_backward",
+    "order_by_weight",
     "rows_of_weights",
-    "sort_by_weight",
     "sort_rows",
     "sum_rows",
     "take_rows",
@@ -27,7 +27,7 @@ def rows_of_weights(stops: Tensor) -> Iterator[tuple[int, slice]]:
             start = stop
 
 
-def sort_by_weight(ids: Tensor, weights: int) -> tuple[Tensor, Tensor]:
+def order_by_weight(ids: Tensor, weights: int) -> tuple[Tensor, Tensor]:
     """The order int64 [S] that sorts rows by their weight, and where the rows of each end in it: int32 [weights].
 
     A row whose id is no weight's comes behind the last. ids is int32 or int64 [S].
@@ -47,7 +47,7 @@ def sort_rows(ids: Tensor, weights: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Rows of one weight keep their order. Those whose id is no weight's come last, in theirs. places[order[s]] is s.
     """
-    order, stops = sort_by_weight(torch.where((ids >= 0) & (ids < weights), ids, weights), weights)
+    order, stops = order_by_weight(torch.where((ids >= 0) & (ids < weights), ids, weights), weights)
     every = torch.arange(len(ids), device=ids.device, dtype=torch.int32)
     return order, every.index_copy(0, order, every), stops
 

@@ -19,7 +19,7 @@ from bigq.ops.library import (
     grouped_linear_int8_backward,
     grouped_matmul,
 )
-from bigq.ops.routes import sort_by_weight, weights_of_rows
+from bigq.ops.routes import order_by_weight, weights_of_rows
 from bigq.ops.sharding import shard_width
 
 __all__ = ["stack_gradients"]
@@ -79,7 +79,7 @@ def stack_gradients(
     route, packed = tensors[:2]
     (weights, n), grad_x, grad_bias = packed.shape[:2], None, None
     if x_rows is not None:
-        order, stops = (None, route) if sorted_rows else sort_by_weight(route, weights)
+        order, stops = (None, route) if sorted_rows else order_by_weight(route, weights)
         grad_x = (multiply or _times_stack)(grad if order is None else grad[order], stops, tensors[1:], settings)
         if order is not None:
             each = torch.empty_like(grad_x).index_copy(0, order, grad_x)

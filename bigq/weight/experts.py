@@ -144,16 +144,16 @@ class QuantizedExperts(QuantizedModule):
     def _known_gate(self) -> Gate | None:
         """The gate that `_apply_gate` is, if it gives the same numbers for a few inputs; tried once for each module.
 
-        None if hooks hear the activation, which `_apply_gate` calls, or it has a forward of its own.
+        It is tried again when a number of the module or of its activation has changed, whatever its name: it may be a
+        limit. None if hooks hear the activation, which `_apply_gate` calls, or it has a forward of its own.
         """
-        act_fn, alpha, limit = (getattr(self, name, None) for name in ("act_fn", "alpha", "limit"))
+        act_fn, method = getattr(self, "act_fn", None), self._apply_gate
         if isinstance(act_fn, nn.Module) and not calls_only_forward(act_fn):
             return None
-        method = self._apply_gate
-        settings = getattr(method, "__func__", method), act_fn, alpha, limit
+        settings = getattr(method, "__func__", method), act_fn, _numbers(self), _numbers(act_fn)
         known = _GATES.get(self)
-        if known is None or any(old is not new for old, new in zip(known[0], settings, strict=True)):
-            _GATES[self] = known = settings, _tried_gate(self, act_fn, alpha, limit)
+        if known is None or known[0] != settings:
+            _GATES[self] = known = settings, _tried_gate(self, settings[0], act_fn)
         return known[1]
 
     def _multiplies(self, *leaves: str) -> bool:
@@ -166,10 +166,19 @@ class QuantizedExperts(QuantizedModule):
         )
 
 
-def _tried_gate(experts: QuantizedExperts, act_fn: Any, alpha: Any, limit: Any) -> Gate | None:
-    if any(True for _ in getattr(act_fn, "parameters", tuple)()):
-        return None
+def _numbers(held_by: object) -> list[float]:
+    """The numbers among the attributes of an object itself."""
+    return [value for value in getattr(held_by, "__dict__", {}).values() if type(value) in (float, int, bool)]
+
+
+def _tried_gate(experts: QuantizedExperts, function: Any, act_fn: Any) -> Gate | None:
+    held = (*vars(experts).values(), *experts._buffers.values(), *getattr(act_fn, "parameters", tuple)())
+    if any(isinstance(value, Tensor) for value in held):
+        return None  # it may read tensors, whose numbers are not compared
+    if "config" in getattr(getattr(function, "__code__", None), "co_names", ()):
+        return None  # nor are those of the config
     gates = [Gate("silu")]
+    alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
     if isinstance(alpha, float) and isinstance(limit, float):
         gates.append(Gate("clamped", alpha, limit))
     small = ((torch.arange(128, device="cpu") * 37 % 128 - 64) / 5.0).view(2, 64)  # from -12.8 to 12.6, in no order

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigq.ops import reference
 from bigq_kernels import gate, rows
@@ -95,25 +96,47 @@ def test_gates_hand_on_nan(kind, device):
     )
 
 
-MISFITS = {
-    "factors of more experts than a token has rows": lambda x: rows.sum_rows(x, None, torch.ones(2, 3), 2, x.dtype),
-    "rows that are no multiple of the tokens": lambda x: rows.sum_rows(x[:3], None, None, 2, x.dtype),
-    "no tokens": lambda x: rows.sum_rows(x, None, None, 0, x.dtype),
-    "places of fewer rows": lambda x: rows.sum_rows(x, torch.arange(3, dtype=torch.int32), None, 2, x.dtype),
-    "places that are floats": lambda x: rows.sum_rows(x, torch.zeros(4), None, 2, x.dtype),
-    "an order of fewer rows": lambda x: rows.take_rows(x[:2], torch.arange(3), None, 4, x.dtype),
-    "factors of fewer rows": lambda x: rows.take_rows(x[:2], None, torch.ones(2, 1), 4, x.dtype),
-    "tokens of another width": lambda x: rows.dot_rows(x, None, torch.ones(2, 5), x.dtype),
-    "an odd width": lambda x: gate.gated(x[:, :3], "silu", 0.0, 0.0),
-    "a gate of another kind": lambda x: gate.gated(x, "gelu", 0.0, 0.0),
-    "a gradient of another width": lambda x: gate.gated_backward(x, x, "silu", 0.0, 0.0),
+X = torch.ones(4, 4)
+MISFITS = {  # what does not fit: the op, and its arguments
+    "ids that are floats": ("sort_rows", (torch.ones(4), 2)),
+    "ids of two dimensions": ("sort_rows", (torch.ones(4, 1, dtype=torch.int64), 2)),
+    "factors of more experts than a token has rows": ("sum_rows", (X, None, torch.ones(2, 3), 2, X.dtype)),
+    "rows that are no multiple of the tokens": ("sum_rows", (X[:3], None, None, 2, X.dtype)),
+    "no tokens": ("sum_rows", (X, None, None, 0, X.dtype)),
+    "places of fewer rows": ("sum_rows", (X, torch.arange(3, dtype=torch.int32), None, 2, X.dtype)),
+    "places that are floats": ("sum_rows", (X, torch.zeros(4), None, 2, X.dtype)),
+    "an order of fewer rows": ("take_rows", (X[:2], torch.arange(3), None, 4, X.dtype)),
+    "factors of fewer rows": ("take_rows", (X[:2], None, torch.ones(2, 1), 4, X.dtype)),
+    "tokens of another width": ("dot_rows", (X, None, torch.ones(2, 5), X.dtype)),
+    "an odd width": ("gated", (X[:, :3], "silu", 0.0, 0.0)),
+    "a gate of another kind": ("gated", (X, "gelu", 0.0, 0.0)),
+    "a gradient of another width": ("gated_backward", (X, X, "silu", 0.0, 0.0)),
 }
 
 
+def fake(name):
+    def call(*args):
+        with FakeTensorMode() as mode:
+            args = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+            return getattr(torch.ops.bigq, name)(*args)
+
+    return call
+
+
+IMPLEMENTATIONS = {
+    "launcher": lambda name: getattr(gate if name.startswith("gated") else rows, name),
+    "reference": lambda name: getattr(reference, name),
+    "op": lambda name: getattr(torch.ops.bigq, name),
+    "fake": fake,
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("what", MISFITS)
-def test_tensors_that_do_not_fit_are_refused(what):
+def test_tensors_that_do_not_fit_are_refused(what, implementation):
+    name, arguments = MISFITS[what]
     with pytest.raises(RuntimeError, match="; expected"):
-        MISFITS[what](torch.ones(4, 4))
+        IMPLEMENTATIONS[implementation](name)(*arguments)
 
 
 def test_an_order_may_have_strides(device):

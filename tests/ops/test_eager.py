@@ -217,6 +217,25 @@ def test_many_tokens_and_odd_strides_are_never_recorded(launched):
     assert launched.counts == {"launcher": 12, "recorded": 0, "replayed": 0}
 
 
+class _LaunchedStack(_Launched):
+    """The same where a route stands between x and the weight."""
+
+    def launcher(self, x, route, weight, *rest):
+        return super().launcher(x, weight)
+
+
+def test_rows_of_stacks_are_recorded_up_to_as_many_tokens(monkeypatch):
+    """A token has several rows: 257 tokens of 8 experts each are more rows than a linear may have tokens."""
+    launched = _LaunchedStack(monkeypatch)
+    most, route, weight = replays.MAX_TOKENS * replays.MAX_ROWS_OF_A_TOKEN, torch.ones(3), torch.randn(4, 8)
+    for rows in (replays.MAX_TOKENS + 1, most, most + 1):
+        x = torch.randn(rows, 8)
+        for _ in range(3):
+            out = eager.routed("grouped_linear_4bit", x, route, (weight, None, None), ("nf4",))
+            assert torch.equal(out, x @ weight.T)
+    assert launched.counts == {"launcher": 5, "recorded": 2, "replayed": 2}
+
+
 def test_a_weight_that_moved_is_bound_again(launched):
     x, weight = torch.randn(1, 8), nn.Parameter(torch.randn(4, 8), requires_grad=False)
     for _ in range(3):

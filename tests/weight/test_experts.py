@@ -258,6 +258,34 @@ def test_gates_are_known_by_their_numbers():
         assert module._known_gate() is None
 
 
+@pytest.mark.skipif(not calls_only_forward(torch.nn.Identity()), reason="this torch does not tell who hears a call")
+def test_a_gate_is_tried_again_when_a_number_has_changed_under_any_name():
+    def apply_gate(x):
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate.clamp(max=module.swiglu_limit)) * up
+
+    module = quantized(experts_of("mixtral"), bigq.NF4())
+    module.swiglu_limit, module._apply_gate = float("inf"), apply_gate
+    assert module._known_gate() == Gate("silu")
+    module.swiglu_limit = 7.0
+    assert module._known_gate() is None
+    module.swiglu_limit = float("inf")
+    assert module._known_gate() == Gate("silu")
+
+
+@pytest.mark.skipif(not calls_only_forward(torch.nn.Identity()), reason="this torch does not tell who hears a call")
+def test_a_gate_that_may_read_what_is_not_compared_is_not_known():
+    module = quantized(experts_of("mixtral"), bigq.NF4())
+    module.offset = torch.zeros(())  # may be changed in place
+    assert module._known_gate() is None
+    module = quantized(experts_of("mixtral"), bigq.NF4())
+    module._apply_gate = lambda x: torch.nn.functional.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1]
+    assert module._known_gate() == Gate("silu")
+    module.config.gain = 1.0
+    module._apply_gate = lambda x: module.config.gain * type(module)._apply_gate(module, x)
+    assert module._known_gate() is None
+
+
 def _clamped_at(limit):
     def apply_gate(x):
         gate, up = x.chunk(2, dim=-1)

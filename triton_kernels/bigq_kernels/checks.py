@@ -14,6 +14,7 @@ __all__ = [
     "check_dequantize_4bit",
     "check_dequantize_absmax",
     "check_dequantize_int8",
+    "check_dot_rows",
     "check_encode_scaled_4bit",
     "check_gated",
     "check_grouped_linear_4bit",
@@ -26,7 +27,7 @@ __all__ = [
     "check_routed_linear_int8",
     "check_rows",
     "check_search_scales_4bit",
-    "check_tokens",
+    "check_sort_rows",
 ]
 
 _BLOCK: int = NESTED_BLOCK_SIZE.value
@@ -195,7 +196,7 @@ def _check_stops(stops: Tensor, weight: Tensor) -> None:
 
 
 def _check_ids(ids: Tensor, x: Tensor, weight: Tensor) -> None:
-    _check("ids", ids, (torch.int32, torch.int64), (ids.numel(),), weight.device)
+    _check("ids", ids, _INDICES, (ids.numel(),), weight.device)
     if len(ids) % len(x) if len(x) else len(ids):
         raise RuntimeError(f"ids is {list(ids.shape)} and x {list(x.shape)}; expected a multiple of the rows of x")
 
@@ -234,6 +235,11 @@ def check_encode_scaled_4bit(weight: Tensor, scales: Tensor, block_size: int) ->
     _check("scales", scales, _FLOAT32, (rows, (columns + block_size - 1) // block_size), weight.device)
 
 
+def check_sort_rows(ids: Tensor) -> None:
+    """Raise RuntimeError unless ids are indices [S]."""
+    _check("ids", ids, _INDICES, (ids.numel(),), ids.device)
+
+
 def check_rows(rows: int, tokens: int, places: Tensor | None, factors: Tensor | None, device: torch.device) -> None:
     """Raise RuntimeError unless each token has as many rows, and places [rows] and factors [tokens, top_k] fit."""
     if not tokens or rows % tokens:
@@ -244,9 +250,10 @@ def check_rows(rows: int, tokens: int, places: Tensor | None, factors: Tensor | 
         _check("factors", factors, None, (tokens, rows // tokens), device)
 
 
-def check_tokens(x: Tensor, tokens: int, columns: int, device: torch.device) -> None:
-    """Raise RuntimeError unless x is [tokens, columns]."""
-    _check("x", x, None, (tokens, columns), device)
+def check_dot_rows(rows: Tensor, places: Tensor | None, x: Tensor) -> None:
+    """Raise RuntimeError unless rows [S, N], places [S] and x [T, N] fit together."""
+    check_rows(len(rows), len(x), places, None, rows.device)
+    _check("x", x, None, (len(x), rows.shape[1]), rows.device)
 
 
 def check_gated(x: Tensor, grad: Tensor | None, kind: str) -> None:

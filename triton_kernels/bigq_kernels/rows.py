@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.checks import check_rows, check_tokens
+from bigq_kernels.checks import check_dot_rows, check_rows, check_sort_rows
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
@@ -65,6 +65,7 @@ def sort_rows(ids: Tensor, weights: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Rows of one weight keep their order. Rows whose id is no weight's come last.
     """
+    check_sort_rows(ids)
     ids = ids.contiguous()
     order = ids.new_empty(len(ids), dtype=torch.int64)
     places, stops = ids.new_empty(len(ids), dtype=torch.int32), ids.new_empty(weights, dtype=torch.int32)
@@ -195,8 +196,7 @@ def dot_rows(rows: Tensor, places: Tensor | None, x: Tensor, dtype: torch.dtype)
     No places are those in the order of the tokens. rows is not empty.
     """
     (entries, n), tokens = rows.shape, len(x)
-    check_rows(entries, tokens, places, None, rows.device)
-    check_tokens(x, tokens, n, rows.device)
+    check_dot_rows(rows, places, x)
     rows, x = rows.contiguous(), x.contiguous()
     places = places if places is None else places.contiguous()
     out = rows.new_empty(tokens, entries // tokens, dtype=dtype)

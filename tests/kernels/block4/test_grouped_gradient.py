@@ -139,12 +139,15 @@ def test_tensors_that_do_not_fit_together_are_refused(change, message):
     "change, way, why",
     [
         ({}, "rows", "4.06 rows for each of 126 weights"),
-        ({"rows": 10**6}, "dequantize", "shared by enough rows"),
+        ({"rows": 512 * 128}, "rows", "512 rows for each of 128 weights"),
+        ({"rows": 513 * 128}, "dequantize", "shared by enough rows"),
+        ({"rows": 256 * 128, "n": 2056}, "rows", "256 rows for each of 128 weights"),
+        ({"rows": 257 * 128, "n": 2056}, "dequantize", "shared by enough rows"),
         ({"dtype": torch.float32}, "one by one", "torch.float32"),
         ({"k": 2050}, "one by one", "no multiple of 32"),
         ({"rows": 0}, "one by one", "Nothing is multiplied"),
     ],
-    ids=["few-rows", "many-rows", "dtype", "width", "empty"],
+    ids=["few-rows", "small-weights", "many-rows", "large-weights", "many-rows-of-large", "dtype", "width", "empty"],
 )
 def test_the_way_follows_from_shapes(change, way, why):
     given = {"rows": 512, "e": 128, "n": 1536, "k": 2048, "block_size": 64, "dtype": torch.bfloat16} | change

@@ -38,9 +38,12 @@ SINGLE_BLOCKS = 4  # 26 us for 32 rows of 128 weights of 1536 x 2048; with as ma
 MAX_STAGED_ROWS = 12  # of a weight: with 16, 338 us and 289 of wgmma (8 weights of 28672 x 4096, H200)
 MAX_MMA_ROWS = 64
 # Of a weight, on average, in the gradient of x. Microseconds of the kernel and of dequantizing for grouped_mm (H200):
-# 256 rows for each of 128 weights of 1536 x 2048: 737 / 701, and 805 MB less memory; 512 for 32 of 5760 x 2880: 1718 /
-# 1254. With 64 rows for these, tiles of 64 / 128 take 369 / 419; with 128 for each of 8 of 28672 x 4096, 1106 / 1095.
+# 256 / 512 / 1024 rows for each of 128 weights of 1536 x 2048: 719 and 868, 1303 and 1335, 2469 and 2255, and the
+# kernel takes 805 MB less memory; for 32 of 5760 x 2880, which grouped_mm multiplies faster: 945 and 961, 1735 and
+# 1389; 512 for 8 of 28672 x 4096: 2966 and 2114. With 64 rows for the second, tiles of 64 / 128 take 369 / 419.
 MAX_GRADIENT_ROWS = 256
+MAX_GRADIENT_ROWS_OF_SMALL = 512
+SMALL_NUMEL = 1 << 22
 MAX_GRADIENT_ROWS_64 = 64
 
 # Tokens of a tile: (the most rows of a weight on average, rows of the weight in a tile, warps, registers). Microseconds
@@ -111,7 +114,8 @@ def choose_gradient(
     hit = weights_hit(rows, e)
     mean = rows / hit
     each = f"{mean:.3g} rows for each of {hit} weights"
-    if dtype == torch.bfloat16 and k % 8 == n % 8 == 0 and mean > MAX_GRADIENT_ROWS:
+    most = MAX_GRADIENT_ROWS_OF_SMALL if n * k <= SMALL_NUMEL else MAX_GRADIENT_ROWS
+    if dtype == torch.bfloat16 and k % 8 == n % 8 == 0 and mean > most:
         return _dequantize(f"With {each}, one dequantization of all weights is shared by enough rows.")
     block_m, warps = (64, 4) if mean <= MAX_GRADIENT_ROWS_64 else (128, 8)
     config = GradientConfig(block_m=block_m, block_n=64, block_k=128, warps=warps, stages=3)
