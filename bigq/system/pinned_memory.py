@@ -67,6 +67,6 @@ class PinnedMemory(mmap.mmap):
 
 def _forget_error() -> None:
     """CUDA keeps the error of a call, and torch would raise it after its next kernel, whatever that is: this one."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         with suppress(RuntimeError):
             torch.ones(1, device="cuda")
