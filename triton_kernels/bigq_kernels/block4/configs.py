@@ -83,12 +83,15 @@ class SlicedConfig:
 
     block_m: int  # tokens of a tile
     warps: int
+    quarters: int = 4  # of 64 elements of K, in a slice
     covers: int  # slices of K that a warp has
+    abreast: int = 1  # tiles of 16 rows that the warps have at once
     split: int  # programs that share the slices
     stages: int  # of a warp's ring
     flush: int  # tiles whose sums are added together
     programs: int  # in all
     registers: int  # the most a thread may have
+    single: bool = False  # of a stack: each row of the output is a tile, whatever its weight
 
 
 @dataclass(frozen=True, kw_only=True)
