@@ -8,7 +8,7 @@ equal shares. So a program has long runs, and in each it keeps its tokens.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["count_entries", "first_row", "next_tile", "tokens_of_run"]
+__all__ = ["count_entries", "next_tile", "place_of_tile", "tokens_of_run"]
 
 FIELDS = gl.constexpr(5)  # of an entry of `group_tokens`
 
@@ -23,39 +23,41 @@ def count_entries(route_ptr, S, SINGLE: gl.constexpr):
 
 
 @gluon.jit
-def first_row(route_ptr, tile, n_tiles, N, E, TILE: gl.constexpr, SPLIT: gl.constexpr, SINGLE: gl.constexpr):
-    """(tiles that are left of its run, its first row among those of all weights as int64, its split) of a tile."""
+def place_of_tile(tile, stack, TILE: gl.constexpr, SPLIT: gl.constexpr, SINGLE: gl.constexpr):
+    """(the tile, tiles that are left of its run, its first row among those of all weights, its split of K).
+
+    stack: (route_ptr, tiles of rows of a weight, rows of a weight, weights). The row is int64.
+    """
+    route_ptr, n_tiles, N, E = stack
     run, n_tile = tile // n_tiles, tile % n_tiles
-    entry = run // SPLIT
     if SINGLE:
-        weight = gl.load(route_ptr + entry).to(gl.int64)
+        weight = gl.load(route_ptr + run // SPLIT).to(gl.int64)
         weight = gl.minimum(gl.maximum(weight, 0), E - 1)
     else:
-        weight = gl.load(route_ptr + entry * FIELDS).to(gl.int64)
-    return n_tiles - n_tile, weight * N + n_tile * TILE, run % SPLIT
+        weight = gl.load(route_ptr + run // SPLIT * FIELDS).to(gl.int64)
+    return tile, n_tiles - n_tile, weight * N + n_tile * TILE, run % SPLIT
 
 
 @gluon.jit
-def next_tile(
-    tile, left, row, split, stop, route_ptr, n_tiles, N, E, TILE: gl.constexpr, SPLIT: gl.constexpr,
-    SINGLE: gl.constexpr,
-):  # fmt: skip
-    """(tile, and what `first_row` says of it) after these. Behind the last tile of a program nothing is asked."""
+def next_tile(place, stop, stack, TILE: gl.constexpr, SPLIT: gl.constexpr, SINGLE: gl.constexpr):
+    """The place after a place, which may be behind the last tile of a program."""
+    tile, left, row, split = place
     tile += 1
     row += TILE
-    if route_ptr is not None:
+    if stack[0] is not None:
         left -= 1
         if (left == 0) & (tile < stop):
-            left, row, split = first_row(route_ptr, tile, n_tiles, N, E, TILE, SPLIT, SINGLE)
+            tile, left, row, split = place_of_tile(tile, stack, TILE, SPLIT, SINGLE)
     return tile, left, row, split
 
 
 @gluon.jit
-def tokens_of_run(route_ptr, run, E, repeat, BLOCK_M: gl.constexpr, SPLIT: gl.constexpr, SINGLE: gl.constexpr):
+def tokens_of_run(run, stack, repeat, BLOCK_M: gl.constexpr, SPLIT: gl.constexpr, SINGLE: gl.constexpr):
     """(weight, first row of x, first row of the output, rows of x, rows of the output) of a run; the first 3 int64.
 
     A row whose weight is none of the stack has no row of x, and its output is 0.
     """
+    route_ptr, _, _, E = stack
     entry = run // SPLIT
     if SINGLE:
         weight = gl.load(route_ptr + entry).to(gl.int64)

@@ -7,7 +7,7 @@
 - Decoding and the order of K in a lane are those of `staged`: one read of a table decodes a byte.
 - If K has more slices than the warps of a program have, several programs share K, and a kernel after this one adds
   their parts (`parts`).
-- With a stack of weights, a program has the tiles of one weight after the other, and reads its tokens for each (`runs`).
+- With a stack of weights, a program has the tiles of one weight after the other, and reads tokens for each (`runs`).
 
 `staged` reads tokens from shared memory again for every tile, has a barrier in each step, and half as many warps.
 """
@@ -30,7 +30,7 @@ from bigq_kernels.block4.gluon.rings import (
     store_sums,
     wait_for_copies,
 )
-from bigq_kernels.block4.gluon.runs import count_entries, first_row, next_tile, tokens_of_run
+from bigq_kernels.block4.gluon.runs import count_entries, next_tile, place_of_tile, tokens_of_run
 from bigq_kernels.block4.gluon.scales import barrier, load_scales, quarters, scale_index, scale_layout, scales_of
 from bigq_kernels.block4.gluon.slices import copy_layout, quarter_layout, sum_layout, token_layout
 from bigq_kernels.block4.gluon.table import code_tables, fill_table
@@ -78,23 +78,37 @@ def _place_in_ring(row, byte, BEGIN: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    stage, row, split_byte, stop_byte, COVER: gl.constexpr, copy_to, weight_ptr, copy_from, copy_byte, PAIRS,
-    COVER_BYTES: gl.constexpr, MASKED: gl.constexpr,
+    stage, place, copies, OF_SPLIT, PAIRS, COVER: gl.constexpr, COVER_BYTES: gl.constexpr, SLICE_BYTES: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of a unit: of a tile, whose first row is `row`, and one of the slices of each warp."""
-    ptrs = weight_ptr + (row * PAIRS + (split_byte + COVER * COVER_BYTES)) + copy_from
-    nbytes = gl.where(copy_byte + (split_byte + COVER * COVER_BYTES) < stop_byte, 16, 0)
+    """Start the copies of a unit, which is a tile and one of the slices of each warp.
+
+    copies: (where in shared memory, weight_ptr, where behind the tile's first row, and at which byte of a split).
+    """
+    _, _, row, split = place
+    copy_to, weight_ptr, copy_from, copy_byte = copies
+    split_byte = split * OF_SPLIT * SLICE_BYTES
+    stop_byte = gl.minimum(split_byte + OF_SPLIT * SLICE_BYTES, PAIRS)
+    first_byte = split_byte + COVER * COVER_BYTES
+    ptrs = weight_ptr + (row * PAIRS + first_byte) + copy_from
+    nbytes = gl.where(copy_byte + first_byte < stop_byte, 16, 0)
     four_rows = gl.to_tensor(PAIRS).to(gl.int64) * 4
     copy_codes(copy_to + stage * STAGE_NBYTES, ptrs, four_rows, nbytes, MASKED)
 
 
 @gluon.jit
 def _load_scales(
-    row, step, stop_step, scale_row, quarter, absmax_ptr, nested_ptr, B, BLOCK_SIZE: gl.constexpr,
+    place, scales, OF_SPLIT, steps, B, COVER: gl.constexpr, K_WARPS: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     QUARTERS: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """What `scales_of` needs for a unit. A warp without a slice there takes those of the last one."""
-    step = gl.minimum(step, stop_step - 1)
+    """What `scales_of` needs for a unit. A warp without a slice there takes those of the last one.
+
+    scales: (absmax_ptr, nested_ptr, row of a tile [N, 1], slice of a cover [N, 1], quarter of it [1, 4]).
+    """
+    _, _, row, split = place
+    absmax_ptr, nested_ptr, scale_row, step, quarter = scales
+    step = split * OF_SPLIT + COVER * K_WARPS + step
+    step = gl.minimum(step, gl.minimum(split * OF_SPLIT + OF_SPLIT, steps) - 1)
     if QUARTERS == 4:
         return load_scales(absmax_ptr, row * B, scale_row, step, quarter, B, nested_ptr, BLOCK_SIZE, EVEN)
     else:
@@ -105,8 +119,8 @@ def _load_scales(
         if nested_ptr is None:
             return value, value
         else:
-            place = ((first % 256).to(gl.int32) + index) >> 8
-            return value, gl.load(nested_ptr + first // 256 + place, mask=in_slice, other=0.0)
+            block = ((first % 256).to(gl.int32) + index) >> 8
+            return value, gl.load(nested_ptr + first // 256 + block, mask=in_slice, other=0.0)
 
 
 @gluon.jit(do_not_specialize=["M"])  # a new number of tokens compiles nothing
@@ -170,6 +184,7 @@ def _linear_4bit_sliced_kernel(
     steps = gl.cdiv(PAIRS, SLICE_BYTES)
     of_split = gl.cdiv(steps, SPLIT)  # slices
     n_tiles = N // TILE
+    stack = (route_ptr, n_tiles, N, E)
     if route_ptr is None:
         # The programs of a split are neighbours. Its tiles are cut into equal shares.
         split = gl.program_id(0) % SPLIT
@@ -182,50 +197,43 @@ def _linear_4bit_sliced_kernel(
         share, shares = gl.program_id(0), gl.num_programs(0)
         tiles = count_entries(route_ptr, M, SINGLE) * (SPLIT * n_tiles)
     each, more = tiles // shares, tiles % shares
-    first_tile = share * each + gl.minimum(share, more)
-    stop = first_tile + each + (share < more).to(gl.int32)
-    if route_ptr is not None:
-        if first_tile >= stop:
-            return
-        left, first, split = first_row(route_ptr, first_tile, n_tiles, N, E, TILE, SPLIT, SINGLE)
-        first_run, runs = first_tile // n_tiles, (stop - 1) // n_tiles - first_tile // n_tiles + 1
-    else:
-        left, first = 0, (first_tile * TILE).to(gl.int64)
+    first = share * each + gl.minimum(share, more)
+    stop = first + each + (share < more).to(gl.int32)
+    if route_ptr is None:
+        place = first, gl.to_tensor(0), (first * TILE).to(gl.int64), split
         first_run, runs = 0, 1
+    else:
+        if first >= stop:
+            return
+        place = place_of_tile(first, stack, TILE, SPLIT, SINGLE)
+        first_run, runs = first // n_tiles, (stop - 1) // n_tiles - first // n_tiles + 1
 
     # Row 16 * w + r of what a program reads is row r of the tile and the slice of warp w.
     row = gl.arange(0, ROWS * WARPS, gl.SliceLayout(1, COPY))[:, None]
     piece = gl.arange(0, 8, gl.SliceLayout(0, COPY))[None, :]
     copy_byte = row // ROWS % K_WARPS * SLICE_BYTES + piece * 16
-    copy_from = (row // ROWS // K_WARPS * ROWS + row % 4) * PAIRS + copy_byte
-    copy_byte = gl.where(piece * 16 < SLICE_BYTES, copy_byte, PAIRS)  # behind every stop
-    copy_to = memory + _place_in_ring(row // ROWS * ROWS + row % 4, piece * 16, RINGS_AT, STAGES)
-    copied, copied_left, copied_row, copied_split = first_tile, left, first, split
+    copies = (
+        memory + _place_in_ring(row // ROWS * ROWS + row % 4, piece * 16, RINGS_AT, STAGES),
+        weight_ptr,
+        (row // ROWS // K_WARPS * ROWS + row % 4) * PAIRS + copy_byte,
+        gl.where(piece * 16 < SLICE_BYTES, copy_byte, PAIRS),  # behind every stop
+    )
+    copied = place
     for i in gl.static_range(STAGES - 1):
-        if copied < stop:
-            split_byte = copied_split * of_split * SLICE_BYTES
-            stop_byte = gl.minimum(split_byte + of_split * SLICE_BYTES, PAIRS)
-            _copy(
-                i, copied_row, split_byte, stop_byte, i % COVERS, copy_to, weight_ptr, copy_from, copy_byte, PAIRS,
-                COVER_BYTES, MASKED,
-            )  # fmt: skip
+        if copied[0] < stop:
+            _copy(i, copied, copies, of_split, PAIRS, i % COVERS, COVER_BYTES, SLICE_BYTES, MASKED)
         commit_copies(t0)
         if i % COVERS == COVERS - 1:
-            copied, copied_left, copied_row, copied_split = next_tile(
-                copied, copied_left, copied_row, copied_split, stop, route_ptr, n_tiles, N, E, TILE, SPLIT, SINGLE
-            )
+            copied = next_tile(copied, stop, stack, TILE, SPLIT, SINGLE)
     if route_ptr is None:
         table, bank = fill_table(t0, t1, t2, t3, t4, t5, t6, t7)
 
     scale_row = gl.arange(0, ROWS * WARPS, gl.SliceLayout(1, SCALES))[:, None]
     quarter = gl.arange(0, 4, gl.SliceLayout(0, SCALES))[None, :]
-    scale_step = scale_row // ROWS % K_WARPS
-    scale_row = scale_row // ROWS // K_WARPS * ROWS + scale_row % ROWS
-    scaled, scaled_left, scaled_row, scaled_split = first_tile, left, first, split
-    value, nested = _load_scales(
-        first, split * of_split + scale_step, gl.minimum(split * of_split + of_split, steps), scale_row, quarter,
-        absmax_ptr, nested_ptr, B, BLOCK_SIZE, QUARTERS, EVEN,
-    )  # fmt: skip
+    row_of_tile = scale_row // ROWS // K_WARPS * ROWS + scale_row % ROWS
+    scales = (absmax_ptr, nested_ptr, row_of_tile, scale_row // ROWS % K_WARPS, quarter)
+    scaled = place
+    value, nested = _load_scales(scaled, scales, of_split, steps, B, 0, K_WARPS, BLOCK_SIZE, QUARTERS, EVEN)
     if PDL and route_ptr is None:
         gdc_wait()  # for the tokens
         gdc_launch_dependents()
@@ -233,10 +241,10 @@ def _linear_4bit_sliced_kernel(
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, TOKENS)))[:, None, None]
     token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, TOKENS)))[None, :, None]
     column = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, TOKENS)))[None, None, :]
-    token_column = warp % K_WARPS * (2 * SLICE_BYTES) + column
+    column = warp % K_WARPS * (2 * SLICE_BYTES) + column
     code_row = gl.arange(0, ROWS * WARPS, gl.SliceLayout(1, CODES))[:, None]
     code_byte = gl.arange(0, 32, gl.SliceLayout(0, CODES))[None, :]
-    read_from = ()
+    read_from = gl.tuple([])
     for q in gl.static_range(QUARTERS):
         at = _place_in_ring(code_row // ROWS * ROWS + code_row % 8, 32 * q + code_byte // 8 * 8, RINGS_AT, STAGES)
         read_from += (memory + at,)
@@ -250,63 +258,49 @@ def _linear_4bit_sliced_kernel(
     zero = gl.full([WARPS, ROWS, BLOCK_M], 0.0, gl.float32, MMA)
     stage = 0
     turn = 0
-    begin = first_tile
-    for run in range(0, runs):
+    begin = first
+    for run in range(0, runs):  # without a stack there is one, and no loop
         if route_ptr is None:
-            end, first_n, run_split = stop, first_tile * TILE, split
-            weight, first_x, first_out, x_rows, out_rows = 0, gl.to_tensor(0), gl.to_tensor(0), M, M
+            end, first_n, run_split = stop, begin * TILE, split
+            weight, first_x, first_out, x_rows, out_rows = 0, gl.to_tensor(0).to(gl.int64), gl.to_tensor(0), M, M
         else:
             end = gl.minimum(stop, (first_run + run + 1) * n_tiles)
             first_n, run_split = begin % n_tiles * TILE, (first_run + run) % SPLIT
             weight, first_x, first_out, x_rows, out_rows = tokens_of_run(
-                route_ptr, first_run + run, E, repeat, BLOCK_M, SPLIT, SINGLE
+                first_run + run, stack, repeat, BLOCK_M, SPLIT, SINGLE
             )
-        split_column = run_split * of_split * (2 * SLICE_BYTES)
-        stop_column = gl.minimum(split_column + of_split * (2 * SLICE_BYTES), 2 * PAIRS)
-        operands = ()
-        for i in gl.static_range(COVERS):
-            for q in gl.static_range(QUARTERS):
-                k = token_column + (split_column + i * 2 * COVER_BYTES + 64 * q)
-                x_ptrs = x_ptr + first_x.to(gl.int64) * (PAIRS * 2) + (token * (PAIRS * 2) + k)
-                x = gl.load(x_ptrs, mask=(token < x_rows) & (k < stop_column), other=0.0)
-                operands += (_as_operand(x, gl.DotOperandLayout(1, MMA, 2)),)
-        if route_ptr is None:
+        first_column = run_split * of_split * (2 * SLICE_BYTES)
+        stop_column = gl.minimum(first_column + of_split * (2 * SLICE_BYTES), 2 * PAIRS)
+        operands = gl.tuple([])
+        for i in gl.static_range(COVERS * QUARTERS):
+            k = first_column + i // QUARTERS * (2 * COVER_BYTES) + i % QUARTERS * 64 + column
+            x_ptrs = x_ptr + first_x * (PAIRS * 2) + (token * (PAIRS * 2) + k)
+            x = gl.load(x_ptrs, mask=(token < x_rows) & (k < stop_column), other=0.0)
+            operands += (_as_operand(x, gl.DotOperandLayout(1, MMA, 2)),)
+        if run == 0:
             barrier()  # for the table
-        elif run == 0:
-            barrier()
 
-        added = begin
+        added = begin  # tiles
         for tile in range(begin, end):
             total = zero
             for i in gl.static_range(COVERS):
                 wait_for_copies(STAGES - 2, t0)
-                if copied < stop:
+                if copied[0] < stop:
                     filled = gl.where(stage == 0, STAGES - 1, stage - 1)  # every lane has read it
-                    split_byte = copied_split * of_split * SLICE_BYTES
-                    stop_byte = gl.minimum(split_byte + of_split * SLICE_BYTES, PAIRS)
                     _copy(
-                        filled, copied_row, split_byte, stop_byte, (i + STAGES - 1) % COVERS, copy_to, weight_ptr,
-                        copy_from, copy_byte, PAIRS, COVER_BYTES, MASKED,
+                        filled, copied, copies, of_split, PAIRS, (i + STAGES - 1) % COVERS, COVER_BYTES, SLICE_BYTES,
+                        MASKED,
                     )  # fmt: skip
                 commit_copies(t0)
                 if (i + STAGES) % COVERS == 0:
-                    copied, copied_left, copied_row, copied_split = next_tile(
-                        copied, copied_left, copied_row, copied_split, stop, route_ptr, n_tiles, N, E, TILE, SPLIT,
-                        SINGLE,
-                    )  # fmt: skip
+                    copied = next_tile(copied, stop, stack, TILE, SPLIT, SINGLE)
                 absmax = quarters(scales_of(value, nested, nested_ptr, offset_ptr, code_ptr))
-                if i == COVERS - 1:
-                    if tile + 1 < stop:
-                        scaled, scaled_left, scaled_row, scaled_split = next_tile(
-                            scaled, scaled_left, scaled_row, scaled_split, stop, route_ptr, n_tiles, N, E, TILE, SPLIT,
-                            SINGLE,
-                        )  # fmt: skip
+                if (i == COVERS - 1) & (tile + 1 < stop):
+                    scaled = next_tile(scaled, stop, stack, TILE, SPLIT, SINGLE)
                 value, nested = _load_scales(
-                    scaled_row, scaled_split * of_split + (i + 1) % COVERS * K_WARPS + scale_step,
-                    gl.minimum(scaled_split * of_split + of_split, steps), scale_row, quarter, absmax_ptr, nested_ptr,
-                    B, BLOCK_SIZE, QUARTERS, EVEN,
-                )  # fmt: skip
-                packed = ()
+                    scaled, scales, of_split, steps, B, (i + 1) % COVERS, K_WARPS, BLOCK_SIZE, QUARTERS, EVEN
+                )
+                packed = gl.tuple([])
                 for q in gl.static_range(QUARTERS):
                     packed += (read_codes(read_from[q] + stage * STAGE_NBYTES),)
                 for q in gl.static_range(QUARTERS):
@@ -323,21 +317,17 @@ def _linear_4bit_sliced_kernel(
                 result = gl.sum(sums.index(turn).load(SUMS), axis=0)
                 in_tiles = (out_m < out_rows) & (out_n < (tile + 1 - added) * TILE)
                 n_row = first_n + (added - begin) * TILE + out_n
-                if SPLIT > 1 and route_ptr is None:
+                out_place = (first_out + out_m.to(gl.int64)) * N + n_row
+                if SPLIT == 1:
+                    if bias_ptr is not None:
+                        in_bias = in_tiles & (out_m < x_rows)  # none for a row of no weight
+                        result += gl.load(bias_ptr + weight * N + n_row, mask=in_bias, other=0.0).to(gl.float32)
+                    gl.store(out_ptr + out_place, result.to(DTYPE), mask=in_tiles)
+                elif route_ptr is None:
                     slot = (n_row // ROWS * SPLIT + split).to(gl.int64) * (2 * ROWS * BLOCK_M)
                     gl.store(partial_ptr + (slot + n_row % ROWS * BLOCK_M + out_m), result, mask=in_tiles)
                 else:
-                    place = (first_out + out_m.to(gl.int64)) * N + n_row
-                    if SPLIT > 1:
-                        gl.store(partial_ptr + (run_split.to(gl.int64) * M * N + place), result, mask=in_tiles)
-                    else:
-                        if bias_ptr is not None:
-                            bias_ptrs = bias_ptr + weight * N + n_row
-                            in_bias = in_tiles
-                            if SINGLE:
-                                in_bias = in_tiles & (out_m < x_rows)
-                            result += gl.load(bias_ptrs, mask=in_bias, other=0.0).to(gl.float32)
-                        gl.store(out_ptr + place, result.to(DTYPE), mask=in_tiles)
+                    gl.store(partial_ptr + (run_split.to(gl.int64) * M * N + out_place), result, mask=in_tiles)
                 turn = 1 - turn  # so that a warp does not overwrite what another adds
                 added = tile + 1
         begin = end
@@ -366,7 +356,8 @@ def linear_4bit_sliced(
             entries = s = len(route)
         else:
             entries = most_tiles(s, weights, config.block_m)
-            route = group_tokens(route, weights, config.block_m, torch.empty(0, dtype=torch.int32, device=x.device), out)
+            no_counts = torch.empty(0, dtype=torch.int32, device=x.device)
+            route = group_tokens(route, weights, config.block_m, no_counts, out)
         partial = torch.empty(is_split * config.split * s * n, device=x.device)
         programs = min(config.programs, entries * config.split * tiles)
     even = pairs % (32 * config.quarters) == 0

@@ -26,7 +26,11 @@ def copy_layout(warps):
     """[16 * warps, 8] pieces of 16 bytes: a warp has the 16 rows that it copies, its lanes 4 of them at a time."""
     lanes = _bits(8, 1, 2) + _bits(4, 0, 2)
     return gl.DistributedLinearLayout(
-        reg_bases=[[4, 0], [8, 0]], lane_bases=lanes, warp_bases=_row_warps(warps), block_bases=[], shape=[16 * warps, 8]
+        reg_bases=[[4, 0], [8, 0]],
+        lane_bases=lanes,
+        warp_bases=_row_warps(warps),
+        block_bases=[],
+        shape=[16 * warps, 8],
     )
 
 
