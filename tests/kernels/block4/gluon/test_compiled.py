@@ -15,9 +15,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 def build(kernel, capability, dtype, nested, constants, warps, **options):
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     types = dict(x_ptr=dtype, weight_ptr="*u8", absmax_ptr="*u8" if nested else "*fp32", bias_ptr=dtype, out_ptr=dtype)
-    types |= dict(partial_ptr="*fp32", count_ptr="*i32")
-    types |= dict.fromkeys(["M", "N", "PAIRS", "B", "steps_per_split", *(f"t{i}" for i in range(8))], "i32")
-    signature |= {name: type for name, type in types.items() if name in signature}
+    types |= dict(partial_ptr="*fp32", count_ptr="*i32", route_ptr="*i32")
+    numbers = ["M", "N", "PAIRS", "B", "E", "repeat", "steps_per_split", *(f"t{i}" for i in range(8))]
+    types |= dict.fromkeys(numbers, "i32")
+    signature |= {name: type for name, type in types.items() if name in signature and name not in constants}
     constants = dict(BLOCK_SIZE=64) | constants
     tables = ["nested_ptr", "offset_ptr", "code_ptr"]
     if nested:
@@ -45,9 +46,9 @@ from bigq_kernels.block4.gluon.sliced import _linear_4bit_sliced_kernel as kerne
 
 for block_m, by_slices in SLICED[9, 0].items():
     for warps, covers, stages, flush, resident in by_slices.values():
-        slices = dict(COVERS=covers, STAGES=stages, FLUSH=flush)
+        slices = dict(QUARTERS=4, ABREAST=1, COVERS=covers, STAGES=stages, FLUSH=flush, SINGLE=False)
         for split in (1, 2):
-            tile = dict(BLOCK_M=block_m, SPLIT=split, WHOLE=split == 1, PDL=True)
+            tile = dict(route_ptr=None, BLOCK_M=block_m, SPLIT=split, WHOLE=split == 1, EVEN=split == 1, PDL=True)
             registers = min(255, 65536 // (32 * warps * resident))
             built = build(kernel, 90, "*bf16", split == 2, tile | slices, warps, maxnreg=registers)
             ptx = built.asm["ptx"]
