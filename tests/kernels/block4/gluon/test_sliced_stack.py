@@ -6,6 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 
+from bigq.ops import reference
 from bigq.testing import assert_within_budget
 from bigq_kernels.block4.configs import SlicedConfig
 from bigq_kernels.gpu import Gpu
@@ -68,7 +69,7 @@ SHAPES = [
     pytest.param(replace(SIXTEEN_WARPS, abreast=4, covers=2, flush=1), 64, 2048, id="two-slices-four-abreast"),
     pytest.param(replace(SIXTEEN_WARPS, abreast=4, quarters=3, flush=1), 192, 768, id="slices-of-192"),
     pytest.param(replace(EIGHT_WARPS, abreast=8, quarters=3, covers=4, registers=255), 128, 768, id="all-of-k-a-warp"),
-    pytest.param(replace(SIXTEEN_WARPS, quarters=3, flush=4), 48, 2880, id="an-idle-warp"),
+    pytest.param(replace(SIXTEEN_WARPS, quarters=3, flush=2), 48, 2880, id="an-idle-warp"),
     pytest.param(replace(EIGHT_WARPS, quarters=3, stages=3), 48, 1408, id="partial-slice-of-192"),
     pytest.param(EIGHT_WARPS, 48, 1440, id="partial-slice"),
     pytest.param(replace(SIXTEEN_WARPS, covers=2, split=2, flush=4), 32, 14336, id="two-splits"),
@@ -144,3 +145,22 @@ def test_a_stack_of_one_weight_is_that_weight(device):
 
     linear_4bit_sliced(x, packed4((weight[0], absmax[0], *scales), "nf4", 64), None, out, SIXTEEN_WARPS)
     assert torch.equal(in_stack, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("single", [False, True], ids=["groups", "rows"])
+def test_more_than_2_to_the_31_weights(single, device):
+    e, n, k = 5, 2**17, 8192  # 2.7 GB of codes
+    x, bias = torch.randn(3, k, device=device).bfloat16(), torch.randn(e, n, device=device).bfloat16()
+    weight = torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, device=device)
+    absmax = torch.rand(e, n, k // 64, device=device)
+    ids = torch.tensor([0, 4, 4], dtype=torch.int32, device=device)
+    stops = torch.tensor([1, 1, 1, 1, 3], dtype=torch.int32, device=device)
+    for split in (1, 2):
+        config = replace(SIXTEEN_WARPS, covers=2 // split, split=split, single=single)
+        out = run(x, (weight, absmax, None, None), config, ids if single else stops, bias)
+        for row, of in enumerate(ids.tolist()):
+            expected = reference.linear_4bit(
+                x[row : row + 1], weight[of, -64:], absmax[of, -64:], bias[of, -64:], None, None, "nf4", 64
+            )
+            torch.testing.assert_close(out[row : row + 1, -64:], expected, rtol=2e-2, atol=0.5)

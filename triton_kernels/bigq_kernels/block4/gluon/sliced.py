@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bigq_kernels.block4.configs import SlicedConfig
+from bigq_kernels.block4.gluon.lane_scales import lane_scales_of, load_lane_scales
 from bigq_kernels.block4.gluon.operands import decode_codes
 from bigq_kernels.block4.gluon.rings import (
     STAGE_NBYTES,
@@ -31,8 +32,8 @@ from bigq_kernels.block4.gluon.rings import (
     wait_for_copies,
 )
 from bigq_kernels.block4.gluon.runs import count_entries, next_tile, place_of_tile, tokens_of_run
-from bigq_kernels.block4.gluon.scales import barrier, load_scales, quarters, scale_index, scale_layout, scales_of
-from bigq_kernels.block4.gluon.slices import copy_layout, quarter_layout, sum_layout, token_layout
+from bigq_kernels.block4.gluon.scales import barrier, load_scales, quarters, scale_layout, scales_of
+from bigq_kernels.block4.gluon.slices import copy_layout, lane_layout, quarter_layout, sum_layout, token_layout
 from bigq_kernels.block4.gluon.table import code_tables, fill_table
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.parts import add_parts_of_tiles
@@ -99,7 +100,7 @@ def _copy(
 @gluon.jit
 def _load_scales(
     place, scales, OF_SPLIT, steps, B, COVER: gl.constexpr, K_WARPS: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    QUARTERS: gl.constexpr, EVEN: gl.constexpr,
+    QUARTERS: gl.constexpr, EVEN: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
     """What `scales_of` needs for a unit. A warp without a slice there takes those of the last one.
 
@@ -109,18 +110,11 @@ def _load_scales(
     absmax_ptr, nested_ptr, scale_row, step, quarter = scales
     step = split * OF_SPLIT + COVER * K_WARPS + step
     step = gl.minimum(step, gl.minimum(split * OF_SPLIT + OF_SPLIT, steps) - 1)
-    if QUARTERS == 4:
-        return load_scales(absmax_ptr, row * B, scale_row, step, quarter, B, nested_ptr, BLOCK_SIZE, EVEN)
+    if SPREAD:
+        return load_lane_scales(absmax_ptr, row * B, scale_row, step, quarter, B, nested_ptr, BLOCK_SIZE, QUARTERS)
     else:
-        index = scale_index(scale_row * B, 0, step * QUARTERS + quarter, B, BLOCK_SIZE, False)
-        in_slice = (quarter < QUARTERS) & (scale_row >= 0)
-        first = row * B
-        value = gl.load(absmax_ptr + first + index, mask=in_slice, other=0)
-        if nested_ptr is None:
-            return value, value
-        else:
-            block = ((first % 256).to(gl.int32) + index) >> 8
-            return value, gl.load(nested_ptr + first // 256 + block, mask=in_slice, other=0.0)
+        gl.static_assert(QUARTERS == 4)
+        return load_scales(absmax_ptr, row * B, scale_row, step, quarter, B, nested_ptr, BLOCK_SIZE, EVEN)
 
 
 @gluon.jit(do_not_specialize=["M"])  # a new number of tokens compiles nothing
@@ -146,6 +140,7 @@ def _linear_4bit_sliced_kernel(
     BLOCK_SIZE: gl.constexpr,
     WHOLE: gl.constexpr,  # every warp has COVERS slices: no masks
     EVEN: gl.constexpr,  # K is whole slices
+    SPREAD: gl.constexpr,  # the scales of a slice are loaded once for a warp, see `lane_scales`
     PDL: gl.constexpr,
     SINGLE: gl.constexpr,  # each row of the output is a tile of tokens
     BLOCK_M: gl.constexpr,
@@ -167,7 +162,7 @@ def _linear_4bit_sliced_kernel(
     W_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     COPY: gl.constexpr = copy_layout(WARPS)
     CODES: gl.constexpr = quarter_layout(WARPS)
-    SCALES: gl.constexpr = scale_layout(ROWS * WARPS, WARPS)
+    SCALES: gl.constexpr = lane_layout(WARPS) if SPREAD else scale_layout(ROWS * WARPS, WARPS)
     TOKENS: gl.constexpr = token_layout(WARPS, BLOCK_M)
     NUMEL: gl.constexpr = FLUSH * TILE * BLOCK_M
     SUMS: gl.constexpr = sum_layout(K_WARPS, WARPS, NUMEL)
@@ -233,7 +228,7 @@ def _linear_4bit_sliced_kernel(
     row_of_tile = scale_row // ROWS // K_WARPS * ROWS + scale_row % ROWS
     scales = (absmax_ptr, nested_ptr, row_of_tile, scale_row // ROWS % K_WARPS, quarter)
     scaled = place
-    value, nested = _load_scales(scaled, scales, of_split, steps, B, 0, K_WARPS, BLOCK_SIZE, QUARTERS, EVEN)
+    value, nested = _load_scales(scaled, scales, of_split, steps, B, 0, K_WARPS, BLOCK_SIZE, QUARTERS, EVEN, SPREAD)
     if PDL and route_ptr is None:
         gdc_wait()  # for the tokens
         gdc_launch_dependents()
@@ -284,6 +279,22 @@ def _linear_4bit_sliced_kernel(
         for tile in range(begin, end):
             total = zero
             for i in gl.static_range(COVERS):
+                if SPREAD:
+                    if (i == COVERS - 1) & (tile + 1 < stop):
+                        scaled = next_tile(scaled, stop, stack, TILE, SPLIT, SINGLE)
+                    next_value, next_nested = _load_scales(
+                        scaled,
+                        scales,
+                        of_split,
+                        steps,
+                        B,
+                        (i + 1) % COVERS,
+                        K_WARPS,
+                        BLOCK_SIZE,
+                        QUARTERS,
+                        EVEN,
+                        SPREAD,
+                    )
                 wait_for_copies(STAGES - 2, t0)
                 if copied[0] < stop:
                     filled = gl.where(stage == 0, STAGES - 1, stage - 1)  # every lane has read it
@@ -294,20 +305,37 @@ def _linear_4bit_sliced_kernel(
                 commit_copies(t0)
                 if (i + STAGES) % COVERS == 0:
                     copied = next_tile(copied, stop, stack, TILE, SPLIT, SINGLE)
-                absmax = quarters(scales_of(value, nested, nested_ptr, offset_ptr, code_ptr))
-                if (i == COVERS - 1) & (tile + 1 < stop):
-                    scaled = next_tile(scaled, stop, stack, TILE, SPLIT, SINGLE)
-                value, nested = _load_scales(
-                    scaled, scales, of_split, steps, B, (i + 1) % COVERS, K_WARPS, BLOCK_SIZE, QUARTERS, EVEN
-                )
+                if SPREAD:
+                    absmax = scales_of(value, nested, nested_ptr, offset_ptr, code_ptr)
+                    value, nested = next_value, next_nested
+                else:
+                    absmax = quarters(scales_of(value, nested, nested_ptr, offset_ptr, code_ptr))
+                    if (i == COVERS - 1) & (tile + 1 < stop):
+                        scaled = next_tile(scaled, stop, stack, TILE, SPLIT, SINGLE)
+                    value, nested = _load_scales(
+                        scaled,
+                        scales,
+                        of_split,
+                        steps,
+                        B,
+                        (i + 1) % COVERS,
+                        K_WARPS,
+                        BLOCK_SIZE,
+                        QUARTERS,
+                        EVEN,
+                        SPREAD,
+                    )
                 packed = gl.tuple([])
                 for q in gl.static_range(QUARTERS):
                     packed += (read_codes(read_from[q] + stage * STAGE_NBYTES),)
                 for q in gl.static_range(QUARTERS):
                     w = decode_codes(packed[q], table, bank, DTYPE, gl.DotOperandLayout(0, FLAT, 2))
                     w = gl.convert_layout(w.reshape([WARPS, ROWS, 64]), W_OPERAND, assert_trivial=True)
-                    scale = absmax[q].reshape([WARPS, ROWS])
-                    scale = gl.convert_layout(scale, gl.SliceLayout(2, MMA), assert_trivial=True)[:, :, None]
+                    if SPREAD:
+                        scale = lane_scales_of(absmax, q, BLOCK_M, MMA)
+                    else:
+                        scale = absmax[q].reshape([WARPS, ROWS])
+                        scale = gl.convert_layout(scale, gl.SliceLayout(2, MMA), assert_trivial=True)[:, :, None]
                     # once a block, and the decoded codes stay exact
                     total += mma_v2(w, operands[QUARTERS * i + q], zero) * scale
                 stage = gl.where(stage == STAGES - 1, 0, stage + 1)
@@ -362,11 +390,17 @@ def linear_4bit_sliced(
         programs = min(config.programs, entries * config.split * tiles)
     even = pairs % (32 * config.quarters) == 0
     whole = even and steps == config.split * config.warps // config.abreast * config.covers
+    # Every lane loads its own scales, or one for four. Where a warp has two slices: 153 and 146 us for 16 tokens of
+    # Mixtral's gate_up, nested 48 and 40 for a token of 28672 x 8192, but 40 and 43 if not nested. With one slice the
+    # next scales are moved where they are read, which waits for them: nested 12.0 and 12.7 for 4 tokens of 14336 x 4096
+    # (H200).
+    spread = route is not None or (config.covers > 1 and packed.nested[0] is not None)
     launch(
         _linear_4bit_sliced_kernel, (programs,),
         x, packed.weight, packed.absmax, bias, *packed.nested, partial, out, route, s, n, pairs,
         packed.absmax.shape[-1], weights, s // len(x), *code_tables(packed.quant_type, x.dtype),
-        BLOCK_SIZE=packed.block_size, WHOLE=whole, EVEN=even, PDL=gpu.pdl, SINGLE=config.single,
+        BLOCK_SIZE=packed.block_size, WHOLE=whole, EVEN=even, SPREAD=spread,
+        PDL=gpu.pdl, SINGLE=config.single,
         BLOCK_M=config.block_m, QUARTERS=config.quarters, COVERS=config.covers,
         ABREAST=config.abreast, SPLIT=config.split, STAGES=config.stages, FLUSH=config.flush,
         options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": gpu.pdl},

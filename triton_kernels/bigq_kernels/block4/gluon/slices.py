@@ -7,7 +7,7 @@ next ones have the next 16 rows. Row 16 * w + r of a layout is row r of warp w.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["copy_layout", "quarter_layout", "sum_layout", "token_layout"]
+__all__ = ["copy_layout", "lane_layout", "quarter_layout", "sum_layout", "token_layout"]
 
 
 @gluon.constexpr_function
@@ -43,6 +43,18 @@ def quarter_layout(warps):
         warp_bases=_row_warps(warps),
         block_bases=[],
         shape=[16 * warps, 32],
+    )
+
+
+@gluon.constexpr_function
+def lane_layout(warps):
+    """[16 * warps, 4]: lane (g, c) has quarter c of rows g and g + 8."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=_row_warps(warps),
+        block_bases=[],
+        shape=[16 * warps, 4],
     )
 
 
