@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bigq_kernels.block4.choose_grouped import choose_grouped
+from bigq_kernels.block4.choose_grouped import choose_grouped, takes_rows
 from bigq_kernels.gpu import Gpu
 
 MODELS = {  # experts, their N and K, and how many a token has
@@ -21,11 +21,39 @@ MODELS = {  # experts, their N and K, and how many a token has
         ("gpt-oss-20b", {1: "dp4a", 4: "dp4a", 16: "staged", 64: "staged", 512: "wgmma", 4096: "wgmma"}),
     ],
 )
-def test_ways_by_tokens(model, ways):
+@pytest.mark.parametrize("takes_sliced", [True, False])
+def test_ways_by_tokens(model, ways, takes_sliced):
+    """The sliced kernel has all stacks of few rows a weight whose N is a multiple of 16; others these."""
     e, n, k, top_k = MODELS[model]
     gpu = Gpu.named("h200")
+    if takes_sliced:
+        ways = {t: way if way == "wgmma" or (model, t) == ("qwen3-30b-a3b", 1) else "sliced" for t, way in ways.items()}
+    else:
+        n += 8
     chosen = {t: choose_grouped(gpu, t * top_k, e, n, k, 64, torch.bfloat16).way for t in ways}
     assert chosen == ways
+
+
+@pytest.mark.parametrize("rows, single", [(1, True), (2, True), (32, True), (33, False), (512, False)])
+def test_few_rows_are_taken_one_by_one_and_not_sorted(rows, single):
+    for gpu in ("h200", "a100"):
+        choice = choose_grouped(Gpu.named(gpu), rows, 128, 1536, 2048, 64, torch.bfloat16)
+        assert takes_rows(choice) is single
+        assert choice.way == {"h200": "sliced", "a100": "staged"}[gpu] or (single and choice.way == "dp4a")
+
+
+@pytest.mark.parametrize(
+    "rows, e, n, k, way",
+    [
+        pytest.param(8, 128, 2048, 768, "sliced", id="a-whole-round"),
+        pytest.param(8, 128, 1536, 2048, "dp4a", id="half-a-round"),
+        pytest.param(2, 8, 28672, 4096, "sliced", id="many-rounds"),
+        pytest.param(2, 8, 4096, 14336, "dp4a", id="split"),
+        pytest.param(2, 8, 4096, 65536, "sliced", id="split-and-too-long-for-dp4a"),
+    ],
+)
+def test_single_rows_take_sliced_where_it_fills_a_gpu_in_one_launch(rows, e, n, k, way):
+    assert choose_grouped(Gpu.named("h200"), rows, e, n, k, 64, torch.bfloat16).way == way
 
 
 def test_tiles_grow_with_the_rows_of_a_weight():

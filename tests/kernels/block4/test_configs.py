@@ -79,6 +79,42 @@ def test_sliced_config():
     assert all(taken.values())
 
 
+def test_sliced_stack_config():
+    """All of K is in the slices of the warps that share it, and what a multiprocessor holds fits it."""
+    sizes = (*range(64, 4097, 64), 5120, 6400, 7168, 8192, 11008, 14336, 28672)
+    taken = 0
+    for n, k, m, single in product((16, 1536, 2880, 28672), sizes, (1, 8, 9, 16), (False, True)):
+        config, case = configs.sliced_stack_config(H100, m, n, k, single=single), (m, n, k)
+        if config is None:
+            continue
+        taken += 1
+        k_warps, resident = config.warps // config.abreast, config.programs // 132
+        assert n % (16 * config.abreast) == 0, case
+        room = config.split * k_warps * config.covers * config.quarters * 64
+        assert configs.LEAST_SLICES * room <= k <= room, case
+        assert config.covers * config.quarters * config.block_m <= (64 if config.registers <= 128 else 96), case
+        assert resident * config.warps * 32 * config.registers <= 65536, case
+        sums = 2 * k_warps * config.flush * config.abreast * 16 * config.block_m * 4
+        shared = configs.TABLE_NBYTES + max(sums + config.warps * config.stages * 2048, 48 * 1024) + 1024
+        assert resident * shared <= 228 * 1024, case
+        assert config.single is single
+    assert taken > 800
+
+
+@pytest.mark.parametrize(
+    "n, k, slices",
+    [
+        pytest.param(1536, 2048, (8, 4, 2), id="qwen3-gate-up"),
+        pytest.param(2048, 768, (4, 3, 4), id="qwen3-down"),
+        pytest.param(5760, 2880, (16, 3, 1), id="gpt-oss"),
+    ],
+)
+def test_slices_of_a_stack_have_the_size_that_leaves_the_fewest_warps_idle(n, k, slices):
+    """(slices that the warps have room for, quarters of 64 elements in one, tiles of rows at once)."""
+    config = configs.sliced_stack_config(H100, 8, n, k)
+    assert (config.covers * config.warps // config.abreast, config.quarters, config.abreast) == slices
+
+
 @pytest.mark.parametrize(
     "m, n, k",
     [

@@ -5,9 +5,9 @@ decides.
 
     >>> import torch
     >>> from bigq_kernels.gpu import Gpu
-    >>> choice = choose_grouped(Gpu.named("h200"), rows=8, e=128, n=1536, k=2048, block_size=64, dtype=torch.bfloat16)
+    >>> choice = choose_grouped(Gpu.named("h200"), rows=128, e=128, n=1536, k=2048, block_size=64, dtype=torch.bfloat16)
     >>> choice.way, choice.why
-    ('dp4a', 'Up to 32 rows for 128 weights hardly share one, and byte dot products are fastest for single rows.')
+    ('sliced', 'With 1.58 rows for each of 81 weights, tokens fit the registers of warps that share K, in tiles of 8.')
 """
 
 from dataclasses import replace
@@ -18,12 +18,15 @@ import torch
 from bigq_kernels.block4.choose import MIN_GLUON_BLOCK, Config
 from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
+    SLICED_ROWS,
     STEP,
     Dp4aConfig,
     MmaConfig,
+    SlicedConfig,
     WgmmaConfig,
     dp4a_config,
     mma_config,
+    sliced_stack_config,
     staged_config,
 )
 from bigq_kernels.choice import Choice, GradientConfig
@@ -31,9 +34,11 @@ from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import weights_hit
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = ["choose_gradient", "choose_grouped"]
+__all__ = ["choose_gradient", "choose_grouped", "takes_rows"]
 
 MAX_SINGLE_ROWS = 2  # dp4a up to this many rows, whatever the number of weights
+SINGLE_SHARE = 4  # sliced takes each row by itself up to one for so many weights
+LEAST_BUSY = 0.8  # of the programs, in the last round of tiles
 SINGLE_BLOCKS = 4  # 26 us for 32 rows of 128 weights of 1536 x 2048; with as many as fit at once, 34 (H200)
 MAX_STAGED_ROWS = 12  # of a weight: with 16, 338 us and 289 of wgmma (8 weights of 28672 x 4096, H200)
 MAX_MMA_ROWS = 64
@@ -75,12 +80,20 @@ def choose_grouped(
     mean = rows / hit
     # Two rows seldom have the same weight then, which dp4a would read twice. 32 rows of 128 weights of 1536 x 2048 take
     # 27 us, and 31 staged; 16 of 32 weights of 5760 x 2880, which leave staged a partial step, 68 and 83 (H200).
+    each = f"{mean:.3g} rows for each of {hit} weights"
+    takes_gluon = gpu.gluon and block_size >= MIN_GLUON_BLOCK
+    if takes_gluon and mean <= MAX_STAGED_ROWS:
+        few = max(MAX_SINGLE_ROWS, e // SINGLE_SHARE)
+        sliced = sliced_stack_config(gpu, 1 if rows <= few else _tile(mean), n, k, single=rows <= few)
+        if sliced is not None and not (sliced.single and _single_rows_prefer_dp4a(sliced, rows, n, k)):
+            tiles = "row by row" if sliced.single else f"in tiles of {sliced.block_m}"
+            why = f"With {each}, tokens fit the registers of warps that share K, {tiles}."
+            return Choice(way="sliced", config=sliced, why=why)
     few = max(MAX_SINGLE_ROWS, e // (4 if k % STEP == 0 else 2))
     if rows <= few and k <= MAX_DP4A_K:
         why = f"Up to {few} rows for {e} weights hardly share one, and byte dot products are fastest for single rows."
         return Choice(way="dp4a", config=_dp4a_config(gpu, rows, n, k), why=why)
-    each = f"{mean:.3g} rows for each of {hit} weights"
-    if gpu.gluon and block_size >= MIN_GLUON_BLOCK:
+    if takes_gluon:
         if mean <= MAX_STAGED_ROWS:
             why = f"With {each}, codes that are staged in shared memory are fastest."
             return Choice(way="staged", config=staged_config(gpu, min(_tile(mean), 32), n, k, is_stack=True), why=why)
@@ -120,6 +133,22 @@ def choose_gradient(
     block_m, warps = (64, 4) if mean <= MAX_GRADIENT_ROWS_64 else (128, 8)
     config = GradientConfig(block_m=block_m, block_n=64, block_k=128, warps=warps, stages=3)
     return Choice(way="rows", config=config, why=f"With {each}, decoding in the kernel reads a quarter of the bytes.")
+
+
+def takes_rows(choice: Choice[Config | None]) -> bool:
+    """Whether its launcher takes the weight of each row, in any order; others take where those of each weight end."""
+    return choice.way == "dp4a" or (isinstance(choice.config, SlicedConfig) and choice.config.single)
+
+
+def _single_rows_prefer_dp4a(sliced: SlicedConfig, rows: int, n: int, k: int) -> bool:
+    """Whether byte dot products are the better way where each row is a tile: for a split K, or few tiles for a GPU.
+
+    A split is a second launch, see `choose`: for 2 rows of 4096 x 14336 it would save 3 us of 31. 8 rows of 1536 x 2048
+    are 1.5 rounds of tiles, and take 10.0 us where dp4a takes 9.0; of 2048 x 768 they are one, 7.0 and 7.5 (H200).
+    """
+    tiles = rows * n // (SLICED_ROWS * sliced.abreast)
+    room = ceil_div(tiles, sliced.programs) * sliced.programs
+    return k <= MAX_DP4A_K and (sliced.split > 1 or tiles < LEAST_BUSY * room)
 
 
 def _tile(mean: float) -> int:

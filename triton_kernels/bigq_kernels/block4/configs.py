@@ -6,6 +6,7 @@ the shared memory and registers from compute capability 8.0 on, where they are c
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.tiles import ceil_div, next_power_of_2
@@ -22,6 +23,7 @@ __all__ = [
     "mma_config",
     "row_blocks",
     "sliced_config",
+    "sliced_stack_config",
     "staged_config",
     "wgmma_config",
 ]
@@ -83,12 +85,15 @@ class SlicedConfig:
 
     block_m: int  # tokens of a tile
     warps: int
+    quarters: int = 4  # of 64 elements of K, in a slice
     covers: int  # slices of K that a warp has
+    abreast: int = 1  # tiles of 16 rows that the warps have at once
     split: int  # programs that share the slices
     stages: int  # of a warp's ring
     flush: int  # tiles whose sums are added together
     programs: int  # in all
     registers: int  # the most a thread may have
+    single: bool = False  # of a stack: each row of the output is a tile, whatever its weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,12 @@ SLICED: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int, int]
 STAGED_STACK: dict[tuple[int, int], dict[int, tuple[int, int, int, int | None, int]]] = {
     HOPPER: {8: (128, 3, 8, 128, 2), 16: (128, 3, 4, None, 2), 32: (128, 2, 4, None, 2)},
 }
+# Of stacks, by GPU and BLOCK_M, for K up to so many elements: (warps, COVERS, STAGES, tiles of 16 rows whose sums are
+# added together, programs of a multiprocessor).
+SLICED_STACK: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int, int]]]] = {HOPPER: {
+    8:  {1024: (8, 2, 2, 4, 2), 4096: (8, 2, 3, 4, 2), 2**31: (16, 2, 3, 4, 1)},
+    16: {2048: (8, 1, 2, 1, 2), 3072: (16, 1, 2, 2, 1)},
+}}
 # By GPU, shape and BLOCK_M: (BLOCK_N, SPLIT, UNROLL, warps, stages).
 _ROW_8 = (32, 8, 2, 2, 3)
 _DEEP = {8: _ROW_8, 16: (64, 8, 1, 2, 4), 32: (64, 8, 1, 2, 4), 64: (128, 4, 1, 8, 4), 128: (64, 4, 2, 4, 2)}
@@ -247,6 +258,49 @@ def sliced_config(gpu: Gpu, m: int, n: int, k: int) -> SlicedConfig | None:
         flush=flush,
         programs=resident * gpu.multiprocessors,
         registers=min(255, REGISTERS // (32 * warps * resident)),
+    )
+
+
+def sliced_stack_config(gpu: Gpu, m: int, n: int, k: int, *, single: bool = False) -> SlicedConfig | None:
+    """For a stack of weights of n x k, in tiles of m rows of x, or each row by itself; None as `sliced_config`.
+
+    A slice has 192 or 256 elements, a warp one or two slices, and what K leaves of the warps takes other rows of the
+    weight: the way that leaves the fewest warps idle. K = 2880 is 15 slices of 192, and 768 is 4.
+    """
+    by_k = SLICED_STACK.get(gpu.capability, {}).get(block_m(m), {})
+    if k % 32 or k == 0 or k > max(by_k, default=0):
+        return None
+    warps, most_covers, stages, flush, resident = by_k[min(most for most in by_k if k <= most)]
+    ways = [
+        (quarters, covers, k_warps)
+        for quarters, covers, k_warps in product((4, 3), range(most_covers, 0, -1), (16, 8, 4, 2, 1))
+        if k_warps <= warps and n % (SLICED_ROWS * warps // k_warps) == 0
+    ]
+
+    def room(way: tuple[int, int, int]) -> tuple[int, int]:
+        """(splits, elements of K that there is room for): the first way with the least of them is taken."""
+        quarters, covers, k_warps = way
+        elements = 64 * quarters * covers * k_warps
+        return ceil_div(k, elements), ceil_div(k, elements) * elements
+
+    if not ways:
+        return None
+    quarters, covers, k_warps = min(ways, key=room)
+    split, elements = room((quarters, covers, k_warps))
+    if k < LEAST_SLICES * elements:
+        return None
+    return SlicedConfig(
+        block_m=block_m(m),
+        warps=warps,
+        quarters=quarters,
+        covers=covers,
+        abreast=warps // k_warps,
+        split=split,
+        stages=stages,
+        flush=max(1, flush * k_warps // warps),
+        programs=resident * gpu.multiprocessors,
+        registers=REGISTERS // (32 * warps * resident),
+        single=single,
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bigq_kernels.block4.absmax import with_code
-from bigq_kernels.block4.choose_grouped import choose_grouped
+from bigq_kernels.block4.choose_grouped import choose_grouped, takes_rows
 from bigq_kernels.block4.dequantize import dequantize_4bit
 from bigq_kernels.block4.linear import contiguous, device_of, launcher
 from bigq_kernels.block4.packed import Packed4
@@ -49,7 +49,7 @@ def grouped_linear_4bit(
         none = F.pad(bias, (0, 0, 0, 1))  # the last row is the bias of rows that no weight multiplies
         return out + none.index_select(0, weights_of_rows(stops, rows)).to(out.dtype)
     out, bias = x.new_empty(rows, n), bias if bias is None else bias.contiguous()
-    order = weights_of_rows(stops, rows) if choice.way == "dp4a" else stops
+    order = weights_of_rows(stops, rows) if takes_rows(choice) else stops
     with device_of(x):
         launcher(choice.way)(contiguous(x), packed, bias, out, choice.config, order)
     return out
@@ -75,7 +75,7 @@ def routed_linear_4bit(
     check_routed_linear_4bit(x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     (e, n, _), k, rows = weight.shape, x.shape[1], len(ids)
     choice = choose_grouped(x.device, rows, e, n, k, block_size, x.dtype)
-    if choice.way != "dp4a":
+    if not takes_rows(choice):
         order, stops = sort_by_weight(ids, e)
         grouped = x[order // (rows // max(len(x), 1))]
         state = (weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size, in_features)
@@ -84,7 +84,7 @@ def routed_linear_4bit(
     packed = _packed(weight, absmax, nested_absmax, nested_offset, quant_type, block_size)
     out, bias = x.new_empty(rows, n), bias if bias is None else bias.contiguous()
     with device_of(x):
-        launcher("dp4a")(contiguous(x), packed, bias, out, choice.config, ids.contiguous())
+        launcher(choice.way)(contiguous(x), packed, bias, out, choice.config, ids.contiguous())
     return out
 
 

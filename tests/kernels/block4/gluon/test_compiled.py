@@ -15,9 +15,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 def build(kernel, capability, dtype, nested, constants, warps, **options):
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     types = dict(x_ptr=dtype, weight_ptr="*u8", absmax_ptr="*u8" if nested else "*fp32", bias_ptr=dtype, out_ptr=dtype)
-    types |= dict(partial_ptr="*fp32", count_ptr="*i32")
-    types |= dict.fromkeys(["M", "N", "PAIRS", "B", "steps_per_split", *(f"t{i}" for i in range(8))], "i32")
-    signature |= {name: type for name, type in types.items() if name in signature}
+    types |= dict(partial_ptr="*fp32", count_ptr="*i32", route_ptr="*i32")
+    numbers = ["M", "N", "PAIRS", "B", "E", "repeat", "steps_per_split", *(f"t{i}" for i in range(8))]
+    types |= dict.fromkeys(numbers, "i32")
+    signature |= {name: type for name, type in types.items() if name in signature and name not in constants}
     constants = dict(BLOCK_SIZE=64) | constants
     tables = ["nested_ptr", "offset_ptr", "code_ptr"]
     if nested:
@@ -45,9 +46,10 @@ from bigq_kernels.block4.gluon.sliced import _linear_4bit_sliced_kernel as kerne
 
 for block_m, by_slices in SLICED[9, 0].items():
     for warps, covers, stages, flush, resident in by_slices.values():
-        slices = dict(COVERS=covers, STAGES=stages, FLUSH=flush)
+        slices = dict(QUARTERS=4, ABREAST=1, COVERS=covers, STAGES=stages, FLUSH=flush, SINGLE=False)
         for split in (1, 2):
-            tile = dict(BLOCK_M=block_m, SPLIT=split, WHOLE=split == 1, PDL=True)
+            tile = dict(route_ptr=None, BLOCK_M=block_m, SPLIT=split, WHOLE=split == 1, EVEN=split == 1, PDL=True)
+            tile |= dict(SPREAD=covers > 1 and split == 2)
             registers = min(255, 65536 // (32 * warps * resident))
             built = build(kernel, 90, "*bf16", split == 2, tile | slices, warps, maxnreg=registers)
             ptx = built.asm["ptx"]
@@ -55,6 +57,22 @@ for block_m, by_slices in SLICED[9, 0].items():
             place = warps * flush * 16 * block_m * 4
             print(built.metadata.shared - -(-memory // place) * place, ptx.count("bar.sync"), ptx.count("table[32768]"),
                   ptx.count("mma.sync.aligned.m16n8k16") - 16 * covers * block_m // 8)
+"""
+SLICED_STACK = """
+from bigq_kernels.block4.configs import sliced_stack_config
+from bigq_kernels.block4.gluon.sliced import _linear_4bit_sliced_kernel as kernel
+from bigq_kernels.gpu import Gpu
+
+for m, n, k, single in (8, 2048, 768, False), (8, 28672, 4096, True), (8, 4096, 14336, False), (16, 5760, 2880, False):
+    config = sliced_stack_config(Gpu.named("h200"), m, n, k, single=single)
+    tile = dict(BLOCK_M=m, QUARTERS=config.quarters, COVERS=config.covers, ABREAST=config.abreast, SPLIT=config.split)
+    tile |= dict(STAGES=config.stages, FLUSH=config.flush, SINGLE=single, WHOLE=k == 4096, EVEN=True, PDL=True)
+    built = build(kernel, 90, "*bf16", single, tile | dict(SPREAD=True), config.warps, maxnreg=config.registers)
+    ptx = built.asm["ptx"]
+    place = config.warps * config.flush * 16 * m * 4
+    memory = max(2 * place + config.warps * config.stages * 2048, 49168)
+    print(built.metadata.shared - -(-memory // place) * place, ptx.count("bar.sync"), ptx.count("table[32768]"),
+          ptx.count("mma.sync.aligned.m16n8k16") - 4 * config.quarters * config.covers * m // 8)
 """
 WGMMA = """
 import pathlib, subprocess, tempfile, triton
@@ -99,8 +117,8 @@ def test_staged_compiles_for_gpus_that_are_not_here():
 
 @pytest.mark.slow
 def test_sliced_compiles_with_rings_where_its_memory_begins_and_no_barrier_for_them():
-    lines = compiled(SLICED)
-    assert len(lines) >= 4
+    lines = compiled(SLICED) + compiled(SLICED_STACK)
+    assert len(lines) >= 8
     for other_memory, barriers, tables, other_products in lines:
         assert other_memory == 0  # Triton allocates nothing else, so what the kernel allocates lies at the beginning
         assert barriers == 2  # for the table, and for sums that are added

@@ -84,7 +84,7 @@ def wait_for_copies(GROUPS: gl.constexpr, anything):
 
 @gluon.jit
 def read_codes(addresses):
-    """uint8 at addresses in `code_layout`: of a lane's 8 bytes each of rows g and g + 8, the first has the address."""
+    """uint8 in `quarter_layout`: of a lane's 8 bytes each of rows g and g + 8, the first has the address."""
     return gl.inline_asm_elementwise(
         READ_ASM, "=&r,=&r,=&r,=&r" + ",r" * 16, [addresses], dtype=gl.uint8, is_pure=False, pack=16
     )
