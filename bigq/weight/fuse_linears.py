@@ -43,8 +43,8 @@ def fuse_linears(model: nn.Module, *args: Any, **kwargs: Any) -> FusedLinears:
     have one format, width, device and dtype. Their rows are put one behind the other in memory. Names, shapes, numbers
     and files of the Parameters stay as they are, and no memory is added.
 
-    From then on, the first of them that is called with up to 16 tokens computes the product for all, and the others
-    take their columns of it. A linear computes by itself, as before,
+    From then on, the first of them that is called with up to 16 tokens, in compiled code with one, computes the product
+    for all, and the others take their columns of it. A linear computes by itself, as before,
 
     - with more tokens, where gradients are enabled, and while torch.export or a transform of functorch traces. Before
       torch 2.13 a strict export is an error: call `unfuse_linears` before it;

@@ -68,8 +68,8 @@ class FusedRows:
     def compute(self, x: Tensor, whole: State) -> Sequence[Tensor]:
         """The products of x [..., K] with all weights, `self.whole`: [..., N_i] each, contiguous."""
         out = multiply(x, self.product, whole, self.compute_dtype)
-        # One row is cut into views, and compiled code copies where it reads. torch.split_with_sizes_copy is one launch,
-        # but when a CUDA graph is replayed, it would read addresses from host memory that has been given back.
+        # One row is cut into views. torch.split_with_sizes_copy would be one launch for several, but when a CUDA graph
+        # is replayed, it would read addresses from host memory that has been given back.
         return [part.contiguous() for part in torch.split(out, self.sizes, dim=-1)]
 
     def release(self) -> None:
@@ -129,7 +129,8 @@ class FusedPart:
         """In a graph of torch.compile nothing tells whether x was written to between two calls."""
         rows, whole = self.rows, self.rows.whole
         is_exported = is_exporting() if TELLS_EXPORT else not is_dynamo_compiling()
-        if not whole or is_exported or not self._are_same(tensors):
+        is_one = x.numel() == x.shape[-1]  # compiled code of several tokens has not been measured
+        if not (whole and is_one) or is_exported or not self._are_same(tensors):
             return None
         if self.index == 0:
             rows.held = _Held(x, (), (), rows.compute(x, whole))

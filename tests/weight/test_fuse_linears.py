@@ -310,10 +310,13 @@ def test_compiled_code_has_an_op_for_each_launch():
     with torch.compiler.set_stance("fail_on_recompile"):
         model(x)
         compiled(tokens())
+    x = tokens(4)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert sum("bigq.linear" in str(node.target) for node in graphs[1].graph.nodes) == 6
     model.k.weight = torch.ones(32, WIDTH, device=DEVICE)
-    found = compiled(x)
+    found = compiled(x[:1])
     unfuse_linears(model)
-    torch.testing.assert_close(found, model(x))
+    torch.testing.assert_close(found, model(x[:1]))
 
 
 @pytest.mark.parametrize("strict", [False, True])
