@@ -21,6 +21,7 @@ from bigq.model_card import model_card
 from bigq.offload.materialize import materialize
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
 from bigq.saving.save_quantized import save_quantized
+from bigq.weight.fuse_linears import FusedLinears, fuse_linears, unfuse_linears
 from bigq.weight.linear import QuantizedLinear
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -33,6 +34,7 @@ __all__ = [
     "Comparison",
     "ConfigError",
     "Fit",
+    "FusedLinears",
     "InputMoments",
     "Int8",
     "LoadPlan",
@@ -50,6 +52,7 @@ __all__ = [
     "dequantize",
     "dequantize_tensor",
     "fit",
+    "fuse_linears",
     "infer_device_map",
     "input_moments",
     "load_and_quantize_model",
@@ -61,6 +64,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_tensor",
     "save_quantized",
+    "unfuse_linears",
 ]
 
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ PUBLIC = {
     "Comparison",
     "ConfigError",
     "Fit",
+    "FusedLinears",
     "InputMoments",
     "Int8",
     "LoadPlan",
@@ -32,6 +33,7 @@ PUBLIC = {
     "dequantize",
     "dequantize_tensor",
     "fit",
+    "fuse_linears",
     "infer_device_map",
     "input_moments",
     "load_and_quantize_model",
@@ -43,6 +45,7 @@ PUBLIC = {
     "quantize_checkpoint",
     "quantize_tensor",
     "save_quantized",
+    "unfuse_linears",
 }
 
 

@@ -1,11 +1,13 @@
 """The quantized modules whose forward uses the kernels: linears, GPT-2's Conv1D, and embeddings."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from bigq.formats import QUANT_STATE, Description, Format, Product, encode_quant_state, state_name
+from bigq.weight.fused_rows import FusedPart
 from bigq.weight.quantized_module import QuantizedModule, weight_property
 from bigq.weight.stored import multiply
 
@@ -19,6 +21,7 @@ class QuantizedMatrix(QuantizedModule):
     compute_dtype: torch.dtype | None
     _product: Product
     _tensor_names: tuple[str, ...]  # names of the Parameters that `_product` takes
+    _fused: FusedPart | None = None  # of `fuse_linears`
     weight = weight_property("weight")
 
     @property
@@ -48,6 +51,11 @@ class QuantizedMatrix(QuantizedModule):
             UnsupportedError: x is not floating point, or its width is not K.
         """
         product, tensors = self.operands()
+        fused = self._fused
+        if fused is not None:
+            out = fused(tensors, x)
+            if out is not None:
+                return out
         return multiply(x, product, tensors, self.compute_dtype)
 
     def operands(self) -> tuple[Product, tuple[Tensor | None, ...]]:
@@ -61,6 +69,7 @@ class QuantizedMatrix(QuantizedModule):
     def _describe(self, leaf: str, description: Description) -> None:
         super()._describe(leaf, description)
         if leaf == "weight":
+            self.unfuse()  # the other linears are not changed
             product = description.format.product(description.shape[1])
             names = tuple(part if part == "bias" else state_name("weight", part) for part in product.parts)
             vars(self).update(
@@ -70,8 +79,21 @@ class QuantizedMatrix(QuantizedModule):
                 _tensor_names=names,
             )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        super()._apply(fn, recurse)
+        if self._fused is not None and not self._fused.is_intact(self.operands()[1]):
+            self.unfuse()
+        return self
+
+    def unfuse(self) -> None:
+        """Compute by itself again, as do all linears that it shares a launch with (`bigq.fuse_linears`)."""
+        fused = vars(self).pop("_fused", None)
+        if fused is not None:
+            fused.rows.release()
+
     def _forget(self) -> None:
         super()._forget()
+        self.unfuse()
         for name in ("format", "compute_dtype", "_product", "_tensor_names"):
             vars(self).pop(name, None)
 
