@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from ranks import error_of, run_ranks
+from ranks import error_of, mesh_of, own_device, run_ranks
 
-__all__ = ["Net", "error_of", "held_by_all", "run_ranks"]
+__all__ = ["Net", "error_of", "held_by_all", "mesh_of", "own_device", "run_ranks"]
 
 
 class Block(nn.Module):
