@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from bigq.errors import ConfigError, UnsupportedError
+from bigq.formats import QUANT_STATE, state_name
 from bigq.integrations.gathered_units import CutWeight, GatheredUnits, Place
 from bigq.model.repeated_blocks import repeated_blocks
 from bigq.ops.sharding import is_sharded
@@ -108,7 +109,22 @@ def _large_frozen(caller: nn.Module) -> dict[int, list[Place]]:
     """{id of a tensor: its places} of the tensors in `caller` that are to be cut."""
     places: dict[int, list[Place]] = {}
     for module in caller.modules():
-        for name, own in module._parameters.items():
-            if own is not None and not own.requires_grad and own.dim() and own.numel() * own.itemsize >= SMALLEST:
-                places.setdefault(id(own), []).append((module, name))
+        for names in _together(module):
+            held = {name: own for name in names if (own := module._parameters.get(name)) is not None}
+            if sum(own.numel() * own.itemsize for own in held.values() if not own.requires_grad) >= SMALLEST:
+                for name, own in held.items():
+                    if not own.requires_grad and own.dim():
+                        places.setdefault(id(own), []).append((module, name))
     return places
+
+
+def _together(module: nn.Module) -> list[list[str]]:
+    """Names of parameters of `module` that are cut together: the parts of a quantized weight, or one of another."""
+    parts: list[list[str]] = []
+    if isinstance(module, QuantizedModule):
+        parts = [
+            [state_name(leaf, part) for part in description.state_spec]
+            for leaf, description in module.descriptions.items()
+        ]
+    taken = {QUANT_STATE, *(name for names in parts for name in names)}
+    return [*parts, *([name] for name in module._parameters if name not in taken)]
