@@ -59,5 +59,8 @@ class Net(nn.Module):
 
 
 def held_by_all(model):
-    """The state of a sharded model, each tensor put together from all processes."""
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    """The state of a sharded model, each tensor put together from all processes, where their groups can do so."""
+    return {
+        name: t.to(t.device_mesh.device_type).full_tensor() if hasattr(t, "full_tensor") else t
+        for name, t in model.state_dict().items()
+    }
