@@ -111,8 +111,11 @@ class _Packed:
             self.shards.append(weight.shard_of(rows))
             weight.put(self.shards[-1], is_gathered=False)
             piece = memory.bytes[in_memory : in_memory + processes * weight.chunk]
-            self.sizes += [weight.chunk, filling]
-            self.parts += [piece.view(processes, -1), torch.empty(processes, filling, dtype=torch.uint8, device=device)]
+            self.sizes.append(weight.chunk)
+            self.parts.append(piece.view(processes, -1))
+            if filling:
+                self.sizes.append(filling)
+                self.parts.append(torch.empty(processes, filling, dtype=torch.uint8, device=device))
             numbers = piece.view(weight.dtype)[: prod(weight.shape)].view(weight.shape)
             # `.data`: it gets other numbers without a new version, so that autograd takes what it saved as unchanged.
             self.whole.append(nn.Parameter(numbers.data, requires_grad=False))
@@ -122,7 +125,7 @@ class _Packed:
     @property
     def comes_in_place(self) -> bool:
         """Whether the rows of all processes, one after the other, are the whole weight, as of an embedding."""
-        return len(self.weights) == 1 and self.sizes[1] == 0
+        return len(self.sizes) == 1
 
     @property
     def is_current(self) -> bool:
