@@ -162,6 +162,7 @@ class GatheredUnits:
         self._packed: dict[int, _Packed] = {}
         self._memories: list[_Memory] = []
         self._received: dict[int, Tensor] = {}  # what a gather receives, by its bytes, before it is copied to its place
+        self._in_backward: set[int] = set()  # units whose weights a backward pass needs: not those of embeddings
         self._current, self._step = 0, 1
         self._stream: torch.cuda.Stream | None = None
         self._queued: torch.cuda.Event | None = None
@@ -182,7 +183,9 @@ class GatheredUnits:
 
         for module in modules:
             module.register_forward_pre_hook(before, prepend=True)
-            module.register_forward_hook(after)
+            if not isinstance(module, nn.Embedding):
+                module.register_forward_hook(after)
+                self._in_backward.add(index)
 
     def put_back(self) -> None:
         """Let shards stand in all modules."""
@@ -200,8 +203,9 @@ class GatheredUnits:
             if packed.arrived is not None:
                 torch.cuda.current_stream(packed.rows.device).wait_event(packed.arrived)
             packed.put(is_gathered=True, is_whole=True)
-        if 0 <= index + self._step < len(self._units):
-            self._gather(index + self._step)
+        follower = index + self._step
+        if follower in self._in_backward or (self._step > 0 and follower < len(self._units)):
+            self._gather(follower)
 
     def _gather(self, index: int) -> _Packed:
         """Queue the gather of a unit after the work that is queued, which may need what it overwrites."""

@@ -61,6 +61,7 @@ def _model(own, checkpointing, fused, tied):
     if checkpointing:
         settings = {"use_reentrant": False}
         model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        model.enable_input_require_grads()  # as trainers do: gradients reach the output of the embedding
     if fused:
         fuse_lora(model)
     return model.train()
