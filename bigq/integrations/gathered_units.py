@@ -48,7 +48,7 @@ class CutWeight:
         cut = cls(tuple(places), tuple(own.shape), own.dtype, mesh)
         if not is_sharded(own):
             start, stop = chunk_of_rank(len(own), mesh.get_local_rank(), mesh.size())
-            cut.put(cut.shard_of(own.data[start:stop].clone()), is_gathered=False)
+            cut.put(cut.shard_of(own.data[start:stop].clone()))
         return cut
 
     @property
@@ -61,12 +61,10 @@ class CutWeight:
         """Bytes that each process sends. The last ones may have fewer rows, and send a filling."""
         return -(-self.shape[0] // self.mesh.size()) * prod(self.shape[1:]) * self.dtype.itemsize
 
-    def put(self, tensor: nn.Parameter, *, is_gathered: bool) -> None:
-        """Let `tensor` stand in the modules. What is written to a gathered weight would be lost, so it is refused."""
+    def put(self, tensor: nn.Parameter) -> None:
+        """Let `tensor` stand in the modules."""
         for module, name in self.places:
             module._parameters[name] = tensor
-            if isinstance(module, QuantizedModule):
-                vars(module)["_is_gathered"] = is_gathered
 
     def shard_of(self, rows: Tensor) -> nn.Parameter:
         """The tensor whose `rows` this process has."""
@@ -102,6 +100,10 @@ class _Packed:
         self.sizes: list[int] = []  # of the rows, and of what fills them up, as they are copied
         self.parts: list[Tensor] = []  # where that goes
         self.is_whole = False
+        # Attributes of modules, which nn.Module's own lookup finds ten times slower, for all weights of a block.
+        self._places = [(vars(module), name, i) for i, own in enumerate(weights) for module, name in own.places]
+        modules = dict.fromkeys(module for weight in weights for module, _ in weight.places)
+        self._guarded = [vars(module) for module in modules if isinstance(module, QuantizedModule)]
         self.arrived = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         from_start = in_memory = 0
         for weight in weights:
@@ -109,7 +111,7 @@ class _Packed:
             nbytes, filling = own.numel() * own.itemsize, _aligned(weight.chunk) - weight.chunk
             rows = self.rows[from_start : from_start + nbytes].view(weight.dtype).view(own.shape).copy_(own)
             self.shards.append(weight.shard_of(rows))
-            weight.put(self.shards[-1], is_gathered=False)
+            weight.put(self.shards[-1])
             piece = memory.bytes[in_memory : in_memory + processes * weight.chunk]
             self.sizes.append(weight.chunk)
             self.parts.append(piece.view(processes, -1))
@@ -131,17 +133,16 @@ class _Packed:
     def is_current(self) -> bool:
         """Whether the modules hold these tensors, and no others that were assigned since."""
         own = self.whole if self.is_whole else self.shards
-        for weight, tensor in zip(self.weights, own, strict=True):  # 2 us a block
-            module, name = weight.places[0]
-            if module._parameters[name] is not tensor:
-                return False
-        return True
+        return all(attributes["_parameters"][name] is own[i] for attributes, name, i in self._places)
 
     def put(self, *, is_gathered: bool, is_whole: bool) -> None:
-        """Let the whole weights stand in the modules, or the shards."""
+        """Let the whole weights stand in the modules, or the shards. A write to a gathered weight is refused."""
         self.is_whole = is_whole
-        for weight, tensor in zip(self.weights, self.whole if is_whole else self.shards, strict=True):
-            weight.put(tensor, is_gathered=is_gathered)
+        tensors = self.whole if is_whole else self.shards
+        for attributes, name, i in self._places:
+            attributes["_parameters"][name] = tensors[i]
+        for attributes in self._guarded:
+            attributes["_is_gathered"] = is_gathered
 
     def drop(self) -> None:
         """Let the shards stand in the modules, which may be written to then, and forget what was gathered."""
