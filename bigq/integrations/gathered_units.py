@@ -136,11 +136,14 @@ class _Packed:
         return all(attributes["_parameters"][name] is own[i] for attributes, name, i in self._places)
 
     def put(self, *, is_gathered: bool, is_whole: bool) -> None:
-        """Let the whole weights stand in the modules, or the shards. A write to a gathered weight is refused."""
+        """Let the whole weights, or the shards, stand where either stands now. Writes to gathered ones are refused."""
+        before = self.whole if self.is_whole else self.shards
+        after = self.whole if is_whole else self.shards
         self.is_whole = is_whole
-        tensors = self.whole if is_whole else self.shards
         for attributes, name, i in self._places:
-            attributes["_parameters"][name] = tensors[i]
+            parameters = attributes["_parameters"]
+            if parameters[name] is before[i]:  # and no tensor that was assigned since
+                parameters[name] = after[i]
         for attributes in self._guarded:
             attributes["_is_gathered"] = is_gathered
 
@@ -240,12 +243,14 @@ class GatheredUnits:
         torch.split_with_sizes_copy(received.view(self._processes, -1), packed.sizes, dim=1, out=packed.parts)
 
     def _pack(self, index: int) -> _Packed:
-        weights = self._units[index]
-        device = cast(DTensor, weights[0].held).to_local().device
+        """Pack what stands in the modules of a unit, also where a whole tensor was assigned to them since."""
+        weights = [own if is_sharded(own.held) else CutWeight.of(own.places, own.mesh) for own in self._units[index]]
         before = self._packed.pop(index, None)
         if before is not None and before.memory.owner is before:
-            before.memory.owner = None  # what stands in the modules was assigned to them
-        packed = self._packed[index] = _Packed(weights, before.memory if before else self._memory_for(index, device))
+            before.memory.owner = None
+        self._units[index] = weights
+        device = cast(DTensor, weights[0].held).to_local().device
+        packed = self._packed[index] = _Packed(weights, self._memory_for(index, device))
         nbytes = packed.rows.numel()
         if not packed.comes_in_place and nbytes not in self._received:
             self._received[nbytes] = torch.empty(self._processes * nbytes, dtype=torch.uint8, device=device)

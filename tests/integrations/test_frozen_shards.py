@@ -177,6 +177,25 @@ def _loaded(folder, mesh):
     return found
 
 
+def _assigned(mesh):
+    """Whether a head that is assigned after a call, whole, is the one that computes then, forward and backward."""
+    from bigq.integrations.frozen_shards import shard_frozen
+
+    one, model = _model(*CASES["nf4"]), shard_frozen(_model(*CASES["nf4"]), mesh)
+    found = []
+    for each in (one, model):
+        _logits(each).loss.backward()
+        head = each.get_base_model().lm_head
+        torch.manual_seed(2)
+        weight = torch.randn(101, 64, dtype=torch.bfloat16, device=own_device())
+        head.weight = torch.nn.Parameter(weight, requires_grad=False)
+        each.zero_grad()
+        out = _logits(each)
+        out.loss.backward()
+        found.append([out.logits.detach(), *(adapter.grad for adapter in _adapters(each))])
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def _refused(mesh):
     from bigq.integrations.frozen_shards import reshard_frozen, shard_frozen
 
@@ -194,7 +213,7 @@ def _work(rank, folder):
     mesh = mesh_of(2)
     with mock.patch("bigq.integrations.frozen_shards.SMALLEST", SMALLEST):
         trained = {name: _compare(_model(*case), shard_frozen(_model(*case), mesh)) for name, case in CASES.items()}
-        return {**trained, **_loaded(folder, mesh), "refused": _refused(mesh)}
+        return {**trained, **_loaded(folder, mesh), "assigned": _assigned(mesh), "refused": _refused(mesh)}
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +241,10 @@ def test_an_adapter_is_merged_into_the_shards(found, name):
     for (said,), same in (own["merged", name] for own in found):
         assert said.startswith("UnsupportedError: a weight of QuantizedLinear is written while")
         assert same == [True, True]
+
+
+def test_a_tensor_that_is_assigned_later_is_cut_too(found):
+    assert [each["assigned"] for each in found] == [True, True]
 
 
 def test_what_cannot_be_sharded_is_refused(found):
