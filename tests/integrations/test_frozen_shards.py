@@ -5,9 +5,10 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import load_file
 
 import bigq
-from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model
+from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model
 from ranks import error_of, mesh_of, own_device, run_ranks
 
 peft = pytest.importorskip("peft")
@@ -17,6 +18,7 @@ CASES = {  # format, activation checkpointing, fused LoRA, tied embeddings
     "nf4-tied": (NF4(), False, False, True),
     "nf4-checkpointing": (NF4(), True, False, False),
     "nf4-double-quant-checkpointing": (NF4(double_quant=True), True, True, False),
+    "fp4": (FP4(block_size=32), False, True, False),
     "int8": (Int8(threshold=0.0), False, False, False),
 }
 LOADS = {"nf4": NF4(), "nf4-double-quant": NF4(double_quant=True)}
@@ -177,6 +179,41 @@ def _loaded(folder, mesh):
     return found
 
 
+def _by_trainer(rank, folder, mesh):
+    """Whether transformers' Trainer makes the adapter that it makes with DDP, and `generate` the tokens."""
+    from bigq.integrations.frozen_shards import shard_frozen
+
+    models = _model(*CASES["nf4-checkpointing"]), shard_frozen(_model(*CASES["nf4-checkpointing"]), mesh)
+    for number, model in enumerate(models):
+        settings = transformers.TrainingArguments(
+            output_dir=f"{folder}/trainer-{number}",
+            per_device_train_batch_size=1,
+            max_steps=2,
+            learning_rate=1e-2,
+            bf16=True,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            use_cpu=own_device().type == "cpu",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        rows = [{"input_ids": torch.arange(16) + i, "labels": torch.arange(16) + i} for i in range(8)]
+        trainer = transformers.Trainer(model=model, args=settings, train_dataset=rows)
+        trainer.train()
+        trainer.save_model(f"{folder}/trained-{number}")
+    torch.distributed.barrier()
+    saved = [load_file(f"{folder}/trained-{number}/adapter_model.safetensors") for number in (0, 1)]
+    ids = torch.arange(10, device=own_device()).view(1, 10)
+    with torch.no_grad():
+        tokens = [model.eval().generate(input_ids=ids, max_new_tokens=5, do_sample=False) for model in models]
+    return (
+        saved[0].keys() == saved[1].keys(),
+        all(torch.equal(saved[0][n], saved[1][n]) for n in saved[0]),
+        (torch.equal(*tokens)),
+    )
+
+
 def _assigned(mesh):
     """Whether a head that is assigned after a call, whole, is the one that computes then, forward and backward."""
     from bigq.integrations.frozen_shards import shard_frozen
@@ -213,32 +250,62 @@ def _work(rank, folder):
     mesh = mesh_of(2)
     with mock.patch("bigq.integrations.frozen_shards.SMALLEST", SMALLEST):
         trained = {name: _compare(_model(*case), shard_frozen(_model(*case), mesh)) for name, case in CASES.items()}
-        return {**trained, **_loaded(folder, mesh), "assigned": _assigned(mesh), "refused": _refused(mesh)}
+        return {**trained, "assigned": _assigned(mesh), "refused": _refused(mesh)}
+
+
+def _work_with_loads(rank, folder):
+    mesh = mesh_of(2)
+    with mock.patch("bigq.integrations.frozen_shards.SMALLEST", SMALLEST):
+        return {**_loaded(folder, mesh), "by trainer": _by_trainer(rank, folder, mesh)}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
+    return run_ranks(_work, folder, str(folder), gpus=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loaded")
     torch.manual_seed(0)
     for kind in ("Llama", "Qwen3Moe"):
         model = getattr(transformers, f"{kind}ForCausalLM")(_config(kind)).to(torch.bfloat16)
         model.save_pretrained(folder / kind)
-    return run_ranks(_work, folder, str(folder), gpus=True)
+    return run_ranks(_work_with_loads, folder, str(folder), gpus=True)
 
 
-@pytest.mark.parametrize("case", [*CASES, *((kind, name) for kind in ("Llama", "Qwen3Moe") for name in LOADS)], ids=str)
+def _check(each):
+    assert all(each["equal"]), each["equal"]
+    assert not each["different"]
+    assert 0.4 < each["held"] < 0.6
+    assert 1 <= len(each["whole"]) <= 4  # two blocks, the embedding and the head
+    assert not each["back"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_an_adapter_trains_as_in_one_process(found, case):
-    for each in (own[case] for own in found):
-        assert all(each["equal"]), each["equal"]
-        assert not each["different"]
-        assert 0.4 < each["held"] < 0.6
-        assert 1 <= len(each["whole"]) <= 4  # two blocks, the embedding and the head
-        assert not each["back"]
+    for each in found:
+        _check(each[case])
 
 
+@pytest.mark.slow  # 40 s of CPU time, with the two that follow
 @pytest.mark.parametrize("name", LOADS)
-def test_an_adapter_is_merged_into_the_shards(found, name):
-    for (said,), same in (own["merged", name] for own in found):
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3Moe"])
+def test_a_load_into_frozen_shards_trains_as_one_into_one_process(loaded, kind, name):
+    for each in loaded:
+        _check(each[kind, name])
+
+
+@pytest.mark.slow
+def test_a_trainer_makes_the_adapter_that_it_makes_with_ddp(loaded):
+    assert [each["by trainer"] for each in loaded] == [(True, True, True)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOADS)
+def test_an_adapter_is_merged_into_the_shards(loaded, name):
+    for (said,), same in (own["merged", name] for own in loaded):
         assert said.startswith("UnsupportedError: a weight of QuantizedLinear is written while")
         assert same == [True, True]
 
