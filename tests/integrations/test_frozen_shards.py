@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import bigq
 from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model
-from ranks import error_of, mesh_of, own_device, run_ranks
+from ranks import ON_REQUEST, error_of, mesh_of, own_device, run_ranks
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -262,7 +262,7 @@ def _work_with_loads(rank, folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
-    return run_ranks(_work, folder, str(folder), gpus=True)
+    return run_ranks(_work, folder, str(folder), gpus=ON_REQUEST)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def loaded(tmp_path_factory):
     for kind in ("Llama", "Qwen3Moe"):
         model = getattr(transformers, f"{kind}ForCausalLM")(_config(kind)).to(torch.bfloat16)
         model.save_pretrained(folder / kind)
-    return run_ranks(_work_with_loads, folder, str(folder), gpus=True)
+    return run_ranks(_work_with_loads, folder, str(folder), gpus=ON_REQUEST)
 
 
 def _check(each):
