@@ -198,11 +198,12 @@ class QuantizedModule(nn.Module):
             super().__setattr__(name, value)
 
     def _refuse_lost_write(self) -> None:
-        """Raise an UnsupportedError while FSDP2 has put whole tensors in the places of shards, which come back."""
+        """Raise an UnsupportedError while whole tensors stand in the places of shards, which come back."""
         if self._is_gathered:
             raise UnsupportedError(
-                f"a weight of {type(self).__name__} is written while FSDP2 has gathered it for a call, and the write "
-                "would be lost: call reshard() of the module that fully_shard was called with first"
+                f"a weight of {type(self).__name__} is written while it is gathered for a call, and the write would be "
+                "lost: call reshard() of the module that fully_shard was called with first, or reshard_frozen(model) "
+                "of one that shard_frozen was called with"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedModule":
@@ -314,7 +315,8 @@ class QuantizedModule(nn.Module):
             return self.descriptions
         if is_sharded(quant_state):  # a shard of FSDP2 or tensor parallelism has to equal ours
             is_like_ours = own is not None and is_sharded(own) and not own.is_meta
-            if is_like_ours and not torch.equal(local_part(quant_state), local_part(cast(Tensor, own))):
+            given = local_part(quant_state)  # on the CPU, where torch distributes a state that was gathered there
+            if is_like_ours and not torch.equal(given, local_part(cast(Tensor, own)).to(given.device)):
                 raise CheckpointError(f"{prefix}{QUANT_STATE} describes other weights than the sharded model holds")
             return self.descriptions
         return decode_quant_state(quant_state, f"{prefix}{QUANT_STATE} of the state dict")

@@ -5,7 +5,7 @@ import torch
 from accelerate import init_empty_weights
 
 from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model
-from processes_of_mesh import error_of, held_by_all, run_ranks
+from processes_of_mesh import ON_REQUEST, error_of, held_by_all, mesh_of, own_device, run_ranks
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -47,9 +47,9 @@ def _with_adapter(model):
 def _trained(model):
     """Losses, gradients and adapter of two steps."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    found = []
+    found, ids = [], IDS.to(own_device())
     for _ in range(2):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append((loss.detach(), {name: _whole(gradient) for name, gradient in gradients.items()}))
@@ -65,10 +65,9 @@ def _whole(tensor):
 
 def _work(rank, folder):
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of(2)
 
     def shard(model):
         model = _with_adapter(model)
@@ -80,10 +79,10 @@ def _work(rank, folder):
         for block in model.model.layers:
             fully_shard(block, mesh=mesh)
 
-    found = {}
+    found, ids = {}, IDS.to(own_device())
     for name, weight_format in FORMATS.items():
         config = QuantizationConfig(weight_format)
-        whole = _with_adapter(load_and_quantize_model(_skeleton("Llama"), f"{folder}/Llama", config, "cpu"))
+        whole = _with_adapter(load_and_quantize_model(_skeleton("Llama"), f"{folder}/Llama", config, own_device()))
         model = load_and_quantize_model(_skeleton("Llama"), f"{folder}/Llama", config, mesh=mesh, shard=shard)
         found[name] = all(
             torch.equal(loss, expected_loss)
@@ -92,7 +91,7 @@ def _work(rank, folder):
             for (loss, tensors), (expected_loss, expected) in zip(_trained(model), _trained(whole), strict=True)
         )
         stacks = QuantizationConfig(weight_format)
-        whole = load_and_quantize_model(_skeleton("Qwen3Moe"), f"{folder}/Qwen3Moe", stacks, "cpu")
+        whole = load_and_quantize_model(_skeleton("Qwen3Moe"), f"{folder}/Qwen3Moe", stacks, own_device())
         model = load_and_quantize_model(_skeleton("Qwen3Moe"), f"{folder}/Qwen3Moe", stacks, mesh=mesh)
         held, expected = held_by_all(model), whole.state_dict()
         read, whole_read = (
@@ -101,7 +100,7 @@ def _work(rank, folder):
         )
         found[f"{name}-experts"] = (
             all(torch.equal(tensor, expected[key]) for key, tensor in held.items()),
-            torch.equal(model(input_ids=IDS).logits, whole(input_ids=IDS).logits),
+            torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits),
             read / whole_read,
             sum("experts.gate_up_proj_packed" in key for key in held),
         )
@@ -109,9 +108,9 @@ def _work(rank, folder):
     config = QuantizationConfig("nf4")
     late = load_and_quantize_model(_skeleton("Llama"), f"{folder}/Llama", config, mesh=mesh, shard=shard_blocks)
     late = _with_adapter(late)
-    found["late"] = error_of(lambda: late.train()(input_ids=IDS, labels=IDS).loss.backward())
+    found["late"] = error_of(lambda: late.train()(input_ids=ids, labels=ids).loss.backward())
     with torch.no_grad():
-        found["evaluated"] = late(input_ids=IDS).logits.isfinite().all().item()
+        found["evaluated"] = late(input_ids=ids).logits.isfinite().all().item()
     return found
 
 
@@ -122,7 +121,7 @@ def found(tmp_path_factory):
     for kind in ("Llama", "Qwen3Moe"):
         model = getattr(transformers, f"{kind}ForCausalLM")(_config(kind)).to(torch.bfloat16)
         model.save_pretrained(folder / kind)
-    return run_ranks(_work, folder, str(folder), world=2)
+    return run_ranks(_work, folder, str(folder), world=2, gpus=ON_REQUEST)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bigq import NF4, Int8, QuantizationConfig, UnsupportedError, load_and_quantize_model
-from ranks import run_ranks
+from ranks import mesh_of, own_device, run_ranks
 
 pytest.importorskip("transformers")
 FORMATS = {
@@ -35,14 +35,14 @@ def experts_of(name, weight_format, implementation):
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.1)
     model = nn.Sequential(experts)
-    return load_and_quantize_model(model, None, QuantizationConfig(weight_format), "cpu")[0]
+    return load_and_quantize_model(model, None, QuantizationConfig(weight_format), own_device())[0]
 
 
 def run(experts, tokens):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(tokens, H, generator=generator).requires_grad_()
-    ids = torch.stack([torch.randperm(E, generator=generator)[:TOP_K] for _ in range(tokens)])
-    weights = torch.rand(tokens, TOP_K, generator=generator).requires_grad_()
+    x = torch.randn(tokens, H, generator=generator).to(own_device()).requires_grad_()
+    ids = torch.stack([torch.randperm(E, generator=generator)[:TOP_K] for _ in range(tokens)]).to(own_device())
+    weights = torch.rand(tokens, TOP_K, generator=generator).to(own_device()).requires_grad_()
     out = experts(x, ids, weights)
     out.square().mean().backward()
     with torch.no_grad():
@@ -51,12 +51,10 @@ def run(experts, tokens):
 
 
 def _compare(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-
     from bigq.integrations.expert_parallel import ExpertParallel
     from bigq.integrations.tensor_parallel import parallelize_module
 
-    mesh, found = init_device_mesh("cpu", (WORLD,)), {}
+    mesh, found = mesh_of(WORLD), {}
     for name in CLASSES:
         for format_name, weight_format in FORMATS.items():
             for implementation in IMPLEMENTATIONS:
@@ -110,7 +108,7 @@ def _adapted(name, mesh):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    return run_ranks(_compare, tmp_path_factory.mktemp("expert-parallel"), world=WORLD)
+    return run_ranks(_compare, tmp_path_factory.mktemp("expert-parallel"), world=WORLD, gpus=True)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

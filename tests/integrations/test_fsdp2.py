@@ -11,7 +11,7 @@ from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model, sa
 from bigq.errors import UnsupportedError
 from bigq.model.placeholders import hold_placeholders
 from bigq.weight.placeholder import is_placeholder
-from ranks import error_of, run_ranks
+from ranks import ON_REQUEST, error_of, mesh_of, own_device, run_ranks
 
 FORMATS = {
     "nf4": NF4(),
@@ -38,19 +38,18 @@ def _model(weight_format):
     torch.manual_seed(0)
     model = nn.Sequential(*(_Block() for _ in range(2)), nn.Linear(64, 10))
     config = QuantizationConfig(weight_format, skip_modules=["adapter"])
-    model = load_and_quantize_model(model, None, config, "cpu")
+    model = load_and_quantize_model(model, None, config, own_device())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("adapter" in name)
     return model
 
 
 def _compare(rank, folder):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of(2)
     found = {}
-    x = torch.linspace(-2, 2, 3 * 64).view(3, 64)
+    x = torch.linspace(-2, 2, 3 * 64).view(3, 64).to(own_device())
     for name, weight_format in FORMATS.items():
         for dtype in (None, torch.bfloat16):
             one = _model(weight_format).to(dtype or torch.float32)
@@ -96,7 +95,7 @@ def _without_descriptions(own, mesh, x):
     whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "to_local")]
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     expected = one.state_dict() if torch.distributed.get_rank() == 0 else {}
-    same = state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
+    same = state.keys() == expected.keys() and all(torch.equal(state[key], expected[key].cpu()) for key in expected)
     return torch.equal(model(x), one(x)), whole, same
 
 
@@ -115,16 +114,15 @@ def _copies(own, x):
 def _fsdp1():
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return error_of(lambda: FullyShardedDataParallel(_model(NF4()), device_id=torch.device("cpu")))
+    return error_of(lambda: FullyShardedDataParallel(_model(NF4()), device_id=own_device()))
 
 
 def _hybrid(rank, folder):
     """HSDP: two copies of the model, each in two shards. [(equal outputs, worst gradient), ...]."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh, found = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")), {}
-    x = torch.linspace(-2, 2, 3 * 64).view(3, 64)
+    mesh, found = mesh_of(2, 2, mesh_dim_names=("replicate", "shard")), {}
+    x = torch.linspace(-2, 2, 3 * 64).view(3, 64).to(own_device())
     for name, own in FORMATS.items():
         one, model = _model(own), _model(own)
         for block in (*model[:2], model):
@@ -137,7 +135,7 @@ def _hybrid(rank, folder):
         dense, whole = model[0].up.dequantize().full_tensor(), one[0].up.dequantize()
         save_quantized(model, f"{folder}/hybrid-{name}")
         skeleton = nn.Sequential(*(_Block() for _ in range(2)), nn.Linear(64, 10)).to("meta")
-        loaded = load_and_quantize_model(skeleton, f"{folder}/hybrid-{name}", None, "cpu")
+        loaded = load_and_quantize_model(skeleton, f"{folder}/hybrid-{name}", None, own_device())
         same = all(torch.equal(tensor, one.state_dict()[key]) for key, tensor in loaded.state_dict().items())
         found[name] = torch.equal(out, expected), torch.equal(dense, whole), same, error.item()
     return found
@@ -148,7 +146,7 @@ def _refused(mesh, folder):
     from torch.distributed.fsdp import fully_shard
 
     said = []
-    for device, weights in (("meta", ""), ("cpu", None)):
+    for device, weights in (("meta", ""), (own_device(), None)):
         with torch.device(device):
             model = nn.Sequential(_Block(), nn.Linear(64, 10))
         fully_shard(model, mesh=mesh)
@@ -156,7 +154,7 @@ def _refused(mesh, folder):
             weights = f"{folder}/{torch.distributed.get_rank()}.safetensors"
             save_file({name: torch.zeros(p.shape) for name, p in model.named_parameters()}, weights)
         try:
-            load_and_quantize_model(model, weights, QuantizationConfig("nf4"), "cpu")
+            load_and_quantize_model(model, weights, QuantizationConfig("nf4"), own_device())
         except UnsupportedError as error:
             said.append(str(error))
     return said
@@ -179,7 +177,7 @@ def _keeps_its_state(rank, mesh):
         fully_shard(model, mesh=mesh)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
     gathered = get_model_state_dict(models[0], options=options)
-    kept = rank > 0 or all(torch.equal(tensor, state[key]) for key, tensor in gathered.items())
+    kept = rank > 0 or all(torch.equal(tensor, state[key].cpu()) for key, tensor in gathered.items())
     set_model_state_dict(models[0], gathered, options=options)
     fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=rank == 0), models[1], state)
     for model in models:
@@ -192,7 +190,7 @@ def _keeps_its_state(rank, mesh):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp2")
-    return run_ranks(_compare, folder, str(folder))
+    return run_ranks(_compare, folder, str(folder), gpus=ON_REQUEST)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["no-policy", "bfloat16-policy"])

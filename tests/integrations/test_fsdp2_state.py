@@ -221,7 +221,7 @@ def test_a_write_that_fsdp_would_drop_is_refused(saved):
     for found in saved:
         assert found["kept"]
         for said in found["lost"]:
-            assert said.startswith("UnsupportedError: a weight of QuantizedLinear is written while FSDP2 has gathered")
+            assert said.startswith("UnsupportedError: a weight of QuantizedLinear is written while it is gathered")
 
 
 def test_other_layouts_are_saved_from_shards(saved):

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model
-from ranks import run_ranks
+from ranks import mesh_of, own_device, run_ranks
 
 FORMATS = {"nf4": NF4(), "nf4-double-quant": NF4(double_quant=True), "int8": Int8()}
 
@@ -30,23 +30,22 @@ def build():
 
 
 def _load(rank, folder):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
     from bigq.integrations.sharded_rows import shard_rows
     from bigq.integrations.tensor_parallel import parallelize_module
 
-    mesh, found = init_device_mesh("cpu", (2,)), {}
+    mesh, found = mesh_of(2), {}
     plan = {
         **{f"*.{name}": ColwiseParallel() for name in ("up", "wide")},
         **{f"*.{name}": RowwiseParallel() for name in ("down", "narrow")},
     }
-    x = torch.linspace(-1, 1, 3 * 64).view(3, 64)
+    x = torch.linspace(-1, 1, 3 * 64).view(3, 64).to(own_device())
     for name, weight_format in FORMATS.items():
         config = QuantizationConfig(weight_format)
         with torch.device("meta"):
             skeletons = [build() for _ in range(2)]
-        cut = parallelize_module(load_and_quantize_model(skeletons[0], folder, config, "cpu"), mesh, plan)
+        cut = parallelize_module(load_and_quantize_model(skeletons[0], folder, config, own_device()), mesh, plan)
 
         def shard(model):
             return shard_rows(model, mesh)
@@ -75,7 +74,7 @@ def _load(rank, folder):
 def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slices")
     save_file(build().state_dict(), folder / "model.safetensors")
-    return run_ranks(_load, folder, str(folder))
+    return run_ranks(_load, folder, str(folder), gpus=True)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigq import FP4, NF4, ConfigError, Int8, QuantizationConfig, UnsupportedError, load_and_quantize_model
-from ranks import run_ranks
+from ranks import mesh_of, own_device, run_ranks
 
 FORMATS = {
     "nf4": NF4(),
@@ -36,12 +36,12 @@ class Block(nn.Module):
 
 def model_of(weight_format, dtype=torch.float32, inner=INNER):
     torch.manual_seed(0)
-    model = nn.Sequential(Block(inner), Block(inner)).to(dtype)
+    model = nn.Sequential(Block(inner), Block(inner)).to(own_device(), dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
     if weight_format is None:
         return model
-    model = load_and_quantize_model(model, None, QuantizationConfig(weight_format), "cpu")
+    model = load_and_quantize_model(model, None, QuantizationConfig(weight_format), own_device())
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.requires_grad_(True)
@@ -69,7 +69,7 @@ def run(model, x):
 
 
 def inputs(dtype=torch.float32):
-    return torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1)).to(own_device(), dtype)
 
 
 def decoded(model):
@@ -86,12 +86,11 @@ def decoded(model):
 
 
 def _compare(rank):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import parallel as torchs
 
     from bigq.integrations.tensor_parallel import parallelize_module
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of(2)
     found = {}
     for name, weight_format in FORMATS.items():
         for dtype in DTYPES.values():
@@ -130,7 +129,9 @@ def _layouts(mesh, torchs):
     def build():
         torch.manual_seed(0)
         layers = [nn.LayerNorm(WIDTH), nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH)]
-        return load_and_quantize_model(nn.Sequential(*layers), None, QuantizationConfig("nf4", skip_modules=[]), "cpu")
+        return load_and_quantize_model(
+            nn.Sequential(*layers), None, QuantizationConfig("nf4", skip_modules=[]), own_device()
+        )
 
     x, found = inputs(), {}
     leaf = x.clone().requires_grad_()
@@ -182,11 +183,11 @@ def _refused(mesh):
 
     def embedding():
         config = QuantizationConfig("nf4", also_quantize=["0"])
-        return load_and_quantize_model(nn.Sequential(nn.Embedding(8, 64)), None, config, "cpu")
+        return load_and_quantize_model(nn.Sequential(nn.Embedding(8, 64)), None, config, own_device())
 
     def narrow():
         return load_and_quantize_model(
-            nn.Sequential(nn.Linear(64, 1)), None, QuantizationConfig("nf4", skip_modules=[]), "cpu"
+            nn.Sequential(nn.Linear(64, 1)), None, QuantizationConfig("nf4", skip_modules=[]), own_device()
         )
 
     def parallelized():
@@ -209,7 +210,7 @@ def _refused(mesh):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    return run_ranks(_compare, tmp_path_factory.mktemp("tensor-parallel"))
+    return run_ranks(_compare, tmp_path_factory.mktemp("tensor-parallel"), gpus=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

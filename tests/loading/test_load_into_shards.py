@@ -11,7 +11,7 @@ from torch import nn
 
 import bigq
 from bigq import NF4, QuantizationConfig, load_and_quantize_model
-from processes_of_mesh import Net, error_of, held_by_all, run_ranks
+from processes_of_mesh import ON_REQUEST, Net, error_of, held_by_all, mesh_of, own_device, run_ranks
 
 FORMATS = {
     "nf4": NF4(),
@@ -35,14 +35,14 @@ def _load(folder, config, **arguments):
 
 def _compare(folder, config, **arguments):
     """What a load into shards has in common with a whole one."""
-    whole, model = _load(folder, config, device_map="cpu"), _load(folder, config, **arguments)
+    whole, model = _load(folder, config, device_map=own_device()), _load(folder, config, **arguments)
     expected, found = whole.state_dict(), held_by_all(model)
     sharded = {name for name, tensor in model.state_dict().items() if hasattr(tensor, "to_local")}
     read, whole_read = (
         sum(stage.nbytes for stage in each.quantization_report.stages if stage.name == "read")
         for each in (model, whole)
     )
-    outputs, expected_outputs = model(IDS), whole(IDS)
+    outputs, expected_outputs = _outputs(model), _outputs(whole)
     return {
         "names": list(found) == list(expected),
         "different": [name for name in expected if not _is_equal(found[name], expected[name])],
@@ -58,6 +58,10 @@ def _compare(folder, config, **arguments):
     }
 
 
+def _outputs(model):
+    return model(IDS.to(own_device()))
+
+
 def _read_nbytes(model):
     return sum(stage.nbytes for stage in model.quantization_report.stages if stage.name == "read")
 
@@ -67,9 +71,7 @@ def _is_equal(tensor, other):
 
 
 def _load_formats(world, folder, names):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = mesh_of(world)
     return {
         name: _compare(folder, QuantizationConfig(FORMATS[name], also_quantize=STACKS), mesh=mesh) for name in names
     }
@@ -77,14 +79,13 @@ def _load_formats(world, folder, names):
 
 def _load_otherwise(world, folder):
     """Other meshes, checkpoints and ways to shard."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-    nf4, mesh = QuantizationConfig("nf4", also_quantize=STACKS), init_device_mesh("cpu", (world,))
+    nf4, mesh = QuantizationConfig("nf4", also_quantize=STACKS), mesh_of(world)
     names = ("replicas", "shards")
     found = {
-        "hsdp": _compare(folder, nf4, mesh=init_device_mesh("cpu", (1, world), mesh_dim_names=names)),
-        "replicas": _compare(folder, nf4, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=names)),
+        "hsdp": _compare(folder, nf4, mesh=mesh_of(1, world, mesh_dim_names=names)),
+        "replicas": _compare(folder, nf4, mesh=mesh_of(world, 1, mesh_dim_names=names)),
         "quantized": _compare(f"{folder}/quantized", None, mesh=mesh),
         "pickle": _compare(f"{folder}/pickle", nf4, mesh=mesh),
     }
@@ -116,12 +117,12 @@ def _load_otherwise(world, folder):
 
     def replicas(model):
         """Over another mesh than expected: every process keeps all rows."""
-        fully_shard(model, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=names))
+        fully_shard(model, mesh=mesh_of(world, 1, mesh_dim_names=names))
 
     found["some-whole"] = _compare(folder, double, mesh=mesh, shard=some_whole)
 
     def on_cpu(model):
-        policy = CPUOffloadPolicy(pin_memory=False)  # there is no GPU to pin memory for
+        policy = CPUOffloadPolicy(pin_memory=False)  # there may be no GPU to pin memory for
         fully_shard(model.blocks[0], mesh=mesh, offload_policy=policy)
         fully_shard(model, mesh=mesh)
 
@@ -143,36 +144,33 @@ class Stateful(Net):
 
 def _fail_in_one(rank, world, folder):
     """What the processes raise if the second one fails before the first step, and after the last; and what is left."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh, nf4 = init_device_mesh("cpu", (world,)), QuantizationConfig("nf4")
+    mesh, nf4 = mesh_of(world), QuantizationConfig("nf4")
     with init_empty_weights():
         late = Stateful()
-    early = _load(folder, nf4, device_map="cpu") if rank == 1 else _skeleton()
+    early = _load(folder, nf4, device_map=own_device()) if rank == 1 else _skeleton()
     said = [
         error_of(partial(load_and_quantize_model, model, location, nf4, progress=False, mesh=mesh))
         for model, location in ((early, folder), (late, f"{folder}/extra"))
     ]
-    sharded = Net()
+    sharded = Net().to(own_device())
     fully_shard(sharded, mesh=mesh)
-    before = sharded(IDS)
+    before = _outputs(sharded)
     sharded.reshard()
     said.append(error_of(lambda: load_and_quantize_model(sharded, folder, nf4, progress=False, mesh=mesh)))
     return [
         *said,
-        torch.equal(sharded(IDS), before),
+        torch.equal(_outputs(sharded), before),
         type(late.blocks[0].up) is nn.Linear and late.blocks[0].up.weight.is_meta,
     ]
 
 
 def _fail_while_gathering(rank, world, folder):
     """What the processes raise if the second one fails while scales are gathered and committed; and what is left."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     from bigq.loading import gathers, sharded_model
 
-    mesh, double = init_device_mesh("cpu", (world,)), QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
+    mesh, double = mesh_of(world), QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
     places = {
         "memory for the gathers": (gathers, "_memory", 1),
         "the third gather": (gathers.Gathers, "_gather", 3),
@@ -192,7 +190,7 @@ def _fail_while_gathering(rank, world, folder):
         undone = type(model.blocks[0].up) is nn.Linear and all(p.is_meta for p in model.parameters())
         said[name] = error, undone and not hasattr(model.blocks[0], "unshard")
     loaded = load_and_quantize_model(model, folder, double, progress=False, mesh=mesh)
-    said["then"] = torch.equal(loaded(IDS), _load(folder, double, device_map="cpu")(IDS))
+    said["then"] = torch.equal(_outputs(loaded), _outputs(_load(folder, double, device_map=own_device())))
     return said
 
 
@@ -210,11 +208,10 @@ def _failing(function, count):
 
 def _refuse(rank, world, folder):
     """What is refused, in all processes, and whether the model is as it was then."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    mesh, nf4 = init_device_mesh("cpu", (world,)), QuantizationConfig("nf4")
+    mesh, nf4 = mesh_of(world), QuantizationConfig("nf4")
     second = rank == 1
 
     def fails(model):
@@ -269,12 +266,12 @@ def _refuse(rank, world, folder):
         same += [held.get(name) is parameter for name, parameter in model.named_parameters()]
         said[name] += "" if all(same) and not hooks else " AND CHANGED THE MODEL"
     said["mesh"] = error_of(lambda: load_and_quantize_model(model, folder, nf4, mesh="cpu"))
-    nameless = init_device_mesh("cpu", (1, world))
+    nameless = mesh_of(1, world)
     said["nameless"] = error_of(lambda: load_and_quantize_model(model, folder, nf4, mesh=nameless))
     said["shard alone"] = error_of(lambda: load_and_quantize_model(model, folder, nf4, shard=by_columns))
     loaded = load_and_quantize_model(model, folder, nf4, progress=False, mesh=mesh)
     said["loaded"] = error_of(lambda: load_and_quantize_model(loaded, folder, nf4, mesh=mesh))
-    said["then"] = torch.equal(loaded(IDS), _load(folder, nf4, device_map="cpu")(IDS))
+    said["then"] = torch.equal(_outputs(loaded), _outputs(_load(folder, nf4, device_map=own_device())))
     return said
 
 
@@ -314,12 +311,12 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_two(checkpoint, tmp_path_factory):
-    return run_ranks(_work, tmp_path_factory.mktemp("two"), 2, str(checkpoint), world=2)
+    return run_ranks(_work, tmp_path_factory.mktemp("two"), 2, str(checkpoint), world=2, gpus=ON_REQUEST)
 
 
 @pytest.fixture(scope="module")
 def of_three(checkpoint, tmp_path_factory):
-    return run_ranks(_work, tmp_path_factory.mktemp("three"), 3, str(checkpoint), world=3)
+    return run_ranks(_work, tmp_path_factory.mktemp("three"), 3, str(checkpoint), world=3, gpus=ON_REQUEST)
 
 
 def _is_as_whole(found):

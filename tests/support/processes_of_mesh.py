@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from ranks import error_of, run_ranks
+from ranks import ON_REQUEST, error_of, mesh_of, own_device, run_ranks
 
-__all__ = ["Net", "error_of", "held_by_all", "run_ranks"]
+__all__ = ["ON_REQUEST", "Net", "error_of", "held_by_all", "mesh_of", "own_device", "run_ranks"]
 
 
 class Block(nn.Module):
@@ -59,5 +59,8 @@ class Net(nn.Module):
 
 
 def held_by_all(model):
-    """The state of a sharded model, each tensor put together from all processes."""
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    """The state of a sharded model, each tensor put together from all processes, where their groups can do so."""
+    return {
+        name: t.to(t.device_mesh.device_type).full_tensor() if hasattr(t, "full_tensor") else t
+        for name, t in model.state_dict().items()
+    }

@@ -1,4 +1,4 @@
-"""Several processes of one test, which are the ranks of a gloo group."""
+"""Several processes of one test, which are the ranks of a group: of NCCL if each gets a GPU, otherwise of gloo."""
 
 import os
 import socket
@@ -6,25 +6,49 @@ import socket
 import torch
 import torch.distributed as dist
 
+__all__ = ["ON_REQUEST", "error_of", "mesh_of", "own_device", "run_ranks"]
 
-def run_ranks(worker, folder, *arguments, world=2):
-    """[worker(rank, *arguments)] of `world` processes with a process group. `worker` is a function of a module."""
+ON_REQUEST = os.environ.get("BIGQ_TEST_NCCL") == "1"  # of tests that have not passed on two GPUs yet
+
+
+def run_ranks(worker, folder, *arguments, world=2, gpus=False):
+    """[worker(rank, *arguments)] of `world` processes with a process group. `worker` is a function of a module.
+
+    With `gpus`, each has a GPU where there are as many: see `own_device`. What they return comes to the CPU.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run, args=(world, port, str(folder), worker, arguments), nprocs=world)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+    gpus = gpus and 1 < world <= torch.cuda.device_count()
+    torch.multiprocessing.spawn(_run, args=(world, port, str(folder), worker, arguments, gpus), nprocs=world)
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False, map_location="cpu") for rank in range(world)]
 
 
-def _run(rank, world, port, folder, worker, arguments):
+def _run(rank, world, port, folder, worker, arguments, gpus):
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
     names |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    if gpus:
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", rank=rank, world_size=world, device_id=torch.device("cuda", rank))
+    else:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.save(worker(rank, *arguments), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def own_device():
+    """The device of this process: its GPU, or the CPU for a group of gloo."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def mesh_of(*sizes, **arguments):
+    """A DeviceMesh of the devices of all processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(own_device().type, sizes, **arguments)
 
 
 def error_of(call):
