@@ -218,7 +218,7 @@ def _multiply(
                     total, rest, _ = warpgroup_mma_wait(2 * CHUNKS, deps=[total, rest, before[0]])
                 else:
                     total, _ = warpgroup_mma_wait(CHUNKS, deps=[total, before[0]])
-                before = before[1:] + (w,)  # noqa: RUF005: Gluon knows no starred tuple
+                before = before[1:] + (w,)  # noqa: RUF005, Gluon knows no starred tuple
     if REST > 0:
         total, rest = warpgroup_mma_wait(0, deps=[total, rest])
     else:
