@@ -138,21 +138,19 @@ def _store(total, bias_ptr, out_ptr, first_m, first_n, M, N, OUT: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(
-    tile_of, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    SPLIT: gl.constexpr, SIZE: gl.constexpr, CHUNK: gl.constexpr,
+def _products(
+    tile_of, start, stop, DTYPE: gl.constexpr, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, SIZE: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
-    """The products of a tile of the weight and SIZE tokens: steps from start to stop, the sum of splits, the output.
+    """The sums over steps from start to stop of a tile of the weight and SIZE tokens, in one or two parts.
 
-    tile_of: what the kernel knows of the tile. It has started the copies of two steps of weights.
+    tile_of: where the tile's operands are. The copies of two steps of weights have been started.
     """
     (
         x_ptr, x_smem, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr, first_block, absmax_row, part, value, nested,
-        nested_ptr, offset_ptr, code_ptr, bias_ptr, partial_ptr, count_ptr, out_ptr, table, bank, tile, split,
-        first_m, first_n, M, N, PAIRS, B, start, stop,
+        nested_ptr, offset_ptr, code_ptr, table, bank, PAIRS, B,
     ) = tile_of  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
-    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     FIRST: gl.constexpr = _power_of_2(SIZE)
     REST: gl.constexpr = SIZE - FIRST
     SUMS: gl.constexpr = _sums(FIRST, WARPS)
@@ -160,7 +158,6 @@ def _multiply(
     CODES: gl.constexpr = code_layout(BLOCK_N, WARPS)
     SCALES: gl.constexpr = scale_layout(BLOCK_N, WARPS)
     X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     SLICE: gl.constexpr = BLOCK_M * 64
     COPIED: gl.constexpr = FIRST if REST == 0 else 2 * FIRST
     first_ptrs = _token_pointers(x_ptr, COPIED, X_COPY)
@@ -220,10 +217,24 @@ def _multiply(
                     total, _ = warpgroup_mma_wait(CHUNKS, deps=[total, before[0]])
                 before = before[1:] + (w,)  # noqa: RUF005, Gluon knows no starred tuple
     if REST > 0:
-        total, rest = warpgroup_mma_wait(0, deps=[total, rest])
+        return warpgroup_mma_wait(0, deps=[total, rest])
     else:
         total = warpgroup_mma_wait(0, deps=[total])
+        return total, total
 
+
+@gluon.jit
+def _multiply(
+    tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, SIZE: gl.constexpr, CHUNK: gl.constexpr,
+):  # fmt: skip
+    """The `_products` of a tile, the sum of splits, and the output. place: of the tile, see the kernel."""
+    tile, split, first_m, first_n, M, N, start, stop = place
+    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
+    total, rest = _products(tile_of, start, stop, DTYPE, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SIZE, CHUNK)
+    FIRST: gl.constexpr = total.shape[1]
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, gl.num_warps()], [0, 1])
+    SUMS: gl.constexpr = total.type.layout
     is_last = True
     if SPLIT > 1:
         tile_m = gl.arange(0, FIRST, gl.SliceLayout(0, SUMS))[None, :]
@@ -233,23 +244,34 @@ def _multiply(
         total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_tile, SPLIT)
     if is_last:
         _store(total, bias_ptr, out_ptr, first_m, first_n, M, N, OUT)
-        if REST > 0:
+        if SIZE > FIRST:
             _store(rest, bias_ptr, out_ptr, first_m + FIRST, first_n, M, N, OUT)
 
 
 @gluon.jit
 def _multiply_least(
-    rows, SIZES: gl.constexpr, tile_of, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
+    rows, SIZES: gl.constexpr, tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE: gl.constexpr,
+    EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """`_multiply` with the least of SIZES that holds `rows`, or with the last.
 
     Branches in a row instead of nested ones take ptxas 60 registers more, and make it serialize products.
     """
-    if len(SIZES) == 1 or rows <= SIZES[0]:
-        _multiply(tile_of, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT, SIZES[0], CHUNK)
+    if len(SIZES) == 1:  # noqa: SIM114, for this is decided when it is compiled
+        _multiply(
+            tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT,
+            SIZES[0], CHUNK,
+        )  # fmt: skip
+    elif rows <= SIZES[0]:
+        _multiply(
+            tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT,
+            SIZES[0], CHUNK,
+        )  # fmt: skip
     else:
-        _multiply_least(rows, _rest_of(SIZES), tile_of, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT, CHUNK)
+        _multiply_least(
+            rows, _rest_of(SIZES), tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE, EVEN,
+            BLOCK_M, BLOCK_N, SPLIT, CHUNK,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "steps_per_split"])  # a new number of tokens compiles nothing
@@ -364,14 +386,15 @@ def _linear_4bit_wgmma_kernel(
         nested = 0
     if groups_ptr is None:
         gdc_wait()  # for the tokens, and the counts
-    SIZES: gl.constexpr = _sizes(BLOCK_M, LEAST_M, SPLIT)
-    rows = M - first_m
     tile_of = (
         x_ptr, x_smem, w_smem, absmax_smem, w_ptrs, byte, absmax_ptr, first_block, absmax_row, part, value, nested,
-        nested_ptr, offset_ptr, code_ptr, bias_ptr, partial_ptr, count_ptr, out_ptr, table, bank, tile, split,
-        first_m, first_n, M, N, PAIRS, B, start, stop,
+        nested_ptr, offset_ptr, code_ptr, table, bank, PAIRS, B,
     )  # fmt: skip
-    _multiply_least(rows, SIZES, tile_of, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT, CHUNK)
+    place = tile, split, first_m, first_n, M, N, start, stop
+    _multiply_least(
+        M - first_m, _sizes(BLOCK_M, LEAST_M, SPLIT), tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr,
+        BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT, CHUNK,
+    )  # fmt: skip
 
 
 def loops_of(block_m: int) -> tuple[int, int]:
