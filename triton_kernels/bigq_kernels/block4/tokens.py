@@ -23,6 +23,7 @@ from bigq_kernels.tiles import ceil_div
 __all__ = ["split_tokens", "tile_tokens"]
 
 _PAIRS = 1024  # of a row, a program
+SEVERAL = 8  # rows of a program, of 256 pairs each, where there are programs enough: of a stack, or from MANY_ROWS on
 MANY_ROWS = 256
 
 
@@ -122,8 +123,8 @@ def tile_tokens(x: Tensor, block_m: int, width: int, count: Tensor, groups: Tens
     pdl = Gpu.of(x.device).pdl
     of_groups = ceil_div(m, block_m) if groups is None else len(groups)
     rows = m if groups is None else of_groups * block_m
-    each = 1 if groups is None and m < MANY_ROWS else min(8, block_m)  # rows of a program
-    block = _PAIRS // each * 2 if each > 1 else _PAIRS
+    several = groups is not None or m >= MANY_ROWS
+    each, block = (min(SEVERAL, block_m), 256) if several else (1, _PAIRS)
     tiles = torch.empty(of_groups, width // 64, block_m, 64, dtype=x.dtype, device=x.device)
     launch(
         _tile_tokens_kernel,
