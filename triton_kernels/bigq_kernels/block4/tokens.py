@@ -23,8 +23,6 @@ from bigq_kernels.tiles import ceil_div
 __all__ = ["split_tokens", "tile_tokens"]
 
 _PAIRS = 1024  # of a row, a program
-SEVERAL = 8  # rows of a program, of 256 pairs each, where there are programs enough: of a stack, or from MANY_ROWS on
-MANY_ROWS = 256
 
 
 @triton.jit
@@ -85,27 +83,27 @@ def _tile_tokens_kernel(
     OUT_PAIRS,
     counts,
     BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,  # of a tile, or 1
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (r, i): BLOCK pairs of ROWS tokens, the r-th of x; of all tiles, with groups."""
+    """Program (m, i): BLOCK pairs of token m; of row m of all tiles, with groups."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    m = tl.program_id(0).to(tl.int64) * ROWS
-    inside = m % BLOCK_M + tl.arange(0, ROWS)[:, None]  # a row of its tile
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    first_row, rows = m - m % BLOCK_M, M - (m - m % BLOCK_M)
+    m = tl.program_id(0).to(tl.int64)
+    row = m
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < OUT_PAIRS
     if groups_ptr is not None:
-        _, _, _, first_row, rows = place_in_group(groups_ptr, tl.program_id(0) * ROWS // BLOCK_M, 1, BLOCK_M)
-    if m % BLOCK_M < rows:
-        mask = (index < OUT_PAIRS) & (inside < rows)
-        value = tl.load(x_ptr + (first_row + inside) * PAIRS + index, mask=mask & (index < PAIRS), other=0)
-        value = value.reshape(ROWS, BLOCK // 32, 4, 4, 2).permute(0, 1, 3, 4, 2).reshape(ROWS, BLOCK)
-        tile = out_ptr + m // BLOCK_M * BLOCK_M * OUT_PAIRS + inside * 32
-        tl.store(tile + index // 32 * (BLOCK_M * 32) + index % 32, value, mask=mask)
-    first = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    for start in range(first * BLOCK, counts, tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * BLOCK):
+        _, _, _, first_row, rows = place_in_group(groups_ptr, tl.program_id(0) // BLOCK_M, 1, BLOCK_M)
+        row = first_row + m % BLOCK_M
+        mask = mask & (m % BLOCK_M < rows)
+    pair = index % 32
+    source = index - pair + pair % 4 * 8 + pair // 8 * 2 + pair // 4 % 2
+    value = tl.load(x_ptr + row * PAIRS + source, mask=mask & (index < PAIRS), other=0)
+    tile = out_ptr + m // BLOCK_M * BLOCK_M * OUT_PAIRS + m % BLOCK_M * 32
+    tl.store(tile + index // 32 * (BLOCK_M * 32) + pair, value, mask=mask)
+    first = m * tl.num_programs(1) + tl.program_id(1)
+    for start in range(first * BLOCK, counts, tl.num_programs(1).to(tl.int64) * M * BLOCK):
         place = start + tl.arange(0, BLOCK)
         tl.store(count_ptr + place, tl.zeros((BLOCK,), tl.int32), mask=place < counts)
     if PDL:  # last: programs that came earlier would crowd where this kernel has left room, 39 us instead of 33
@@ -123,12 +121,10 @@ def tile_tokens(x: Tensor, block_m: int, width: int, count: Tensor, groups: Tens
     pdl = Gpu.of(x.device).pdl
     of_groups = ceil_div(m, block_m) if groups is None else len(groups)
     rows = m if groups is None else of_groups * block_m
-    several = groups is not None or m >= MANY_ROWS
-    each, block = (min(SEVERAL, block_m), 256) if several else (1, _PAIRS)
     tiles = torch.empty(of_groups, width // 64, block_m, 64, dtype=x.dtype, device=x.device)
     launch(
         _tile_tokens_kernel,
-        (ceil_div(rows, each), ceil_div(width // 2, block)),
+        (rows, ceil_div(width // 2, _PAIRS)),
         x.view(torch.int32),
         tiles.view(torch.int32),
         count,
@@ -138,8 +134,7 @@ def tile_tokens(x: Tensor, block_m: int, width: int, count: Tensor, groups: Tens
         width // 2,
         count.numel(),
         BLOCK_M=block_m,
-        ROWS=each,
-        BLOCK=block,
+        BLOCK=_PAIRS,
         PDL=pdl,
         options={"launch_pdl": pdl},
     )

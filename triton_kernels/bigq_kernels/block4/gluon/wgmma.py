@@ -7,8 +7,8 @@
 - absmax is multiplied in after decoding, as 16 bits and a 16-bit rest. Scaling sums instead would take a second set of
   sums, for which 128 tokens and more leave no registers. The weight is rounded once more than `dequantize_4bit` rounds
   it, so outputs may differ in their last bits from those of another way.
-- A tile of fewer tokens than BLOCK_M runs a loop that multiplies fewer. There are up to four loops, since a loop's
-  number of tokens is a constant. The rows of a weight of a stack, or a prompt, are seldom whole tiles.
+- A tile of a stack with fewer tokens than BLOCK_M runs a loop that multiplies fewer. There are up to four loops, since
+  a loop's number of tokens is a constant. The rows of a weight are seldom whole tiles.
 - K is split over programs where tiles are too few. The last to finish a tile adds the partial sums in their order.
 
 `choose` says where this kernel runs. Gluon has no interpreter, so values are tested on a GPU only.
@@ -92,16 +92,6 @@ def _power_of_2(size):
 @gluon.constexpr_function
 def _sums(tokens, warps):
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, tokens, 16])
-
-
-@gluon.constexpr_function
-def _absmax_copy(nested, even, warps):
-    """[rows, 4]: 16 bytes a copy, or 4 where the rows of absmax are not aligned: then of 8 rows at once, not of 32.
-
-    Nested ones come through registers, each by one thread.
-    """
-    each, lanes = ([1, 2], [16, 2]) if nested else ([1, 4], [32, 1]) if even else ([1, 1], [8, 4])
-    return gl.BlockedLayout(each, lanes, [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -304,7 +294,11 @@ def _linear_4bit_wgmma_kernel(
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     W_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
-    ABSMAX_COPY: gl.constexpr = _absmax_copy(nested_ptr is not None, EVEN, WARPS)
+    ABSMAX_COPY: gl.constexpr = (  # 16 bytes a copy; nested ones come through registers, each by one thread
+        gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+        if nested_ptr is None
+        else gl.BlockedLayout([1, 2], [16, 2], [WARPS, 1], [1, 0])
+    )
     # Triton asks for more than 48 KiB only where its own part is more, and the table is beside it.
     LEAST: gl.constexpr = (49168 - BLOCK_M * 512) // (BLOCK_N * STEP_BYTES) + 1
     w_smem = gl.allocate_shared_memory(
@@ -324,19 +318,17 @@ def _linear_4bit_wgmma_kernel(
         gl.allocate_shared_memory(DTYPE, [BLOCK_M, 64], X_STAGE),
     )
 
-    n_tiles = gl.cdiv(N, BLOCK_N)
-    tile = gl.program_id(0)
     if groups_ptr is None:
-        # Programs of one tile of the weight follow each other, so it is read once. Tiles of the last tokens, which take
-        # less time, come after all others.
-        whole = M // BLOCK_M
-        is_last_m = tile >= whole * n_tiles
-        m_tile = gl.where(is_last_m, whole, tile % gl.maximum(whole, 1)).to(gl.int64)
-        first_m = m_tile * BLOCK_M
-        first_n = gl.where(is_last_m, tile - whole * n_tiles, tile // gl.maximum(whole, 1)) * BLOCK_N
-        first_row = first_n.to(gl.int64)
-    else:
+        table, bank = fill_table(t0, t1, t2, t3, t4, t5, t6, t7)
+    m_tiles = gl.cdiv(M, BLOCK_M)  # programs of one tile of the weight follow each other, so it is read once
+    tile = gl.program_id(0)
+    m_tile = (tile % m_tiles).to(gl.int64)
+    first_m = m_tile * BLOCK_M
+    first_n = tile // m_tiles * BLOCK_N
+    first_row = first_n.to(gl.int64)
+    if groups_ptr is not None:
         gdc_wait()
+        n_tiles = gl.cdiv(N, BLOCK_N)
         weight, n_tile, m_tile, first_m, M = place_in_group(groups_ptr, tile, n_tiles, BLOCK_M)
         if M <= 0:
             return
@@ -370,7 +362,8 @@ def _linear_4bit_wgmma_kernel(
                 nested_ptr, BLOCK_SIZE, EVEN,
             )  # fmt: skip
         async_copy.commit_group()
-    table, bank = fill_table(t0, t1, t2, t3, t4, t5, t6, t7)  # while the copies are on their way
+    if groups_ptr is not None:  # while the copies are on their way: a stack has many programs of few steps
+        table, bank = fill_table(t0, t1, t2, t3, t4, t5, t6, t7)
     if nested_ptr is not None:
         value, nested = load_scales(absmax_ptr, first_block, absmax_row, start, part, B, nested_ptr, BLOCK_SIZE, EVEN)
         for i in gl.static_range(2):  # the next ones are on their way while these are looked up
@@ -397,14 +390,15 @@ def _linear_4bit_wgmma_kernel(
     )  # fmt: skip
 
 
-def loops_of(block_m: int) -> tuple[int, int]:
+def loops_of(block_m: int, *, is_stack: bool) -> tuple[int, int]:
     """(tokens of the smallest loop of tiles of block_m tokens, columns of K whose products it starts together).
 
-    Two tiles of 8 weights of 28672 x 4096 with 128 rows each take 968 us with 64 columns, 930 with 32 and 915 with 16.
-    Smaller tiles leave a tensor core less to do than the decoding of their weight does: 28.1 us with 64 columns and
-    29.8 with 32 (64 tokens, 14336 x 4096, H200).
+    A linear has one loop: 300 tokens of 14336 x 4096 take 102 us with four of them, and 100 with one (H200). Two tiles
+    of 8 weights of 28672 x 4096 with 128 rows each take 968 us with 64 columns, 930 with 32 and 915 with 16. Smaller
+    tiles leave a tensor core less to do than decoding does: 226 us with 64 columns and 230 with 32, for 32 rows for
+    each of 128 weights of 1536 x 2048.
     """
-    return max(block_m // 4, 32), 16 if block_m >= 128 else 64
+    return (max(block_m // 4, 32), 16 if block_m >= 128 else 64) if is_stack else (block_m, 64)
 
 
 def linear_4bit_wgmma(
@@ -423,7 +417,7 @@ def linear_4bit_wgmma(
     steps_per_split = ceil_div(steps, config.split)
     split = ceil_div(steps, steps_per_split)
     partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
-    least, chunk = loops_of(config.block_m)
+    least, chunk = loops_of(config.block_m, is_stack=stops is not None)
     groups = None
     if stops is not None:
         groups = group_tokens(stops, len(packed.weight), config.block_m, count, out)
