@@ -148,6 +148,7 @@ def test_gluon_multiplies_each_row_by_its_weight(k, dtype, quant_type, nested):
         [0, 1, 1, 20, 84, 85, 300, 690, 690],
         [0, 0, 0, 0, 700, 700, 700, 700, 700],
         [77 * i for i in range(1, 10)],
+        [0, 16, 48, 81, 145, 273, 466, 466, 700],  # as many rows as a loop has, one more, and a tile and some
     ):
         for way, configs in ways:
             for config in configs:

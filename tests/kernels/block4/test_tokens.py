@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bigq_kernels.block4.tokens import split_tokens, tile_tokens
+from bigq_kernels.groups import group_tokens, most_tiles
 
 
 def expected_tiles(x, block_m):
@@ -28,6 +29,7 @@ def expected_tiles(x, block_m):
         pytest.param(67, 4352, 64, 5, torch.bfloat16, id="partial-tile-and-program"),
         pytest.param(1, 64, 16, 1, torch.bfloat16, id="one-slice"),
         pytest.param(3, 128, 32, 5000, torch.float16, id="more-counts-than-a-round-of-programs"),
+        pytest.param(301, 192, 64, 5000, torch.bfloat16, id="several-tokens-a-program"),
     ],
 )
 def test_tile_tokens(m, k, block_m, counts, dtype, device):
@@ -40,6 +42,24 @@ def test_tile_tokens(m, k, block_m, counts, dtype, device):
     assert torch.equal(tiles.masked_fill(~written, 0.0), expected)
     assert torch.equal(wider[:, : k // 64].masked_fill(~written, 0.0), expected)
     assert not wider[:, k // 64 :].masked_fill(~written, 0.0).any()
+    assert not count.any()
+
+
+@pytest.mark.parametrize("block_m", [2, 32])
+def test_tile_tokens_of_groups(block_m, device):
+    ends, rows, k = [0, 3, 3, 40, 41], 43, 128
+    x = torch.randn(rows, k, device=device).half()
+    count, out = torch.full((7,), -1, dtype=torch.int32, device=device), torch.zeros(rows, 4, device=device)
+    groups = group_tokens(torch.tensor(ends, dtype=torch.int32, device=device), len(ends), block_m, count[:0], out)
+    tiles = tile_tokens(x, block_m, k, count, groups)
+    assert len(tiles) == most_tiles(rows, len(ends), block_m)
+    place = 0
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        expected = expected_tiles(x[start:end].cpu(), block_m)
+        written = torch.arange(len(expected) * block_m).view(-1, 1, block_m, 1) < end - start
+        got = tiles[place : place + len(expected)].cpu()
+        assert torch.equal(got.masked_fill(~written, 0.0), expected)
+        place += len(expected)
     assert not count.any()
 
 

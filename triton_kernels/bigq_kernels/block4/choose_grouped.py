@@ -51,13 +51,14 @@ MAX_GRADIENT_ROWS_OF_SMALL = 512
 SMALL_NUMEL = 1 << 22
 MAX_GRADIENT_ROWS_64 = 64
 
-# Tokens of a tile: (the most rows of a weight on average, rows of the weight in a tile, warps, registers). Microseconds
-# of two tiles, on one H200: 32 rows for each of 128 weights of 1536 x 2048, 32 / 64: 166 / 155; 64 for each of 32 of
-# 5760 x 2880, 64 / 128: 303 / 318; 128 for each of 8 of 28672 x 4096, 128 / 256: 656 / 676.
+# Tokens of a tile: (the most rows of a weight on average, rows of the weight in a tile, warps, registers). A tile runs
+# the loop for the rows that it has, so one too large costs less than a second one does. Microseconds of two products,
+# on one H200: 32 rows for each of 128 weights of 1536 x 2048, 64 / 128: 226 / 323; 64 for each of 32 of 5760 x 2880,
+# 64 / 128 / 256: 454 / 457 / 486; 128 for each of 8 of 28672 x 4096, 128 / 256: 961 / 915.
 WGMMA: dict[int, tuple[float, int, int, int | None]] = {
     32: (28, 128, 8, 128),
     64: (64, 128, 8, 128),
-    128: (128, 128, 8, None),
+    128: (112, 128, 8, None),
     256: (float("inf"), 128, 8, None),
 }
 

@@ -53,7 +53,9 @@ def test_tiles(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):
     config = WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
     quantized, dense = quantized_4bit(n, k, quant_type, block_size, nested, device)
     packed, bias = packed4(quantized, quant_type, block_size), torch.randn(n, device=device)
-    for m in (block_m, block_m - 1, block_m + 1, 2 * block_m, 1):
+    # Each size of a tile that has a loop of its own, full and one more than full, alone and after a whole tile.
+    quarter = block_m // 4
+    for m in (1, quarter, quarter + 1, 2 * quarter, 3 * quarter, block_m - 1, block_m, block_m + 1, 2 * block_m - 1):
         x = torch.randn(m, k, device=device).to(dtype)
         actual = wgmma(x, packed, bias, config)
         baseline = reference.linear_4bit(x, quantized[0], quantized[1], bias, *quantized[2:], quant_type, block_size)

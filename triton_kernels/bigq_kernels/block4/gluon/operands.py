@@ -79,7 +79,8 @@ def _as_operand(v0, v1, OPERAND: gl.constexpr):
     byte, ..] there. Reshape and permute say what each value is, and `assert_trivial` that none is moved.
     """
     N: gl.constexpr = v0.shape[0]
-    values = gl.join(v0, v1).reshape([N, 4, 2, 2, 2, 2]).permute((0, 2, 5, 3, 1, 4)).reshape([N, 64])
+    WORDS: gl.constexpr = v0.shape[1] // 16
+    values = gl.join(v0, v1).reshape([N, 4, WORDS, 2, 2, 2]).permute((0, 2, 5, 3, 1, 4)).reshape([N, 32 * WORDS])
     return gl.convert_layout(values, OPERAND, assert_trivial=True)
 
 
