@@ -138,7 +138,5 @@ def test_wgmma_compiles_and_its_products_overlap_with_decoding():
     assert len(lines) >= 9
     for shared, other_products, serialized in lines:
         assert 48 * 1024 < shared <= (227 - 32) * 1024  # of a multiprocessor; the table is beside it
-        assert (
-            other_products == 0
-        )  # a step of 256 elements of K, 16 each, for the one or two parts of each loop's tokens
+        assert other_products == 0  # beside a step's 16 for each part of each loop's tokens
         assert not serialized
