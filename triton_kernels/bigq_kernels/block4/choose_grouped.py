@@ -79,8 +79,6 @@ def choose_grouped(
         return _dequantize("K is 0, so there is nothing to multiply.")
     hit = weights_hit(rows, e)
     mean = rows / hit
-    # Two rows seldom have the same weight then, which dp4a would read twice. 32 rows of 128 weights of 1536 x 2048 take
-    # 27 us, and 31 staged; 16 of 32 weights of 5760 x 2880, which leave staged a partial step, 68 and 83 (H200).
     each = f"{mean:.3g} rows for each of {hit} weights"
     takes_gluon = gpu.gluon and block_size >= MIN_GLUON_BLOCK
     if takes_gluon and mean <= MAX_STAGED_ROWS:
@@ -90,6 +88,8 @@ def choose_grouped(
             tiles = "row by row" if sliced.single else f"in tiles of {sliced.block_m}"
             why = f"With {each}, tokens fit the registers of warps that share K, {tiles}."
             return Choice(way="sliced", config=sliced, why=why)
+    # Two rows seldom have the same weight then, which dp4a would read twice. 32 rows of 128 weights of 1536 x 2048 take
+    # 27 us, and 31 staged; 16 of 32 weights of 5760 x 2880, which leave staged a partial step, 68 and 83 (H200).
     few = max(MAX_SINGLE_ROWS, e // (4 if k % STEP == 0 else 2))
     if rows <= few and k <= MAX_DP4A_K:
         why = f"Up to {few} rows for {e} weights hardly share one, and byte dot products are fastest for single rows."
