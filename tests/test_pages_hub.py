@@ -143,7 +143,8 @@ def test_every_program_is_run():
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["DDP, then FSDP2", "a load into shards"])
-def test_training_in_several_processes(hub, one_process, number):
+def test_training_in_several_processes(hub, one_process, number, monkeypatch):
+    monkeypatch.setattr("bigq.integrations.frozen_shards.SMALLEST", 1024)  # the model of the test is small
     namespace: dict[str, object] = {}
     run_snippets("many-gpus.md", programs("many-gpus.md")[number], namespace)
     trained = trained_by(namespace["model"])

@@ -38,6 +38,7 @@ __all__ = ["choose"]
 # By M: the longest K for dp4a, whose work is done for each token where the tensor core's decode is shared: two tokens
 # take 6.8 us here against 10.4 at 4096 x 4096, but 116 against 76 at 8192 x 28672 (H100).
 DP4A_MAX_K = {1: MAX_DP4A_K, 2: 4096}
+LEAST_SPLIT_K = 16384  # 1 token of 8192 x 28672: 48 us split over programs of sliced, 58 with dp4a (H200)
 MAX_STAGED_M = 32  # at 64, 51 us against 45 of the kernel without shared memory (14336 x 4096, H100)
 MAX_MMA_M = 128  # above, the bf16 GEMM of cuBLAS after one dequantization is faster
 MAX_MMA_M_PARTIAL = 64  # likewise if N is too small to fill the GPU, or K leaves a partial step
@@ -66,7 +67,7 @@ def choose(
     sliced = sliced_config(gpu, m, n, k) if takes_gluon else None
     longest = DP4A_MAX_K.get(m, 0)
     # A split is a second launch, about 9 us of host time. At 1 token of 4096 x 14336 it saves 1 us of 16 (H200).
-    if sliced is not None and (sliced.split == 1 or k > longest):
+    if sliced is not None and (sliced.split == 1 or k > min(longest, LEAST_SPLIT_K)):
         why = f"The table SLICED of configs.py has a row for {tokens} and K = {k} on this GPU."
         return Choice(way="sliced", config=sliced, why=why)
     if k <= longest:
