@@ -69,7 +69,7 @@ class WarmUp:
         rows = torch.zeros(_SHAPE, dtype=dtype, device=self._device).chunk(2)
         description = Description(format=weight_format, shape=tuple(rows[0].shape), dtype=dtype)
         method = self._method if self._method in weight_format.methods else "absmax"
-        importance = torch.ones(_SHAPE[1]) if method == "search" else None
+        importance = torch.ones(_SHAPE[1], dtype=torch.float32) if method == "search" else None
         weight = PlannedWeight(
             names=("",), refs=(), description=description, source="", method=method, importance=importance
         )

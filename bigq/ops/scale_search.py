@@ -105,11 +105,11 @@ def _bins(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
     if quant_type == "fp4":
         values, boundaries = [codes[code] for code in FP4_MAGNITUDE_ORDER], list(FP4_MAGNITUDE_BOUNDARIES)
     bin_of = [round(boundary * 14) + 16 for boundary in boundaries]
-    inside = torch.full((33,), 2.0, device="cpu")
-    inside[bin_of] = torch.tensor(boundaries, device="cpu")
+    inside = torch.full((33,), 2.0, dtype=torch.float32, device="cpu")
+    inside[bin_of] = torch.tensor(boundaries, dtype=torch.float32, device="cpu")
     below = [sum(other < place for other in bin_of) for place in range(33)]
     pairs = [(values[count], values[min(count + 1, len(values) - 1)]) for count in below]
-    return inside.to(device), torch.tensor(pairs, device="cpu").flatten().to(device)
+    return inside.to(device), torch.tensor(pairs, dtype=torch.float32, device="cpu").flatten().to(device)
 
 
 def _code_values(scaled: Tensor, quant_type: str) -> Tensor:

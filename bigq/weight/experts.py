@@ -181,7 +181,8 @@ def _tried_gate(experts: QuantizedExperts, function: Any, act_fn: Any) -> Gate |
     alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
     if isinstance(alpha, float) and isinstance(limit, float):
         gates.append(Gate("clamped", alpha, limit))
-    small = ((torch.arange(128, device="cpu") * 37 % 128 - 64) / 5.0).view(2, 64)  # from -12.8 to 12.6, in no order
+    numbers = (torch.arange(128, device="cpu") * 37 % 128 - 64).float() / 5.0  # -12.8 to 12.6, in no order
+    small = numbers.view(2, 64)
     x = torch.cat([small, 8 * small, 1e3 * small, 1e15 * small])  # a gate may clamp at any limit, under any name
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:

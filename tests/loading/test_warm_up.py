@@ -73,6 +73,17 @@ def test_it_searches_if_the_load_does(source, monkeypatch):
         assert launches == expected
 
 
+def test_it_searches_whatever_the_default_dtype(source, monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, dtype, device: zeros(*args, dtype=dtype))
+    config = QuantizationConfig("nf4", method="search", moments=InputMoments({}))
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        WarmUp(config, source, torch.device("cuda:0")).wait()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.gpu
 def test_it_quantizes_each_dtype_once(source, monkeypatch):
     seen = []

@@ -7,7 +7,7 @@ import torch
 
 from bigq.ops import reference
 from bigq.ops.code_tables import CODES, FP4_MAGNITUDE_BOUNDARIES, NF4_BOUNDARIES
-from bigq.ops.scale_search import _code_values
+from bigq.ops.scale_search import _bins, _code_values
 
 QUANT_TYPES = ["nf4", "fp4"]
 
@@ -155,3 +155,17 @@ def test_encoding_clamps_what_a_scale_does_not_reach():
 def test_empty(shape):
     packed, scales = searched(torch.empty(shape), torch.ones(shape[1]), "nf4", 64)
     assert (packed.shape, scales.shape) == ((shape[0], -(-shape[1] // 2)), (shape[0], -(-shape[1] // 64)))
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_the_default_dtype_reaches_no_boundary(quant_type):
+    weight, importance = torch.randn(16, 320), torch.rand(320)
+    expected = reference.search_scales_4bit(weight, importance, quant_type, 64)
+    _bins.cache_clear()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        found = reference.search_scales_4bit(weight, importance, quant_type, 64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        _bins.cache_clear()
+    assert torch.equal(found, expected)

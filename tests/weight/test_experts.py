@@ -259,6 +259,17 @@ def test_gates_are_known_by_their_numbers():
 
 
 @pytest.mark.skipif(not calls_only_forward(torch.nn.Identity()), reason="this torch does not tell who hears a call")
+def test_gates_are_known_whatever_the_default_dtype():
+    modules = {name: quantized(experts_of(name), bigq.NF4()) for name in ("mixtral", "gpt-oss")}
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        kinds = {name: getattr(module._known_gate(), "kind", None) for name, module in modules.items()}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert kinds == {"mixtral": "silu", "gpt-oss": "clamped"}
+
+
+@pytest.mark.skipif(not calls_only_forward(torch.nn.Identity()), reason="this torch does not tell who hears a call")
 def test_a_gate_is_tried_again_when_a_number_has_changed_under_any_name():
     def apply_gate(x):
         gate, up = x.chunk(2, dim=-1)

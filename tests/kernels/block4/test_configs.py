@@ -58,6 +58,15 @@ def test_staged_config(gpu, is_stack):
         assert shared <= Gpu.named(gpu).shared_nbytes - 2048, (m, n, k)
 
 
+def test_no_sliced_config_splits_k_over_more_programs_than_a_part_of_a_gpu_has():
+    part = replace(H100, multiprocessors=16)
+    for m, k in product((1, 8, 16), range(256, 2**17 + 1, 256)):
+        config = sliced_config(part, m, 4096, k)
+        assert config is None or config.programs >= config.split
+    assert sliced_config(part, 1, 4096, 65792) is None
+    assert sliced_config(H100, 1, 4096, 65792) is not None
+
+
 def test_sliced_config():
     """All of K is in a split's programs, and what a multiprocessor holds fits it."""
     shapes = product((16, 1024, 4096, 28672), (*range(256, 4097, 256), 5120, 8192, 11008, 14336, 28672, 53248))

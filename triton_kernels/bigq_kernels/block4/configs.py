@@ -249,6 +249,8 @@ def sliced_config(gpu: Gpu, m: int, n: int, k: int) -> SlicedConfig | None:
     split = ceil_div(slices, warps * covers)
     if slices < LEAST_SLICES * split * warps * covers or n // SLICED_ROWS * split < LEAST_PROGRAMS:
         return None
+    if split > resident * gpu.multiprocessors:  # K from 65792 on, on a seventh of a GPU, which has 16
+        return None
     return SlicedConfig(
         block_m=block_m(m),
         warps=warps,

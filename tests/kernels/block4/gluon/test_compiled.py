@@ -15,7 +15,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 def build(kernel, capability, dtype, nested, constants, warps, **options):
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     types = dict(x_ptr=dtype, weight_ptr="*u8", absmax_ptr="*u8" if nested else "*fp32", bias_ptr=dtype, out_ptr=dtype)
-    types |= dict(partial_ptr="*fp32", count_ptr="*i32", route_ptr="*i32")
+    types |= dict(partial_ptr="*fp32", count_ptr="*i32", route_ptr="*i32", groups_ptr="*i32")
     numbers = ["M", "N", "PAIRS", "B", "E", "repeat", "steps_per_split", *(f"t{i}" for i in range(8))]
     types |= dict.fromkeys(numbers, "i32")
     signature |= {name: type for name, type in types.items() if name in signature and name not in constants}
@@ -35,7 +35,7 @@ from bigq_kernels.block4.gluon.staged import _linear_4bit_staged_kernel as kerne
 
 cases = (90, 8, 8, "*bf16", False, True), (90, 8, 2, "*bf16", False, True), (80, 32, 3, "*fp16", True, False)
 for capability, block_m, stages, *types, even in cases:
-    tile = dict(BLOCK_M=block_m, BLOCK_N=64, STAGES=stages, PDL=capability >= 90, EVEN=even)
+    tile = dict(BLOCK_M=block_m, BLOCK_N=64, STAGES=stages, PDL=capability >= 90, EVEN=even, groups_ptr=None)
     built = build(kernel, capability, *types, tile, 4)
     ptx = built.asm["ptx"]
     print(built.metadata.shared, ptx.count("mma.sync.aligned.m16n8k16"), ptx.count("table[32768]"))
@@ -86,6 +86,7 @@ rows |= {(block_m, block_n, 1, warps, True) for block_m, (_, block_n, warps, _) 
 for block_m, block_n, split, warps, is_stack in rows:
     least, chunk = loops_of(block_m, is_stack=is_stack)
     tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split, LEAST_M=least, CHUNK=chunk)
+    tile |= {} if is_stack else dict(groups_ptr=None)
     built = build(kernel, 90, "*bf16", False, tile, warps)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(built.asm["ptx"])

@@ -376,7 +376,7 @@ def linear_4bit_sliced(
     tiles, steps = n // (ROWS.value * config.abreast), ceil_div(pairs, 32 * config.quarters)
     gpu, is_split, entries = Gpu.of(x.device), config.split > 1, 1
     if route is None:
-        partial = torch.empty(is_split * n * config.split * 2 * config.block_m, device=x.device)
+        numel = is_split * n * config.split * 2 * config.block_m
         programs = min(config.programs // config.split, tiles) * config.split
     else:
         weights = len(packed.weight)
@@ -386,8 +386,9 @@ def linear_4bit_sliced(
             entries = most_tiles(s, weights, config.block_m)
             no_counts = torch.empty(0, dtype=torch.int32, device=x.device)
             route = group_tokens(route, weights, config.block_m, no_counts, out)
-        partial = torch.empty(is_split * config.split * s * n, device=x.device)
+        numel = is_split * config.split * s * n
         programs = min(config.programs, entries * config.split * tiles)
+    partial = torch.empty(numel, dtype=torch.float32, device=x.device)
     even = pairs % (32 * config.quarters) == 0
     whole = even and steps == config.split * config.warps // config.abreast * config.covers
     # Every lane loads its own scales, or one for four. Where a warp has two slices: 153 and 146 us for 16 tokens of

@@ -284,7 +284,9 @@ def linear_4bit_staged(
     programs = min(config.programs, tiles * steps)
     is_split = stops is not None or tiles * steps % (programs * steps) != 0
     pdl = Gpu.of(x.device).pdl
-    partial = torch.empty(is_split * programs * 2 * config.block_n * config.block_m, device=x.device)
+    partial = torch.empty(
+        is_split * programs * 2 * config.block_n * config.block_m, dtype=torch.float32, device=x.device
+    )
     count = torch.empty(0 if stops is None else tiles, dtype=torch.int32, device=x.device)
     token_groups = None
     if stops is not None:

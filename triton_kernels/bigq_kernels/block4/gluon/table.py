@@ -46,7 +46,8 @@ mov.b32 $0, 0;
 @cache
 def code_tables(quant_type: str, dtype: torch.dtype) -> tuple[int, ...]:
     """The low bytes of the 16 code values, then the high bytes, four an int32."""
-    code = torch.tensor((NF4_CODE if quant_type == "nf4" else FP4_CODE).value, device="cpu")
+    values = (NF4_CODE if quant_type == "nf4" else FP4_CODE).value
+    code = torch.tensor(values, dtype=torch.float32, device="cpu")
     bits = [value & 0xFFFF for value in code.to(dtype).view(torch.int16).tolist()]
     planes = [value & 255 for value in bits] + [value >> 8 for value in bits]
     return tuple(int.from_bytes(bytes(planes[i : i + 4]), "little", signed=True) for i in range(0, 32, 4))
