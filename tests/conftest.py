@@ -37,7 +37,9 @@ OPTIONAL = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = Path(__file__).resolve().parents[2] / "shared" / "assets"
     parser.addoption("--assets", type=Path, default=default, help="folder with the story models and texts")
-    parser.addoption("--nccl", action="store_true", help="a GPU for each process, also in tests that have not passed so yet")
+    parser.addoption(
+        "--nccl", action="store_true", help="a GPU for each process, also in tests that have not passed so yet"
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -198,6 +198,14 @@ class GatheredUnits:
         def before(module: nn.Module, args: object) -> None:
             self._enter(index)
 
+        def backward(grad: Tensor) -> None:
+            if torch.is_grad_enabled():
+                raise UnsupportedError(
+                    "a gradient of a gradient (create_graph=True) was asked for of a model in frozen shards, whose weights "
+                    "are not gathered for that: use DDP without shard_frozen"
+                )
+            self._enter(index)
+
         def after(module: nn.Module, args: object, out: object) -> None:
             if torch.is_grad_enabled():
                 tensors = list(_tensors(out))
@@ -209,7 +217,7 @@ class GatheredUnits:
                     )
                 for tensor in tensors:
                     if tensor.requires_grad:
-                        tensor.register_hook(lambda grad: self._enter(index))  # type: ignore[no-untyped-call]
+                        tensor.register_hook(backward)  # type: ignore[no-untyped-call]
 
         for module in modules:
             module.register_forward_pre_hook(before, prepend=True)

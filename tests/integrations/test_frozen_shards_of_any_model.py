@@ -100,6 +100,13 @@ def _written(pair):
     return said, found
 
 
+def _second_order(pair):
+    model = pair()[1]
+    adapters = [block.adapter for block in model.blocks]
+    out = model(torch.ones(2, WIDTH, device=own_device()))
+    return error_of(lambda: torch.autograd.grad(out.square().mean(), adapters, create_graph=True))
+
+
 def _ignored(mesh):
     from bigq.integrations.frozen_shards import shard_frozen
 
@@ -122,6 +129,7 @@ def _work(rank):
             "dataclass": _same(*pair(Out)),
             "box": error_of(lambda: _step(pair(Box)[1])),
             "inference": _after_inference(pair),
+            "second order": _second_order(pair),
             "written": _written(pair),
             "ignored": _ignored(mesh),
         }
@@ -139,6 +147,11 @@ def test_blocks_may_return_tensors_and_dataclasses_of_them(found):
 def test_a_block_that_returns_no_tensor_is_refused(found):
     for each in found:
         assert each["box"].startswith("UnsupportedError: Block returns Box without a tensor in it")
+
+
+def test_gradients_of_gradients_are_refused(found):
+    for each in found:
+        assert each["second order"].startswith("UnsupportedError: a gradient of a gradient")
 
 
 def test_a_model_that_ran_in_inference_mode_trains_then(found):
