@@ -201,8 +201,8 @@ class GatheredUnits:
         def backward(grad: Tensor) -> None:
             if torch.is_grad_enabled():
                 raise UnsupportedError(
-                    "a gradient of a gradient (create_graph=True) was asked for of a model in frozen shards, whose weights "
-                    "are not gathered for that: use DDP without shard_frozen"
+                    "a gradient of a gradient (create_graph=True) was asked for of a model in frozen shards, whose "
+                    "weights are not gathered for that: use DDP without shard_frozen"
                 )
             self._enter(index)
 
