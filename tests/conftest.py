@@ -37,6 +37,9 @@ OPTIONAL = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = Path(__file__).resolve().parents[2] / "shared" / "assets"
     parser.addoption("--assets", type=Path, default=default, help="folder with the story models and texts")
+    parser.addoption(
+        "--nccl", action="store_true", help="a GPU for each process, also in tests that have not passed so yet"
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -73,6 +76,12 @@ def pytest_collection_finish() -> None:
     """Leave what was imported out of later collections, which tests ask for and which look at every object."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def nccl(request: pytest.FixtureRequest) -> bool:
+    """Whether each process gets a GPU in tests of shards that have not passed on several yet."""
+    return bool(request.config.getoption("--nccl"))
 
 
 @pytest.fixture(autouse=True)

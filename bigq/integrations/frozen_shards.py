@@ -31,8 +31,8 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     it runs, forward and backward. The next one is gathered meanwhile. What is trained, and tensors of less than 64 KiB,
     stay whole. Outputs, gradients and the trained adapter have the bits of DDP without it.
 
-    All processes call the model equally often. A write to a weight that is whole is refused: call `reshard_frozen`
-    before, for example before an adapter is merged.
+    All processes call the model equally often. A write to a weight that is whole would be lost: call `reshard_frozen`
+    in all of them before, for example before an adapter is merged.
 
     Args:
         model: with the adapter, and with the same numbers in all processes. For `load_and_quantize_model(...,
@@ -64,7 +64,9 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for modules, tensors in units:
         gathered.add(modules, [CutWeight.of(places, mesh) for places in tensors])
     names = [name for name, own in model.named_parameters(remove_duplicate=False) if is_sharded(own)]
-    vars(model)["_ddp_params_and_buffers_to_ignore"] = names  # DDP would send those of the first process to all
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    # DDP would send those of the first process to all.
+    vars(model)["_ddp_params_and_buffers_to_ignore"] = [*ignored, *names]
     vars(model)[_UNITS] = gathered
     return model
 

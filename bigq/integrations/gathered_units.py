@@ -6,7 +6,7 @@ once they are gathered again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from math import prod
 from typing import cast
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from bigq.errors import UnsupportedError
 from bigq.ops.sharding import chunk_of_rank, is_sharded
+from bigq.system.internals import SEES_EDITS, version_of
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["CutWeight", "GatheredUnits", "Place"]
@@ -97,6 +99,7 @@ class _Packed:
         self.rows = torch.zeros(sum(map(_aligned, _chunks(weights))), dtype=torch.uint8, device=device)
         self.shards: list[nn.Parameter] = []
         self.whole: list[nn.Parameter] = []
+        self.versions: list[int] = []  # of whole weights that nobody has written to
         self.sizes: list[int] = []  # of the rows, and of what fills them up, as they are copied
         self.parts: list[Tensor] = []  # where that goes
         self.is_whole = False
@@ -121,6 +124,7 @@ class _Packed:
             numbers = piece.view(weight.dtype)[: prod(weight.shape)].view(weight.shape)
             # `.data`: it gets other numbers without a new version, so that autograd takes what it saved as unchanged.
             self.whole.append(nn.Parameter(numbers.data, requires_grad=False))
+            self.versions.append(version_of(self.whole[-1]))
             from_start += _aligned(weight.chunk)
             in_memory += _aligned(processes * weight.chunk)
 
@@ -152,6 +156,21 @@ class _Packed:
         if self.memory.owner is self:
             self.memory.owner = None
             self.put(is_gathered=False, is_whole=False)
+            self._refuse_lost_write()
+
+    def _refuse_lost_write(self) -> None:
+        if not SEES_EDITS:
+            return
+        written = [i for i, own in enumerate(self.whole) if version_of(own) != self.versions[i]]
+        for i in written:
+            self.whole[i] = nn.Parameter(self.whole[i].data, requires_grad=False)
+            self.versions[i] = version_of(self.whole[i])
+        if written:
+            module, name = self.weights[written[0]].places[0]
+            raise UnsupportedError(
+                f"{name} of {type(module).__name__} was written to while it was gathered for a call, and the write is "
+                "lost: call reshard_frozen(model) before the write, and repeat it"
+            )
 
 
 class GatheredUnits:
@@ -179,11 +198,26 @@ class GatheredUnits:
         def before(module: nn.Module, args: object) -> None:
             self._enter(index)
 
+        def backward(grad: Tensor) -> None:
+            if torch.is_grad_enabled():
+                raise UnsupportedError(
+                    "a gradient of a gradient (create_graph=True) was asked for of a model in frozen shards, whose "
+                    "weights are not gathered for that: use DDP without shard_frozen"
+                )
+            self._enter(index)
+
         def after(module: nn.Module, args: object, out: object) -> None:
             if torch.is_grad_enabled():
-                for tensor in _tensors(out):
+                tensors = list(_tensors(out))
+                if not tensors:
+                    raise UnsupportedError(
+                        f"{type(module).__name__} returns {type(out).__name__} without a tensor in it, so its weights "
+                        "would not be gathered for a backward pass; expected a tensor, or a tuple, list, mapping or "
+                        "dataclass that holds one. Without a backward pass, call it under torch.no_grad()"
+                    )
+                for tensor in tensors:
                     if tensor.requires_grad:
-                        tensor.register_hook(lambda grad: self._enter(index))  # type: ignore[no-untyped-call]
+                        tensor.register_hook(backward)  # type: ignore[no-untyped-call]
 
         for module in modules:
             module.register_forward_pre_hook(before, prepend=True)
@@ -197,6 +231,7 @@ class GatheredUnits:
             packed.drop()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.inference_mode(False)  # what is made in inference mode cannot be gathered, or saved for gradients, later
     def _enter(self, index: int) -> None:
         """Make a unit whole for the work that is queued from now on, and begin to gather the one that comes next."""
         if index != self._current:
@@ -289,3 +324,5 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, (Mapping, tuple, list)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))

@@ -50,7 +50,8 @@ def fuse_linears(model: nn.Module, *args: Any, **kwargs: Any) -> FusedLinears:
       torch 2.13 a strict export is an error: call `unfuse_linears` before it;
     - if it is called with another tensor than the first one was, or in another order, or if the tensor or a weight was
       written to between the two calls. In graphs of torch.compile, and with tensors of inference mode, writes to the
-      tensor are not seen: there it has to be as in the call that is made here, in which all writes are seen;
+      tensor are not seen: there it has to be as in the call that is made here, in which all writes are seen. Nor do
+      these graphs see that `.data` of a Parameter is assigned: call `unfuse_linears` before, and compile again;
     - from the moment when one of the group is moved, cast, sharded, offloaded or given another weight.
 
     The numbers have the bits that they have without, where one kernel computes the small and the large weight. On
@@ -95,14 +96,17 @@ def fuse_linears(model: nn.Module, *args: Any, **kwargs: Any) -> FusedLinears:
         model(*args, **kwargs)
     groups: list[tuple[str, ...]] = []
     left: dict[tuple[str, ...], str] = {}
+    moved: set[int] = set()  # Parameters, by identity: to move one again would take it from its group
     for run in _runs(calls):
         for alike in _alike(run):
             members = tuple(names[call.linear] for call in alike)
-            why = _why_not(alike)
+            held = [id(tensor) for call in alike for tensor in call.tensors if tensor is not None]
+            why = _why_not(alike) or ("they are tied" if len({*held} - moved) < len(held) else "")
             if why:
                 left[members] = why
                 continue
             groups.append(members)
+            moved.update(held)
             _fuse([call.linear for call in alike])
     if not groups:
         what = f"{len(names)} quantized linears, of which {len({call.linear for call in calls})} were called"
@@ -191,8 +195,7 @@ def _why_not(calls: Sequence[_Call]) -> str:
                 return "a Parameter of one of them is sharded, on meta, or no Parameter"
             if tensor.nbytes % ALIGNMENT:
                 return f"{tensor.nbytes} bytes of a Parameter of one of them are no multiple of {ALIGNMENT}"
-    held = [id(tensor) for call in calls for tensor in call.tensors if tensor is not None]
-    return "they are tied" if len(set(held)) < len(held) else ""
+    return ""
 
 
 def _fuse(linears: Sequence[QuantizedMatrix]) -> None:

@@ -35,7 +35,7 @@ class _Held(NamedTuple):
     x: Tensor
     edits: tuple[int, ...]  # of x and of all Parameters
     moment: tuple[Any, ...]
-    parts: Sequence[Tensor]
+    parts: list[Tensor | None]  # each is given away once, because who gets it may write to it
 
 
 class FusedRows:
@@ -65,7 +65,7 @@ class FusedRows:
         self.addresses = [_addresses(own) for own in parameters]
         self.held: _Held | None = None
 
-    def compute(self, x: Tensor, whole: State) -> Sequence[Tensor]:
+    def compute(self, x: Tensor, whole: State) -> list[Tensor | None]:
         """The products of x [..., K] with all weights, `self.whole`: [..., N_i] each, contiguous."""
         out = multiply(x, self.product, whole, self.compute_dtype)
         # One row is cut into views. torch.split_with_sizes_copy would be one launch for several, but when a CUDA graph
@@ -121,9 +121,7 @@ class FusedPart:
         held = rows.held
         if held is None or held.x is not x or held.edits != edits or held.moment != moment:
             return None
-        if self.is_last:
-            rows.held = None
-        return held.parts[self.index]
+        return self._taken(held)
 
     def _traced(self, tensors: State, x: Tensor) -> Tensor | None:
         """In a graph of torch.compile nothing tells whether x was written to between two calls."""
@@ -137,9 +135,13 @@ class FusedPart:
         held = rows.held
         if held is None or held.x is not x:
             return None
+        return self._taken(held)
+
+    def _taken(self, held: _Held) -> Tensor | None:
+        part, held.parts[self.index] = held.parts[self.index], None
         if self.is_last:
-            rows.held = None
-        return held.parts[self.index]
+            self.rows.held = None
+        return part
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()

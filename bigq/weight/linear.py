@@ -81,14 +81,15 @@ class QuantizedMatrix(QuantizedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         super()._apply(fn, recurse)
-        if self._fused is not None and not self._fused.is_intact(self.operands()[1]):
+        fused = self._fused
+        if isinstance(fused, FusedPart) and not fused.is_intact(self.operands()[1]):
             self.unfuse()
         return self
 
     def unfuse(self) -> None:
         """Compute by itself again, as do all linears that it shares a launch with (`bigq.fuse_linears`)."""
         fused = vars(self).pop("_fused", None)
-        if fused is not None:
+        if isinstance(fused, FusedPart):  # and not what `fuse_linears` records calls with
             fused.rows.release()
 
     def _forget(self) -> None:

@@ -233,8 +233,11 @@ class QuantizedModule(nn.Module):
     ) -> None:
         """Take quantized state, or quantize float weights. If anything does not fit, nothing is changed."""
         own = dict(state_dict)  # torch hands each module the part that is its own
+        assigns = bool(local_metadata.get("assign_to_params_buffers"))
         try:
-            described = self._check_state(own, prefix, follows=bool(local_metadata.get("assign_to_params_buffers")))
+            if own and not assigns:
+                self._refuse_lost_write()
+            described = self._check_state(own, prefix, follows=assigns)
         except BigqError as error:
             error_msgs.append(str(error))
             return

@@ -5,7 +5,7 @@ import torch
 from accelerate import init_empty_weights
 
 from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model
-from processes_of_mesh import ON_REQUEST, error_of, held_by_all, mesh_of, own_device, run_ranks
+from processes_of_mesh import error_of, held_by_all, mesh_of, own_device, run_ranks
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -115,13 +115,13 @@ def _work(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, nccl):
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     for kind in ("Llama", "Qwen3Moe"):
         model = getattr(transformers, f"{kind}ForCausalLM")(_config(kind)).to(torch.bfloat16)
         model.save_pretrained(folder / kind)
-    return run_ranks(_work, folder, str(folder), world=2, gpus=ON_REQUEST)
+    return run_ranks(_work, folder, str(folder), world=2, gpus=nccl)
 
 
 @pytest.mark.parametrize("name", FORMATS)

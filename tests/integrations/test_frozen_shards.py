@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import bigq
 from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model
-from ranks import ON_REQUEST, error_of, mesh_of, own_device, run_ranks
+from ranks import error_of, mesh_of, own_device, run_ranks
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -260,19 +260,19 @@ def _work_with_loads(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, nccl):
     folder = tmp_path_factory.mktemp("frozen")
-    return run_ranks(_work, folder, str(folder), gpus=ON_REQUEST)
+    return run_ranks(_work, folder, str(folder), gpus=nccl)
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+def loaded(tmp_path_factory, nccl):
     folder = tmp_path_factory.mktemp("loaded")
     torch.manual_seed(0)
     for kind in ("Llama", "Qwen3Moe"):
         model = getattr(transformers, f"{kind}ForCausalLM")(_config(kind)).to(torch.bfloat16)
         model.save_pretrained(folder / kind)
-    return run_ranks(_work_with_loads, folder, str(folder), gpus=ON_REQUEST)
+    return run_ranks(_work_with_loads, folder, str(folder), gpus=nccl)
 
 
 def _check(each):

@@ -11,7 +11,7 @@ from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model, sa
 from bigq.errors import UnsupportedError
 from bigq.model.placeholders import hold_placeholders
 from bigq.weight.placeholder import is_placeholder
-from ranks import ON_REQUEST, error_of, mesh_of, own_device, run_ranks
+from ranks import error_of, mesh_of, own_device, run_ranks
 
 FORMATS = {
     "nf4": NF4(),
@@ -188,9 +188,9 @@ def _keeps_its_state(rank, mesh):
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def compared(tmp_path_factory, nccl):
     folder = tmp_path_factory.mktemp("fsdp2")
-    return run_ranks(_compare, folder, str(folder), gpus=ON_REQUEST)
+    return run_ranks(_compare, folder, str(folder), gpus=nccl)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["no-policy", "bfloat16-policy"])

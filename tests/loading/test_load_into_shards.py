@@ -11,7 +11,7 @@ from torch import nn
 
 import bigq
 from bigq import NF4, QuantizationConfig, load_and_quantize_model
-from processes_of_mesh import ON_REQUEST, Net, error_of, held_by_all, mesh_of, own_device, run_ranks
+from processes_of_mesh import Net, error_of, held_by_all, mesh_of, own_device, run_ranks
 
 FORMATS = {
     "nf4": NF4(),
@@ -310,13 +310,13 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def of_two(checkpoint, tmp_path_factory):
-    return run_ranks(_work, tmp_path_factory.mktemp("two"), 2, str(checkpoint), world=2, gpus=ON_REQUEST)
+def of_two(checkpoint, tmp_path_factory, nccl):
+    return run_ranks(_work, tmp_path_factory.mktemp("two"), 2, str(checkpoint), world=2, gpus=nccl)
 
 
 @pytest.fixture(scope="module")
-def of_three(checkpoint, tmp_path_factory):
-    return run_ranks(_work, tmp_path_factory.mktemp("three"), 3, str(checkpoint), world=3, gpus=ON_REQUEST)
+def of_three(checkpoint, tmp_path_factory, nccl):
+    return run_ranks(_work, tmp_path_factory.mktemp("three"), 3, str(checkpoint), world=3, gpus=nccl)
 
 
 def _is_as_whole(found):

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from ranks import ON_REQUEST, error_of, mesh_of, own_device, run_ranks
+from ranks import error_of, mesh_of, own_device, run_ranks
 
-__all__ = ["ON_REQUEST", "Net", "error_of", "held_by_all", "mesh_of", "own_device", "run_ranks"]
+__all__ = ["Net", "error_of", "held_by_all", "mesh_of", "own_device", "run_ranks"]
 
 
 class Block(nn.Module):

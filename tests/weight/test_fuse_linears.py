@@ -394,6 +394,43 @@ def test_offloaded_linears_compute_by_themselves():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_a_model_that_is_moved_in_its_call_is_fused():
+    accelerate = pytest.importorskip("accelerate")
+    model, x = quantized(), tokens()
+    expected = model(x)
+    _, hook = accelerate.cpu_offload_with_hook(model, execution_device=DEVICE)
+    assert fuse_linears(model, x).groups == GROUPS
+    torch.testing.assert_close(model(x), expected)
+    hook.remove()
+
+
+def test_a_part_is_given_away_once():
+    model, x = quantized(), tokens()
+    expected = model.k(x)
+    fuse_linears(model, x)
+    model.q(x)
+    model.k(x).mul_(2)
+    torch.testing.assert_close(model.k(x), expected)
+
+
+def test_linears_that_are_tied_to_a_group_are_no_group():
+    """Their Parameters would be moved out of that group, whose memory compiled code would go on reading."""
+    first, second = quantized(bias=False), quantized(bias=False)
+    for name in ("q", "k", "v", "gate", "up", "out"):
+        getattr(second, name).weight = getattr(first, name).weight
+    model, x = nn.Sequential(first, nn.Linear(96, WIDTH, device=DEVICE), second), tokens()
+    fused = fuse_linears(model, x)
+    assert fused.groups == [("0.q", "0.k", "0.v"), ("0.gate", "0.up")]
+    assert fused.left == {("2.q", "2.k", "2.v"): "they are tied", ("2.gate", "2.up"): "they are tied"}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    first.up.weight.mul_(2)
+    found = compiled(x)
+    unfuse_linears(model)
+    torch.testing.assert_close(found, model(x))
+
+
 def test_an_error_in_the_call_changes_nothing(products):
     model, x = quantized(), tokens()
     expected = model(x)
