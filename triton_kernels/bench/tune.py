@@ -96,9 +96,10 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
         if shipped is not None:
             yield linear_4bit_wgmma, shipped
         most = min(256, next_power_of_2(m))
-        for rows, warps, split, registers in product((most, most // 2), (4, 8), (1, 2, 4), (None, 128)):
-            config = WgmmaConfig(block_m=rows, block_n=16 * warps, split=split, warps=warps, registers=registers)
-            yield linear_4bit_wgmma, config
+        programs = ((0, None), (0, 128), (1, None), (2, None), (2, 128))  # of a multiprocessor, and registers
+        for rows, warps, (resident, registers) in product((most, most // 2), (4, 8), programs):
+            changes = {"programs": resident * gpu.multiprocessors or None, "registers": registers}
+            yield linear_4bit_wgmma, WgmmaConfig(block_m=rows, block_n=16 * warps, warps=warps, **changes)
     if m > 128:
         return
     mma = mma_config(gpu, m, n, k, 64)

@@ -152,11 +152,14 @@ def test_wgmma_rows_are_tiles_that_hold_their_tokens():
     for rows in configs.WGMMA.values():
         assert tuple(rows) == configs.SHAPES
         for row in rows.values():
-            for tokens, (block_m, block_n, split, warps, registers) in row.items():
+            for tokens, (block_m, block_n, resident, warps, registers) in row.items():
                 assert tokens % block_m == 0
                 assert block_n == 16 * warps  # 64 rows a warp group
-                assert split == 1 or tokens <= 256
                 assert registers is None or registers % 8 == 0
+                # Programs that stay fit a multiprocessor together. Triton adds up to 4 KiB to what they ask for.
+                assert resident * warps * 32 * (registers or 255) <= configs.REGISTERS
+                shared = max(2 * 128 * block_n + 512 * block_m, 49168) + 32 * block_n + (4 << 10) + configs.TABLE_NBYTES
+                assert resident * (shared + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def _dp4a_config(gpu: Gpu, rows: int, n: int, k: int) -> Dp4aConfig:
 
 def _wgmma_config(tile: int) -> WgmmaConfig:
     _, block_n, warps, registers = WGMMA[tile]
-    return WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
+    return WgmmaConfig(block_m=tile, block_n=block_n, programs=None, warps=warps, registers=registers)
 
 
 def _mma_config(gpu: Gpu, hit: int, mean: float, n: int, k: int, block_size: int) -> MmaConfig:

@@ -93,11 +93,11 @@ class SlicedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WgmmaConfig:
-    """Tile and programs along K of `linear_4bit_wgmma`."""
+    """Tile and programs of `linear_4bit_wgmma`."""
 
     block_m: int  # tokens of a tile
     block_n: int  # rows of the weight in a tile: 16 a warp
-    split: int  # programs along K
+    programs: int | None  # that share the steps of one weight's tiles; None for one program a tile, as stacks have
     warps: int
     registers: int | None  # the most a thread may have; None leaves it to ptxas
 
@@ -135,19 +135,20 @@ MMA = {HOPPER: {
     "vast":   _WIDE,
     "large":  _WIDE | {32: (64, 4, 1, 2, 4), 64: (128, 4, 1, 8, 4)},
 }}
-# By GPU, shape and tokens, up to a power of two: (BLOCK_M, BLOCK_N, SPLIT, warps, registers). Without a row another way
-# is faster: small weights fill a GPU better with the smaller tiles of MMA, many tokens with the large ones of cuBLAS.
-# 128 registers of 8 warps leave room for two programs a multiprocessor, where there are tiles for them.
-_W128, _W256 = (128, 128, 1, 8, None), (256, 128, 1, 8, None)
+# By GPU, shape and tokens, up to a power of two: (BLOCK_M, BLOCK_N, programs of a multiprocessor, warps, registers).
+# With 0 programs each tile has its own. Without a row another way is faster: small weights fill a GPU better with the
+# smaller tiles of MMA, many tokens with the large ones of cuBLAS. 128 registers of 8 warps leave room for two programs
+# a multiprocessor.
+_W128, _W256 = (128, 128, 0, 8, None), (256, 128, 0, 8, None)
+_R64, _R128, _R256 = (64, 64, 2, 4, None), (128, 128, 1, 8, None), (256, 128, 1, 8, None)
 WGMMA: dict[tuple[int, int], dict[str, dict[int, tuple[int, int, int, int, int | None]]]] = {HOPPER: {
     "narrow": {},
-    "middle": {64: (64, 64, 2, 4, None), 128: (64, 64, 1, 4, None), 256: (128, 64, 1, 4, None)},
-    "deep":   {64: (64, 64, 4, 4, None), 128: (64, 64, 2, 4, None), 256: (128, 128, 2, 8, None)},
-    "tall":   {32: (32, 128, 4, 8, 128), 64: (64, 128, 4, 8, 128), 128: (128, 128, 2, 8, None),
-               256: (256, 128, 2, 8, None), 512: _W256, 1024: _W256},
-    "wide":   {32: (32, 128, 1, 8, 128), 64: (64, 128, 1, 8, None), 128: _W128, 256: _W256, 512: _W256},
-    "vast":   {32: (32, 128, 1, 8, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256},
-    "large":  {32: (32, 128, 1, 8, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256, 1024: _W256},
+    "middle": {64: _R64, 128: (128, 64, 1, 4, None), 256: (128, 64, 0, 4, None)},
+    "deep":   {64: _R64, 128: _R128, 256: _R256},
+    "tall":   {32: (32, 128, 2, 8, 128), 64: (64, 128, 2, 8, 128), 128: _R128, 256: _R256, 512: _W256, 1024: _W256},
+    "wide":   {32: (32, 128, 0, 8, 128), 64: (64, 128, 0, 8, None), 128: _W128, 256: _W256, 512: _W256},
+    "vast":   {32: (32, 128, 0, 8, 128), 64: (64, 128, 0, 8, 128), 128: _W128, 256: _W256, 512: _W256},
+    "large":  {32: (32, 128, 0, 8, 128), 64: (64, 128, 0, 8, 128), 128: _R128, 256: _W256, 512: _W256, 1024: _W256},
 }}
 # For N that leaves cuBLAS no whole 16 bytes of an output row: 1024 tokens of 4100 x 11008 take 176 us, and bf16 331.
 UNALIGNED = {512: _W128, 1024: _W256}
@@ -262,5 +263,6 @@ def wgmma_config(gpu: Gpu, m: int, n: int, k: int) -> WgmmaConfig | None:
         row = UNALIGNED.get(tokens)
     if row is None:
         return None
-    block_m, block_n, split, warps, registers = row
-    return WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
+    block_m, block_n, resident, warps, registers = row
+    programs = resident * gpu.multiprocessors or None
+    return WgmmaConfig(block_m=block_m, block_n=block_n, programs=programs, warps=warps, registers=registers)

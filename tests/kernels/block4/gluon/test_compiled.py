@@ -16,7 +16,10 @@ def build(kernel, capability, dtype, nested, constants, warps, **options):
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     types = dict(x_ptr=dtype, weight_ptr="*u8", absmax_ptr="*u8" if nested else "*fp32", bias_ptr=dtype, out_ptr=dtype)
     types |= dict(partial_ptr="*fp32", count_ptr="*i32")
-    types |= dict.fromkeys(["M", "N", "PAIRS", "B", "steps_per_split", *(f"t{i}" for i in range(8))], "i32")
+    types |= dict.fromkeys(["M", "N", "PAIRS", "B", "programs", "whole", "rest", "parts", "helped"], "i32")
+    types |= dict.fromkeys(["helped_more", "each", "more", *(f"t{i}" for i in range(8))], "i32")
+    if kernel.__name__.startswith("_grouped"):
+        types["groups_ptr"] = "*i32"
     signature |= {name: type for name, type in types.items() if name in signature}
     constants = dict(BLOCK_SIZE=64) | constants
     tables = ["nested_ptr", "offset_ptr", "code_ptr"]
@@ -58,22 +61,29 @@ for block_m, by_slices in SLICED[9, 0].items():
 """
 WGMMA = """
 import pathlib, subprocess, tempfile, triton
+from bigq_kernels.block4 import choose_grouped
 from bigq_kernels.block4.configs import WGMMA
-from bigq_kernels.block4.gluon.wgmma import _linear_4bit_wgmma_kernel as kernel, loops_of
+from bigq_kernels.block4.gluon.wgmma import _linear_4bit_wgmma_kernel
+from bigq_kernels.block4.gluon.wgmma_rounds import _linear_4bit_rounds_kernel
+from bigq_kernels.block4.gluon.wgmma_steps import loops_of
 
 ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-for block_m, block_n, split, warps, _ in {row for rows in WGMMA[9, 0].values() for row in rows.values()}:
+rows = {row for rows in WGMMA[9, 0].values() for row in rows.values()}
+rows |= {(tile, block_n, 0, *rest) for tile, (_, block_n, *rest) in choose_grouped.WGMMA.items()}
+for block_m, block_n, resident, warps, registers in rows:
     least, chunk = loops_of(block_m)
-    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split, LEAST_M=least, CHUNK=chunk)
-    built = build(kernel, 90, "*bf16", False, tile, warps)
+    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=chunk)
+    kernel, sizes = _linear_4bit_rounds_kernel, [block_m]
+    if not resident:
+        kernel, sizes, tile["LEAST_M"] = _linear_4bit_wgmma_kernel, range(least, block_m + 1, least), least
+    built = build(kernel, 90, "*bf16", False, tile, warps, maxnreg=registers)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(built.asm["ptx"])
         ptx.flush()
         command = [ptxas, "-v", "-arch=sm_90a", ptx.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
     serialized = "serialized" in said.stdout + said.stderr
-    sizes = range(least, block_m + 1, least)
-    parts = sum(size.bit_count() for size in sizes if size.bit_count() <= (1 if split > 1 else 2))
+    parts = sum(size.bit_count() for size in sizes if size.bit_count() <= 2)
     print(built.metadata.shared, built.asm["ptx"].count("wgmma.mma_async") - parts * 16, int(serialized))
 """
 
@@ -117,7 +127,5 @@ def test_wgmma_compiles_and_its_products_overlap_with_decoding():
     assert len(lines) >= 5
     for shared, other_products, serialized in lines:
         assert 48 * 1024 < shared <= (227 - 32) * 1024  # of a multiprocessor; the table is beside it
-        assert (
-            other_products == 0
-        )  # a step of 256 elements of K, 16 each, for the one or two parts of each loop's tokens
+        assert other_products == 0  # 16 in a step of 256 elements of K, of each power of two of each loop's tokens
         assert not serialized

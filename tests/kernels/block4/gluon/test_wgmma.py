@@ -49,8 +49,9 @@ def wgmma(device):
     ],
 )
 def test_tiles(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):
-    block_m, block_n, split, warps, registers = row
-    config = WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
+    block_m, block_n, resident, warps, registers = row
+    programs = resident * Gpu.of(device).multiprocessors or None
+    config = WgmmaConfig(block_m=block_m, block_n=block_n, programs=programs, warps=warps, registers=registers)
     quantized, dense = quantized_4bit(n, k, quant_type, block_size, nested, device)
     packed, bias = packed4(quantized, quant_type, block_size), torch.randn(n, device=device)
     # Each size of a tile that has a loop of its own, full and one more than full, alone and after a whole tile.
@@ -63,10 +64,26 @@ def test_tiles(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):
         assert torch.equal(wgmma(x, packed, bias, config), actual)
 
 
+@pytest.mark.parametrize("programs", [1, 3, 4, 7, 9, 16])
+@pytest.mark.parametrize("block_m, block_n, warps", [(256, 128, 8), (64, 64, 4)], ids=["large", "small"])
+def test_programs_share_tiles(block_m, block_n, warps, programs, wgmma, device):
+    """6 tiles of 21 steps, of 1 to 3 tiles of tokens: rounds, helpers of one and of several tiles, and parts."""
+    n, k = 6 * block_n - 3, 21 * 256
+    quantized, dense = quantized_4bit(n, k, "nf4", 64, False, device)
+    for m in (block_m, 2 * block_m - 3, 3 * block_m):
+        each = programs * -(-m // block_m)
+        config = WgmmaConfig(block_m=block_m, block_n=block_n, programs=each, warps=warps, registers=None)
+        x = torch.randn(m, k, device=device).bfloat16()
+        actual = wgmma(x, packed4(quantized), None, config)
+        baseline = reference.linear_4bit(x, quantized[0], quantized[1], None, None, None, "nf4", 64)
+        assert_within_budget(actual, x.double() @ dense.T, baseline)
+        assert all(torch.equal(wgmma(x, packed4(quantized), None, config), actual) for _ in range(10))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_scale_beyond_half_precision(sign, wgmma, device):
     """A float32 weight may have an absmax that float16 has not, and products that float16 has."""
-    config = WgmmaConfig(block_m=64, block_n=128, split=1, warps=8, registers=None)
+    config = WgmmaConfig(block_m=64, block_n=128, programs=132, warps=8, registers=None)
     weight = torch.full((128, 256), 0x88, dtype=torch.uint8, device=device)  # the least positive code
     absmax = torch.full((128, 8), sign * 100000.0, device=device)
     x = torch.zeros(33, 512, device=device, dtype=torch.float16)
@@ -77,7 +94,7 @@ def test_a_scale_beyond_half_precision(sign, wgmma, device):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_stay_in_their_row(value, wgmma, device):
-    config = WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128)
+    config = WgmmaConfig(block_m=64, block_n=64, programs=264, warps=4, registers=128)
     quantized, _ = quantized_4bit(200, 1024, "nf4", 64, False, device)
     x = torch.randn(40, 1024, device=device).bfloat16()
     x[1, 7] = value

@@ -6,7 +6,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 __all__ = [
     "add_parts",
-    "add_splits",
     "barrier",
     "copy_async",
     "halves",
@@ -105,24 +104,6 @@ def quarters(t):
     q0, q2 = gl.split(even)
     q1, q3 = gl.split(odd)
     return q0, q1, q2, q3
-
-
-@gluon.jit
-def add_splits(total, partial_ptrs, count_ptr, split, mask, SPLIT: gl.constexpr):
-    """(sum of a tile over its SPLIT programs in their order, whether this is the program that has it: the last).
-
-    partial_ptrs: float32, where the tile of split 0 goes; the others follow. count_ptr: int32, 0 at first.
-    """
-    numel: gl.constexpr = total.shape[0] * total.shape[1]
-    gl.store(partial_ptrs + split * numel, total, mask=mask)
-    barrier()  # the whole program has stored, then one thread publishes it
-    arrived = gl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu")
-    if arrived == SPLIT - 1:
-        total = gl.full(total.shape, 0.0, gl.float32, total.type.layout)
-        for i in gl.static_range(SPLIT):
-            # .cg reads L2: another program wrote this after our L1 may have cached it.
-            total += gl.load(partial_ptrs + i * numel, mask=mask, other=0.0, cache_modifier=".cg")
-    return total, arrived == SPLIT - 1
 
 
 @gluon.jit
