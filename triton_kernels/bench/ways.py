@@ -36,19 +36,20 @@ def spans(way: Callable[[int], str]) -> str:
 
 
 def tables() -> str:
-    """Markdown: 4-bit weights by shape and block size, then int8 weights by dtype of x and threshold."""
+    """Markdown: 4-bit weights by shape and block size, then int8 weights by K, dtype of x and threshold."""
 
     def of_block4(n: int, k: int, block_size: int) -> str:
         return spans(lambda m: block4.choose(GPU, m, n, k, block_size, torch.bfloat16).way)
 
-    def of_int8(dtype: torch.dtype, outliers: bool) -> str:
-        return spans(lambda m: int8.choose(GPU, m, 4096, 4096, dtype, outliers).way)
+    def of_int8(k: int, dtype: torch.dtype, outliers: bool) -> str:
+        return spans(lambda m: int8.choose(GPU, m, 4096, k, dtype, outliers).way)
 
     lines = ["| N x K, 4 bits | blocks of 64 and more | blocks of 32, or no Gluon |", "|---|---|---|"]
     lines += [f"| {n} x {k} | {of_block4(n, k, 64)} | {of_block4(n, k, 32)} |" for n, k in SHAPES]
-    lines += ["", "| int8, any N x K | no threshold | a threshold |", "|---|---|---|"]
+    lines += ["", "| int8, any N | no threshold | a threshold |", "|---|---|---|"]
     for name, dtype in (("bfloat16, float16", torch.bfloat16), ("float32", torch.float32)):
-        lines.append(f"| x is {name} | {of_int8(dtype, False)} | {of_int8(dtype, True)} |")
+        for k in (4096, 14336):
+            lines.append(f"| K = {k}, x is {name} | {of_int8(k, dtype, False)} | {of_int8(k, dtype, True)} |")
     return "\n".join(lines)
 
 

@@ -45,14 +45,14 @@ def test_programs_fit_the_shared_memory(name):
 
 def test_the_way_follows_from_the_threshold_the_tokens_and_the_dtype():
     for m, (n, k), dtype, outliers in cases():
-        few = "planes" if m <= 4 else "segments" if m <= 16 else None
+        expected = "planes" if m <= 4 else "beside" if m <= 512 else "gather"
+        expected = "segments" if 4 < m <= 16 and m * k <= 1 << 16 else expected
         if dtype == torch.float32:  # whose 24 bits two planes do not hold
-            few = None
-        expected = "codes" if not outliers else few or ("gather" if m > 128 else "tiles")
+            expected = "tiles" if m <= 128 else "gather"
         choice = choose(H100, m, n, k, dtype, outliers)
-        assert choice.way == expected, (m, n, k, dtype, outliers)
+        assert choice.way == (expected if outliers else "codes"), (m, n, k, dtype, outliers)
         assert choice.why.endswith(".")
-        if expected == "planes":
+        if choice.way == "planes":
             assert choice.config.block_m >= 4 * m, (m, n, k, dtype)
 
 
@@ -85,3 +85,18 @@ def test_an_empty_product_is_answered(m, n, k, why, gpu, outliers):
 )
 def test_k_is_split_where_tiles_leave_multiprocessors_idle(m, n, k, split):
     assert choose(H100, m, n, k, torch.bfloat16, False).config.split == split
+
+
+@pytest.mark.parametrize(
+    "m, n, k, rows, early",
+    [
+        pytest.param(16, 4096, 14336, 128, 8, id="256-small-programs"),
+        pytest.param(64, 14336, 4096, 128, 0, id="224-tiles-of-which-3-fit-a-multiprocessor"),
+        pytest.param(256, 14336, 4096, 512, 0, id="224-tiles-of-which-2-fit"),
+        pytest.param(64, 28672, 8192, 512, 8, id="many-rows"),
+        pytest.param(512, 14336, 4096, 512, 0, id="more-tiles-than-fit-at-once"),
+    ],
+)
+def test_programs_that_gather_take_more_rows_each_where_tiles_leave_less_room(m, n, k, rows, early):
+    choice = choose(H100, m, n, k, torch.bfloat16, True)
+    assert (choice.way, choice.config.gather_rows, choice.config.early) == ("beside", rows, early)

@@ -188,11 +188,64 @@ def test_linear_int8_split_along_k_gives_the_same_bits(m, threshold, device):
 
 
 @pytest.mark.parametrize("m", [20, 130], ids="tokens={}".format)
-def test_linear_int8_gathers_the_same_outliers_before_the_product_and_in_it(m, device):
-    x, weight, absmax = int8_case(m, 24, 160, torch.bfloat16, device)  # more outlier columns than are gathered before
+@pytest.mark.parametrize("threshold", [2.0, 6.0, 100.0], ids=["many", "few", "none"])
+def test_linear_int8_gathers_the_same_outliers_in_each_way(threshold, m, device):
+    x, weight, absmax = int8_case(m, 24, 160, torch.bfloat16, device)  # 2.0: more than are gathered before the product
     choice = choose(x.device, m, 24, 160, x.dtype, True)
-    outputs = [linear_int8(x, weight, absmax, None, 2.0, replace(choice, way=way)) for way in ("gather", "tiles")]
-    assert torch.equal(*outputs)
+    ways = [replace(choice, way=way, config=replace(choice.config, early=0)) for way in ("gather", "tiles", "beside")]
+    ways.append(replace(ways[2], config=replace(choice.config, early=2, gather_rows=512)))
+    outputs = [linear_int8(x, weight, absmax, None, threshold, way) for way in ways]
+    for output in outputs[1:]:
+        assert torch.equal(output, outputs[0])
+
+
+def test_linear_int8_gathers_in_its_tiles_what_is_not_gathered_beside_them_in_time(device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("a kernel that is compiled keeps the number of polls: test_linear_int8_finds_... waits on a GPU")
+    x, weight, absmax = int8_case(20, 24, 160, torch.bfloat16, device)
+    choice = choose(x.device, 20, 24, 160, x.dtype, True)
+    expected = linear_int8(x, weight, absmax, None, 6.0, replace(choice, way="gather"))
+    choice = replace(choice, config=replace(choice.config, early=0))
+    monkeypatch.setattr("bigq_kernels.int8.outliers.MAX_POLLS", 0)
+    assert torch.equal(linear_int8(x, weight, absmax, None, 6.0, replace(choice, way="beside")), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, n, k", [(16, 4096, 14336), (64, 14336, 4096), (100, 1000, 4096), (300, 4096, 4096)])
+def test_linear_int8_finds_the_outliers_beside_its_tiles(m, n, k):
+    weight, absmax = reference.quantize_int8(torch.randn(n, k, device="cuda"))
+    choice = choose(weight.device, m, n, k, torch.bfloat16, True)
+    assert choice.way == "beside"
+    late = replace(choice, config=replace(choice.config, early=0 if choice.config.early else 4))
+    for columns in (0, 1, 6, 64, 200):
+        x = torch.randn(m, k, device="cuda").clamp(-5, 5)
+        x[m // 2, torch.randperm(k, device="cuda")[:columns]] = 9.0
+        x = x.bfloat16()
+        expected = linear_int8(x, weight, absmax, None, 6.0, replace(choice, way="gather"))
+        for way in (choice, late):
+            assert all(torch.equal(linear_int8(x, weight, absmax, None, 6.0, way), expected) for _ in range(50))
+
+
+@pytest.mark.gpu
+def test_linear_int8_on_many_streams_at_once_has_the_bits_of_one():
+    (weight, absmax), streams = reference.quantize_int8(torch.randn(4096, 4096, device="cuda")), []
+    for m, columns in ((5, 1), (16, 0), (40, 6), (64, 64), (200, 3), (500, 20)):
+        x = torch.randn(m, 4096, device="cuda").clamp(-5, 5)
+        x[m // 2, torch.randperm(4096, device="cuda")[:columns]] = 9.0
+        choice = choose(x.device, m, 4096, 4096, torch.bfloat16, True)
+        expected = linear_int8(x.bfloat16(), weight, absmax, None, 6.0, replace(choice, way="gather"))
+        linear_int8(x.bfloat16(), weight, absmax, None, 6.0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [linear_int8(x.bfloat16(), weight, absmax, None, 6.0) for _ in range(10)]
+        streams.append((torch.cuda.Stream(), graph, outs, expected))
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, graph, _, _ in streams:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, expected) for _, _, outs, expected in streams for out in outs[::3])
 
 
 @pytest.mark.gpu

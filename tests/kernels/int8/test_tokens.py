@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bigq_kernels.int8.planes import quantize_planes
-from bigq_kernels.int8.tokens import _list_outliers_kernel, quantize_tokens
+from bigq_kernels.int8.tokens import MAX_FIND_M, _list_outliers_kernel, quantize_tokens
 from bigq_kernels.launch import launch
 
 THRESHOLD = 6.0
@@ -33,14 +33,18 @@ B, H, F = torch.bfloat16, torch.float16, torch.float32
         *(pytest.param(1, 16, dtype, id=f"one-short-token-{dtype}") for dtype in (B, H, F)),
         *(pytest.param(3, 97, dtype, id=f"odd-columns-{dtype}") for dtype in (B, H, F)),
         pytest.param(20, 300, H, id="several-segments"),
-        pytest.param(129, 300, F, id="many-tokens"),
-        pytest.param(2050, 130, B, id="more-tokens-than-a-tile", marks=pytest.mark.gpu),  # a minute in the interpreter
+        pytest.param(300, 130, F, id="more-tokens-than-are-looked-at-together"),
+        pytest.param(2050, 130, B, id="many-tokens", marks=pytest.mark.gpu),  # a minute in the interpreter
         pytest.param(2, 17000, B, id="more-columns-than-a-tile"),
     ],
 )
-def test_codes_and_outlier_columns(m, k, dtype, device):
+@pytest.mark.parametrize("most", [MAX_FIND_M, 0], ids=["found", "marked"])
+def test_codes_and_outlier_columns(m, k, dtype, most, device, monkeypatch):
+    monkeypatch.setattr("bigq_kernels.int8.tokens.MAX_FIND_M", most)
     x = tokens(m, k, dtype, device)
-    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, False)
+    ready = torch.full((4,), 7, dtype=torch.int32, device=device)
+    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, ready, False)
+    assert ready.tolist() == [0, 7, 7, 7]
     outlier = x.abs() >= THRESHOLD
     expected_codes, expected_scale = codes_of(x.float().masked_fill(outlier, 0.0))
     assert torch.equal(codes, expected_codes)
@@ -64,21 +68,22 @@ def test_more_tokens_than_are_looked_at_together(device):
 
 def test_a_threshold_of_0_lists_nothing(device):
     x = tokens(5, 300, torch.float16, device)
-    codes, scale, counts, columns = quantize_tokens(x, 0.0, None, False)
-    assert counts is None
-    assert columns is None
+    codes, scale, *lists = quantize_tokens(x, 0.0, None, None, False)
+    assert lists == [None, None]
     expected_codes, expected_scale = codes_of(x.float())
     assert torch.equal(codes, expected_codes)
     assert torch.equal(scale, expected_scale)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
-def test_inf_is_an_outlier_and_nan_is_none(device):
+@pytest.mark.parametrize("most", [MAX_FIND_M, 0], ids=["found", "marked"])
+def test_inf_is_an_outlier_and_nan_is_none(most, device, monkeypatch):
+    monkeypatch.setattr("bigq_kernels.int8.tokens.MAX_FIND_M", most)
     x = torch.ones(20, 300, dtype=torch.bfloat16, device=device)
     x[3, 7], x[4, 200], x[5, 299] = float("inf"), float("nan"), float("-inf")
-    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, False)
-    assert counts.tolist() == [1, 0, 1]
-    assert (columns[0, 0], columns[2, 0]) == (7, 299)
+    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, None, False)
+    listed = [column for row, count in zip(columns.tolist(), counts.tolist(), strict=True) for column in row[:count]]
+    assert listed == [7, 299]
     assert scale.isnan().nonzero().flatten().tolist() == [4]
     assert codes[3, 7] == codes[5, 299] == 0
 

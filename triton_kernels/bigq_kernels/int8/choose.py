@@ -4,13 +4,14 @@
     >>> from bigq_kernels.gpu import Gpu
     >>> choice = choose(Gpu.named("h100"), m=16, n=4096, k=4096, dtype=torch.bfloat16, outliers=True)
     >>> choice.way, choice.why
-    ('segments', 'For up to 16 tokens, outlier columns are multiplied in int8 segments of 32.')
+    ('segments', 'For up to 65536 numbers, outlier columns are multiplied in int8 segments of 32.')
 
 Few tokens are bound by bytes in flight, many by the tensor cores. Tuned on Hopper only. The ways:
 
 - "codes": without a threshold there are no outliers.
 - "planes": outlier columns are two more int8 rows a token, of the same product.
 - "segments": these rows are multiplied apart, only where there are outliers: by segments of 32 columns.
+- "beside": the first programs of the product gather them for its tiles, which multiply codes meanwhile.
 - "tiles": each program gathers the outlier columns of its tile.
 - "gather": a launch gathers them for all programs first.
 - "dequantize": the product is empty, so no kernel of this package runs.
@@ -24,16 +25,25 @@ import triton.language as tl
 
 from bigq_kernels.choice import Choice
 from bigq_kernels.gpu import Gpu
+from bigq_kernels.int8.outliers import gather_programs
 from bigq_kernels.split_k import split_steps
 from bigq_kernels.tiles import ceil_div
 
-__all__ = ["MAX_SEGMENTS_M", "MAX_SPLIT_TILES", "MAX_TILES_M", "Int8Config", "choose", "fitted"]
+__all__ = ["MAX_SPLIT_TILES", "MAX_TILES_M", "Int8Config", "choose", "fitted"]
 
 MAX_PLANES_M = 4  # whose three rows each fill the least tile of a tensor core
 MAX_SEGMENTS_M = 16
+MAX_SEGMENTS_NUMEL = 1 << 16  # of x: more are quantized in two launches, 35 us instead of 30 at 16 x 14336, N = 4096
 MAX_TILES_M = 128  # more tokens make so many programs that gathering once pays
+MAX_BESIDE_M = 512
+MAX_EARLY_M = 64
+MIN_EARLY_K = 8192
+EARLY_STEPS = 8
+MIN_GATHER_ROWS = 128
+MAX_GATHER_ROWS = 512
 MAX_SPLIT_TILES = tl.constexpr(1024)  # as many counters are zeroed; fewer tiles than these fill every GPU
 MAX_STAGED_NBYTES = 112 << 10  # of shared memory: a program with more has its multiprocessor to itself
+RESERVED_NBYTES = 1 << 10  # of shared memory, that CUDA takes of each program
 OUTLIERS_NBYTES = 8 << 10  # and outlier columns: 16 of 128 rows and 128 tokens, in 16 bits
 MIN_SPLIT_STEPS = 24  # fewer do not pay for the sum: 16 take 34 us instead of 27 (4096 x 4096, 512 tokens)
 
@@ -50,24 +60,35 @@ class Int8Config:
     prefetches: int = 0  # pieces of 512 bytes of each row that are brought to L2 before x is quantized
     split: int = 1  # programs along K
     steps_per_split: int = 0  # of block_k columns; 0 means all
+    gather_rows: int = 128  # of the weight, for each program that gathers outlier columns beside the tiles
+    early: int = 0  # steps before the end at which a tile first looks whether they are gathered; 0: at the end
 
     def tiles(self, m: int, n: int) -> int:
         """How many tiles m tokens and n rows of the weight make."""
         return ceil_div(m, self.block_m) * ceil_div(n, self.block_n)
+
+    def room(self, gpu: Gpu) -> int:
+        """How many programs run at once, as far as shared memory says, and not more than 3 a multiprocessor."""
+        return gpu.multiprocessors * min(3, max(1, gpu.shared_nbytes // (self.staged_nbytes() + RESERVED_NBYTES)))
 
     def staged_nbytes(self) -> int:
         """Bytes of codes that a program has in shared memory."""
         return self.stages * (self.block_m + self.block_n) * self.block_k
 
 
-def _way(m: int, dtype: torch.dtype, outliers: bool) -> tuple[str, str]:
+def _way(m: int, k: int, dtype: torch.dtype, outliers: bool) -> tuple[str, str]:
     """(way, why)."""
     if not outliers:
         return "codes", "The threshold is 0, so there are no outlier columns."
     if m <= MAX_PLANES_M and dtype != torch.float32:  # whose 24 bits two planes do not hold
         return "planes", f"For up to {MAX_PLANES_M} tokens of 16 bits, outlier columns are two more int8 rows a token."
-    if m <= MAX_SEGMENTS_M and dtype != torch.float32:
-        return "segments", f"For up to {MAX_SEGMENTS_M} tokens, outlier columns are multiplied in int8 segments of 32."
+    if m <= MAX_SEGMENTS_M and m * k <= MAX_SEGMENTS_NUMEL and dtype != torch.float32:
+        return (
+            "segments",
+            f"For up to {MAX_SEGMENTS_NUMEL} numbers, outlier columns are multiplied in int8 segments of 32.",
+        )
+    if m <= MAX_BESIDE_M and dtype != torch.float32:
+        return "beside", f"Up to {MAX_BESIDE_M} tokens"
     if m <= MAX_TILES_M:
         return "tiles", f"For up to {MAX_TILES_M} tokens, each program gathers the outlier columns of its tile."
     return "gather", f"Above {MAX_TILES_M} tokens, so many programs read outlier columns that one launch gathers them."
@@ -75,7 +96,7 @@ def _way(m: int, dtype: torch.dtype, outliers: bool) -> tuple[str, str]:
 
 def _tile(way: str, m: int, n: int, dtype: torch.dtype, multiprocessors: int) -> Int8Config:
     block_n = 64 if n > 8192 else 32
-    if m <= 16 and way in ("codes", "planes", "segments"):
+    if m <= 16 and (way in ("codes", "planes") or dtype != torch.float32):
         # 128 programs at N = 4096, each with 48 KiB in flight. Of 64 rows, two programs fit a multiprocessor with four
         # stages, and three with three. Where there are more than two, three are faster: one token of 28672 x 8192 takes
         # 61 us, and 72 with four stages; of 14336 x 4096 it takes 20.1 and 19.1 (H200).
@@ -112,7 +133,7 @@ def choose(
     if k == 0:
         return Choice(way="dequantize", config=None, why="K = 0: the output is the bias.")
     gpu = device if isinstance(device, Gpu) else Gpu.of(device)
-    way, why = _way(m, dtype, outliers)
+    way, why = _way(m, k, dtype, outliers)
     config = fitted(_tile(way, m, n, dtype, gpu.multiprocessors), gpu)
     tiles, steps = config.tiles(m, n), ceil_div(k, config.block_k)
     if tiles <= min(gpu.multiprocessors, MAX_SPLIT_TILES.value) and config.staged_nbytes() <= MAX_STAGED_NBYTES:
@@ -121,4 +142,10 @@ def choose(
         split, steps_per_split = split_steps(tiles, steps, gpu.multiprocessors, 4 + partial)
         if steps_per_split >= MIN_SPLIT_STEPS:
             config = replace(config, split=split, steps_per_split=steps_per_split)
+    if way == "beside":
+        programs, rows = tiles * config.split, MIN_GATHER_ROWS
+        while rows < MAX_GATHER_ROWS and programs + gather_programs(m, n, rows) > config.room(gpu):
+            rows *= 2
+        config = replace(config, gather_rows=rows, early=EARLY_STEPS if m <= MAX_EARLY_M and k >= MIN_EARLY_K else 0)
+        why += f": {gather_programs(m, n, rows)} programs gather the outlier columns beside {programs} tiles."
     return Choice(way=way, config=config, why=why)

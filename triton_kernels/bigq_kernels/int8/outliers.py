@@ -1,7 +1,12 @@
 """Outlier columns for LLM.int8(), gathered from x and from the weight by the list that `tokens.py` makes.
 
-Above 128 tokens one launch gathers the first 128 outlier columns for all tiles of the product. Each tile gathers any
-further ones itself, and for fewer tokens all of them.
+- "gather": one launch gathers the first CAPACITY of them for all tiles of the product.
+- "beside": the first programs of the product do, while the others multiply codes. A tile needs them when its codes are
+  multiplied. They come first in the grid, so a GPU has started them by then. Where they are not done after MAX_POLLS,
+  whatever kept them, the tile gathers for itself. So no order of programs makes a tile wait for ever.
+- "tiles": each tile gathers all of them.
+
+Each tile gathers those beyond CAPACITY itself.
 """
 
 import torch
@@ -12,7 +17,32 @@ from torch import Tensor
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, next_power_of_2
 
-__all__ = ["gather_block", "gather_outliers"]
+__all__ = [
+    "TABLE_BLOCK",
+    "gather_beside",
+    "gather_block",
+    "gather_outliers",
+    "gather_programs",
+    "is_gathered",
+    "outlier_tables",
+    "wait_for",
+]
+
+REST_ROWS = tl.constexpr(64)  # of x, that a program gathers
+TABLE_BLOCK = tl.constexpr(16)  # columns: the tables are padded with zeros to whole blocks
+LOADS = tl.constexpr(4096)  # numbers of the weight that a program reads together: 32 loads of a thread
+MAX_POLLS = tl.constexpr(1000)  # of about 0.7 us
+
+
+def gather_programs(m: int, n: int, rows: int) -> int:
+    """How many programs gather outlier columns of m tokens and n rows of a weight, `rows` of these each."""
+    return ceil_div(m, REST_ROWS.value) + ceil_div(n, rows)
+
+
+def outlier_tables(x: Tensor, n: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Memory for outlier columns of x [M, K]: (their rest [M, capacity], dequantized weight [n, capacity])."""
+    rest = torch.empty(len(x), capacity, dtype=x.dtype, device=x.device)
+    return rest, torch.empty(n, capacity, dtype=x.dtype, device=x.device)
 
 
 @triton.jit
@@ -69,18 +99,119 @@ def gather_block(
     return rest_of(x, codes, scale[:, None]), dense_of(weight, absmax[:, None], x.dtype), count
 
 
-@triton.jit(do_not_specialize=["M"])
-def _gather_outliers_kernel(
+@triton.jit
+def _gather_weight(
+    weight_ptr,  # [N, K] int8
+    absmax_ptr,  # [N, 1] float32
+    count_ptr,  # see _quantize_tokens_kernel
+    column_ptr,
+    dense_ptr,  # [N, CAPACITY]: the weight's first outlier columns, dequantized
+    N,
+    K,
+    program,
+    stop,  # columns of the table that are set
+    segments,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gather BLOCK columns at once of ROWS rows."""
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_n = (row < N)[:, None]
+    absmax = tl.load(absmax_ptr + row, mask=row < N, other=0.0)[:, None]
+    for start in tl.range(0, stop, BLOCK, num_stages=1):
+        number = start + tl.arange(0, BLOCK)
+        column, count = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK)
+        mask = in_n & (number < count)[None, :]
+        weight = tl.load(weight_ptr + row[:, None] * K + column[None, :], mask=mask, other=0)
+        dense = dense_of(weight, absmax, dense_ptr.dtype.element_ty)
+        tl.store(dense_ptr + row[:, None] * CAPACITY + number[None, :], dense, mask=in_n & (number < stop)[None, :])
+
+
+@triton.jit
+def _gather_rest(
     x_ptr,  # [M, K]
     codes_ptr,  # [M, K] int8
     scale_ptr,  # [M] float32
-    weight_ptr,  # [N, K] int8
-    absmax_ptr,  # [N, 1] float32
-    count_ptr,  # see _list_outliers_kernel
+    count_ptr,
     column_ptr,
-    rest_ptr,  # [M, CAPACITY]: the rest of the first outlier columns, zero-padded to whole BLOCKs
-    dense_ptr,  # [N, CAPACITY]: the weight's
-    total_ptr,  # [1] int32: how many outlier columns there are
+    rest_ptr,  # [M, CAPACITY]: the rest of the first outlier columns
+    M,
+    K,
+    program,
+    stop,
+    segments,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = program.to(tl.int64) * REST_ROWS + tl.arange(0, REST_ROWS)
+    in_m = (row < M)[:, None]
+    scale = tl.load(scale_ptr + row, mask=row < M, other=0.0)[:, None]
+    for start in tl.range(0, stop, BLOCK, num_stages=1):
+        number = start + tl.arange(0, BLOCK)
+        column, count = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK)
+        mask = in_m & (number < count)[None, :]
+        x = tl.load(x_ptr + row[:, None] * K + column[None, :], mask=mask, other=0.0)
+        codes = tl.load(codes_ptr + row[:, None] * K + column[None, :], mask=mask, other=0)
+        tl.store(rest_ptr + row[:, None] * CAPACITY + number[None, :], rest_of(x, codes, scale), mask=in_m)
+
+
+@triton.jit
+def _gather_rows(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    weight_ptr,
+    absmax_ptr,
+    count_ptr,
+    column_ptr,
+    rest_ptr,
+    dense_ptr,
+    M,
+    N,
+    K,
+    program,  # of those that gather; the first ones take the weight
+    segments,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Set the tables of ROWS rows of the weight, or of REST_ROWS of x: zero-padded to whole TABLE_BLOCKs of columns.
+
+    Beside a product that is bound by memory a load takes several microseconds, so BLOCK columns are in flight together.
+    """
+    programs_n = tl.cdiv(N, ROWS)
+    counts = tl.load(count_ptr + tl.arange(0, SEGMENTS), mask=tl.arange(0, SEGMENTS) < segments, other=0)
+    stop = min(tl.cdiv(tl.sum(counts, axis=0), TABLE_BLOCK) * TABLE_BLOCK, CAPACITY)
+    if program < programs_n:
+        _gather_weight(
+            weight_ptr, absmax_ptr, count_ptr, column_ptr, dense_ptr, N, K, program, stop, segments,
+            SEGMENT, SEGMENTS, CAPACITY, ROWS, BLOCK,
+        )  # fmt: skip
+    else:
+        _gather_rest(
+            x_ptr, codes_ptr, scale_ptr, count_ptr, column_ptr, rest_ptr, M, K, program - programs_n, stop, segments,
+            SEGMENT, SEGMENTS, CAPACITY, TABLE_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gather_outliers_kernel(
+    x_ptr,  # see _gather_rows, and so below
+    codes_ptr,
+    scale_ptr,
+    weight_ptr,
+    absmax_ptr,
+    count_ptr,
+    column_ptr,
+    rest_ptr,
+    dense_ptr,
     M,
     N,
     K,
@@ -88,38 +219,17 @@ def _gather_outliers_kernel(
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     CAPACITY: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    program = tl.program_id(0)
-    tiles_n = tl.cdiv(N, BLOCK_ROWS)
-    column, count = outlier_columns(count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK)
-    if program == 0:
-        tl.store(total_ptr, count)
-    number = tl.arange(0, BLOCK)
-    for start in range(0, max(min(count, CAPACITY), 1), BLOCK):  # one block at least
-        if start > 0:
-            column, _ = outlier_columns(count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK)
-        in_list = (start + number < count)[None, :]
-        if program < tiles_n:
-            row = program.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-            in_n = (row < N)[:, None]
-            absmax = tl.load(absmax_ptr + row, mask=row < N, other=0.0)[:, None]
-            weight = tl.load(weight_ptr + row[:, None] * K + column[None, :], mask=in_n & in_list, other=0)
-            dense = dense_of(weight, absmax, dense_ptr.dtype.element_ty)
-            tl.store(dense_ptr + row[:, None] * CAPACITY + (start + number)[None, :], dense, mask=in_n)
-        else:
-            row = (program - tiles_n).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-            in_m = (row < M)[:, None]
-            offset = row[:, None] * K + column[None, :]
-            x = tl.load(x_ptr + offset, mask=in_m & in_list, other=0.0)
-            codes = tl.load(codes_ptr + offset, mask=in_m & in_list, other=0)
-            rest = rest_of(x, codes, tl.load(scale_ptr + row, mask=row < M, other=0.0)[:, None])
-            tl.store(rest_ptr + row[:, None] * CAPACITY + (start + number)[None, :], rest, mask=in_m)
+    _gather_rows(
+        x_ptr, codes_ptr, scale_ptr, weight_ptr, absmax_ptr, count_ptr, column_ptr, rest_ptr, dense_ptr,
+        M, N, K, tl.program_id(0), segments, SEGMENT, SEGMENTS, CAPACITY, ROWS, BLOCK,
+    )  # fmt: skip
 
 
 def gather_outliers(
@@ -131,23 +241,67 @@ def gather_outliers(
     counts: Tensor,
     columns: Tensor,
     capacity: int,
-    block: int,
     pdl: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rest [M, capacity], dequantized weight [N, capacity], count [1]) of the first `capacity` outlier columns.
+) -> tuple[Tensor, Tensor]:
+    """(rest [M, capacity], dequantized weight [N, capacity]) of the first `capacity` outlier columns.
 
-    Those are set up to the count, padded with zeros to whole blocks of `block` columns, one at least.
+    Those are set up to the count, padded with zeros to whole blocks of TABLE_BLOCK columns.
     """
     (m, k), n = x.shape, weight.shape[0]
-    rest = torch.empty(m, capacity, dtype=x.dtype, device=x.device)
-    dense = torch.empty(n, capacity, dtype=x.dtype, device=x.device)
-    total = torch.empty(1, dtype=torch.int32, device=x.device)
+    rest, dense = outlier_tables(x, n, capacity)
     rows = 64
     launch(
-        _gather_outliers_kernel, (ceil_div(n, rows) + ceil_div(m, rows),),
-        x, codes, scale, weight, absmax, counts, columns, rest, dense, total, m, n, k, counts.shape[0],
+        _gather_outliers_kernel, (gather_programs(m, n, rows),),
+        x, codes, scale, weight, absmax, counts, columns, rest, dense, m, n, k, counts.shape[0],
         SEGMENT=columns.shape[1], SEGMENTS=next_power_of_2(counts.shape[0]), CAPACITY=capacity,
-        BLOCK_ROWS=rows, BLOCK=block, PDL=pdl,
+        ROWS=rows, BLOCK=TABLE_BLOCK.value, PDL=pdl,
         options={"num_warps": 4, "launch_pdl": pdl},
     )  # fmt: skip
-    return rest, dense, total
+    return rest, dense
+
+
+@triton.jit
+def gather_beside(
+    program,
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    weight_ptr,
+    absmax_ptr,
+    ready_ptr,  # [1] int32, zero: how many programs have gathered
+    count_ptr,
+    column_ptr,
+    rest_ptr,
+    dense_ptr,
+    M,
+    N,
+    K,
+    segments,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What the first programs of a product do, each for its rows."""
+    _gather_rows(
+        x_ptr, codes_ptr, scale_ptr, weight_ptr, absmax_ptr, count_ptr, column_ptr, rest_ptr, dense_ptr,
+        M, N, K, program, segments, SEGMENT, SEGMENTS, CAPACITY, ROWS, LOADS // ROWS,
+    )  # fmt: skip
+    tl.debug_barrier()  # the whole program has stored, then one thread publishes it
+    tl.atomic_add(ready_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for(ready_ptr, programs):
+    """Whether `programs` programs have gathered, after a wait of MAX_POLLS at most."""
+    ready, polls = 0, 0
+    while (ready < programs) & (polls < MAX_POLLS):
+        ready = tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu")
+        polls += 1
+    return ready >= programs
+
+
+@triton.jit
+def is_gathered(ready_ptr, programs):
+    """Whether `programs` programs have gathered, the same for all threads: one asks."""
+    return tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu") >= programs

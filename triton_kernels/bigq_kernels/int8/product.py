@@ -20,7 +20,16 @@ from torch import Tensor
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.int8.choose import Int8Config
-from bigq_kernels.int8.outliers import gather_block, gather_outliers
+from bigq_kernels.int8.outliers import (
+    TABLE_BLOCK,
+    gather_beside,
+    gather_block,
+    gather_outliers,
+    gather_programs,
+    is_gathered,
+    outlier_tables,
+    wait_for,
+)
 from bigq_kernels.int8.planes import load_segments, quantize_planes
 from bigq_kernels.int8.tokens import quantize_tokens
 from bigq_kernels.launch import launch
@@ -30,7 +39,7 @@ from bigq_kernels.tiles import ceil_div, next_power_of_2
 __all__ = ["multiply_int8"]
 
 CAPACITY = 128  # outlier columns that are gathered before the product, if any; it gathers any further ones itself
-BLOCK_OUTLIERS = 16  # the least that a tensor core takes; 32 spills registers in the largest tile
+BLOCK_OUTLIERS = TABLE_BLOCK.value  # the least that a tensor core takes; 32 spills registers in the largest tile
 BLOCK_SEGMENTS = 4  # 128 columns: as many outlier columns, if they lie apart, are on their way during the loop
 PREFETCH_BYTES = tl.constexpr(512)
 PREFETCH_ASM = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH_BYTES.value}; mov.b32 $0, 0;")
@@ -42,7 +51,14 @@ def _prefetch(ptrs):
     tl.inline_asm_elementwise(PREFETCH_ASM, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit(do_not_specialize=["M", "E", "repeat", "split"])  # a new number of tokens compiles nothing
+@triton.jit
+def _load_table(ptrs):
+    """A block of a table of outlier columns, from L2: another program of this launch may have written it."""
+    return tl.load(ptrs, cache_modifier=".cg")
+
+
+# A new number of tokens compiles nothing.
+@triton.jit(do_not_specialize=["M", "E", "repeat", "first", "split"])
 def _linear_int8_kernel(
     codes_ptr,  # [M, K] int8: x; with PLANES [3, M, K]
     scale_ptr,  # [M] float32; with PLANES [3, M]
@@ -50,11 +66,11 @@ def _linear_int8_kernel(
     absmax_ptr,  # [N, 1] float32
     bias_ptr,  # [N] or None
     x_ptr,  # [M, K]
-    count_ptr,  # see _list_outliers_kernel
+    count_ptr,  # see _quantize_tokens_kernel
     column_ptr,
-    rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
+    rest_ptr,  # see _gather_rows; None where each program gathers for itself
     dense_ptr,
-    total_ptr,
+    ready_ptr,  # see gather_beside, which the first programs do; or None
     segment_ptr,  # see quantize_planes, where the planes of a tile's tokens are multiplied after its codes; or None
     partial_ptr,  # [split, tiles, BLOCK_M, BLOCK_N] int32; None without a split
     arrived_ptr,  # [tiles] int32, zero: how many programs have finished the tile
@@ -67,6 +83,7 @@ def _linear_int8_kernel(
     E,  # weights of the stack
     repeat,
     segments,
+    first,  # programs that gather
     split,
     k_per_split,
     SEGMENT: tl.constexpr,
@@ -81,9 +98,22 @@ def _linear_int8_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_OUTLIERS: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,  # segments that are multiplied together
+    GATHER_ROWS: tl.constexpr,  # of the weight, for each program that gathers
+    EARLY: tl.constexpr,  # steps before the end at which a tile looks whether the columns are gathered; 0: at the end
     GROUP_M: tl.constexpr,  # tiles of M that share their tiles of N in L2
 ):
-    tile, tiles_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    tile, tiles, tiles_n = tl.program_id(0), tl.num_programs(0), tl.cdiv(N, BLOCK_N)
+    if ready_ptr is not None:
+        if tile < first:
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            if tl.program_id(1) == 0:
+                gather_beside(
+                    tile, x_ptr, codes_ptr, scale_ptr, weight_ptr, absmax_ptr, ready_ptr, count_ptr, column_ptr,
+                    rest_ptr, dense_ptr, M, N, K, segments, SEGMENT, SEGMENTS, CAPACITY, GATHER_ROWS,
+                )  # fmt: skip
+            return
+        tile, tiles = tile - first, tiles - first
     TOKENS: tl.constexpr = BLOCK_M // 4 if PLANES else BLOCK_M
     base = 0  # the first row of its weight in a stack
     if groups_ptr is not None:
@@ -133,12 +163,12 @@ def _linear_int8_kernel(
                 count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
             )  # fmt: skip
         else:
-            count = tl.load(total_ptr)
+            counts = tl.load(count_ptr + tl.arange(0, SEGMENTS), mask=tl.arange(0, SEGMENTS) < segments, other=0)
             number = tl.arange(0, BLOCK_OUTLIERS)[None, :]
             rest_ptrs = rest_ptr + x_token[:, None] * CAPACITY + number
             dense_ptrs = dense_ptr + n_row[:, None] * CAPACITY + number
-            first_rest = tl.load(rest_ptrs)
-            first_dense = tl.load(dense_ptrs)
+            if ready_ptr is None:
+                first_rest, first_dense = tl.load(rest_ptrs), tl.load(dense_ptrs)
 
     if segment_ptr is not None:
         plane = M.to(tl.int64) * K
@@ -148,7 +178,17 @@ def _linear_int8_kernel(
 
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for start in range(first_k, min(first_k + k_per_split, K), BLOCK_K):
+    last_k = min(first_k + k_per_split, K)
+    if ready_ptr is not None:
+        is_ready = False
+        first_rest = tl.zeros((BLOCK_M, BLOCK_OUTLIERS), rest_ptr.dtype.element_ty)
+        first_dense = tl.zeros((BLOCK_N, BLOCK_OUTLIERS), rest_ptr.dtype.element_ty)
+        look = first_k + max(tl.cdiv(last_k - first_k, BLOCK_K) - EARLY, 0) * BLOCK_K
+    for start in range(first_k, last_k, BLOCK_K):
+        if EARLY:  # noqa: SIM102, a branch of the compiler's
+            if start == look:
+                is_ready = is_gathered(ready_ptr, first)
+                first_rest, first_dense = _load_table(rest_ptrs), _load_table(dense_ptrs)
         if EVEN_K:
             codes = tl.load(codes_ptr + x_row + start + k, mask=in_m, other=0)
             weight = tl.load(weight_ptr + weight_row + start + k)
@@ -161,7 +201,7 @@ def _linear_int8_kernel(
     if partial_ptr is not None:
         offset = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         partial_ptr += tile.to(tl.int64) * (BLOCK_M * BLOCK_N)
-        stride = tl.num_programs(0).to(tl.int64) * (BLOCK_M * BLOCK_N)
+        stride = tiles.to(tl.int64) * (BLOCK_M * BLOCK_N)
         mine = partial_ptr + tl.program_id(1) * stride + offset
         is_last = store_split(total, mine, arrived_ptr + tile, True) == split - 1
     if is_last:
@@ -185,12 +225,28 @@ def _linear_int8_kernel(
             outlier = high.to(tl.float32) + low.to(tl.float32) * (1.0 / 128.0)
             out += outlier * (outlier_scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
         if count_ptr is not None:
-            out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
-            if rest_ptr is not None:
-                for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
-                    rest, dense = tl.load(rest_ptrs + start), tl.load(dense_ptrs + start)
+            begin = BLOCK_OUTLIERS  # the first outlier column that each tile gathers
+            if rest_ptr is None:
+                out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
+            else:
+                count = tl.sum(counts, axis=0)
+                if ready_ptr is not None:
+                    begin = 0
+                    if count > 0:
+                        if not is_ready:
+                            is_ready = wait_for(ready_ptr, first)
+                            first_rest, first_dense = _load_table(rest_ptrs), _load_table(dense_ptrs)
+                        if is_ready:
+                            begin = CAPACITY
+                            out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
+                else:
+                    begin = CAPACITY
+                    if count > 0:
+                        out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
+                for start in tl.range(BLOCK_OUTLIERS, min(count, begin), BLOCK_OUTLIERS, num_stages=1):
+                    rest, dense = _load_table(rest_ptrs + start), _load_table(dense_ptrs + start)
                     out = tl.dot(rest, dense.T, out, input_precision="ieee")
-            for start in range(BLOCK_OUTLIERS if rest_ptr is None else CAPACITY, count, BLOCK_OUTLIERS):
+            for start in range(begin, count, BLOCK_OUTLIERS):
                 rest, dense, _ = gather_block(
                     x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
                     count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
@@ -234,11 +290,11 @@ def multiply_int8(
     the rows of x up to stops[e]. With `ids` [S], out is [S, N]: row i is row i // (S / M) of x times the weight ids[i].
     Each of these rows is a tile of its own. A row that no weight multiplies is 0.
     """
-    (m, k), n, e = x.shape, weight.shape[-2], len(weight)
+    (m, k), n, e = x.shape, weight.shape[-2], len(weight) if weight.ndim == 3 else 1
     pdl = Gpu.of(x.device).pdl
     threshold = _rounded(threshold, x.dtype)
-    groups = counts = columns = listed = rest = dense = total = partial = arrived = None
-    tiles, repeat = config.tiles(m, n), 1
+    groups = counts = columns = listed = rest = dense = ready = partial = arrived = None
+    tiles, repeat, first = config.tiles(m, n), 1, 0
     if stops is not None:
         tiles = most_tiles(m, e, config.block_m) * ceil_div(n, config.block_n)
         groups = group_tokens(stops, e, config.block_m, torch.empty(0, dtype=torch.int32, device=x.device), out)
@@ -250,22 +306,26 @@ def multiply_int8(
     if way in ("planes", "segments"):
         codes, scale, listed = quantize_planes(x, threshold, way == "segments", arrived, pdl)
     else:
-        codes, scale, counts, columns = quantize_tokens(x, threshold, arrived, pdl)
-    if way == "gather" and counts is not None and columns is not None:
+        ready = torch.empty(1, dtype=torch.int32, device=x.device) if way == "beside" else None
+        codes, scale, counts, columns = quantize_tokens(x, threshold, arrived, ready, pdl)
+    if way == "beside":
+        first = gather_programs(m, n, config.gather_rows)
+        rest, dense = outlier_tables(x, n, CAPACITY)
+    elif way == "gather" and counts is not None and columns is not None:
         matrix, scales = weight.view(-1, k), absmax.view(-1, 1)
-        rest, dense, total = gather_outliers(
-            x, codes, scale, matrix, scales, counts, columns, CAPACITY, BLOCK_OUTLIERS, pdl
-        )
+        rest, dense = gather_outliers(x, codes, scale, matrix, scales, counts, columns, CAPACITY, pdl)
     segments, segment = (0, 1) if columns is None else columns.shape
     prefetch = pdl and k % 16 == 0 and k >= config.prefetches * PREFETCH_BYTES.value and weight.data_ptr() % 16 == 0
     launch(
-        _linear_int8_kernel, (tiles, config.split),
-        codes, scale, weight, absmax, bias, x, counts, columns, rest, dense, total, listed, partial, arrived, out,
-        groups, ids, m, n, k, e, repeat, segments, config.split, config.steps_per_split * config.block_k or k,
+        _linear_int8_kernel, (first + tiles, config.split),
+        codes, scale, weight, absmax, bias, x, counts, columns, rest, dense, ready, listed, partial, arrived, out,
+        groups, ids, m, n, k, e, repeat, segments, first, config.split,
+        config.steps_per_split * config.block_k or k,
         SEGMENT=segment, SEGMENTS=next_power_of_2(max(segments, 1)), CAPACITY=CAPACITY,
         PLANES=way == "planes", EVEN_K=k % config.block_k == 0, PDL=pdl,
         PREFETCHES=config.prefetches if prefetch else 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        BLOCK_OUTLIERS=BLOCK_OUTLIERS, BLOCK_SEGMENTS=BLOCK_SEGMENTS, GROUP_M=8,
+        BLOCK_OUTLIERS=BLOCK_OUTLIERS, BLOCK_SEGMENTS=BLOCK_SEGMENTS,
+        GATHER_ROWS=config.gather_rows if first else 0, EARLY=config.early if first else 0, GROUP_M=8,
         options={"num_warps": config.warps, "num_stages": config.stages, "launch_pdl": pdl},
     )  # fmt: skip
