@@ -283,18 +283,9 @@ def _linear_4bit_sliced_kernel(
                     if (i == COVERS - 1) & (tile + 1 < stop):
                         scaled = next_tile(scaled, stop, stack, TILE, SPLIT, SINGLE)
                     next_value, next_nested = _load_scales(
-                        scaled,
-                        scales,
-                        of_split,
-                        steps,
-                        B,
-                        (i + 1) % COVERS,
-                        K_WARPS,
-                        BLOCK_SIZE,
-                        QUARTERS,
-                        EVEN,
+                        scaled, scales, of_split, steps, B, (i + 1) % COVERS, K_WARPS, BLOCK_SIZE, QUARTERS, EVEN,
                         SPREAD,
-                    )
+                    )  # fmt: skip
                 wait_for_copies(STAGES - 2, t0)
                 if copied[0] < stop:
                     filled = gl.where(stage == 0, STAGES - 1, stage - 1)  # every lane has read it
@@ -313,18 +304,9 @@ def _linear_4bit_sliced_kernel(
                     if (i == COVERS - 1) & (tile + 1 < stop):
                         scaled = next_tile(scaled, stop, stack, TILE, SPLIT, SINGLE)
                     value, nested = _load_scales(
-                        scaled,
-                        scales,
-                        of_split,
-                        steps,
-                        B,
-                        (i + 1) % COVERS,
-                        K_WARPS,
-                        BLOCK_SIZE,
-                        QUARTERS,
-                        EVEN,
+                        scaled, scales, of_split, steps, B, (i + 1) % COVERS, K_WARPS, BLOCK_SIZE, QUARTERS, EVEN,
                         SPREAD,
-                    )
+                    )  # fmt: skip
                 packed = gl.tuple([])
                 for q in gl.static_range(QUARTERS):
                     packed += (read_codes(read_from[q] + stage * STAGE_NBYTES),)
