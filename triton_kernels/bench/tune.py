@@ -24,8 +24,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bigq_kernels.block4.configs import (
+    BulkConfig,
     SlicedConfig,
     WgmmaConfig,
+    bulk_config,
     dp4a_config,
     mma_config,
     shape_class,
@@ -34,6 +36,7 @@ from bigq_kernels.block4.configs import (
     wgmma_config,
 )
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
+from bigq_kernels.block4.gluon.bulk import linear_4bit_bulk
 from bigq_kernels.block4.gluon.sliced import linear_4bit_sliced
 from bigq_kernels.block4.gluon.staged import linear_4bit_staged
 from bigq_kernels.block4.gluon.wgmma import linear_4bit_wgmma
@@ -94,7 +97,10 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
     if m >= 16 and k % 256 == 0 and gpu.capability == (9, 0):
         shipped = wgmma_config(gpu, m, n, k)
         if shipped is not None:
-            yield linear_4bit_wgmma, shipped
+            yield linear_4bit_bulk if isinstance(shipped, BulkConfig) else linear_4bit_wgmma, shipped
+        for rows, split in product((128, 256), (1, 2, 4)):
+            if rows < 2 * m:
+                yield linear_4bit_bulk, bulk_config(rows, split)
         most = min(256, next_power_of_2(m))
         for rows, warps, split, registers in product((most, most // 2), (4, 8), (1, 2, 4), (None, 128)):
             config = WgmmaConfig(block_m=rows, block_n=16 * warps, split=split, warps=warps, registers=registers)

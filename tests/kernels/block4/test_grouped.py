@@ -8,7 +8,7 @@ import torch
 
 from bigq.ops import reference
 from bigq_kernels.block4.choose_grouped import choose_grouped
-from bigq_kernels.block4.configs import WgmmaConfig, staged_config
+from bigq_kernels.block4.configs import WgmmaConfig, bulk_config, staged_config
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
 from bigq_kernels.block4.grouped import grouped_linear_4bit, routed_linear_4bit
 from bigq_kernels.block4.linear import linear_4bit
@@ -137,13 +137,14 @@ def test_rows_in_any_order_have_their_own_weight(repeat, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("k", [768, 704], ids=["whole-steps", "partial-step"])
 def test_gluon_multiplies_each_row_by_its_weight(k, dtype, quant_type, nested):
-    staged, wgmma = (import_module(f"bigq_kernels.block4.gluon.{way}") for way in ("staged", "wgmma"))
+    staged, wgmma, bulk = (import_module(f"bigq_kernels.block4.gluon.{way}") for way in ("staged", "wgmma", "bulk"))
     e, n, rows = 9, 200, 700
     tensors, exact = stack(quant_type, 64, nested, "cuda", e=e, n=n, k=k)
     packed = packed4(tensors, quant_type, 64)
     x, bias = torch.randn(rows, k, device="cuda").to(dtype), torch.randn(e, n, device="cuda").to(dtype)
     ways = [(staged.linear_4bit_staged, staged_configs(tile, n, k)) for tile in (8, 16, 32)]
-    ways += [(wgmma.linear_4bit_wgmma, [wgmma_config_of(tile, split) for split in (1, 2)]) for tile in (64, 128, 256)]
+    ways += [(wgmma.linear_4bit_wgmma, [wgmma_config_of(tile, split) for split in (1, 2)]) for tile in (64, 128)]
+    ways += [(bulk.linear_4bit_bulk, [bulk_config(tile, split) for split in (1, 2)]) for tile in (128, 256)]
     for stops in (
         [0, 1, 1, 20, 84, 85, 300, 690, 690],
         [0, 0, 0, 0, 700, 700, 700, 700, 700],

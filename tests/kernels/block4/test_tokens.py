@@ -43,6 +43,10 @@ def test_tile_tokens(m, k, block_m, counts, dtype, device):
     assert torch.equal(wider[:, : k // 64].masked_fill(~written, 0.0), expected)
     assert not wider[:, k // 64 :].masked_fill(~written, 0.0).any()
     assert not count.any()
+    swapped = tile_tokens(x, block_m, k, count, swapped=True).masked_fill(~written, 0.0)
+    pieces, places = swapped.unflatten(3, (8, 8)), torch.arange(8, device=device)
+    for row in range(block_m):  # piece p lies at place p ^ (row % 8)
+        assert torch.equal(pieces[:, :, row, places ^ (row % 8)].flatten(2), expected[:, :, row])
 
 
 @pytest.mark.parametrize("block_m", [2, 32])

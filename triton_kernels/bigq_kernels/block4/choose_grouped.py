@@ -20,10 +20,12 @@ from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
     SLICED_ROWS,
     STEP,
+    BulkConfig,
     Dp4aConfig,
     MmaConfig,
     SlicedConfig,
     WgmmaConfig,
+    bulk_config,
     dp4a_config,
     mma_config,
     sliced_stack_config,
@@ -42,6 +44,9 @@ LEAST_BUSY = 0.8  # of the programs, in the last round of tiles
 SINGLE_BLOCKS = 4  # 26 us for 32 rows of 128 weights of 1536 x 2048; with as many as fit at once, 34 (H200)
 MAX_STAGED_ROWS = 12  # of a weight: with 16, 338 us and 289 of wgmma (8 weights of 28672 x 4096, H200)
 MAX_MMA_ROWS = 64
+# Tokens of a tile of `bulk`. Two products of 8 weights of 28672 x 4096, 128 / 1024 rows each: gate_up 524 / 3144 us,
+# and 563 / 3312 of wgmma (H200).
+LEAST_BULK_M = 256
 # Of a weight, on average, in the gradient of x. Microseconds of the kernel and of dequantizing for grouped_mm (H200):
 # 256 / 512 / 1024 rows for each of 128 weights of 1536 x 2048: 719 and 868, 1303 and 1335, 2469 and 2255, and the
 # kernel takes 805 MB less memory; for 32 of 5760 x 2880, which grouped_mm multiplies faster: 945 and 961, 1735 and
@@ -101,7 +106,8 @@ def choose_grouped(
         if k % 64 == 0 and gpu.capability == (9, 0):
             tile = next(tile for tile, (most, *_) in WGMMA.items() if mean <= most)
             why = f"With {each}, wgmma decodes each weight once for a tile of {tile}."
-            return Choice(way="wgmma", config=_wgmma_config(tile), why=why)
+            config = _wgmma_config(tile)
+            return Choice(way="bulk" if isinstance(config, BulkConfig) else "wgmma", config=config, why=why)
     if mean <= MAX_MMA_ROWS:
         why = f"With {each}, mma is faster than dequantizing all weights."
         return Choice(way="mma", config=_mma_config(gpu, hit, mean, n, k, block_size), why=why)
@@ -164,7 +170,9 @@ def _dp4a_config(gpu: Gpu, rows: int, n: int, k: int) -> Dp4aConfig:
     )
 
 
-def _wgmma_config(tile: int) -> WgmmaConfig:
+def _wgmma_config(tile: int) -> WgmmaConfig | BulkConfig:
+    if tile >= LEAST_BULK_M:
+        return bulk_config(tile)
     _, block_n, warps, registers = WGMMA[tile]
     return WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
 

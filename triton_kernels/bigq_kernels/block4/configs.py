@@ -14,11 +14,13 @@ from bigq_kernels.tiles import ceil_div, next_power_of_2
 __all__ = [
     "MAX_DP4A_K",
     "TABLE_NBYTES",
+    "BulkConfig",
     "Dp4aConfig",
     "MmaConfig",
     "SlicedConfig",
     "StagedConfig",
     "WgmmaConfig",
+    "bulk_config",
     "dp4a_config",
     "mma_config",
     "row_blocks",
@@ -42,6 +44,7 @@ STEP = 256  # elements of K in a step or a slice of the Gluon kernels
 SLICED_ROWS = 16  # of a tile of the sliced kernel
 # Of the slices that its warps have room for. 4 tokens of 5120 x 5120, with 20 of 32, take 9.3 us, staged 9.7 (H200).
 LEAST_SLICES = 0.6
+LEAST_BULK_M = 128  # tokens of a tile: at 64 tokens of 14336 x 4096, bulk takes 28.1 us and wgmma 28.5 (H200)
 LEAST_PROGRAMS = 64  # 1024 x 4096 has as many: 2.6 us for 4 tokens, staged takes 5.9 (H200)
 
 
@@ -107,6 +110,15 @@ class WgmmaConfig:
     registers: int | None  # the most a thread may have; None leaves it to ptxas
 
 
+@dataclass(frozen=True, kw_only=True)
+class BulkConfig:
+    """Tile and programs along K of `linear_4bit_bulk`."""
+
+    block_m: int  # tokens of a tile of 128 rows
+    split: int  # programs along K
+    stages: int  # slices of tokens in shared memory: 4 or 8
+
+
 # fmt: off
 # By GPU, M, and chunks of 32 elements of K that a thread holds: (BLOCK_N, registers).
 DP4A = {HOPPER: {1: {1: (4, 128), 2: (2, 128), 3: (2, 168)}, 2: {1: (8, 255), 2: (4, 255)}}}
@@ -146,13 +158,14 @@ MMA = {HOPPER: {
     "vast":   _WIDE,
     "large":  _WIDE | {32: (64, 4, 1, 2, 4), 64: (128, 4, 1, 8, 4)},
 }}
-# By GPU, shape and tokens, up to a power of two: (BLOCK_M, BLOCK_N, SPLIT, warps, registers). Without a row another way
+# By GPU, shape and tokens, up to a power of two: (BLOCK_M, BLOCK_N, SPLIT, warps, registers). From LEAST_BULK_M and 128
+# rows on, the tile is one of `bulk`. Without a row another way
 # is faster: small weights fill a GPU better with the smaller tiles of MMA, many tokens with the large ones of cuBLAS.
 # 128 registers of 8 warps leave room for two programs a multiprocessor, where there are tiles for them.
 _W128, _W256 = (128, 128, 1, 8, None), (256, 128, 1, 8, None)
 WGMMA: dict[tuple[int, int], dict[str, dict[int, tuple[int, int, int, int, int | None]]]] = {HOPPER: {
     "narrow": {},
-    "middle": {64: (64, 64, 2, 4, None), 128: (64, 64, 1, 4, None), 256: (128, 64, 1, 4, None)},
+    "middle": {64: (64, 64, 2, 4, None), 128: (64, 64, 1, 4, None), 256: (128, 64, 1, 4, None), 512: _W128},
     "deep":   {64: (64, 64, 4, 4, None), 128: (64, 64, 2, 4, None), 256: (128, 128, 2, 8, None)},
     "tall":   {32: (32, 128, 4, 8, 128), 64: (64, 128, 4, 8, 128), 128: (128, 128, 2, 8, None),
                256: (256, 128, 2, 8, None), 512: _W256, 1024: _W256},
@@ -306,7 +319,7 @@ def sliced_stack_config(gpu: Gpu, m: int, n: int, k: int, *, single: bool = Fals
     )
 
 
-def wgmma_config(gpu: Gpu, m: int, n: int, k: int) -> WgmmaConfig | None:
+def wgmma_config(gpu: Gpu, m: int, n: int, k: int) -> WgmmaConfig | BulkConfig | None:
     """For m tokens and a weight of n x k; None where another way is faster, and on GPUs that are not Hopper."""
     if k % STEP:  # the kernel takes whole steps: with masks it took 70 us at 5000 x 4128 and 256 tokens, and bf16 27
         return None
@@ -319,4 +332,11 @@ def wgmma_config(gpu: Gpu, m: int, n: int, k: int) -> WgmmaConfig | None:
     if row is None:
         return None
     block_m, block_n, split, warps, registers = row
+    if block_m >= LEAST_BULK_M and block_n == 128:
+        return bulk_config(block_m, split)
     return WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
+
+
+def bulk_config(block_m: int, split: int = 1) -> BulkConfig:
+    """For tiles of 128 or 256 tokens, with the stages that Hopper's shared memory has room for."""
+    return BulkConfig(block_m=block_m, split=split, stages=8 if block_m == 128 else 4)

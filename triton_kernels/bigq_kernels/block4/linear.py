@@ -18,6 +18,7 @@ from bigq_kernels.launch import dense_linear
 __all__ = ["contiguous", "device_of", "launcher", "linear_4bit", "linear_4bit_backward"]
 
 _MODULES = {  # imported on first use: not all releases of Triton have what the Gluon kernels import
+    "bulk": "bigq_kernels.block4.gluon.bulk",
     "dp4a": "bigq_kernels.block4.dp4a",
     "sliced": "bigq_kernels.block4.gluon.sliced",
     "staged": "bigq_kernels.block4.gluon.staged",

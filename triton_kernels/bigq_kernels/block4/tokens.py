@@ -3,11 +3,11 @@
 On Hopper each may start before the kernel ahead of it has ended, and the product before this one has.
 
 - `split_tokens`, for mma: even elements of K, which are high nibbles, and odd ones are stored apart.
-- `tile_tokens`, for wgmma: the tiles and the order of K in which the product copies tokens to shared memory. A lane of
-  four holds 8 consecutive bytes of a row of codes, 16 elements of 64, which are one read of shared memory. wgmma gives
-  that lane other columns of its operand: 2c, 2c + 1, 2c + 8 and 2c + 9 of each 16. Any order of K is right if weights
-  and tokens agree. Hardware reads the tokens, so the tokens are moved: pair 8s + 4h + c of the 32 pairs of a slice is
-  pair 8c + 2s + h of x. A tile of a slice is contiguous, because a program copies it in one piece.
+- `tile_tokens`, for wgmma and bulk: the tiles and the order of K in which the product copies tokens to shared memory.
+  A lane of four holds 8 consecutive bytes of a row of codes, 16 elements of 64, which are one read of shared memory.
+  wgmma gives that lane other columns of its operand: 2c, 2c + 1, 2c + 8 and 2c + 9 of each 16. Any order of K is right
+  if weights and tokens agree. Hardware reads the tokens, so the tokens are moved: pair 8s + 4h + c of the 32 pairs of a
+  slice is pair 8c + 2s + h of x. A tile of a slice is contiguous, because a program copies it in one piece.
 """
 
 import torch
@@ -84,6 +84,7 @@ def _tile_tokens_kernel(
     counts,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
+    SWAPPED: tl.constexpr,  # pieces of 16 bytes lie as the tensor cores read them
     PDL: tl.constexpr,
 ):
     """Program (m, i): BLOCK pairs of token m; of row m of all tiles, with groups."""
@@ -101,6 +102,8 @@ def _tile_tokens_kernel(
     source = index - pair + pair % 4 * 8 + pair // 8 * 2 + pair // 4 % 2
     value = tl.load(x_ptr + row * PAIRS + source, mask=mask & (index < PAIRS), other=0)
     tile = out_ptr + m // BLOCK_M * BLOCK_M * OUT_PAIRS + m % BLOCK_M * 32
+    if SWAPPED:
+        pair = (pair // 4 ^ (m % 8).to(tl.int32)) * 4 + pair % 4
     tl.store(tile + index // 32 * (BLOCK_M * 32) + pair, value, mask=mask)
     first = m * tl.num_programs(1) + tl.program_id(1)
     for start in range(first * BLOCK, counts, tl.num_programs(1).to(tl.int64) * M * BLOCK):
@@ -110,11 +113,14 @@ def _tile_tokens_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
 
-def tile_tokens(x: Tensor, block_m: int, width: int, count: Tensor, groups: Tensor | None = None) -> Tensor:
+def tile_tokens(
+    x: Tensor, block_m: int, width: int, count: Tensor, groups: Tensor | None = None, *, swapped: bool = False
+) -> Tensor:
     """x [M, K] of 16 bits as tiles [ceil(M / block_m), width / 64, block_m, 64]; zeroes count.
 
     Columns past K are 0, and rows past M are not written. With `groups` of `group_tokens` the tiles are theirs:
     [most_tiles, width / 64, block_m, 64].
+    With `swapped`, piece p of the 8 pieces of 16 bytes of row m in a slice lies at place p ^ (m % 8).
     K % 64 == 0, x contiguous. A kernel launched after it with `launch_pdl` may start meanwhile.
     """
     m, k = x.shape
@@ -135,6 +141,7 @@ def tile_tokens(x: Tensor, block_m: int, width: int, count: Tensor, groups: Tens
         count.numel(),
         BLOCK_M=block_m,
         BLOCK=_PAIRS,
+        SWAPPED=swapped,
         PDL=pdl,
         options={"launch_pdl": pdl},
     )

@@ -74,30 +74,58 @@ for m, n, k, single in (8, 2048, 768, False), (8, 28672, 4096, True), (8, 4096, 
     print(built.metadata.shared - -(-memory // place) * place, ptx.count("bar.sync"), ptx.count("table[32768]"),
           ptx.count("mma.sync.aligned.m16n8k16") - 4 * config.quarters * config.covers * m // 8)
 """
-WGMMA = """
+SERIALIZED = """
 import pathlib, subprocess, tempfile, triton
+
+ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+def is_serialized(ptx):
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int("serialized" in said.stdout + said.stderr)
+"""
+WGMMA = (
+    SERIALIZED
+    + """
 from bigq_kernels.block4.choose_grouped import WGMMA as STACKS
 from bigq_kernels.block4.configs import WGMMA
 from bigq_kernels.block4.gluon.wgmma import _linear_4bit_wgmma_kernel as kernel, loops_of
 
-ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-rows = {(*row[:4], False) for rows in WGMMA[9, 0].values() for row in rows.values()}
-rows |= {(block_m, block_n, 1, warps, True) for block_m, (_, block_n, warps, _) in STACKS.items()}
+rows = {(*row[:4], False) for rows in WGMMA[9, 0].values() for row in rows.values() if row[0] < 128 or row[1] < 128}
+rows |= {(block_m, block_n, 1, warps, True) for block_m, (_, block_n, warps, _) in STACKS.items() if block_m < 256}
 for block_m, block_n, split, warps, is_stack in rows:
     least, chunk = loops_of(block_m, is_stack=is_stack)
     tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split, LEAST_M=least, CHUNK=chunk)
     tile |= {} if is_stack else dict(groups_ptr=None)
     built = build(kernel, 90, "*bf16", False, tile, warps)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(built.asm["ptx"])
-        ptx.flush()
-        command = [ptxas, "-v", "-arch=sm_90a", ptx.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-    serialized = "serialized" in said.stdout + said.stderr
     sizes = range(least, block_m + 1, least)
     parts = sum(size.bit_count() for size in sizes)
-    print(built.metadata.shared, built.asm["ptx"].count("wgmma.mma_async") - parts * 16, int(serialized))
+    print(built.metadata.shared, built.asm["ptx"].count("wgmma.mma_async") - parts * 16,
+          is_serialized(built.asm["ptx"]))
 """
+)
+BULK = (
+    SERIALIZED
+    + """
+from bigq_kernels.block4.configs import bulk_config
+from bigq_kernels.block4.gluon.bulk import _linear_4bit_bulk_kernel as kernel
+
+cases = (256, 256, 1, False, True), (256, 64, 1, True, True), (128, 128, 2, True, False)
+for block_m, least, split, nested, even in cases:
+    stages = bulk_config(block_m).stages
+    tile = dict(BLOCK_M=block_m, BLOCK_N=128, SPLIT=split, LEAST_M=least, STAGES=stages, EVEN=even)
+    tile |= {} if least < block_m else dict(groups_ptr=None)
+    built = build(kernel, 90, "*bf16", nested, tile, 8)
+    memory = stages * block_m * 128 + 65536 + 8 * 2 * 2048
+    parts = sum(size.bit_count() for size in range(least, block_m + 1, least))
+    ptx = built.asm["ptx"]
+    print(built.metadata.shared - -(-memory // (block_m * 128)) * block_m * 128,
+          ptx.count("wgmma.mma_async") - parts * 4 * stages, is_serialized(ptx))
+"""
+)
 
 
 def compiled(script):
@@ -140,4 +168,14 @@ def test_wgmma_compiles_and_its_products_overlap_with_decoding():
     for shared, other_products, serialized in lines:
         assert 48 * 1024 < shared <= (227 - 32) * 1024  # of a multiprocessor; the table is beside it
         assert other_products == 0  # beside a step's 16 for each part of each loop's tokens
+        assert not serialized
+
+
+@pytest.mark.slow
+def test_bulk_compiles_with_its_memory_at_the_beginning_and_its_products_overlap_with_decoding():
+    lines = compiled(BULK)
+    assert len(lines) == 3
+    for other_memory, other_products, serialized in lines:
+        assert other_memory in (0, 4)  # 4 to tell all warps how many splits have finished a tile
+        assert other_products == 0
         assert not serialized

@@ -1,16 +1,24 @@
-"""The kernel of Hopper's wgmma in Gluon: every shipped tile at shapes with partial tiles, against float64 products."""
+"""Both kernels of wgmma in Gluon: every shipped tile at shapes with partial tiles, against float64 products."""
 
 import pytest
 import torch
 
 from bigq.ops import reference
 from bigq.testing import assert_within_budget
-from bigq_kernels.block4.configs import WGMMA, WgmmaConfig
+from bigq_kernels.block4.configs import LEAST_BULK_M, WGMMA, BulkConfig, WgmmaConfig, bulk_config
+from bigq_kernels.block4.linear import launcher
 from bigq_kernels.gpu import Gpu
 from linear_cases import packed4, quantized_4bit
 
 pytestmark = pytest.mark.gpu
-ROWS = sorted({row for rows in WGMMA[9, 0].values() for row in rows.values()}, key=str)
+SHIPPED = {row for rows in WGMMA[9, 0].values() for row in rows.values()}
+TILES = {
+    f"wgmma-{m}x{n}-split-{split}-{warps}-{registers}": WgmmaConfig(
+        block_m=m, block_n=n, split=split, warps=warps, registers=registers
+    )
+    for m, n, split, warps, registers in SHIPPED
+    if m < LEAST_BULK_M or n != 128
+} | {f"bulk-{m}-split-{split}": bulk_config(m, split) for m in (128, 256) for split in (1, 2)}
 
 
 @pytest.fixture
@@ -19,11 +27,10 @@ def wgmma(device):
     gpu = Gpu.of(device)
     if not gpu.gluon or gpu.capability != (9, 0):
         pytest.skip("another release of Triton, or no Hopper GPU")
-    from bigq_kernels.block4.gluon.wgmma import linear_4bit_wgmma  # not on all releases of Triton
 
     def run(x, packed, bias, config):
         out = x.new_full((len(x), len(packed.weight)), torch.nan)
-        linear_4bit_wgmma(x, packed, bias, out, config)
+        launcher("bulk" if isinstance(config, BulkConfig) else "wgmma")(x, packed, bias, out, config)
         return out
 
     return run
@@ -37,7 +44,7 @@ def wgmma(device):
         pytest.param("fp4", True, torch.float16, id="fp4-nested-float16"),
     ],
 )
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("config", TILES.values(), ids=TILES)
 @pytest.mark.parametrize(
     "n, k, block_size",
     [
@@ -46,11 +53,11 @@ def wgmma(device):
         pytest.param(5, 256, 64, id="less-than-a-tile"),
         pytest.param(256, 1024, 128, id="block-128"),
         pytest.param(256, 4352, 4096, id="partial-block"),
+        pytest.param(200, 4160, 64, id="partial-step"),
     ],
 )
-def test_tiles(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):
-    block_m, block_n, split, warps, registers = row
-    config = WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
+def test_tiles(n, k, block_size, config, quant_type, nested, dtype, wgmma, device):
+    block_m = config.block_m
     quantized, dense = quantized_4bit(n, k, quant_type, block_size, nested, device)
     packed, bias = packed4(quantized, quant_type, block_size), torch.randn(n, device=device)
     # Each size of a tile that has a loop of its own, full and one more than full, alone and after a whole tile.
@@ -63,10 +70,17 @@ def test_tiles(n, k, block_size, row, quant_type, nested, dtype, wgmma, device):
         assert torch.equal(wgmma(x, packed, bias, config), actual)
 
 
+BOTH = pytest.mark.parametrize(
+    "config",
+    [WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128), bulk_config(128)],
+    ids=["wgmma", "bulk"],
+)
+
+
+@BOTH
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_scale_beyond_half_precision(sign, wgmma, device):
+def test_a_scale_beyond_half_precision(sign, config, wgmma, device):
     """A float32 weight may have an absmax that float16 has not, and products that float16 has."""
-    config = WgmmaConfig(block_m=64, block_n=128, split=1, warps=8, registers=None)
     weight = torch.full((128, 256), 0x88, dtype=torch.uint8, device=device)  # the least positive code
     absmax = torch.full((128, 8), sign * 100000.0, device=device)
     x = torch.zeros(33, 512, device=device, dtype=torch.float16)
@@ -75,12 +89,22 @@ def test_a_scale_beyond_half_precision(sign, wgmma, device):
     torch.testing.assert_close(out, torch.full_like(out, sign * 100000.0 * 0.07958029955625534), rtol=2e-3, atol=0)
 
 
+@BOTH
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_stay_in_their_row(value, wgmma, device):
-    config = WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128)
+def test_nan_and_inf_stay_in_their_row(value, config, wgmma, device):
     quantized, _ = quantized_4bit(200, 1024, "nf4", 64, False, device)
     x = torch.randn(40, 1024, device=device).bfloat16()
     x[1, 7] = value
     finite = wgmma(x, packed4(quantized), None, config).isfinite().all(dim=1)
     assert not finite[1]
     assert finite.sum() == 39
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("m", [40, 200, 600])
+def test_both_kernels_have_the_same_bits(m, nested, wgmma, device):
+    quantized, _ = quantized_4bit(1000, 4352, "nf4", 64, nested, device)
+    packed, x = packed4(quantized), torch.randn(m, 4352, device=device).bfloat16()
+    by_copies = wgmma(x, packed, None, WgmmaConfig(block_m=64, block_n=128, split=1, warps=8, registers=None))
+    for block_m in (128, 256):
+        assert torch.equal(wgmma(x, packed, None, bulk_config(block_m)), by_copies)

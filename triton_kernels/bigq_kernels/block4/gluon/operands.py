@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 __all__ = ["code_layout", "decode_codes", "decode_weights"]
 
 
-def lookup_asm(scaled: str | None = None) -> str:
+def lookup_asm(scaled: str | None = None, *, wide: bool = False) -> str:
     """PTX from 4 bytes of codes ($4) to their entries $0 to $3 of the table at $5, in the bank $9.
 
     The read itself adds the table's address, for it takes a uniform register beside the lane's. Where `scaled` is
@@ -15,7 +15,9 @@ def lookup_asm(scaled: str | None = None) -> str:
     """
     lines = []
     for byte, shift in enumerate(("shl.b32 at, $4, 7", "shr.u32 at, $4, 1", "shr.u32 at, $4, 9", "shr.u32 at, $4, 17")):
-        lines += [f"{shift};", "lop3.b32 at, at, 0x7F80, $9, 0xEA;", "add.u32 at, at, $5;"]  # 128 bytes an entry
+        # An entry has 128 bytes; in a wide table 256, so that the byte is the second of its address.
+        place = [f"prmt.b32 at, $4, $9, 0x55{byte}4;"] if wide else [f"{shift};", "lop3.b32 at, at, 0x7F80, $9, 0xEA;"]
+        lines += [*place, "add.u32 at, at, $5;"]
         lines += [f"ld.shared.b32 ${byte}, [at];"]
         if scaled:  # one rounding more than a dequantized weight has: that of the code
             lines += [f"mul.rn.{scaled}x2 rest, ${byte}, $17;", f"fma.rn.{scaled}x2 ${byte}, ${byte}, $13, rest;"]
@@ -25,6 +27,8 @@ def lookup_asm(scaled: str | None = None) -> str:
 CODES_ASM = gl.constexpr(lookup_asm())
 BF16_WEIGHTS_ASM = gl.constexpr(lookup_asm("bf16"))
 F16_WEIGHTS_ASM = gl.constexpr(lookup_asm("f16"))
+BF16_WIDE_ASM = gl.constexpr(lookup_asm("bf16", wide=True))
+F16_WIDE_ASM = gl.constexpr(lookup_asm("f16", wide=True))
 CODES_CONSTRAINTS = gl.constexpr("=&r,=&r,=&r,=&r,r" + ",r" * 8)
 WEIGHTS_CONSTRAINTS = gl.constexpr("=&r,=&r,=&r,=&r,r" + ",r" * 16)
 
@@ -94,9 +98,13 @@ def decode_codes(packed, table, bank, DTYPE: gl.constexpr, OPERAND: gl.constexpr
 
 
 @gluon.jit
-def decode_weights(packed, absmax, table, bank, DTYPE: gl.constexpr, OPERAND: gl.constexpr):
-    """As `decode_codes`, with the values multiplied by their absmax [N, 1]: an operand of weights."""
-    ASM: gl.constexpr = F16_WEIGHTS_ASM if gl.float16 == DTYPE else BF16_WEIGHTS_ASM
+def decode_weights(
+    packed, absmax, table, bank, DTYPE: gl.constexpr, OPERAND: gl.constexpr, WIDE: gl.constexpr = False
+):  # fmt: skip
+    """As `decode_codes`, with the values multiplied by their absmax [N, 1]: an operand of weights. WIDE: the table."""
+    BF16_ASM: gl.constexpr = BF16_WIDE_ASM if WIDE else BF16_WEIGHTS_ASM
+    F16_ASM: gl.constexpr = F16_WIDE_ASM if WIDE else F16_WEIGHTS_ASM
+    ASM: gl.constexpr = F16_ASM if gl.float16 == DTYPE else BF16_ASM
     SCALE_ASM: gl.constexpr = F16_SCALE_ASM if gl.float16 == DTYPE else BF16_SCALE_ASM
     ROWS: gl.constexpr = gl.SliceLayout(1, packed.type.layout)
     near, rest = gl.inline_asm_elementwise(

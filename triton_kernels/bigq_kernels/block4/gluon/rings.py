@@ -7,12 +7,14 @@ whole program between a copy and a read of what it allocates, so these copies an
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from bigq_kernels.block4.gluon.asm import run
 from bigq_kernels.internals import SHARED_MEMORY
 
 __all__ = [
     "STAGE_NBYTES",
     "commit_copies",
     "copy_codes",
+    "copy_pieces",
     "read_codes",
     "shared_address",
     "store_sums",
@@ -21,9 +23,9 @@ __all__ = [
 
 STAGE_NBYTES = gl.constexpr(2048)  # 128 bytes of each of 16 rows
 
-# Each asm has a result in $0, because the function that runs it returns one.
 ADDRESS_ASM = gl.constexpr(f"mov.u32 $0, {SHARED_MEMORY};")
 COMMIT_ASM = gl.constexpr("cp.async.commit_group;\nmov.b32 $0, 0;")
+PIECE_ASM = gl.constexpr("cp.async.cg.shared.global.L2::128B [$1], [$2], 16, $3;\nmov.b32 $0, 0;")
 # 8 bytes each of two rows, 8 apart.
 READ_ASM = gl.constexpr("ld.shared.v2.b32 {$0, $1}, [$4];\nld.shared.v2.b32 {$2, $3}, [$4 + 1024];")
 STORE_ASM = gl.constexpr("st.shared.f32 [$1], $2;\nmov.b32 $0, 0;")
@@ -46,15 +48,9 @@ def _wait_asm(groups):
 
 
 @gluon.jit
-def _run(ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, args):
-    """Run an asm once for each element of args, in the order of the program."""
-    return gl.inline_asm_elementwise(ASM, CONSTRAINTS, args, dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def shared_address(anything):
     """Where the shared memory begins that Triton allocates, int32. anything: an int32 scalar."""
-    return _run(ADDRESS_ASM, "=r,r", [anything])
+    return run(ADDRESS_ASM, "=r,r", [anything])
 
 
 @gluon.jit
@@ -71,15 +67,21 @@ def copy_codes(addresses, ptrs, stride, nbytes, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def copy_pieces(addresses, ptrs, nbytes):
+    """Start a copy of 16 bytes from each of ptrs to its address; nbytes: 16, or 0 where zeros are written instead."""
+    run(PIECE_ASM, "=r,r,l,r", [addresses, ptrs, nbytes])
+
+
+@gluon.jit
 def commit_copies(anything):
     """End a group of copies. anything: an int32 scalar."""
-    _run(COMMIT_ASM, "=r,r", [anything])
+    run(COMMIT_ASM, "=r,r", [anything])
 
 
 @gluon.jit
 def wait_for_copies(GROUPS: gl.constexpr, anything):
     """Wait for the copies of this warp but those of the last GROUPS groups. anything: an int32 scalar."""
-    _run(_wait_asm(GROUPS), "=r,r", [anything])
+    run(_wait_asm(GROUPS), "=r,r", [anything])
 
 
 @gluon.jit
@@ -93,4 +95,4 @@ def read_codes(addresses):
 @gluon.jit
 def store_sums(addresses, total):
     """Store float32 at addresses in shared memory, which another warp may read after a `barrier`."""
-    _run(STORE_ASM, "=r,r,f", [addresses, total])
+    run(STORE_ASM, "=r,r,f", [addresses, total])

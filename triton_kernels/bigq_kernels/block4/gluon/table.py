@@ -12,9 +12,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from bigq_kernels.block4.configs import TABLE_NBYTES
+from bigq_kernels.block4.gluon.asm import run
 from bigq_kernels.tiles import FP4_CODE, NF4_CODE
 
-__all__ = ["code_tables", "fill_table"]
+__all__ = ["GAP", "WIDE_ENTRY", "WIDE_NBYTES", "code_tables", "fill_table", "fill_wide_table", "lane_bank"]
+
+# A wide table has twice the room for an entry. The address of a byte's entry is then a permutation of bytes: one
+# instruction instead of a shift and a mask. The second half of each entry is free for other things.
+WIDE_ENTRY = gl.constexpr(256)
+WIDE_NBYTES = gl.constexpr(256 * 256)
+GAP = gl.constexpr(128)  # where the free half begins in an entry
 
 # The address of the table in $0, and in $1 where the lane's bank begins in it. Gluon does not tell the address of what
 # it allocates, so PTX allocates the table; Triton's own memory begins behind it.
@@ -24,6 +31,7 @@ mov.u32 $0, table;
 mov.u32 $1, %laneid;
 shl.b32 $1, $1, 2;
 }}""")
+BANK_ASM = gl.constexpr("mov.u32 $0, %laneid;\nshl.b32 $0, $0, 2;")
 # The entry of byte $2, from `code_tables` in $3 to $10: the value of its high nibble, then of its low one. It is stored
 # in four banks at $1. $0 is there because an asm has a result.
 ENTRY_ASM = gl.constexpr("""{
@@ -65,16 +73,27 @@ def fill_table(t0, t1, t2, t3, t4, t5, t6, t7):
 
     The table may be read after a `barrier`.
     """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [gl.num_warps(), 1], [1, 0])
     table, bank = gl.inline_asm_elementwise(ADDRESS_ASM, "=r,=r,r", [t0], dtype=_two_int32(), is_pure=False, pack=1)
+    _fill(table, t0, t1, t2, t3, t4, t5, t6, t7, 128)
+    return table, bank
+
+
+@gluon.jit
+def fill_wide_table(table, t0, t1, t2, t3, t4, t5, t6, t7):
+    """Fill WIDE_NBYTES from `table` on, an address of shared memory, as `fill_table` does."""
+    _fill(table, t0, t1, t2, t3, t4, t5, t6, t7, WIDE_ENTRY)
+
+
+@gluon.jit
+def lane_bank(anything):
+    """Where the bank of a lane begins in an entry, int32. anything: an int32 scalar."""
+    return run(BANK_ASM, "=r,r", [anything])
+
+
+@gluon.jit
+def _fill(table, t0, t1, t2, t3, t4, t5, t6, t7, ENTRY: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [gl.num_warps(), 1], [1, 0])
     byte = gl.arange(0, 256, gl.SliceLayout(1, LAYOUT))[:, None]
     banks = gl.arange(0, 8, gl.SliceLayout(0, LAYOUT))[None, :]
-    gl.inline_asm_elementwise(
-        ENTRY_ASM,
-        "=&r,r,r,r,r,r,r,r,r,r,r",
-        [table + byte * 128 + banks * 16, byte + banks * 0, t0, t1, t2, t3, t4, t5, t6, t7],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    return table, bank
+    entries = [table + byte * ENTRY + banks * 16, byte + banks * 0, t0, t1, t2, t3, t4, t5, t6, t7]
+    run(ENTRY_ASM, "=&r,r,r,r,r,r,r,r,r,r,r", entries)

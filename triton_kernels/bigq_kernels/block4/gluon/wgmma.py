@@ -22,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from triton.language.extra.cuda import gdc_wait
 
 from bigq_kernels.block4.configs import WgmmaConfig
-from bigq_kernels.block4.gluon.groups import place_in_group
+from bigq_kernels.block4.gluon.groups import place_of_program
+from bigq_kernels.block4.gluon.loops import loop_sizes, power_of_2, rest_of, wgmma_sums
 from bigq_kernels.block4.gluon.operands import code_layout, decode_weights
 from bigq_kernels.block4.gluon.scales import (
     add_splits,
@@ -67,31 +68,6 @@ def _copy_weights(
     if nested_ptr is None:
         index = scale_index(row * B, step, part, B, BLOCK_SIZE, EVEN)
         copy_async(absmax_smem.index(stage), absmax_ptr + index)
-
-
-@gluon.constexpr_function
-def _sizes(block_m, least, split):
-    """The numbers of tokens that a tile has a loop for, ascending: multiples of `least`, one or two powers of two each.
-
-    Partial sums of splits are stored as one power of two.
-    """
-    return tuple(size for size in range(least, block_m + 1, least) if size.bit_count() <= (2 if split == 1 else 1))
-
-
-@gluon.constexpr_function
-def _rest_of(sizes):
-    return sizes[1:]
-
-
-@gluon.constexpr_function
-def _power_of_2(size):
-    """The largest in it."""
-    return 1 << (size.bit_length() - 1)
-
-
-@gluon.constexpr_function
-def _sums(tokens, warps):
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, tokens, 16])
 
 
 @gluon.jit
@@ -141,9 +117,9 @@ def _products(
         nested_ptr, offset_ptr, code_ptr, table, bank, PAIRS, B,
     ) = tile_of  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
-    FIRST: gl.constexpr = _power_of_2(SIZE)
+    FIRST: gl.constexpr = power_of_2(SIZE)
     REST: gl.constexpr = SIZE - FIRST
-    SUMS: gl.constexpr = _sums(FIRST, WARPS)
+    SUMS: gl.constexpr = wgmma_sums(FIRST, WARPS)
     W_OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     CODES: gl.constexpr = code_layout(BLOCK_N, WARPS)
     SCALES: gl.constexpr = scale_layout(BLOCK_N, WARPS)
@@ -157,7 +133,7 @@ def _products(
         async_copy.commit_group()  # as in the loop
     total = gl.full([BLOCK_N, FIRST], 0.0, gl.float32, SUMS)
     if REST > 0:
-        REST_SUMS: gl.constexpr = _sums(REST, WARPS)
+        REST_SUMS: gl.constexpr = wgmma_sums(REST, WARPS)
         rest = gl.full([BLOCK_N, REST], 0.0, gl.float32, REST_SUMS)
     CHUNKS: gl.constexpr = 64 // CHUNK
     before = (gl.full([BLOCK_N, CHUNK], 0.0, DTYPE, W_OPERAND),) * CHUNKS
@@ -259,7 +235,7 @@ def _multiply_least(
         )  # fmt: skip
     else:
         _multiply_least(
-            rows, _rest_of(SIZES), tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE, EVEN,
+            rows, rest_of(SIZES), tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE, EVEN,
             BLOCK_M, BLOCK_N, SPLIT, CHUNK,
         )  # fmt: skip
 
@@ -320,24 +296,13 @@ def _linear_4bit_wgmma_kernel(
 
     if groups_ptr is None:
         table, bank = fill_table(t0, t1, t2, t3, t4, t5, t6, t7)
-    m_tiles = gl.cdiv(M, BLOCK_M)  # programs of one tile of the weight follow each other, so it is read once
-    tile = gl.program_id(0)
-    m_tile = (tile % m_tiles).to(gl.int64)
-    first_m = m_tile * BLOCK_M
-    first_n = tile // m_tiles * BLOCK_N
-    first_row = first_n.to(gl.int64)
+    tile, m_tile, first_m, first_n, weight, M = place_of_program(groups_ptr, M, N, BLOCK_M, BLOCK_N)
+    first_row = weight * N + first_n
     if groups_ptr is not None:
-        gdc_wait()
-        n_tiles = gl.cdiv(N, BLOCK_N)
-        weight, n_tile, m_tile, first_m, M = place_in_group(groups_ptr, tile, n_tiles, BLOCK_M)
-        if M <= 0:
+        if first_m >= M:
             return
-        tile = (m_tile * n_tiles).to(gl.int32) + n_tile
-        first_n = n_tile * BLOCK_N
-        first_row = weight * N + first_n
         if bias_ptr is not None:
             bias_ptr += weight * N
-        M += first_m  # the row of x after the last
     split = gl.program_id(1)
     last_row = N - 1 - first_n  # rows past N read the last row; their result is not stored
     row = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, W_COPY)), last_row)[:, None]
@@ -385,7 +350,7 @@ def _linear_4bit_wgmma_kernel(
     )  # fmt: skip
     place = tile, split, first_m, first_n, M, N, start, stop
     _multiply_least(
-        M - first_m, _sizes(BLOCK_M, LEAST_M, SPLIT), tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr,
+        M - first_m, loop_sizes(BLOCK_M, LEAST_M, SPLIT), tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr,
         BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT, CHUNK,
     )  # fmt: skip
 

@@ -1,0 +1,121 @@
+"""Stages of tokens in shared memory: bulk copies fill them, warps read them, and barriers tell when, in Gluon.
+
+A bulk copy is one instruction of one thread for all tokens of a slice. Copies of 16 bytes are 2048 for 256 tokens. A
+bulk copy writes as the tensor cores read, so nothing has to be fenced. Each stage has two barriers: the bytes of a copy
+complete a phase of the first, and the warps that have read the stage one of the second. No warp waits for another, but
+thread 0 does before it starts a copy to a stage.
+
+Gluon starts bulk copies only by tensor descriptors, which are a host's call for each x. So these are PTX.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from bigq_kernels.block4.gluon.asm import run
+
+__all__ = ["MOST_STAGES", "STAGES_NBYTES", "copy_tokens", "init_stages", "release_tokens", "wait_for_tokens"]
+
+MOST_STAGES = gl.constexpr(8)
+STAGES_NBYTES = gl.constexpr(2 * 8 * 8)  # of the barriers: 8 bytes each
+
+INIT_ASM = gl.constexpr("""{
+.reg .pred first; .reg .u32 thread;
+mov.u32 thread, %tid.x;
+setp.eq.u32 first, thread, 0;
+@first mbarrier.init.shared::cta.b64 [$1], $2;
+@first fence.proxy.async.shared::cta;
+mov.b32 $0, 0;
+}""")
+# Thread 0 copies $4 bytes from $3 to $2, which complete a phase of the barrier $1.
+COPY_ASM = gl.constexpr("""{
+.reg .pred first; .reg .u32 thread;
+mov.u32 thread, %tid.x;
+setp.eq.u32 first, thread, 0;
+@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $4;
+@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], $4, [$1];
+bar.warp.sync 0xffffffff;
+mov.b32 $0, 0;
+}""")
+WAIT_ASM = gl.constexpr("""{
+.reg .pred done;
+waits:
+mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;
+@!done bra.uni waits;
+mov.b32 $0, 0;
+}""")
+# A lane of each warp arrives at the barrier $1, if $2. If $5, thread 0 waits for phase $4 of the barrier $3, and copies
+# $9 bytes from $8 to $7, with the barrier $6.
+RELEASE_ASM = gl.constexpr("""{
+.reg .pred arrives, refills, done; .reg .u32 thread, lane;
+mov.u32 thread, %tid.x;
+and.b32 lane, thread, 31;
+setp.eq.u32 arrives, lane, 0;
+setp.ne.and.u32 arrives, $2, 0, arrives;
+@arrives mbarrier.arrive.shared::cta.b64 _, [$1];
+setp.eq.u32 refills, thread, 0;
+setp.ne.and.u32 refills, $5, 0, refills;
+@!refills bra after;
+waits:
+mbarrier.try_wait.parity.shared::cta.b64 done, [$3], $4;
+@!done bra waits;
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [$6], $9;
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$7], [$8], $9, [$6];
+after:
+bar.warp.sync 0xffffffff;
+mov.b32 $0, 0;
+}""")
+
+
+@gluon.constexpr_function
+def _full(stage):
+    """The place of the barrier that a stage's copy completes."""
+    return stage * 8
+
+
+@gluon.constexpr_function
+def _read(stage):
+    """The place of the barrier at which warps arrive that have read a stage."""
+    return (MOST_STAGES.value + stage) * 8
+
+
+@gluon.jit
+def init_stages(bars, STAGES: gl.constexpr):
+    """Make the barriers from the address `bars` on, STAGES_NBYTES. They may be used after a `barrier`."""
+    for i in gl.static_range(STAGES):
+        run(INIT_ASM, "=r,r,r", [bars + _full(i), 1])
+        run(INIT_ASM, "=r,r,r", [bars + _read(i), gl.num_warps()])
+
+
+@gluon.jit
+def copy_tokens(bars, memory, source, STAGE: gl.constexpr, NBYTES: gl.constexpr, STAGE_NBYTES: gl.constexpr):
+    """Start the first copy to a stage: NBYTES from the address `source`, int64. memory: where stage 0 lies."""
+    run(COPY_ASM, "=r,r,r,l,r", [bars + _full(STAGE), memory + STAGE * STAGE_NBYTES, source, NBYTES])
+
+
+@gluon.jit
+def wait_for_tokens(bars, parity, STAGE: gl.constexpr):
+    """Wait for the copy to a stage. parity: of the number of copies to it before."""
+    run(WAIT_ASM, "=r,r,r", [bars + _full(STAGE), parity])
+
+
+@gluon.jit
+def release_tokens(
+    bars, memory, source, parity, is_read, refills, STAGE: gl.constexpr, STAGES: gl.constexpr, NBYTES: gl.constexpr,
+    STAGE_NBYTES: gl.constexpr,
+):  # fmt: skip
+    """After the stage before STAGE has been read, if is_read: say so. If `refills`, fill the one before that again.
+
+    That one has been read by all warps but slow ones, for which thread 0 waits. parity: of the number of copies to
+    STAGE before the last. source: of the copy, as in `copy_tokens`.
+    """
+    BEFORE: gl.constexpr = (STAGE + STAGES - 1) % STAGES
+    REFILLED: gl.constexpr = (STAGE + STAGES - 2) % STAGES
+    read_parity = parity if STAGE >= 2 else parity ^ 1
+    run(
+        RELEASE_ASM,
+        "=r,r,r,r,r,r,r,r,l,r",
+        [
+            bars + _read(BEFORE), is_read.to(gl.int32), bars + _read(REFILLED), read_parity, refills.to(gl.int32),
+            bars + _full(REFILLED), memory + REFILLED * STAGE_NBYTES, source, NBYTES,
+        ],
+    )  # fmt: skip
