@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from bigq_kernels.split_k import split_steps
+from bigq_kernels.split_k import even_splits, split_steps
 from bigq_kernels.tiles import ceil_div
 
 
@@ -33,3 +33,20 @@ def test_no_split_is_better_by_the_rule():
             others = ceil_div(tiles * ceil_div(steps, other), multiprocessors)
             assert (programs < 2) <= (others < 2), (case, other)
             assert (programs < 2) < (others < 2) or programs * (per_split + 0.25) <= others * (other + 0.25), case
+
+
+@pytest.mark.parametrize(
+    "steps, split, expected",
+    [
+        pytest.param(16, 4, (4, 4), id="even"),
+        pytest.param(13, 4, (5, 3), id="the-last-would-have-one"),
+        pytest.param(9, 4, (3, 3), id="rounded-up"),
+        pytest.param(3, 2, (3, 1), id="too-few-for-two"),
+    ],
+)
+def test_each_split_has_two_steps(steps, split, expected):
+    assert even_splits(steps, split, least=2) == expected
+
+
+def test_one_step_is_not_split():
+    assert even_splits(1, 4, least=1) == (1, 1)

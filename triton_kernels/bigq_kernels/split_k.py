@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigq_kernels.tiles import ceil_div
 
-__all__ = ["add_splits", "split_steps", "split_workspace", "store_split"]
+__all__ = ["add_splits", "even_splits", "split_steps", "split_workspace", "store_split"]
 
 MIN_STEPS = 2  # a program with fewer has nothing to overlap
 MIN_PROGRAMS = 2  # a multiprocessor: one does not hide its own latencies, 29.8 us against 24.5 (4096 x 14336, H100)
@@ -36,6 +36,16 @@ def split_steps(tiles: int, steps: int, multiprocessors: int, overhead: float) -
         best = candidate if best is None else min(best, candidate)
     assert best is not None
     return best[2:]
+
+
+def even_splits(steps: int, split: int, *, least: int) -> tuple[int, int]:
+    """(steps of a program, programs along K): at most `split`, and at least `least` steps for each, where there are."""
+    while True:
+        each = ceil_div(steps, split)
+        split = ceil_div(steps, each)
+        if split == 1 or steps - (split - 1) * each >= least:
+            return each, split
+        split -= 1
 
 
 def split_workspace(

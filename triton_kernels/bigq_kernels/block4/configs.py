@@ -116,7 +116,8 @@ class BulkConfig:
 
     block_m: int  # tokens of a tile of 128 rows
     split: int  # programs along K
-    stages: int  # slices of tokens in shared memory: 4 or 8
+    stages: int  # slices of tokens in shared memory, for each half: 4 or 8
+    halves: int = 1  # of the warps, which share K
 
 
 # fmt: off
@@ -338,5 +339,8 @@ def wgmma_config(gpu: Gpu, m: int, n: int, k: int) -> WgmmaConfig | BulkConfig |
 
 
 def bulk_config(block_m: int, split: int = 1) -> BulkConfig:
-    """For tiles of 128 or 256 tokens, with the stages that Hopper's shared memory has room for."""
-    return BulkConfig(block_m=block_m, split=split, stages=8 if block_m == 128 else 4)
+    """For tiles of 32 to 256 tokens, with the stages that Hopper's shared memory has room for.
+
+    Tiles of few tokens leave registers for twice the warps, which share K.
+    """
+    return BulkConfig(block_m=block_m, split=split, stages=8 if block_m == 128 else 4, halves=2 if block_m <= 64 else 1)

@@ -18,7 +18,7 @@ TILES = {
     )
     for m, n, split, warps, registers in SHIPPED
     if m < LEAST_BULK_M or n != 128
-} | {f"bulk-{m}-split-{split}": bulk_config(m, split) for m in (128, 256) for split in (1, 2)}
+} | {f"bulk-{m}-split-{split}": bulk_config(m, split) for m in (32, 64, 128, 256) for split in (1, 3)}
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_tiles(n, k, block_size, config, quant_type, nested, dtype, wgmma, devic
 
 BOTH = pytest.mark.parametrize(
     "config",
-    [WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128), bulk_config(128)],
-    ids=["wgmma", "bulk"],
+    [WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128), bulk_config(64, 2), bulk_config(128)],
+    ids=["wgmma", "bulk-in-halves", "bulk"],
 )
 
 

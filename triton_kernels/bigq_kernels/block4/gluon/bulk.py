@@ -1,4 +1,4 @@
-"""Hundreds of tokens times a 4-bit weight by Hopper's wgmma, where no warp waits for another, in Gluon.
+"""Dozens to hundreds of tokens times a 4-bit weight by Hopper's wgmma, where no warp waits for another, in Gluon.
 
 As in `wgmma`, weights are decoded into registers while the tensor cores multiply by the ones before. Here
 
@@ -8,8 +8,10 @@ As in `wgmma`, weights are decoded into registers while the tensor cores multipl
   warp, and one warp group decodes while the other multiplies;
 - the table has twice the room for an entry, which saves an instruction for each byte of codes.
 
-256 tokens of 14336 x 4096 take 46.5 us so and 53.0 by `wgmma`; 64 tokens gain nothing (H200), because then a warp's own
-decoding is the bound. Results are those of `wgmma`, bit for bit, where K is not split otherwise.
+256 tokens of 14336 x 4096 take 46.5 us so and 53.0 by `wgmma` (H200). With 64 tokens or fewer a warp's own decoding is
+the bound. Tiles of these leave registers for twice the warps, which share K: the first half of the warps has every
+second step, the other half the rest, and their sums are added at the end. Where no warps share K, results are those of
+`wgmma`, bit for bit.
 
 `choose` says where this kernel runs. Gluon has no interpreter, so values are tested on a GPU only.
 """
@@ -36,22 +38,34 @@ from bigq_kernels.block4.gluon.scale_ring import copy_scales, place_in_scales, r
 from bigq_kernels.block4.gluon.scales import add_splits, barrier, reinterpret
 from bigq_kernels.block4.gluon.slices import copy_layout, lane_layout, quarter_layout
 from bigq_kernels.block4.gluon.table import GAP, WIDE_ENTRY, WIDE_NBYTES, code_tables, fill_wide_table, lane_bank
-from bigq_kernels.block4.gluon.token_stages import copy_tokens, init_stages, release_tokens, wait_for_tokens
+from bigq_kernels.block4.gluon.token_stages import (
+    copy_tokens,
+    half_of_warp,
+    init_stages,
+    release_tokens,
+    wait_for_tokens,
+)
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.tokens import tile_tokens
 from bigq_kernels.groups import group_tokens, most_tiles
 from bigq_kernels.launch import launch
-from bigq_kernels.split_k import split_workspace
+from bigq_kernels.split_k import even_splits, split_workspace
 from bigq_kernels.tiles import ceil_div
 
 __all__ = ["BLOCK_N", "linear_4bit_bulk"]
 
 BLOCK_N = 128  # rows of the weight in a tile: 16 for each of 8 warps
-WARPS = BLOCK_N // 16
+WARPS = BLOCK_N // 16  # of a half
 STEP_BYTES = gl.constexpr(128)  # of a row in one stage of codes: 256 elements of K, four slices of 64
 RING = gl.constexpr(2)  # stages of codes: a step is copied while the one before is decoded
 SLICE_NBYTES = gl.constexpr(128)  # of a token
 BARRIER_GAP = gl.constexpr(255)  # of the table; the scales are in the first gaps, see `scale_ring`
+
+
+@gluon.constexpr_function
+def _slice_place(number, halves):
+    """How many slices of K lie between the first one of a half and another: its steps are `halves` apart."""
+    return number // 4 * (4 * halves) + number % 4
 
 
 @gluon.jit
@@ -65,11 +79,14 @@ def _place_in_ring(row, byte):
 
 
 @gluon.jit
-def _copy_step(step, start, stop, copies, PAIRS, B, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr):
-    """Start the copies of a step's codes and scales, or of nothing behind the last step. copies: see the kernel."""
+def _copy_step(step, at, stop, copies, PAIRS, B, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr):
+    """Start the copies of a step's codes and scales, or of nothing behind the last step. copies: see the kernel.
+
+    at: the number of steps that the warp has before it.
+    """
     ring, first_piece, byte, scale_places, scale_row, part, absmax = copies
     if step < stop:
-        stage = (step - start) % RING
+        stage = at % RING
         nbytes = gl.full(byte.shape, 16, gl.int32, byte.type.layout)
         if not EVEN:
             nbytes = gl.where(byte + step * STEP_BYTES < PAIRS, 16, 0)
@@ -81,13 +98,16 @@ def _copy_step(step, start, stop, copies, PAIRS, B, BLOCK_SIZE: gl.constexpr, EV
 @gluon.jit
 def _products(
     tile_of, start, stop, slices, DTYPE: gl.constexpr, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """The sums over steps from start to stop of a tile of the weight and SIZE tokens, in one or two parts.
 
-    tile_of: where the tile's operands are. The first step of codes and scales is on its way.
+    tile_of: where the tile's operands are. The first step of codes and scales is on its way. Of two halves, a warp has
+    the sums over every second step, and rows from BLOCK_N on are those of the second half.
     """
-    x_ptr, x_smem, memory, bars, copies, codes_at, scale_places, row, absmax, offset, table, bank, PAIRS, B = tile_of
+    (
+        x_ptr, x_smem, memory, bars, copies, codes_at, scale_places, row, absmax, offset, table, bank, PAIRS, B, half,
+    ) = tile_of  # fmt: skip
     FIRST: gl.constexpr = power_of_2(SIZE)
     REST: gl.constexpr = SIZE - FIRST
     SUMS: gl.constexpr = wgmma_sums(FIRST, gl.num_warps())
@@ -95,26 +115,29 @@ def _products(
     NBYTES: gl.constexpr = SIZE * SLICE_NBYTES
     X_STAGE: gl.constexpr = BLOCK_M * SLICE_NBYTES
     UNROLL: gl.constexpr = STAGES // 4  # steps, so that each slice of the loop has a stage of its own
-    own = gl.minimum(stop * 4, slices) - start * 4
+    ROWS: gl.constexpr = BLOCK_N * HALVES
+    # The loop runs at least once. Otherwise a second path initializes the sums, and ptxas serializes every product.
+    own_steps = gl.maximum((stop - start + (HALVES - 1)) // HALVES, 1)
+    last = start + (own_steps - 1) * HALVES
+    own = (own_steps - 1) * 4 + gl.minimum(slices - last * 4, 4)
     source = x_ptr.to(gl.int64) + start.to(gl.int64) * (4 * X_STAGE)
     for stage in gl.static_range(STAGES):
         if stage < own:
-            copy_tokens(bars, memory, source + stage * X_STAGE, stage, NBYTES, X_STAGE)
-    source += (STAGES - 2) * X_STAGE
-    total = gl.full([BLOCK_N, FIRST], 0.0, gl.float32, SUMS)
+            copy_tokens(bars, memory, source + _slice_place(stage, HALVES) * X_STAGE, stage, NBYTES, X_STAGE)
+    total = gl.full([ROWS, FIRST], 0.0, gl.float32, SUMS)
     if REST > 0:
         REST_SUMS: gl.constexpr = wgmma_sums(REST, gl.num_warps())
-        rest = gl.full([BLOCK_N, REST], 0.0, gl.float32, REST_SUMS)
-    before = gl.full([BLOCK_N, 64], 0.0, DTYPE, W_OPERAND)
-    for first in range(start, stop, UNROLL):
-        parity = (first - start) // UNROLL & 1
+        rest = gl.full([ROWS, REST], 0.0, gl.float32, REST_SUMS)
+    before = gl.full([ROWS, 64], 0.0, DTYPE, W_OPERAND)
+    for first in range(0, own_steps, UNROLL):
+        parity = first // UNROLL & 1
         for u in gl.static_range(UNROLL):
-            step = first + u
-            if u == 0 or step < stop:
-                at = step - start
+            at = first + u
+            if u == 0 or at < own_steps:
+                step = start + at * HALVES
                 ring_stage = at % RING
                 wait_for_copies(RING - 2, step)
-                _copy_step(step + RING - 1, start, stop, copies, PAIRS, B, BLOCK_SIZE, EVEN)
+                _copy_step(step + (RING - 1) * HALVES, at + RING - 1, stop, copies, PAIRS, B, BLOCK_SIZE, EVEN)
                 scales = read_scales(table, scale_places, row, step, ring_stage, absmax, offset, B, BLOCK_SIZE)
                 for i in gl.static_range(4):
                     words = read_codes(codes_at[i] + ring_stage * STAGE_NBYTES)
@@ -122,7 +145,7 @@ def _products(
                     done = at * 4 + i
                     if EVEN or done < own:
                         wait_for_tokens(bars, parity, u * 4 + i)
-                        x = x_smem.index(u * 4 + i)
+                        x = x_smem.index(half * STAGES + (u * 4 + i))
                         total = warpgroup_mma(w, x.slice(0, FIRST).permute((1, 0)), total, is_async=True)
                         # Wait for the products of the slice before, which read `before`.
                         if REST > 0:
@@ -132,16 +155,35 @@ def _products(
                         else:
                             total, _ = warpgroup_mma_wait(1, deps=[total, before])
                         before = w
+                        ahead = source + _slice_place(u * 4 + i + STAGES - 2, HALVES) * X_STAGE
                         release_tokens(
-                            bars, memory, source + (u * 4 + i) * X_STAGE, parity, done > 0,
+                            bars, memory, ahead, parity, done > 0,
                             (done >= 2) & (done - 2 + STAGES < own), u * 4 + i, STAGES, NBYTES, X_STAGE,
                         )  # fmt: skip
-        source += STAGES * X_STAGE
+        source += STAGES * HALVES * X_STAGE
     if REST > 0:
         return warpgroup_mma_wait(0, deps=[total, rest])
     else:
         total = warpgroup_mma_wait(0, deps=[total])
         return total, total
+
+
+@gluon.jit
+def _add_halves(total, x_smem):
+    """The sums [N, tokens] of both halves [2 * N, tokens], through the memory of tokens."""
+    N: gl.constexpr = total.shape[0] // 2
+    TOKENS: gl.constexpr = total.shape[1]
+    # Units of 32 bytes are swapped by the row, so that the writes and reads of neighbouring rows meet no bank twice.
+    UNITS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8 if TOKENS >= 64 else 4, order=[1, 0])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps() // 2, 2], instr_shape=[16, TOKENS // 2, 16]
+    )
+    sums = reinterpret(x_smem, gl.float32, [2 * N, TOKENS], UNITS)
+    sums.store(total)
+    barrier()
+    total = sums.slice(0, N).load(SUMS) + sums.slice(N, N).load(SUMS)
+    barrier()  # the output is stored there next
+    return total
 
 
 @gluon.jit
@@ -169,14 +211,18 @@ def _store(total, x_smem, bias_ptr, out_ptr, first_m, first_n, M, N):
 def _multiply(
     tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     """The `_products` of a tile, the sum of splits, and the output. place: of the tile, see the kernel."""
     tile, split, first_m, first_n, M, N, start, stop, slices = place
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     total, rest = _products(
-        tile_of, start, stop, slices, DTYPE, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SIZE, STAGES
+        tile_of, start, stop, slices, DTYPE, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SIZE, STAGES, HALVES
     )  # fmt: skip
     barrier()  # what follows writes where slow warps still read
+    if HALVES == 2:
+        gl.static_assert(rest.shape[1] == total.shape[1])  # one part
+        total = _add_halves(total, tile_of[1])
     FIRST: gl.constexpr = total.shape[1]
     SUMS: gl.constexpr = total.type.layout
     is_last = True
@@ -197,22 +243,23 @@ def _multiply(
 def _multiply_least(
     rows, SIZES: gl.constexpr, tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE: gl.constexpr,
     EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     """`_multiply` with the least of SIZES that holds `rows`, or with the last; nested branches as in `wgmma`."""
     if len(SIZES) == 1:  # noqa: SIM114, for this is decided when it is compiled
         _multiply(
             tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT,
-            SIZES[0], STAGES,
+            SIZES[0], STAGES, HALVES,
         )  # fmt: skip
     elif rows <= SIZES[0]:
         _multiply(
             tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT,
-            SIZES[0], STAGES,
+            SIZES[0], STAGES, HALVES,
         )  # fmt: skip
     else:
         _multiply_least(
             rows, rest_of(SIZES), tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE, EVEN,
-            BLOCK_M, BLOCK_N, SPLIT, STAGES,
+            BLOCK_M, BLOCK_N, SPLIT, STAGES, HALVES,
         )  # fmt: skip
 
 
@@ -241,19 +288,21 @@ def _linear_4bit_bulk_kernel(
     BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr,
     LEAST_M: gl.constexpr,  # tokens of the smallest loop: a tile of fewer than BLOCK_M takes the least that holds them
-    STAGES: gl.constexpr,  # of tokens: 4 or 8
+    STAGES: gl.constexpr,  # of tokens, for each half: 4 or 8
+    HALVES: gl.constexpr,  # of the warps, which share the steps of K
 ):  # fmt: skip
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     # One allocation, of which the kernel knows where it lies: stages of tokens, the table, and rings of codes.
     X_STAGE: gl.constexpr = BLOCK_M * SLICE_NBYTES
-    ALL_NBYTES: gl.constexpr = STAGES * X_STAGE + WIDE_NBYTES + WARPS * RING * STAGE_NBYTES
+    ALL_NBYTES: gl.constexpr = HALVES * STAGES * X_STAGE + WIDE_NBYTES + WARPS * RING * STAGE_NBYTES
     ALL_STAGES: gl.constexpr = (ALL_NBYTES + X_STAGE - 1) // X_STAGE
     x_smem = gl.allocate_shared_memory(DTYPE, [ALL_STAGES, BLOCK_M, 64], gl.NVMMASharedLayout(128, 16, rank=2))
     memory = shared_address(t0)
-    table = memory + STAGES * X_STAGE
+    table = memory + HALVES * STAGES * X_STAGE
     rings = table + WIDE_NBYTES
-    bars = table + (BARRIER_GAP * WIDE_ENTRY + GAP)
+    half = half_of_warp(t0) if HALVES == 2 else 0
+    bars = table + (BARRIER_GAP * WIDE_ENTRY + GAP) - half * WIDE_ENTRY
     bank = lane_bank(t0)
 
     tile, m_tile, first_m, first_n, weight, M = place_of_program(groups_ptr, M, N, BLOCK_M, BLOCK_N)
@@ -263,27 +312,27 @@ def _linear_4bit_bulk_kernel(
             return
         if bias_ptr is not None:
             bias_ptr += weight * N
-    init_stages(bars, STAGES)
+    init_stages(bars, STAGES, WARPS // HALVES)
     split = gl.program_id(1)
     last_row = N - 1 - first_n  # rows past N read the last row; their result is not stored
     COPY: gl.constexpr = copy_layout(WARPS)
-    piece_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY))[:, None]
+    ROWS: gl.constexpr = BLOCK_N * HALVES
+    piece_row = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))[:, None]
     byte = gl.arange(0, 8, gl.SliceLayout(0, COPY))[None, :] * 16 + piece_row * 0
-    first_piece = weight_ptr + first_row * PAIRS + (gl.minimum(piece_row, last_row) * PAIRS + byte)
+    first_piece = weight_ptr + first_row * PAIRS + (gl.minimum(piece_row % BLOCK_N, last_row) * PAIRS + byte)
     LANES: gl.constexpr = lane_layout(WARPS)
-    lane_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, LANES))[:, None]
+    lane_row = gl.arange(0, ROWS, gl.SliceLayout(1, LANES))[:, None]
     part = gl.arange(0, 4, gl.SliceLayout(0, LANES))[None, :]
     absmax = absmax_ptr, first_row * B, nested_ptr
     copies = (
         rings + _place_in_ring(piece_row, byte), first_piece, byte,
-        place_in_scales(table, lane_row, nested_ptr, RING), gl.minimum(lane_row, last_row), part, absmax,
+        place_in_scales(table, lane_row, nested_ptr, RING), gl.minimum(lane_row % BLOCK_N, last_row), part, absmax,
     )  # fmt: skip
     slices = PAIRS // 32
     start = split * steps_per_split
     stop = gl.minimum(start + steps_per_split, gl.cdiv(PAIRS, STEP_BYTES))
-    # The loop runs at least once. Otherwise a second path initializes the sums, and ptxas serializes every product.
-    gl.assume(start < stop)
-    _copy_step(start, start, stop, copies, PAIRS, B, BLOCK_SIZE, EVEN)
+    start += half
+    _copy_step(start, 0, stop, copies, PAIRS, B, BLOCK_SIZE, EVEN)
     fill_wide_table(table, t0, t1, t2, t3, t4, t5, t6, t7)
     offset = 0.0
     if nested_ptr is not None:
@@ -294,7 +343,7 @@ def _linear_4bit_bulk_kernel(
         gdc_wait()  # for the tokens, and the counts
 
     READ: gl.constexpr = quarter_layout(WARPS)
-    read_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, READ))
+    read_row = gl.arange(0, ROWS, gl.SliceLayout(1, READ))
     read_byte = gl.arange(0, 32, gl.SliceLayout(0, READ))[None, :]
     codes_at = (
         rings + _place_in_ring(read_row[:, None], read_byte),
@@ -306,13 +355,13 @@ def _linear_4bit_bulk_kernel(
     width = gl.cdiv(PAIRS, STEP_BYTES) * (STEP_BYTES * 2)
     x_ptr += m_tile * width.to(gl.int64) * BLOCK_M
     tile_of = (
-        x_ptr, x_smem, memory, bars, copies, codes_at, scale_places, gl.minimum(read_row, last_row), absmax, offset,
-        table, bank, PAIRS, B,
+        x_ptr, x_smem, memory + half * (STAGES * X_STAGE), bars, copies, codes_at, scale_places,
+        gl.minimum(read_row % BLOCK_N, last_row), absmax, offset, table, bank, PAIRS, B, half,
     )  # fmt: skip
     place = tile, split, first_m, first_n, M, N, start, stop, slices
     _multiply_least(
         M - first_m, loop_sizes(BLOCK_M, LEAST_M, SPLIT), tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr,
-        BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT, STAGES,
+        BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT, STAGES, HALVES,
     )  # fmt: skip
 
 
@@ -329,8 +378,8 @@ def linear_4bit_bulk(
     m_tiles = ceil_div(m, config.block_m) if stops is None else most_tiles(m, len(packed.weight), config.block_m)
     tiles = ceil_div(n, BLOCK_N) * m_tiles
     steps = ceil_div(pairs, STEP_BYTES.value)
-    steps_per_split = ceil_div(steps, config.split)
-    split = ceil_div(steps, steps_per_split)
+    halves = min(config.halves, steps)  # one step has no second half
+    steps_per_split, split = even_splits(steps, config.split, least=halves)
     partial, count = split_workspace(tiles, split, config.block_m * BLOCK_N, x.device)
     groups = None
     if stops is not None:
@@ -342,6 +391,7 @@ def linear_4bit_bulk(
         m, n, pairs, packed.absmax.shape[-1], steps_per_split, *code_tables(packed.quant_type, x.dtype),
         BLOCK_SIZE=packed.block_size, EVEN=pairs % STEP_BYTES.value == 0,
         BLOCK_M=config.block_m, BLOCK_N=BLOCK_N, SPLIT=split,
-        LEAST_M=config.block_m if stops is None else config.block_m // 4, STAGES=config.stages,
-        options={"num_warps": WARPS, "launch_pdl": True},
+        LEAST_M=config.block_m if stops is None else max(config.block_m // 4, 32),
+        STAGES=config.stages, HALVES=halves,
+        options={"num_warps": WARPS * halves, "launch_pdl": True},
     )  # fmt: skip

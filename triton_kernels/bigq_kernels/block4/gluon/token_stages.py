@@ -3,7 +3,8 @@
 A bulk copy is one instruction of one thread for all tokens of a slice. Copies of 16 bytes are 2048 for 256 tokens. A
 bulk copy writes as the tensor cores read, so nothing has to be fenced. Each stage has two barriers: the bytes of a copy
 complete a phase of the first, and the warps that have read the stage one of the second. No warp waits for another, but
-thread 0 does before it starts a copy to a stage.
+thread 0 does before it starts a copy to a stage. Each half of the warps may have stages of its own. Then the first
+thread of a half is its thread 0.
 
 Gluon starts bulk copies only by tensor descriptors, which are a host's call for each x. So these are PTX.
 """
@@ -13,14 +14,24 @@ from triton.experimental.gluon import language as gl
 
 from bigq_kernels.block4.gluon.asm import run
 
-__all__ = ["MOST_STAGES", "STAGES_NBYTES", "copy_tokens", "init_stages", "release_tokens", "wait_for_tokens"]
+__all__ = [
+    "MOST_STAGES",
+    "STAGES_NBYTES",
+    "copy_tokens",
+    "half_of_warp",
+    "init_stages",
+    "release_tokens",
+    "wait_for_tokens",
+]
 
 MOST_STAGES = gl.constexpr(8)
 STAGES_NBYTES = gl.constexpr(2 * 8 * 8)  # of the barriers: 8 bytes each
 
+HALF_ASM = gl.constexpr("mov.u32 $0, %tid.x;\nshr.u32 $0, $0, 8;")
 INIT_ASM = gl.constexpr("""{
 .reg .pred first; .reg .u32 thread;
 mov.u32 thread, %tid.x;
+and.b32 thread, thread, 255;
 setp.eq.u32 first, thread, 0;
 @first mbarrier.init.shared::cta.b64 [$1], $2;
 @first fence.proxy.async.shared::cta;
@@ -30,6 +41,7 @@ mov.b32 $0, 0;
 COPY_ASM = gl.constexpr("""{
 .reg .pred first; .reg .u32 thread;
 mov.u32 thread, %tid.x;
+and.b32 thread, thread, 255;
 setp.eq.u32 first, thread, 0;
 @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $4;
 @first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], $4, [$1];
@@ -49,6 +61,7 @@ RELEASE_ASM = gl.constexpr("""{
 .reg .pred arrives, refills, done; .reg .u32 thread, lane;
 mov.u32 thread, %tid.x;
 and.b32 lane, thread, 31;
+and.b32 thread, thread, 255;
 setp.eq.u32 arrives, lane, 0;
 setp.ne.and.u32 arrives, $2, 0, arrives;
 @arrives mbarrier.arrive.shared::cta.b64 _, [$1];
@@ -79,11 +92,20 @@ def _read(stage):
 
 
 @gluon.jit
-def init_stages(bars, STAGES: gl.constexpr):
-    """Make the barriers from the address `bars` on, STAGES_NBYTES. They may be used after a `barrier`."""
+def half_of_warp(anything):
+    """0 in the first 8 warps, 1 in the next ones: a scalar that differs. anything: an int32 scalar."""
+    return run(HALF_ASM, "=r,r", [anything])
+
+
+@gluon.jit
+def init_stages(bars, STAGES: gl.constexpr, WARPS: gl.constexpr):
+    """Make the barriers from the address `bars` on, STAGES_NBYTES, for WARPS that read each stage.
+
+    They may be used after a `barrier`. Each half of the warps has its own.
+    """
     for i in gl.static_range(STAGES):
         run(INIT_ASM, "=r,r,r", [bars + _full(i), 1])
-        run(INIT_ASM, "=r,r,r", [bars + _read(i), gl.num_warps()])
+        run(INIT_ASM, "=r,r,r", [bars + _read(i), WARPS])
 
 
 @gluon.jit
