@@ -325,6 +325,8 @@ def _linear_4bit_sliced_kernel(
             if (tile - added == FLUSH - 1) | (tile == end - 1):
                 barrier()
                 result = gl.sum(sums.index(turn).load(SUMS), axis=0)
+                if SINGLE:
+                    result = gl.where(out_m < x_rows, result, 0.0)  # not 0 times a scale, which may be infinite
                 in_tiles = (out_m < out_rows) & (out_n < (tile + 1 - added) * TILE)
                 n_row = first_n + (added - begin) * TILE + out_n
                 out_place = (first_out + out_m.to(gl.int64)) * N + n_row
