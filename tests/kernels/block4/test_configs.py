@@ -67,61 +67,59 @@ def test_no_sliced_config_splits_k_over_more_programs_than_a_part_of_a_gpu_has()
     assert sliced_config(H100, 1, 4096, 65792) is not None
 
 
-def test_sliced_config():
-    """All of K is in a split's programs, and what a multiprocessor holds fits it."""
-    shapes = product((16, 1024, 4096, 28672), (*range(256, 4097, 256), 5120, 8192, 11008, 14336, 28672, 53248))
+@pytest.mark.parametrize("is_stack", [False, True], ids=["linear", "stack"])
+def test_slices_hold_all_of_k_and_a_multiprocessor_what_they_need(is_stack):
+    sizes = (*range(64, 4097, 64), 4512, 5120, 6400, 7168, 8192, 11008, 14336, 28672, 53248)
     taken = dict.fromkeys((1, 8, 9, 16), 0)
-    for (n, k), m in product(shapes, taken):
-        config, case = sliced_config(H100, m, n, k), (m, n, k)
+    for n, k, m in product((16, 1536, 2880, 28672), sizes, taken):
+        config, case = (configs.sliced_stack_config if is_stack else sliced_config)(H100, m, n, k), (m, n, k)
         if config is None:
             continue
         taken[m] += 1
         assert config.block_m == (8 if m <= 8 else 16), case
-        assert config.split * config.warps * config.covers * 256 >= k, case
         assert config.stages >= 2, case
-        assert config.covers * config.block_m <= (16 if config.registers <= 128 else 32), case  # tokens in registers
-        resident = config.programs // 132
-        assert resident * config.warps * 32 * config.registers <= 65536, case
-        sums = 2 * config.warps * config.flush * 16 * config.block_m * 4
-        shared = configs.TABLE_NBYTES + max(sums + config.warps * config.stages * 2048, 48 * 1024) + 1024
-        assert resident * shared <= 228 * 1024, case
-    assert all(taken.values())
-
-
-def test_sliced_stack_config():
-    """All of K is in the slices of the warps that share it, and what a multiprocessor holds fits it."""
-    sizes = (*range(64, 4097, 64), 5120, 6400, 7168, 8192, 11008, 14336, 28672)
-    taken = 0
-    for n, k, m, single in product((16, 1536, 2880, 28672), sizes, (1, 8, 9, 16), (False, True)):
-        config, case = configs.sliced_stack_config(H100, m, n, k, single=single), (m, n, k)
-        if config is None:
-            continue
-        taken += 1
         k_warps, resident = config.warps // config.abreast, config.programs // 132
         assert n % (16 * config.abreast) == 0, case
         room = config.split * k_warps * config.covers * config.quarters * 64
         assert configs.LEAST_SLICES * room <= k <= room, case
-        assert config.covers * config.quarters * config.block_m <= (64 if config.registers <= 128 else 96), case
+        tokens = config.covers * config.quarters * config.block_m  # of a warp, in its registers
+        assert tokens <= (64 if config.registers <= 128 else 128), case
         assert resident * config.warps * 32 * config.registers <= 65536, case
         sums = 2 * k_warps * config.flush * config.abreast * 16 * config.block_m * 4
         shared = configs.TABLE_NBYTES + max(sums + config.warps * config.stages * 2048, 48 * 1024) + 1024
         assert resident * shared <= 228 * 1024, case
-        assert config.single is single
-    assert taken > 800
+    assert min(taken.values()) > 80
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_rows_of_a_stack_may_be_tiles_of_their_own(single):
+    assert configs.sliced_stack_config(H100, 1, 1536, 2048, single=single).single is single
 
 
 @pytest.mark.parametrize(
-    "n, k, slices",
+    "make, n, k, slices",
     [
-        pytest.param(1536, 2048, (8, 4, 2), id="qwen3-gate-up"),
-        pytest.param(2048, 768, (4, 3, 4), id="qwen3-down"),
-        pytest.param(5760, 2880, (16, 3, 1), id="gpt-oss"),
+        pytest.param(configs.sliced_stack_config, 1536, 2048, (8, 4, 2), id="qwen3-gate-up"),
+        pytest.param(configs.sliced_stack_config, 2048, 768, (4, 3, 4), id="qwen3-down"),
+        pytest.param(configs.sliced_stack_config, 5760, 2880, (16, 3, 1), id="gpt-oss"),
+        pytest.param(sliced_config, 5120, 2880, (16, 3, 1), id="gpt-oss-attention"),
+        pytest.param(sliced_config, 4544, 4544, (32, 3, 1), id="two-slices-of-192"),
+        pytest.param(sliced_config, 4096, 2560, (16, 4, 1), id="idle-warps-but-whole-slices"),
+        pytest.param(sliced_config, 28672, 8192, (32, 4, 1), id="two-slices-of-256"),
     ],
 )
-def test_slices_of_a_stack_have_the_size_that_leaves_the_fewest_warps_idle(n, k, slices):
+def test_slices_have_the_size_that_leaves_the_fewest_warps_idle(make, n, k, slices):
     """(slices that the warps have room for, quarters of 64 elements in one, tiles of rows at once)."""
-    config = configs.sliced_stack_config(H100, 8, n, k)
+    config = make(H100, 8, n, k)
     assert (config.covers * config.warps // config.abreast, config.quarters, config.abreast) == slices
+
+
+@pytest.mark.parametrize("n, k, split", [(28672, 8192, 4), (4096, 14336, 7), (8192, 28672, 14)])
+def test_programs_share_k_where_registers_do_not_hold_16_tokens_of_it(n, k, split):
+    config = sliced_config(H100, 16, n, k)
+    assert config is not None
+    assert config.split == split
+    assert config.split * config.warps * config.covers * 256 == k
 
 
 @pytest.mark.parametrize(
@@ -129,10 +127,13 @@ def test_slices_of_a_stack_have_the_size_that_leaves_the_fewest_warps_idle(n, k,
     [
         pytest.param(17, 4096, 4096, id="too-many-tokens"),
         pytest.param(1, 4100, 4096, id="partial-tile"),
-        pytest.param(1, 4096, 4128, id="partial-slice"),
+        pytest.param(1, 4096, 4112, id="partial-vector"),
         pytest.param(1, 4096, 2304, id="idle-warps"),
+        pytest.param(1, 4096, 512, id="many-idle-warps"),
         pytest.param(1, 1008, 4096, id="idle-multiprocessors"),
-        pytest.param(16, 28672, 8192, id="more-tokens-than-registers-hold"),
+        pytest.param(16, 5120, 5120, id="idle-warps-and-programs-of-more-tokens-than-registers-hold"),
+        pytest.param(16, 4608, 8192, id="idle-programs-of-these"),
+        pytest.param(16, 4096, 14304, id="partial-slice-of-these"),
     ],
 )
 def test_what_slices_do_not_take(m, n, k):

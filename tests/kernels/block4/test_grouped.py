@@ -131,6 +131,19 @@ def test_rows_in_any_order_have_their_own_weight(repeat, device):
             assert not got[[4, 7]].any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("e", [24, 2], ids=["single", "sorted"])
+def test_a_row_of_no_weight_is_zero_whatever_the_weights_are(e, value, device):
+    weight, absmax, *_ = stack("nf4", 64, False, device, e=e, n=16)[0]
+    x, bias = torch.randn(3, K, device=device).half(), torch.ones(e, 16, device=device)
+    absmax[:] = value
+    ids = torch.tensor([e, -1, e + 7], device=device)
+    args = (x, ids, weight, absmax, bias, None, None, "nf4", 64, K)
+    for got in (routed_linear_4bit(*args), reference.routed_linear_4bit(*args)):
+        assert torch.equal(got, torch.zeros(3, 16, device=device).half())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double_quant"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

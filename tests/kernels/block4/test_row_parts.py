@@ -1,4 +1,4 @@
-"""Parts of products with a stack of weights, added row by row."""
+"""Parts of products with a weight or a stack of weights, added row by row."""
 
 import pytest
 import torch
@@ -29,3 +29,12 @@ def test_rows_are_the_sums_of_their_parts_and_the_bias_of_their_weight(single, s
     if has_bias:
         expected[:-1] += bias[ids[:-1]]
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("split", [2, 7])
+def test_rows_of_a_linear_are_the_sums_of_their_parts_and_one_bias(split, has_bias, device):
+    partial, bias = torch.randn(split, 3, 300, device=device), torch.randn(300, device=device)
+    out = torch.full((1, 3, 300), torch.nan, device=device)  # a linear keeps the shape of its input
+    add_parts_of_rows(partial, bias if has_bias else None, out, split, None, 1, 3, 8, False)
+    torch.testing.assert_close(out[0], partial.sum(0) + (bias if has_bias else 0))

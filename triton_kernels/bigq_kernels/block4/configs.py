@@ -4,7 +4,7 @@
 the shared memory and registers from compute capability 8.0 on, where they are correct but not tuned.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -45,6 +45,9 @@ SLICED_ROWS = 16  # of a tile of the sliced kernel
 # Of the slices that its warps have room for. 4 tokens of 5120 x 5120, with 20 of 32, take 9.3 us, staged 9.7 (H200).
 LEAST_SLICES = 0.6
 LEAST_BULK_M = 128  # tokens of a tile: at 64 tokens of 14336 x 4096, bulk takes 28.1 us and wgmma 28.5 (H200)
+# Of what the programs have room for in the tiles of the busiest one, if they share K. 16 tokens take, with 0.97 of it,
+# 57.8 us at 28672 x 8192 and 18.8 at 4096 x 14336, and staged 61.0 and 19.7 (H200). So with 0.91 none would be faster.
+LEAST_BUSY_16 = 0.93
 LEAST_PROGRAMS = 64  # 1024 x 4096 has as many: 2.6 us for 4 tokens, staged takes 5.9 (H200)
 
 
@@ -130,19 +133,19 @@ STAGED: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int | Non
     16: {2**27: (64, 3, 4, None, 2), 2**62: (128, 3, 8, 128, 2)},
     32: {2**25: (64, 2, 4, None, 2), 2**62: (128, 2, 4, None, 2)},
 }}
-# By GPU and BLOCK_M, for K of up to so many slices: (warps, COVERS, STAGES, FLUSH, programs of a multiprocessor). The
-# registers of a multiprocessor hold 16 tokens of 16 slices.
-SLICED: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int, int]]]] = {HOPPER: {
-    8:  {8: (8, 1, 2, 2, 2), 16: (16, 1, 2, 4, 1), 32: (16, 2, 3, 4, 1), 2**31: (8, 1, 2, 2, 2)},
-    16: {8: (8, 1, 3, 1, 2), 16: (16, 1, 2, 2, 1)},
+# By GPU and BLOCK_M, for K of up to so many elements: (warps, the most COVERS, STAGES, tiles of 16 rows whose sums are
+# added together, programs of a multiprocessor). The registers of a multiprocessor hold 16 tokens of 4096 elements.
+SlicedRow = tuple[int, int, int, int, int]
+SlicedTable = dict[tuple[int, int], dict[int, dict[int, SlicedRow]]]
+SLICED: SlicedTable = {HOPPER: {
+    8:  {2048: (8, 1, 2, 2, 2), 4096: (16, 1, 2, 4, 1), 8192: (16, 2, 3, 4, 1), 2**31: (8, 1, 2, 2, 2)},
+    16: {2048: (8, 1, 3, 1, 2), 4096: (16, 1, 2, 2, 1), 2**31: (8, 1, 2, 2, 2)},
 }}
 # The same of stacks. 8 rows for each of 32 weights of 5760 x 2880 take 159 us with 4 warps and 176 with 8 (H200).
 STAGED_STACK: dict[tuple[int, int], dict[int, tuple[int, int, int, int | None, int]]] = {
     HOPPER: {8: (128, 3, 8, 128, 2), 16: (128, 3, 4, None, 2), 32: (128, 2, 4, None, 2)},
 }
-# Of stacks, by GPU and BLOCK_M, for K up to so many elements: (warps, COVERS, STAGES, tiles of 16 rows whose sums are
-# added together, programs of a multiprocessor).
-SLICED_STACK: dict[tuple[int, int], dict[int, dict[int, tuple[int, int, int, int, int]]]] = {HOPPER: {
+SLICED_STACK: SlicedTable = {HOPPER: {
     8:  {1024: (8, 2, 2, 4, 2), 4096: (8, 2, 3, 4, 2), 2**31: (16, 2, 3, 4, 1)},
     16: {2048: (8, 1, 2, 1, 2), 3072: (16, 1, 2, 2, 1)},
 }}
@@ -255,68 +258,67 @@ def staged_config(gpu: Gpu, m: int, n: int, k: int, *, is_stack: bool = False) -
 
 def sliced_config(gpu: Gpu, m: int, n: int, k: int) -> SlicedConfig | None:
     """For m tokens and a weight of n x k; None where another way is faster, or this one does not take the weight."""
-    by_slices = SLICED.get(gpu.capability, {}).get(block_m(m), {})
-    slices, partial = divmod(k, STEP)
-    if partial or n % SLICED_ROWS or slices > max(by_slices, default=0):
+    config = _sliced(gpu, SLICED, m, n, k, quarters=(4, 3) if k % STEP else (4,), abreast=(1,))
+    if config is None or n // SLICED_ROWS * config.split < LEAST_PROGRAMS:
         return None
-    warps, covers, stages, flush, resident = by_slices[min(most for most in by_slices if slices <= most)]
-    split = ceil_div(slices, warps * covers)
-    if slices < LEAST_SLICES * split * warps * covers or n // SLICED_ROWS * split < LEAST_PROGRAMS:
+    if config.split > config.programs:  # K from 65792 on, on a seventh of a GPU, which has 16
         return None
-    if split > resident * gpu.multiprocessors:  # K from 65792 on, on a seventh of a GPU, which has 16
-        return None
-    return SlicedConfig(
-        block_m=block_m(m),
-        warps=warps,
-        covers=covers,
-        split=split,
-        stages=stages,
-        flush=flush,
-        programs=resident * gpu.multiprocessors,
-        registers=min(255, REGISTERS // (32 * warps * resident)),
-    )
+    if config.block_m == 16 and config.split > 1:
+        rounds = ceil_div(n // SLICED_ROWS, config.programs // config.split)
+        room = config.programs * rounds * 64 * config.quarters * config.covers * config.warps
+        if k % STEP or n // SLICED_ROWS * k < LEAST_BUSY_16 * room:
+            return None
+    return config
 
 
 def sliced_stack_config(gpu: Gpu, m: int, n: int, k: int, *, single: bool = False) -> SlicedConfig | None:
-    """For a stack of weights of n x k, in tiles of m rows of x, or each row by itself; None as `sliced_config`.
+    """For a stack of weights of n x k, in tiles of m rows of x, or each row by itself; None as `sliced_config`."""
+    config = _sliced(gpu, SLICED_STACK, m, n, k, quarters=(4, 3), abreast=(1, 2, 4, 8, 16))
+    return None if config is None else replace(config, single=single)
 
-    A slice has 192 or 256 elements, a warp one or two slices, and what K leaves of the warps takes other rows of the
-    weight: the way that leaves the fewest warps idle. K = 2880 is 15 slices of 192, and 768 is 4.
+
+def _sliced(
+    gpu: Gpu, table: SlicedTable, m: int, n: int, k: int, *, quarters: tuple[int, ...], abreast: tuple[int, ...]
+) -> SlicedConfig | None:
+    """By the row that a table has for m tokens and K, if any; None if too many warps would have no slice.
+
+    A slice has one of the numbers of `quarters`, a warp one or two slices, and what K leaves of the warps takes other
+    rows of the weight, if `abreast` has more than 1: the way that leaves the fewest warps idle, in the fewest splits.
+    K = 2880 is 15 slices of 192, and 768 is 4.
     """
-    by_k = SLICED_STACK.get(gpu.capability, {}).get(block_m(m), {})
+    by_k = table.get(gpu.capability, {}).get(block_m(m), {})
     if k % 32 or k == 0 or k > max(by_k, default=0):
         return None
     warps, most_covers, stages, flush, resident = by_k[min(most for most in by_k if k <= most)]
     ways = [
-        (quarters, covers, k_warps)
-        for quarters, covers, k_warps in product((4, 3), range(most_covers, 0, -1), (16, 8, 4, 2, 1))
-        if k_warps <= warps and n % (SLICED_ROWS * warps // k_warps) == 0
+        (of_slice, covers, tiles)
+        for of_slice, covers, tiles in product(quarters, range(most_covers, 0, -1), abreast)
+        if tiles <= warps and n % (SLICED_ROWS * tiles) == 0
     ]
 
     def room(way: tuple[int, int, int]) -> tuple[int, int]:
         """(splits, elements of K that there is room for): the first way with the least of them is taken."""
-        quarters, covers, k_warps = way
-        elements = 64 * quarters * covers * k_warps
+        of_slice, covers, tiles = way
+        elements = 64 * of_slice * covers * warps // tiles
         return ceil_div(k, elements), ceil_div(k, elements) * elements
 
     if not ways:
         return None
-    quarters, covers, k_warps = min(ways, key=room)
-    split, elements = room((quarters, covers, k_warps))
+    of_slice, covers, tiles = way = min(ways, key=room)
+    split, elements = room(way)
     if k < LEAST_SLICES * elements:
         return None
     return SlicedConfig(
         block_m=block_m(m),
         warps=warps,
-        quarters=quarters,
+        quarters=of_slice,
         covers=covers,
-        abreast=warps // k_warps,
+        abreast=tiles,
         split=split,
         stages=stages,
-        flush=max(1, flush * k_warps // warps),
+        flush=max(1, flush // tiles),
         programs=resident * gpu.multiprocessors,
-        registers=REGISTERS // (32 * warps * resident),
-        single=single,
+        registers=min(255, REGISTERS // (32 * warps * resident)),
     )
 
 

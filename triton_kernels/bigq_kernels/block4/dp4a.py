@@ -154,8 +154,9 @@ def _linear_4bit_dp4a_kernel(
             total += products[0][:, :, None] if M == 1 else tl.join(products[0], products[1])
         out = tl.sum(total, axis=1)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + first + row).to(tl.float32)[:, None]
-            out += bias if ids_ptr is None else tl.where(tokens > 0, bias, 0.0)
+            out += tl.load(bias_ptr + first + row).to(tl.float32)[:, None]
+        if ids_ptr is not None:
+            out = tl.where(tokens > 0, out, 0.0)  # not 0 times a scale, which may be infinite
         out_ptrs = out_ptr + tl.arange(0, M)[None, :] * N + (first + row)[:, None]
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty))
         words, absmax = next_words, next_absmax

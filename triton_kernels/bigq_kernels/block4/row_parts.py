@@ -1,7 +1,7 @@
-"""Add the parts of products of rows with a stack of weights, whose K several programs share: each has whole rows.
+"""Add the parts of products whose K several programs share, where each part has whole rows: of a weight, or a stack.
 
-Only rows that a weight multiplies have parts. Those behind the last stop, and those of no weight, are zero: with stops
-the kernel that makes the groups has written them, and with the weight of each row they are written here.
+Of a stack, only rows that a weight multiplies have parts. Those behind the last stop, and those of no weight, are zero:
+with stops the kernel that makes the groups has written them, and with the weight of each row they are written here.
 """
 
 import triton
@@ -21,9 +21,9 @@ FIELDS = tl.constexpr(5)  # of an entry of `group_tokens`
 @triton.jit(do_not_specialize=["S"])
 def _add_parts_of_rows_kernel(
     partial_ptr,  # [SPLIT, S, N] float32 of the kernel before
-    bias_ptr,  # [E, N] or None
+    bias_ptr,  # [E, N], or [N] of a linear, or None
     out_ptr,  # [S, N]
-    route_ptr,  # the weight of each row if SINGLE, else of `group_tokens`
+    route_ptr,  # of a stack: the weight of each row if SINGLE, else of `group_tokens`; of a linear None
     S,
     N,
     E,
@@ -40,7 +40,9 @@ def _add_parts_of_rows_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if SINGLE:
+    if route_ptr is None:
+        weight, first, rows, has_bias = 0, entry.to(tl.int64), 1, True
+    elif SINGLE:
         weight = tl.load(route_ptr + entry).to(tl.int64)
         first, rows = entry.to(tl.int64), 1
         has_bias = (weight >= 0) & (weight < E)
@@ -70,7 +72,7 @@ def add_parts_of_rows(
     bias: Tensor | None,
     out: Tensor,
     split: int,
-    route: Tensor,
+    route: Tensor | None,
     weights: int,
     entries: int,
     block_m: int,
@@ -78,10 +80,11 @@ def add_parts_of_rows(
 ) -> None:
     """Write out [S, N], the sums of partial float32 [split, S, N] plus the bias [weights, N] of each row's weight.
 
-    route is the weight of each row if `single`, else the `entries` of `group_tokens`, whose rows alone are written. A
-    kernel launched after it with `launch_pdl` may start meanwhile.
+    route is the weight of each row if `single`, else the `entries` of `group_tokens`, whose rows alone are written. If
+    it is None, all rows have the one weight that there is, and are the entries. A kernel launched after it with
+    `launch_pdl` may start meanwhile.
     """
-    s, n = out.shape
+    s, n = partial.shape[-2:]
     pdl = Gpu.of(out.device).pdl
     launch(
         _add_parts_of_rows_kernel,
@@ -94,7 +97,7 @@ def add_parts_of_rows(
         n,
         weights,
         SPLIT=split,
-        BLOCK_M=1 if single else block_m,
+        BLOCK_M=1 if single or route is None else block_m,
         BLOCK=COLUMNS,
         SINGLE=single,
         PDL=pdl,

@@ -27,12 +27,14 @@ def run(x, quantized, quant_type="nf4", block_size=64, bias=None, **changes):
     tile = {
         "block_m": 8 if m <= 8 else 16,
         "warps": 16,
+        "quarters": 4,
         "covers": 1,
+        "abreast": 1,
         "stages": 3,
         "flush": 2,
         "programs": 132,
     } | changes
-    split = ceil_div(k // 256, tile["warps"] * tile["covers"])
+    split = ceil_div(k, 64 * tile["quarters"] * tile["covers"] * (tile["warps"] // tile["abreast"]))
     config = SlicedConfig(**tile, split=split, registers=128 if tile["warps"] == 16 else 255)
     out = torch.full((m, len(quantized[0])), torch.nan, device=x.device, dtype=x.dtype)
     linear_4bit_sliced(x, packed4(quantized, quant_type, block_size), bias, out, config)
@@ -91,6 +93,32 @@ def test_slices_and_splits(config, k, m, device):
 @pytest.mark.parametrize("k", [8192, 7168])
 def test_two_slices_of_16_warps(k, device):
     check(torch.randn(7, k, device=device).bfloat16(), 1008, covers=2, flush=4)
+
+
+@pytest.mark.parametrize("m", [1, 8, 16])
+@pytest.mark.parametrize(
+    "n, k, config",
+    [
+        pytest.param(1040, 2880, {"quarters": 3}, id="192-and-an-idle-warp"),
+        pytest.param(48, 1536, {"quarters": 3, "warps": 8}, id="192-and-no-idle-warp"),
+        pytest.param(1008, 5120, {"quarters": 3, "warps": 8, "covers": 2}, id="192-in-two-splits-of-two-slices"),
+        pytest.param(1008, 8960, {"quarters": 3, "warps": 8}, id="192-in-six-splits"),
+        pytest.param(48, 1440, {"quarters": 3, "warps": 8}, id="partial-slice-of-192"),
+        pytest.param(48, 4512, {}, id="partial-slice-of-256-in-two-splits"),
+        pytest.param(4640, 1024, {"warps": 8, "abreast": 2}, id="two-tiles-abreast"),
+        pytest.param(128, 736, {"quarters": 3, "abreast": 4, "flush": 1}, id="four-abreast-and-a-partial-slice-of-192"),
+        pytest.param(64, 2048, {"warps": 8, "abreast": 4, "flush": 1}, id="four-abreast-in-four-splits"),
+    ],
+)
+def test_slices_of_192_partial_slices_and_tiles_abreast(n, k, config, m, device):
+    bias = torch.randn(n, device=device)
+    for quant_type, nested, dtype in (("nf4", False, torch.bfloat16), ("fp4", True, torch.float16)):
+        check(torch.randn(m, k, device=device).to(dtype), n, quant_type, nested=nested, bias=bias, **config)
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 256])
+def test_block_sizes_of_slices_of_192(block_size, device):
+    check(torch.randn(4, 2304, device=device).bfloat16(), 208, block_size=block_size, quarters=3)
 
 
 @pytest.mark.parametrize("m", [3, 16])

@@ -126,6 +126,20 @@ def test_rows_of_one_row_of_x_have_weights_in_any_order(device):
             assert_within_budget(run(x, tensors, config, ids, bias), *expected)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+@pytest.mark.parametrize("split", [1, 2])
+def test_a_row_of_no_weight_is_zero_whatever_the_weights_are(split, nested, value, device):
+    weight, absmax, *scales = stack(3, 112, 2880, device, nested=nested)[0]
+    (scales[0] if nested else absmax)[:] = value
+    x, bias = torch.randn(3, 2880, device=device).bfloat16(), torch.ones(3, 112, device=device)
+    config = replace(SIXTEEN_WARPS, quarters=3, split=split, single=True)
+    ids = torch.tensor([3, 1, -1], device=device)
+    out = run(x, (weight, absmax, *scales), config, ids, bias)
+    assert not out[[0, 2]].any()
+    assert not out[1].isfinite().any()
+
+
 def test_a_product_repeats_bit_for_bit(device):
     tensors, _ = stack(len(GROUPS), 1536, 2048, device)
     stops = torch.tensor(list(accumulate(GROUPS)), dtype=torch.int32, device=device)

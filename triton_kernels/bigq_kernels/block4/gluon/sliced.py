@@ -6,7 +6,7 @@
   its own (`rings`), and waits for no other warp until sums are added, every FLUSH tiles.
 - Decoding and the order of K in a lane are those of `staged`: one read of a table decodes a byte.
 - If K has more slices than the warps of a program have, several programs share K, and a kernel after this one adds
-  their parts (`parts`).
+  their parts (`row_parts`).
 - With a stack of weights, a program has the tiles of one weight after the other, and reads tokens for each (`runs`).
 
 `staged` reads tokens from shared memory again for every tile, has a barrier in each step, and half as many warps.
@@ -36,7 +36,6 @@ from bigq_kernels.block4.gluon.scales import barrier, load_scales, quarters, sca
 from bigq_kernels.block4.gluon.slices import copy_layout, lane_layout, quarter_layout, sum_layout, token_layout
 from bigq_kernels.block4.gluon.table import code_tables, fill_table
 from bigq_kernels.block4.packed import Packed4
-from bigq_kernels.block4.parts import add_parts_of_tiles
 from bigq_kernels.block4.row_parts import add_parts_of_rows
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import group_tokens, most_tiles
@@ -126,8 +125,7 @@ def _linear_4bit_sliced_kernel(
     nested_ptr,  # see load_scales
     offset_ptr,
     code_ptr,
-    partial_ptr,  # [N / 16, SPLIT, 2, 16, BLOCK_M] float32 for `parts`, which reads the first of each two here;
-    # of a stack [SPLIT, M, N] for `row_parts`
+    partial_ptr,  # [SPLIT, M, N] float32 for `row_parts`
     out_ptr,  # [M, N]
     route_ptr,  # of a stack, see `runs`; or None
     M,
@@ -325,6 +323,8 @@ def _linear_4bit_sliced_kernel(
             if (tile - added == FLUSH - 1) | (tile == end - 1):
                 barrier()
                 result = gl.sum(sums.index(turn).load(SUMS), axis=0)
+                if SINGLE:
+                    result = gl.where(out_m < x_rows, result, 0.0)  # not 0 times a scale, which may be infinite
                 in_tiles = (out_m < out_rows) & (out_n < (tile + 1 - added) * TILE)
                 n_row = first_n + (added - begin) * TILE + out_n
                 out_place = (first_out + out_m.to(gl.int64)) * N + n_row
@@ -333,9 +333,6 @@ def _linear_4bit_sliced_kernel(
                         in_bias = in_tiles & (out_m < x_rows)  # none for a row of no weight
                         result += gl.load(bias_ptr + weight * N + n_row, mask=in_bias, other=0.0).to(gl.float32)
                     gl.store(out_ptr + out_place, result.to(DTYPE), mask=in_tiles)
-                elif route_ptr is None:
-                    slot = (n_row // ROWS * SPLIT + split).to(gl.int64) * (2 * ROWS * BLOCK_M)
-                    gl.store(partial_ptr + (slot + n_row % ROWS * BLOCK_M + out_m), result, mask=in_tiles)
                 else:
                     gl.store(partial_ptr + (run_split.to(gl.int64) * M * N + out_place), result, mask=in_tiles)
                 turn = 1 - turn  # so that a warp does not overwrite what another adds
@@ -356,9 +353,8 @@ def linear_4bit_sliced(
     """
     s, (n, pairs), weights = x.shape[0], packed.weight.shape[-2:], 1
     tiles, steps = n // (ROWS.value * config.abreast), ceil_div(pairs, 32 * config.quarters)
-    gpu, is_split, entries = Gpu.of(x.device), config.split > 1, 1
+    gpu, is_split, entries = Gpu.of(x.device), config.split > 1, s
     if route is None:
-        numel = is_split * n * config.split * 2 * config.block_m
         programs = min(config.programs // config.split, tiles) * config.split
     else:
         weights = len(packed.weight)
@@ -368,16 +364,16 @@ def linear_4bit_sliced(
             entries = most_tiles(s, weights, config.block_m)
             no_counts = torch.empty(0, dtype=torch.int32, device=x.device)
             route = group_tokens(route, weights, config.block_m, no_counts, out)
-        numel = is_split * config.split * s * n
         programs = min(config.programs, entries * config.split * tiles)
-    partial = torch.empty(numel, dtype=torch.float32, device=x.device)
+    partial = torch.empty(is_split * config.split, s, n, dtype=torch.float32, device=x.device)
     even = pairs % (32 * config.quarters) == 0
     whole = even and steps == config.split * config.warps // config.abreast * config.covers
     # Every lane loads its own scales, or one for four. Where a warp has two slices: 153 and 146 us for 16 tokens of
     # Mixtral's gate_up, nested 48 and 40 for a token of 28672 x 8192, but 40 and 43 if not nested. With one slice the
     # next scales are moved where they are read, which waits for them: nested 12.0 and 12.7 for 4 tokens of 14336 x 4096
-    # (H200).
-    spread = route is not None or (config.covers > 1 and packed.nested[0] is not None)
+    # (H200). Only the whole scales of a slice of 256 are one load.
+    nested = packed.nested[0] is not None
+    spread = route is not None or config.quarters < 4 or not even or (config.covers > 1 and nested)
     launch(
         _linear_4bit_sliced_kernel, (programs,),
         x, packed.weight, packed.absmax, bias, *packed.nested, partial, out, route, s, n, pairs,
@@ -388,8 +384,5 @@ def linear_4bit_sliced(
         ABREAST=config.abreast, SPLIT=config.split, STAGES=config.stages, FLUSH=config.flush,
         options={"num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": gpu.pdl},
     )  # fmt: skip
-    if is_split and route is None:
-        tile = ROWS.value, config.block_m
-        add_parts_of_tiles(partial, bias, out, config.split, n // ROWS.value * config.split, tile, gpu.pdl)
-    elif is_split and route is not None:
+    if is_split:
         add_parts_of_rows(partial, bias, out, config.split, route, weights, entries, config.block_m, config.single)
