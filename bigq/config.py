@@ -203,8 +203,8 @@ class QuantizationConfig:
         They ask for it in `from_pretrained`, and bigq registers itself there then. Raises an ImportError if the library
         that asks is of a release for which there is no integration; the other library may be of any release.
         """
-        frame = inspect.currentframe()
-        asking = str(frame.f_back.f_globals.get("__name__")) if frame is not None and frame.f_back is not None else ""
+        # A frame in a variable would be a cycle, which keeps all callers and what they hold: in a load, old weights.
+        asking = str(getattr(getattr(inspect.currentframe(), "f_back", None), "f_globals", {}).get("__name__"))
         for module, integration in _INTEGRATIONS.items():
             try:
                 if module in sys.modules:

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -18,6 +20,22 @@ def test_defaults():
     assert config.weight_format() == NF4(block_size=64, double_quant=False)
     assert (config.compute_dtype, config.dtype, config.skip_modules, config.offload) == (None, None, (), None)
     assert QuantizationConfig("int8").weight_format() == Int8(threshold=6.0)
+
+
+def test_to_ask_for_the_method_keeps_no_frame_alive():
+    class Held:
+        pass
+
+    def ask():
+        held = Held()
+        assert QuantizationConfig("nf4").quant_method == "bigq"
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert ask()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_format_with_its_settings_is_the_same_as_its_name_and_the_settings():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigq import QuantizationConfig, QuantizedLinear, QuantizedModule, load_and_quantize_model, num_parameters
+from bigq.loading.batch_quantizer import BatchQuantizer
 
 transformers = pytest.importorskip("transformers")
 NF4 = QuantizationConfig("nf4")
@@ -210,3 +212,17 @@ def test_flash_attention_gets_the_dtype_of_the_model_from_float32(said):
     attention = model.model.layers[0].self_attn
     assert get_target_dtype(torch.zeros(1), attention) == (said or torch.bfloat16)
     assert own.dtype == said
+
+
+def test_in_place_frees_each_weight_before_the_next_is_quantized(monkeypatch):
+    model, alive = build("llama"), []
+    weights = [weakref.ref(module.weight) for module in model.model.layers.modules() if type(module) is nn.Linear]
+    quantize = BatchQuantizer.quantize
+
+    def counting(self, items):
+        alive.append(sum(weight() is not None for weight in weights))
+        return quantize(self, items)
+
+    monkeypatch.setattr(BatchQuantizer, "quantize", counting)
+    load_and_quantize_model(model, None, NF4, "cpu")
+    assert alive == [*range(14, 0, -1)]
