@@ -26,6 +26,7 @@ from bigq.formats import (
     state_name,
 )
 from bigq.ops.sharding import is_sharded, local_part, placed_like, register_rules
+from bigq.system.distributed.internals import is_set_by_fsdp1
 from bigq.weight.lazy_weight import plain
 from bigq.weight.placeholder import is_placeholder
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -190,6 +191,13 @@ class QuantizedModule(nn.Module):
         if name in vars(self).get("_quantized", ()):  # nn.Module would register a Parameter of that name
             self.assign_weight(name, value)
             return
+        if is_set_by_fsdp1(name):
+            raise UnsupportedError(
+                "FSDP1 (FullyShardedDataParallel) puts all parameters of a block into one floating-point tensor, and "
+                f"those of {type(self).__name__} are integers: use FSDP2, which is fully_shard of "
+                "torch.distributed.fsdp. With accelerate, set fsdp_version: 2 in fsdp_config, where 1 is the default; "
+                "with transformers' Trainer, leave the 'version' of fsdp_config at 2"
+            )
         own = vars(self).get("_parameters", {}).get(name)
         if own is not None and isinstance(value, nn.Parameter) and is_sharded(own) != is_sharded(value):
             vars(self)["_is_gathered"] = is_sharded(own)
