@@ -5,9 +5,11 @@ buffers, because frameworks shard, offload and count Parameters. Reading `module
 Assigning a tensor to it, or writing to it in place, quantizes the new numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import local
 from typing import Any, cast
 
 import torch
@@ -33,6 +35,8 @@ from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
 
 __all__ = ["QuantizedModule", "weight_property"]
+
+_CALLS = local()  # `changed`: what weights are read as in the calls that this thread runs
 
 
 def weight_property(leaf: str) -> Any:
@@ -101,10 +105,40 @@ class QuantizedModule(nn.Module):
 
     def read_weight(self, leaf: str) -> Tensor:
         """Return the weight `leaf` as a QuantizedWeight, or dequantized while `torch.compile` traces."""
+        if vars(self).get("_was_changed"):
+            change = getattr(_CALLS, "changed", {}).get((id(self), leaf))
+            if change is not None:
+                return cast(Tensor, change())
         stored, dtype = self.stored_weight(leaf), self._quantized[leaf].dtype
         if is_compiling():
             return stored.dequantize(dtype)
         return QuantizedWeight.of(stored, dtype, partial(self.write_weight, leaf))
+
+    @contextmanager
+    def changed(self, leaf: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """In the context, reading the weight `leaf` gives what `change` makes of its numbers, computed once.
+
+        It is for a forward that reads the weight, and changes no number that is stored. The result may have a gradient.
+        """
+        made: list[Tensor] = []
+
+        def make() -> Tensor:
+            return change(self.stored_weight(leaf).dequantize(self._quantized[leaf].dtype))
+
+        def read() -> Tensor:
+            if is_compiling():  # equal nodes are one in a graph
+                return make()
+            if not made:
+                made.append(make())
+            return made[0]
+
+        before = getattr(_CALLS, "changed", {})
+        _CALLS.changed = {**before, (id(self), leaf): read}
+        vars(self)["_was_changed"] = True  # modules without changes need not look for them
+        try:
+            yield
+        finally:
+            _CALLS.changed = before
 
     def assign_weight(self, leaf: str, value: Tensor) -> None:
         """`module.leaf = value`: quantize `value` into new Parameters.
