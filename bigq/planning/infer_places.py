@@ -186,7 +186,7 @@ def _holds_stack(node: Node) -> bool:
 
 
 def _strided(root: Node, device_map: DeviceMap, first: str) -> DeviceMap:
-    """`device_map` with the blocks on the GPU `first` spread evenly among the offloaded ones of each list of equal ones.
+    """`device_map` with the blocks on the GPU `first` spread evenly among the offloaded ones of each list of equals.
 
     Those of other GPUs come after them.
     """
