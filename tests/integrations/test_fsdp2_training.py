@@ -57,7 +57,7 @@ def _model(own, adapters=torch.float32, *, experts=False, target_parameters=None
     if experts:
         torch.manual_seed(0)
         sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
-        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 5, "num_experts_per_tok": 2}
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, initializer_range=0.15))
     else:
         model = llama()
