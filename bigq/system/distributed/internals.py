@@ -1,7 +1,7 @@
 """Internals of torch.distributed: private names that bigq uses, each with a public way that is slower and as right."""
 
-import sys
 from collections.abc import Callable
+from inspect import currentframe
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,4 +91,8 @@ _MARK, _FSDP1 = "_is_fsdp_managed_module", "torch.distributed.fsdp._dynamo_utils
 
 def is_set_by_fsdp1(name: str) -> bool:
     """Whether the `__setattr__` of a module, which calls this with the name it is given, is called by FSDP1."""
-    return name == _MARK and sys._getframe(2).f_globals.get("__name__") == _FSDP1
+    if name != _MARK:
+        return False
+    frame = currentframe()
+    caller = None if frame is None or frame.f_back is None else frame.f_back.f_back
+    return caller is not None and caller.f_globals.get("__name__") == _FSDP1
