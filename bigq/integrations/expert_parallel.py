@@ -19,6 +19,7 @@ from bigq.model.experts import has_rows_for_each_expert
 from bigq.ops.sharding import local_part
 from bigq.weight.convert import original_class
 from bigq.weight.experts import IMPLEMENTATIONS, QuantizedExperts
+from bigq.weight.linear import QuantizedMatrix
 from bigq.weight.low_rank import Changes
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.slices import keep_ranges, refuse_slice
@@ -43,7 +44,7 @@ class ExpertParallel(ParallelStyle):
         experts: Any = adapted_module(module) or module
         count = getattr(experts, "num_experts", None)
         kind, takes_all_rows = original_class(experts).__name__, has_rows_for_each_expert(experts)
-        if not isinstance(experts, QuantizedModule):
+        if not isinstance(experts, QuantizedModule) or isinstance(experts, QuantizedMatrix):
             raise UnsupportedError(f"ExpertParallel is for fused experts with quantized weights, and this is a {kind}")
         if not (isinstance(experts, QuantizedExperts) or takes_all_rows) or not isinstance(count, int):
             raise UnsupportedError(f"ExpertParallel cannot cut a {kind}: its forward is not that of most fused experts")
