@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from bigq.checkpoint import Source
+from bigq.checkpoint import Adapter, Source
 from bigq.config import QuantizationConfig
 from bigq.interop.bitsandbytes_models import refuse_bitsandbytes
 from bigq.interop.diffusers_model import introduce_to_diffusers
@@ -95,7 +95,9 @@ def plan_load(
         offload=options.offload,
         strict=options.strict,
     )
-    if config is not None:
+    if plan.rules or (
+        isinstance(source, Adapter) and source.is_of_bitsandbytes
+    ):  # else it was said, or asked for, before
         warn_of_weights_left(tree, plan, config)
     refuse_strays(tree, {n for weight in plan.weights for n in weight.names}, in_place=source.in_place)
     return plan, places

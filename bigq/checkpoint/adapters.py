@@ -29,6 +29,11 @@ class Adapter:
     def in_place(self) -> bool:
         return self._source.in_place
 
+    @property
+    def is_of_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes has quantized weights of it."""
+        return isinstance(self._source, Adapter) and self._source.is_of_bitsandbytes
+
     def check(self) -> None:
         """Raise what `source` raises."""
         self._source.check()

@@ -66,6 +66,8 @@ def with_bitsandbytes(
 class BitsandbytesWeights(Adapter):
     """`source` with the weights `held` as bigq stores them. What is made for them comes last."""
 
+    is_of_bitsandbytes = True
+
     def __init__(self, source: Source, held: HeldWeights) -> None:
         super().__init__(source)
         self._views = held.views

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-__all__ = ["Group", "placed", "summed", "with_summed_gradients"]
+__all__ = ["Group", "local_result", "placed", "summed", "with_summed_gradients"]
 
 Group = dist.ProcessGroup
 
@@ -21,6 +21,15 @@ def placed(x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement, size: 
         whole = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()} if by_features else {}
         x = DTensor.from_local(x, mesh, [have], run_check=False, **whole)  # type: ignore[arg-type]
     return x.redistribute(placements=[want])
+
+
+def local_result(x: Tensor) -> Tensor:
+    """What this process has of the DTensor `x`, the output of a module, which the code behind it may overwrite.
+
+    Autograd takes what a DTensor gives for a view of its own, and refuses a write to that.
+    """
+    local: Tensor = x.to_local()  # type: ignore[attr-defined]
+    return local.clone() if local.requires_grad else local
 
 
 class _SumOfGradients(torch.autograd.Function):

@@ -9,15 +9,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn import functional
 
 from bigq.errors import UnsupportedError
-from bigq.integrations.collectives import summed, with_summed_gradients
+from bigq.integrations.collectives import Group, summed, with_summed_gradients
 from bigq.integrations.sharded_rows import gather_rows
 from bigq.interop.expert_adapters import adapted_module
+from bigq.model.experts import has_rows_for_each_expert
 from bigq.ops.sharding import local_part
 from bigq.weight.convert import original_class
 from bigq.weight.experts import IMPLEMENTATIONS, QuantizedExperts
+from bigq.weight.linear import QuantizedMatrix
 from bigq.weight.low_rank import Changes
+from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.slices import keep_ranges, refuse_slice
 
 __all__ = ["ExpertParallel"]
@@ -27,19 +31,25 @@ class ExpertParallel(ParallelStyle):
     """Each process keeps some experts of a layer, computes them for all tokens, and an all-reduce adds the outputs.
 
     For fused experts [E, N, K] of transformers whose weights are quantized, called with the hidden states, the experts
-    of each token and their weights. E need not be a multiple of the processes. Every process has the same tokens. LoRA
-    of PEFT on the experts stays whole in each process, as DTensors, and its gradients are those of all.
+    of each token and their weights, or as Llama4's with the rows of each expert. E need not be a multiple of the
+    processes. Every process has the same tokens. LoRA of PEFT on the experts stays whole in each process, as DTensors,
+    and its gradients are those of all.
 
     Raises:
-        UnsupportedError: the module is none of these, has fewer experts than there are processes, or is offloaded.
+        UnsupportedError: the module is none of these, has fewer experts than there are processes, or is offloaded, or
+            has adapters and a forward that takes none.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         experts: Any = adapted_module(module) or module
         count = getattr(experts, "num_experts", None)
-        kind = type(experts).__name__
-        if not isinstance(experts, QuantizedExperts) or not isinstance(count, int):
+        kind, takes_all_rows = original_class(experts).__name__, has_rows_for_each_expert(experts)
+        if not isinstance(experts, QuantizedModule) or isinstance(experts, QuantizedMatrix):
             raise UnsupportedError(f"ExpertParallel is for fused experts with quantized weights, and this is a {kind}")
+        if not (isinstance(experts, QuantizedExperts) or takes_all_rows) or not isinstance(count, int):
+            raise UnsupportedError(f"ExpertParallel cannot cut a {kind}: its forward is not that of most fused experts")
+        if takes_all_rows and module is not experts:
+            raise UnsupportedError(f"ExpertParallel cannot cut the experts of a {kind} with adapters: leave these out")
         rank, world, group = device_mesh.get_local_rank(), device_mesh.size(), device_mesh.get_group()
         start, stop = count * rank // world, count * (rank + 1) // world
         refuse_slice(experts)
@@ -61,6 +71,9 @@ class ExpertParallel(ParallelStyle):
                     linear.weight = nn.Parameter(distribute_tensor(linear.weight.data, device_mesh, [Replicate()]))
             layer = layer.base_layer  # type: ignore[assignment]
         vars(experts).update(num_experts=stop - start, _is_expert_parallel=True)  # for transformers' own products
+        if takes_all_rows:
+            _keep_rows(experts, group, count, start, stop)
+            return module
         arguments = signature(original_class(experts).forward)
 
         def enter(
@@ -92,3 +105,19 @@ class ExpertParallel(ParallelStyle):
         experts.register_forward_pre_hook(enter, with_kwargs=True)
         experts.register_forward_hook(leave)
         return module
+
+
+def _keep_rows(experts: nn.Module, group: Group, count: int, start: int, stop: int) -> None:
+    """Let `experts`, which take [E * T, H], take the rows of theirs from `start` to `stop`, and return all rows."""
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (hidden,) = (*args, *kwargs.values())
+        (hidden,) = with_summed_gradients(group, hidden)
+        return (hidden.view(count, -1, hidden.shape[-1])[start:stop].flatten(0, 1),), {}
+
+    def leave(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        rows = out.view(stop - start, -1, out.shape[-1])
+        return summed(functional.pad(rows, (0, 0, 0, 0, start, count - stop)).flatten(0, 1), group, args[0])
+
+    experts.register_forward_pre_hook(enter, with_kwargs=True)
+    experts.register_forward_hook(leave)

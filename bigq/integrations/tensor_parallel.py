@@ -16,7 +16,7 @@ from torch.distributed.tensor import parallel as torch_styles
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from bigq.errors import ConfigError, UnsupportedError
-from bigq.integrations.collectives import placed, summed, with_summed_gradients
+from bigq.integrations.collectives import local_result, placed, summed, with_summed_gradients
 from bigq.integrations.sharded_rows import gather_rows
 from bigq.weight.linear import QuantizedMatrix
 from bigq.weight.quantized_module import QuantizedModule
@@ -89,7 +89,7 @@ class ColwiseParallel(torch_styles.ColwiseParallel):
 
         def leave(_: nn.Module, args: Any, out: Tensor) -> Tensor:
             laid = placed(out, device_mesh, Shard(-1), out_layout, features)
-            return laid.to_local() if use_local else laid
+            return local_result(laid) if use_local else laid
 
         matrix.register_forward_pre_hook(enter)
         if out_layout != Shard(-1) or not use_local:
@@ -151,7 +151,7 @@ class RowwiseParallel(torch_styles.RowwiseParallel):
             laid: Tensor = placed(out, device_mesh, Partial(), out_layout, features)
             if bias is not None:
                 laid = laid + DTensor.from_local(bias.to(out.dtype), device_mesh, [Replicate()], run_check=False)
-            return laid.to_local() if use_local else laid  # type: ignore[attr-defined]
+            return local_result(laid) if use_local else laid
 
         matrix.register_forward_pre_hook(enter)
         matrix.register_forward_hook(leave)
@@ -286,4 +286,4 @@ def _enter_replicated(module: nn.Module, args: tuple[Tensor, ...], mesh: DeviceM
 
 
 def _leave_replicated(module: nn.Module, out: DTensor, mesh: DeviceMesh) -> Tensor:
-    return out.to_local()
+    return local_result(out)

@@ -1,7 +1,7 @@
 """adapter_refusals: what PEFT would do to quantized weights without a word, or would refuse in words that do not help.
 
-`target_parameters` names Parameters, and a quantized weight is none. PEFT is shown those of experts as if they were. It
-does not find any other and adapts the rest. It adds such names by itself to a config for experts, also for
+`target_parameters` names Parameters, and a quantized weight is none. PEFT is shown those that can be adapted as if they
+were. It does not find any other and adapts the rest. It adds such names by itself to a config for experts, also for
 "all-linear".
 """
 
@@ -14,10 +14,9 @@ from torch import nn
 
 from bigq.errors import UnsupportedError
 from bigq.formats import state_name
-from bigq.interop.expert_adapters import named_as_parameters
+from bigq.interop.expert_adapters import named_as_parameters, takes_adapters
 from bigq.model.tree import tensor_name
 from bigq.system.text import shortlist
-from bigq.weight.experts import QuantizedExperts
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.slices import is_sliced
 
@@ -96,9 +95,8 @@ def _check_targets(peft_config: Any, model: nn.Module) -> None:
     if not weights:
         return
     said = (
-        f"target_parameters names {len(weights)} quantized weights that PEFT cannot adapt, because they are no "
-        "Parameters, and bigq adapts only those of transformers' fused experts, in a format and with an "
-        f"experts_implementation that multiply them in one launch: {shortlist(weights, limit=3)}"
+        f"target_parameters names {len(weights)} quantized weights that PEFT cannot adapt, because the forward of "
+        f"their module does not read them, as that of a linear does not: {shortlist(weights, limit=3)}"
     )
     leaves = sorted({weight.rpartition(".")[0].rpartition(".")[2] for weight in weights})
     remedy = f"keep them as floats with QuantizationConfig(..., skip_modules={leaves}) when you load the model"
@@ -122,8 +120,7 @@ def _quantized(model: nn.Module) -> Iterator[_Named]:
             own = ".".join(part for part in name.split(".") if part != "base_layer")
             for leaf, description in module.descriptions.items():
                 parts = [tensor_name(own, state_name(leaf, part)) for part in description.state_spec]
-                adapts = isinstance(module, QuantizedExperts) and module.adapts(leaf)
-                yield _Named(tensor_name(own, leaf), parts, adapts)
+                yield _Named(tensor_name(own, leaf), parts, takes_adapters(module, leaf))
 
 
 def _is_named(name: str, targets: set[str]) -> bool:

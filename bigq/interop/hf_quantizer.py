@@ -1,5 +1,8 @@
 """HfQuantizer: what transformers asks of a quantized model while it saves, trains, generates and dequantizes it."""
 
+from collections.abc import Iterator
+from inspect import currentframe
+from types import FrameType
 from typing import Any
 
 import torch
@@ -9,7 +12,10 @@ from transformers.quantizers.base import HfQuantizer as Base
 from bigq.config import QuantizationConfig
 from bigq.errors import UnsupportedError
 from bigq.loading.dequantize import dequantize
+from bigq.model.tree import tensor_name
 from bigq.ops.sharding import is_sharded
+from bigq.weight.placeholder import placeholder
+from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.slices import refuse_slices
 
 __all__ = ["HfQuantizer"]
@@ -38,19 +44,47 @@ class HfQuantizer(Base):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` saves, placeholders among it.
 
+        Of shards it is the gathered state that `save_pretrained` is given, which transformers asks its quantizer
+        instead of.
+
         Raises:
-            UnsupportedError: the model holds slices of its weights, or is sharded. A gathered state that is passed to
-                `save_pretrained` does not get here, because transformers asks its quantizer instead.
+            UnsupportedError: the model holds slices of its weights, or is sharded and no gathered state is given.
         """
         refuse_slices(model)
-        if any(map(is_sharded, model.parameters())):
+        if not any(map(is_sharded, model.parameters())):
+            return model.state_dict(), {}
+        given, is_main = _given(currentframe())
+        if given is None or (is_main and not _is_whole(model, given)):
             raise UnsupportedError(
-                "save_pretrained cannot save the shards of a quantized model: call bigq.save_quantized(model, folder) "
-                "in every process, or save the state that accelerate or torch gathers"
+                "save_pretrained cannot save the shards of a quantized model: pass it the state that accelerate or "
+                "torch gathers, save_pretrained(folder, state_dict=accelerator.get_state_dict(model)), or call "
+                "bigq.save_quantized(model, folder) in every process"
             )
-        return model.state_dict(), {}
+        weights = {tensor_name(name, leaf) for name, module in _quantized(model) for leaf in module.descriptions}
+        return {**given, **{name: placeholder() for name in sorted(weights) if given}}, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if isinstance(dtype, str):  # save_pretrained leaves a string in the config
             dtype = getattr(torch, dtype.removeprefix("torch."))
         return dequantize(model, dtype)
+
+
+def _given(frame: FrameType | None) -> tuple[dict[str, Tensor] | None, bool]:
+    """The state that `save_pretrained`, which called the function of `frame`, is given, and whether to save it."""
+    caller = None if frame is None else frame.f_back
+    if caller is None or caller.f_code.co_name != "save_pretrained":
+        return None, True
+    given = caller.f_locals.get("state_dict")
+    return given, bool(caller.f_locals.get("is_main_process", True))
+
+
+def _is_whole(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Whether `state` holds all parts of all quantized weights, and no shards."""
+    parts = {tensor_name(name, part) for name, module in _quantized(model) for part in module.state_spec()}
+    return parts <= state.keys() and not any(map(is_sharded, state.values()))
+
+
+def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            yield name, module

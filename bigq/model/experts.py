@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from bigq.weight.convert import is_transposed_linear, original_class
 
-__all__ = ["expert_weights", "holds_experts_in_matrices", "is_transposed", "routers"]
+__all__ = ["expert_weights", "has_rows_for_each_expert", "holds_experts_in_matrices", "is_transposed", "routers"]
 
 # Classes of transformers that do not say `is_transposed`, and whose stacks have names of their own: whether they hold
 # [E, K, N].
 _OTHER_EXPERTS = {"AriaGroupedExpertsGemm": True, "InklingSharedExperts": False, "JetMoeParallelExperts": False}
 # Those that hold experts one below the other, as [E * I, H], whether H is K or N. Their code reads views [E, I, H].
 _IN_MATRICES = {"DbrxExpertGLU"}
+# Those whose forward takes [E * T, H]: the rows of one expert after the other, as many for each.
+_OF_ALL_ROWS = {"Llama4TextExperts"}
 
 
 def expert_weights(module: nn.Module) -> tuple[str, ...]:
@@ -34,6 +36,11 @@ def expert_weights(module: nn.Module) -> tuple[str, ...]:
 def holds_experts_in_matrices(module: nn.Module) -> bool:
     """Whether `module` holds its experts one below the other in matrices: its input is not that of all of them."""
     return _of_transformers(module) in _IN_MATRICES
+
+
+def has_rows_for_each_expert(module: nn.Module) -> bool:
+    """Whether the forward of `module` takes the rows of one expert after the other, [E * T, H], and no routes."""
+    return _of_transformers(module) in _OF_ALL_ROWS
 
 
 def is_transposed(module: nn.Module) -> bool:

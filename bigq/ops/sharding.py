@@ -19,12 +19,15 @@ from bigq.ops.checks import NESTED_BLOCK_SIZE
 __all__ = [
     "chunk_of_rank",
     "in_all",
+    "is_cut_unevenly",
     "is_sharded",
     "local_part",
     "placed_like",
     "register_rules",
+    "replicated_like",
     "shard_width",
     "sharded_parameters",
+    "whole_of",
 ]
 
 Rule = tuple[list[Any], list[Any]]  # placements of the outputs, and of the arguments: None for those that are no tensor
@@ -74,6 +77,34 @@ def placed_like(tensor: Tensor, own: Tensor) -> Tensor:
     if not (is_sharded(tensor) and is_sharded(own)):
         return tensor
     return tensor.redistribute(own.device_mesh, own.placements)  # type: ignore[attr-defined, no-any-return]
+
+
+def is_cut_unevenly(stack: Tensor) -> bool:
+    """Whether a stack [E, ...] of matrices is a DTensor in shards of E that are not of one size.
+
+    torch does not view such shards as matrices [E * N, K]. Each process views its own.
+    """
+    if not is_sharded(stack) or stack.dim() < 3:
+        return False
+    cuts = zip(stack.placements, stack.device_mesh.shape, strict=True)  # type: ignore[attr-defined]
+    return any(placement.is_shard(0) and stack.shape[0] % size for placement, size in cuts)
+
+
+def whole_of(own: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The DTensor of `shape`, in the shards of the DTensor `like`, of which this process has `own`."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A plain `tensor`, which all processes have, as a DTensor on the mesh of the DTensor `like`."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def shard_width(packed: Tensor, in_features: int) -> int | None:
@@ -211,3 +242,20 @@ def register_rules() -> None:
         if not threshold:  # which columns are outliers depends on all tokens
             sharded += [(Shard(dim), {0: Shard(dim)}) for dim in range(last)]
         return rules(1, arguments, *sharded)
+
+    def int8_stack_rules(arguments: tuple[Any, ...]) -> list[Rule]:
+        """For the products of x [S, K] with a stack [E, N, K] in int8: by N."""
+        return rules(1, arguments, (Shard(1), {2: Shard(1), 3: Shard(1), 4: Shard(1)}))
+
+    @rule("grouped_linear_int8")
+    def _(*arguments: Any) -> list[Rule]:
+        return int8_stack_rules(arguments)
+
+    @rule("routed_linear_int8")
+    def _(*arguments: Any) -> list[Rule]:
+        return int8_stack_rules(arguments)
+
+    @rule("grouped_linear_int8_backward")
+    def _(*arguments: Any) -> list[Rule]:
+        by_rows, by_columns = {0: Shard(1), 2: Shard(1), 3: Shard(1)}, {2: Shard(2)}
+        return rules(1, arguments, (summed, by_rows), (Shard(1), by_columns))

@@ -5,6 +5,7 @@ It is a pure function of a tree of names and sizes.
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -100,8 +101,9 @@ def infer_places(root: Node, budgets: dict[str, int], *, buffer_nbytes: int = 0,
     If anything is offloaded, memory is kept free on the device that runs it: `buffer_nbytes`, `slots` times the size of
     the largest block, and the copies for modules that contain blocks. A GPU with less memory than that is not used.
 
-    With one GPU, modules outside of lists of blocks are put on it first. The blocks that fit on it are spread evenly
-    over their list, so that the GPU computes them while the blocks between them are copied.
+    With one GPU, and with several if something is offloaded, modules outside of lists of blocks are placed first. The
+    blocks that fit on the first GPU are spread evenly among those that are offloaded, so that it computes them while
+    the blocks between them are copied. The blocks of the other GPUs follow.
 
     Args:
         root: the model.
@@ -113,13 +115,14 @@ def infer_places(root: Node, budgets: dict[str, int], *, buffer_nbytes: int = 0,
         PlacementError: the model does not fit.
     """
     gpus = [place for place in budgets if is_gpu(place)]
-    first = _stacks_last(root) if len(gpus) == 1 else root
     runs_on, needed = torch.device(gpus[0] if gpus else "cpu"), Counter[str]()
     while True:
         room = {place: max(0, nbytes - needed[place]) for place, nbytes in budgets.items()}
-        device_map = _fill(first, room, runs_on)
-        if len(gpus) == 1:
-            device_map = _strided(root, device_map)
+        device_map = _fill(root if len(gpus) != 1 else _stacks_last(root), room, runs_on)
+        if any(is_offloaded(place, runs_on) for place in device_map.values()) and gpus:
+            with suppress(PlacementError):  # another order may need a little more
+                device_map = _fill(_stacks_last(root), room, runs_on)
+            device_map = _strided(root, device_map, gpus[0])
         device_map = {name: device_map[name] for name, _ in root.walk() if name in device_map}
         onloaded = onload_nbytes(root, device_map, runs_on, slots=slots)
         if onloaded:
@@ -182,8 +185,11 @@ def _holds_stack(node: Node) -> bool:
     return not node.is_atomic and any(child.is_atomic or _holds_stack(child) for child in node.children)
 
 
-def _strided(root: Node, device_map: DeviceMap) -> DeviceMap:
-    """`device_map` with the blocks on the GPU spread evenly over each list of equal blocks."""
+def _strided(root: Node, device_map: DeviceMap, first: str) -> DeviceMap:
+    """`device_map` with the blocks on the GPU `first` spread evenly among the offloaded ones of each list of equals.
+
+    Those of other GPUs come after them.
+    """
     strided = dict(device_map)
     holders = Counter(tensor.key for node in _modules(root) for tensor in node.tensors)
     for _, node in root.walk():
@@ -192,12 +198,15 @@ def _strided(root: Node, device_map: DeviceMap) -> DeviceMap:
         if len(sizes) != 1 or any(holders[key] > 1 for child in stack for key in child.held):
             continue  # a tied tensor may be counted elsewhere
         places = [device_map[child.name] for child in stack]
-        resident = [place for place in places if is_gpu(place)]
+        resident = [place for place in places if place == first]
         offloaded = [place for place in places if not is_gpu(place)]
-        count = len(resident)
-        for i, child in enumerate(stack):
-            stays = (i + 1) * count // len(stack) > i * count // len(stack)
-            strided[child.name] = (resident if stays else offloaded).pop(0)
+        others = [place for place in places if is_gpu(place) and place != first]
+        count, length = len(resident), len(resident) + len(offloaded)
+        mixed = []
+        for i in range(length):
+            stays = (i + 1) * count // length > i * count // length
+            mixed.append((resident if stays else offloaded).pop(0))
+        strided |= {child.name: place for child, place in zip(stack, [*mixed, *others], strict=True)}
     return strided
 
 

@@ -16,6 +16,7 @@ from bigq.model.tree import ModelTree, TensorGroup, tensor_name
 from bigq.planning.match import Match
 from bigq.planning.plan import Plan, PlannedWeight, WeightRef
 from bigq.planning.searched import search_weights
+from bigq.system.text import shortlist
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["Described", "make_plan", "quant_states"]
@@ -119,9 +120,24 @@ def _chosen(
         described[name], sources[name] = alike[key], source
         rules[name.rpartition(".")[0]] = chosen.rule
     if not selection.weights:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in kept.items()) or "  it has no nn.Linear or Conv1D"
-        raise UnsupportedError(f"nothing to quantize in {type(tree.model).__name__}:\n{reasons}")
+        raise UnsupportedError(_nothing_to_quantize(tree, kept))
     return described, sources, kept, rules
+
+
+def _nothing_to_quantize(tree: ModelTree, kept: Mapping[str, str]) -> str:
+    """What is said of a model without a weight to quantize: why linears are kept, and what `also_quantize` may name."""
+    reasons = [f"{name}: {reason}" for name, reason in kept.items()] or [
+        "it has no linear, and no experts that are known"
+    ]
+    others = {
+        group.names[0]: group.tensor.numel()
+        for group in tree.tensors
+        if not group.is_buffer and group.tensor.dim() > 1 and group.names[0].rpartition(".")[0] not in kept
+    }
+    if others:
+        largest = sorted(others, key=lambda name: -others[name])
+        reasons.append(f"weights that also_quantize may name: {shortlist(largest)}")
+    return f"nothing to quantize in {type(tree.model).__name__}:" + "".join(f"\n  {reason}" for reason in reasons)
 
 
 def _held_quantized(

@@ -89,9 +89,14 @@ class QuantizedExperts(QuantizedModule):
         """The name of the first weight."""
         return "gate_up_proj" if self.has_gate else "up_proj"
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether the forward is ours, and not that of transformers."""
+        return self._multiplies(self._up, "down_proj")
+
     def adapts(self, leaf: str) -> bool:
         """Whether the forward takes `changes` of the weight `leaf`."""
-        return leaf in (self._up, "down_proj") and self._multiplies(self._up, "down_proj")
+        return leaf in (self._up, "down_proj") and self.multiplies
 
     def _weighted_sum(
         self, changes: Changes, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor

@@ -5,9 +5,11 @@ buffers, because frameworks shard, offload and count Parameters. Reading `module
 Assigning a tensor to it, or writing to it in place, quantizes the new numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import local
 from typing import Any, cast
 
 import torch
@@ -26,12 +28,15 @@ from bigq.formats import (
     state_name,
 )
 from bigq.ops.sharding import is_sharded, local_part, placed_like, register_rules
+from bigq.system.distributed.internals import is_set_by_fsdp1
 from bigq.weight.lazy_weight import plain
 from bigq.weight.placeholder import is_placeholder
 from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
 
 __all__ = ["QuantizedModule", "weight_property"]
+
+_CALLS = local()  # `changed`: what weights are read as in the calls that this thread runs
 
 
 def weight_property(leaf: str) -> Any:
@@ -100,10 +105,40 @@ class QuantizedModule(nn.Module):
 
     def read_weight(self, leaf: str) -> Tensor:
         """Return the weight `leaf` as a QuantizedWeight, or dequantized while `torch.compile` traces."""
+        if vars(self).get("_was_changed"):
+            change = getattr(_CALLS, "changed", {}).get((id(self), leaf))
+            if change is not None:
+                return cast(Tensor, change())
         stored, dtype = self.stored_weight(leaf), self._quantized[leaf].dtype
         if is_compiling():
             return stored.dequantize(dtype)
         return QuantizedWeight.of(stored, dtype, partial(self.write_weight, leaf))
+
+    @contextmanager
+    def changed(self, leaf: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """In the context, reading the weight `leaf` gives what `change` makes of its numbers, computed once.
+
+        It is for a forward that reads the weight, and changes no number that is stored. The result may have a gradient.
+        """
+        made: list[Tensor] = []
+
+        def make() -> Tensor:
+            return change(self.stored_weight(leaf).dequantize(self._quantized[leaf].dtype))
+
+        def read() -> Tensor:
+            if is_compiling():  # equal nodes are one in a graph
+                return make()
+            if not made:
+                made.append(make())
+            return made[0]
+
+        before = getattr(_CALLS, "changed", {})
+        _CALLS.changed = {**before, (id(self), leaf): read}
+        vars(self)["_was_changed"] = True  # modules without changes need not look for them
+        try:
+            yield
+        finally:
+            _CALLS.changed = before
 
     def assign_weight(self, leaf: str, value: Tensor) -> None:
         """`module.leaf = value`: quantize `value` into new Parameters.
@@ -190,6 +225,13 @@ class QuantizedModule(nn.Module):
         if name in vars(self).get("_quantized", ()):  # nn.Module would register a Parameter of that name
             self.assign_weight(name, value)
             return
+        if is_set_by_fsdp1(name):
+            raise UnsupportedError(
+                "FSDP1 (FullyShardedDataParallel) puts all parameters of a block into one floating-point tensor, and "
+                f"those of {type(self).__name__} are integers: use FSDP2, which is fully_shard of "
+                "torch.distributed.fsdp. With accelerate, set fsdp_version: 2 in fsdp_config, where 1 is the default; "
+                "with transformers' Trainer, leave the 'version' of fsdp_config at 2"
+            )
         own = vars(self).get("_parameters", {}).get(name)
         if own is not None and isinstance(value, nn.Parameter) and is_sharded(own) != is_sharded(value):
             vars(self)["_is_gathered"] = is_sharded(own)

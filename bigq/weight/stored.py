@@ -10,7 +10,7 @@ from torch import Tensor
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import Format, Product, State
 from bigq.ops import eager
-from bigq.ops.sharding import is_sharded
+from bigq.ops.sharding import is_cut_unevenly, is_sharded, local_part, placed_like, replicated_like, whole_of
 
 __all__ = ["Stored", "multiply", "result_dtype"]
 
@@ -89,7 +89,14 @@ class Stored:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight, rounded once to `dtype`."""
-        dense = self.format.dequantize(self.state, self.shape, dtype)
+        packed = self.state["packed"]
+        if is_cut_unevenly(packed):
+            part_format, state = self.format.select(self.state, self.shape, slice(None))  # its scales are not nested
+            own = {part: local_part(placed_like(tensor, packed)) for part, tensor in state.items()}
+            shape = (len(own["packed"]), *self.shape[1:])
+            dense = whole_of(part_format.dequantize(own, shape, dtype), packed, self.shape)
+        else:
+            dense = self.format.dequantize(self.state, self.shape, dtype)
         return dense.mT if self.transposed else dense
 
     def quantize(self, dense: Tensor) -> dict[str, Tensor]:
@@ -103,7 +110,22 @@ class Stored:
         if not dense.is_meta and not dense.isfinite().all():
             raise ConfigError(f"a weight of shape {list(dense.shape)} that holds NaN or Inf cannot be quantized")
         rows = dense.detach().mT.contiguous() if self.transposed else dense.detach()
-        return self.format.quantize(rows.float() if rows.dtype == torch.float64 else rows)  # scales are float32
+        rows = rows.float() if rows.dtype == torch.float64 else rows  # scales are float32
+        return self._quantize_shards(rows) if is_cut_unevenly(rows) else self.format.quantize(rows)
+
+    def _quantize_shards(self, rows: Tensor) -> dict[str, Tensor]:
+        """`quantize` of a DTensor in uneven shards: each process quantizes its matrices, and scales are gathered."""
+        row_format, shape = self.format.row_format, tuple(rows.shape)
+        spec = row_format.state_spec(shape)
+        own = row_format.quantize(local_part(rows))
+        state = {part: whole_of(tensor, rows, spec[part].shape) for part, tensor in own.items()}
+        if row_format == self.format:
+            return state
+        codes = torch.empty((rows.shape[:-1].numel(), state["packed"].shape[-1]), dtype=torch.uint8, device="meta")
+        scales = state["absmax"].full_tensor().flatten(0, -2)  # type: ignore[attr-defined]
+        finished = self.format.finish({"packed": codes, "absmax": scales}, shape)
+        others = {part: replicated_like(tensor, rows) for part, tensor in finished.items() if part != "packed"}
+        return {"packed": state["packed"], **others}
 
     def select(self, index: int | slice) -> "Stored | None":
         """An entry or a range of the first dimension as it is stored; None if it is not a range of stored rows."""
@@ -146,6 +168,8 @@ class Stored:
         if not self.format.has_stack_products:
             return torch.stack([self._entry(e).linear(rows) for e, rows in enumerate(x.unbind())])
         stops = torch.arange(tokens, weights * tokens + 1, tokens, dtype=torch.int32, device=x.device)
+        if is_sharded(self.state["packed"]):
+            stops = replicated_like(stops, self.state["packed"])
         return self.grouped_linear(x.flatten(0, 1), stops).view(weights, tokens, self.shape[-2])
 
     def grouped_linear(self, x: Tensor, stops: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bigq import NF4, Int8, QuantizationConfig, UnsupportedError, load_and_quantize_model
-from ranks import mesh_of, own_device, run_ranks
+from ranks import error_of, mesh_of, own_device, run_ranks
 
 pytest.importorskip("transformers")
 FORMATS = {
@@ -68,12 +68,64 @@ def _compare(rank):
                     for tokens in TOKENS
                 ]
                 found[f"{name}-{format_name}-{implementation}"] = errors, several.num_experts
+    found["llama4"] = {name: _of_all_rows(own, mesh) for name, own in FORMATS.items()}
+    found["refused"] = _refused(mesh)
     found["adapters"] = [_adapted(name, mesh) for name in CLASSES]
     try:
         parallelize_module(nn.Sequential(several), mesh, {"0": ExpertParallel()})
     except UnsupportedError as refusal:
         found["twice"] = str(refusal)
     return found
+
+
+def llama4_experts(weight_format):
+    from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+    torch.manual_seed(0)
+    experts = Llama4TextExperts(Llama4TextConfig(hidden_size=H, intermediate_size=INNER, num_local_experts=E))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model = nn.ModuleDict({"experts": experts})
+    return load_and_quantize_model(model, None, QuantizationConfig(weight_format), own_device())["experts"]
+
+
+def _of_all_rows(weight_format, mesh):
+    """What outputs and gradients differ by of experts that take the rows of each expert."""
+    from bigq.integrations.expert_parallel import ExpertParallel
+    from bigq.integrations.tensor_parallel import parallelize_module
+
+    one, several, errors = llama4_experts(weight_format), llama4_experts(weight_format), []
+    parallelize_module(several, mesh, ExpertParallel())
+    for tokens in TOKENS:
+        results = []
+        for experts in (several, one):
+            generator = torch.Generator().manual_seed(1)
+            x = torch.randn(E * tokens, H, generator=generator).to(own_device()).requires_grad_()
+            out = experts(x)
+            out.square().mean().backward()
+            with torch.no_grad():
+                results.append((out.detach(), x.grad, experts(hidden_states=x)))
+        errors += [((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
+    return max(errors), several.num_experts
+
+
+def _refused(mesh):
+    """What is said of experts with another forward, and of those of Llama4 with an adapter."""
+    import peft
+
+    from bigq.integrations.expert_parallel import ExpertParallel
+    from bigq.integrations.tensor_parallel import parallelize_module
+    from mixtures import mixture
+
+    model = load_and_quantize_model(mixture("LongcatFlashForCausalLM"), None, QuantizationConfig("nf4"), own_device())
+    layer = nn.ModuleDict({"experts": llama4_experts(NF4())})
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["gate_up_proj"])
+    adapted = peft.inject_adapter_in_model(config, layer)["experts"]
+    return [
+        error_of(lambda module=module: parallelize_module(module, mesh, ExpertParallel()))
+        for module in (model.model.layers[0].mlp.experts, adapted, nn.Linear(2, 2))
+    ]
 
 
 def _adapted(name, mesh):
@@ -126,6 +178,20 @@ def test_adapters_of_experts_have_the_gradients_of_one_process(compared):
         for off, pairs in found["adapters"]:
             assert off < 1e-6
             assert pairs == 4 + 4  # two factors of each weight
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_experts_that_take_the_rows_of_each_are_those_of_one_process(compared, weight_format):
+    assert [found["llama4"][weight_format][1] for found in compared] == [2, 3]
+    assert all(found["llama4"][weight_format][0] < 1e-6 for found in compared)
+
+
+def test_other_experts_are_refused_by_their_class(compared):
+    for found in compared:
+        other, adapted, linear = found["refused"]
+        assert "cannot cut a LongcatFlashExperts: its forward is not that of most fused experts" in other
+        assert "cannot cut the experts of a Llama4TextExperts with adapters" in adapted
+        assert "is for fused experts with quantized weights, and this is a Linear" in linear
 
 
 def test_experts_are_cut_once(compared):

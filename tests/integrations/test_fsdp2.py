@@ -1,5 +1,6 @@
 """FSDP2 over quantized modules: two processes compute the bits of one, also under a policy that casts parameters."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model, save_quantized
+from bigq import FP4, NF4, Int8, QuantizationConfig, QuantizedModule, load_and_quantize_model, save_quantized
 from bigq.errors import UnsupportedError
 from bigq.model.placeholders import hold_placeholders
 from bigq.weight.placeholder import is_placeholder
@@ -112,9 +113,18 @@ def _copies(own, x):
 
 
 def _fsdp1():
+    """What FSDP1 raises: of a whole model, of each block by a policy, and where quantized modules are left out."""
     from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    return error_of(lambda: FullyShardedDataParallel(_model(NF4()), device_id=own_device()))
+    blocks, apart = ModuleWrapPolicy({_Block}), _model(NF4())
+    left_out = [module for module in apart.modules() if isinstance(module, QuantizedModule)]
+    cases = ((_model(NF4()), {}), (_model(Int8()), {"auto_wrap_policy": blocks}), (apart, {"ignored_states": left_out}))
+    device = own_device()
+    return [
+        error_of(partial(FullyShardedDataParallel, model, device_id=device, use_orig_params=True, **settings))
+        for model, settings in cases
+    ]
 
 
 def _hybrid(rank, folder):
@@ -229,9 +239,13 @@ def test_ddp_computes_the_bits_of_one_process(compared, name):
     assert [found["one copy each"][name] for found in compared] == [True, True]
 
 
-def test_fsdp1_refuses(compared):
+def test_fsdp1_is_refused_with_the_remedy(compared):
     for found in compared:
-        assert found["fsdp1"].startswith("ValueError: Must flatten tensors with uniform dtype")  # docs/many-gpus.md
+        whole, blocks, left_out = found["fsdp1"]
+        for said in (whole, blocks):
+            assert said.startswith("UnsupportedError: FSDP1 (FullyShardedDataParallel) puts all parameters")
+            assert "set fsdp_version: 2 in fsdp_config" in said
+        assert left_out == ""  # each process holds the quantized weights whole then
 
 
 @pytest.mark.slow  # 27 s of CPU time: four processes

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
 
 from bigq import FP4, NF4, Int8, QuantizationConfig, load_and_quantize_model, save_quantized
 from bigq.ops import adapted
@@ -56,7 +57,7 @@ def _model(own, adapters=torch.float32, *, experts=False, target_parameters=None
     if experts:
         torch.manual_seed(0)
         sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
-        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 5, "num_experts_per_tok": 2}
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, initializer_range=0.15))
     else:
         model = llama()
@@ -212,16 +213,27 @@ def _saved(folder):
     refused = error_of(lambda: model.save_pretrained(f"{folder}/refused"))
     accelerator.save_model(model, f"{folder}/accelerate")
     save_quantized(model, f"{folder}/bigq")
+    gathered, is_main = accelerator.get_state_dict(model), accelerator.is_main_process
+    half = dict(list(gathered.items())[::2])
+    lacking = error_of(lambda: model.save_pretrained(f"{folder}/lacking", state_dict=half)) if is_main else refused
+    model.save_pretrained(f"{folder}/gathered", is_main_process=is_main, state_dict=gathered)
     accelerator.wait_for_everyone()
     with init_empty_weights():
         skeleton = transformers.LlamaForCausalLM(one.config)
     loaded = load_and_quantize_model(skeleton, f"{folder}/accelerate", None, "cpu")
-    opened = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/bigq")
+    opened = [transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/{name}") for name in ("bigq", "gathered")]
     expected = one.state_dict()
-    return refused, [
-        torch.equal(model(IDS).logits, one(IDS).logits),
-        *(all(torch.equal(p, expected[name]) for name, p in each.named_parameters()) for each in (loaded, opened)),
-    ]
+    with safe_open(f"{folder}/gathered/model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert saved["model.layers.0.mlp.up_proj.weight"] == (0,)  # transformers without bigq raises
+    return (
+        refused,
+        lacking,
+        [
+            torch.equal(model(IDS).logits, one(IDS).logits),
+            *(all(torch.equal(p, expected[name]) for name, p in each.named_parameters()) for each in (loaded, *opened)),
+        ],
+    )
 
 
 def _trainer(folder):
@@ -343,9 +355,10 @@ def test_adapters_are_merged_row_by_row_on_each_process(found, name):
 
 def test_a_model_in_shards_is_saved_whole_or_refused_in_words(found):
     for rank in found:
-        refused, same = rank["saved"]
-        assert refused.startswith("UnsupportedError: save_pretrained cannot save the shards of a quantized model")
-        assert same == [True, True, True]
+        refused, lacking, same = rank["saved"]
+        for said in (refused, lacking):
+            assert said.startswith("UnsupportedError: save_pretrained cannot save the shards of a quantized model")
+        assert same == [True, True, True, True]
 
 
 def test_the_trainer_of_transformers_trains_and_saves_the_adapter(found):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigq import FP4, NF4, Int8, QuantizationConfig, QuantizedModule, UnsupportedError, load_and_quantize_model
+from bigq import FP4, NF4, Int8, QuantizationConfig, QuantizedModule, load_and_quantize_model
 from bigq.integrations.peft import merge_costs
 from dequantized import dequantized
 
@@ -343,11 +343,13 @@ def test_experts_in_int8_round_their_inputs_beside_the_adapter(build):
             assert_close(found, expected, 0.03)
 
 
-def test_another_implementation_than_that_of_the_adapter_is_refused():
+def test_an_implementation_of_transformers_that_reads_the_weights_gives_the_same():
     model = adapted(quantized())
+    expected, found = model(MANY).logits, gradients(model, MANY)
     model.base_model.model.set_experts_implementation("eager")
-    with pytest.raises(UnsupportedError, match=r"has adapters of PEFT.*set_experts_implementation\('grouped_mm'\)"):
-        model(MANY)
+    assert_close(model(MANY).logits, expected)
+    for name, gradient in gradients(model, MANY).items():
+        assert_close(gradient, found[name], 2e-5)
 
 
 def test_dropout_is_refused_by_peft():

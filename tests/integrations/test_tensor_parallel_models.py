@@ -131,12 +131,17 @@ def _from_pretrained(rank, folder):
 
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     moe = {"moe_intermediate_size": 64, "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 128}
+    llama4 = {"intermediate_size": 64, "intermediate_size_mlp": 128, "num_local_experts": 5, "head_dim": 32}
     cases = {
         "llama": (
             transformers.LlamaConfig(intermediate_size=256, tie_word_embeddings=True, vocab_size=96, **sizes),
             {},
         ),
         "qwen3-moe-experts": (transformers.Qwen3MoeConfig(vocab_size=96, **moe, **sizes), {"ep_size": 2}),
+        "llama4": (
+            transformers.Llama4TextConfig(vocab_size=96, **llama4, **sizes),
+            {},
+        ),
     }
     found, load = {}, transformers.AutoModelForCausalLM.from_pretrained
     for name, (config, settings) in cases.items():
@@ -158,6 +163,8 @@ def _from_pretrained(rank, folder):
         with torch.no_grad():
             expected = one(input_ids=IDS).logits
             errors = [error(model(input_ids=IDS).logits, expected) for model in models]
+        gradients = [_of_embedded(model) for model in (models[0], one)]
+        errors.append(error(*gradients))
         held = [sum(whole_or_local(p).nbytes for p in model.parameters()) for model in (models[0], one)]
         found[name] = errors, held[0] / held[1]
     found["refused"] = []
@@ -173,6 +180,14 @@ def _from_pretrained(rank, folder):
         except UnsupportedError as refusal:
             found["refused"].append(str(refusal))
     return found
+
+
+def _of_embedded(model):
+    """The gradient of embedded tokens."""
+    model.requires_grad_(False)
+    embedded = model.get_input_embeddings()(IDS).detach().clone().requires_grad_()
+    model(inputs_embeds=embedded).logits.square().mean().backward()
+    return embedded.grad
 
 
 def whole_or_local(tensor):
@@ -277,7 +292,7 @@ def test_the_plan_of_the_float_model_gives_logits_and_gradients_of_adapters(comp
                 assert mine <= (2 * theirs if name != "int8" else 2 * theirs + 2e-2)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-moe-experts"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe-experts", "llama4"])
 def test_from_pretrained_carries_out_the_plan_of_transformers(compared, name):
     """Of a model that it quantizes, and of one that was saved quantized; the embedding is cut, too."""
     for found in compared:

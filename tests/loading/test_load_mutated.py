@@ -129,6 +129,7 @@ def pickle(request):
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch's, of a pickle that names one
 def test_a_pickle(pickle, data):
     content, is_zip = pickle
     content = changed(content, data.draw(changes(len(content))))

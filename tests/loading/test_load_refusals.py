@@ -171,7 +171,27 @@ class TestRefusals:
 
         save_file(build().state_dict(), tmp_path / "model.safetensors")
         self.refused(
-            empty(build), tmp_path, QuantizationConfig("nf4"), error=UnsupportedError, words="nothing to quantize"
+            empty(build),
+            tmp_path,
+            QuantizationConfig("nf4"),
+            error=UnsupportedError,
+            words="nothing to quantize in Sequential:\n  it has no linear, .*\n.* also_quantize may name: 0.weight$",
+        )
+
+    def test_nothing_but_experts_of_a_class_that_is_not_known(self, empty, tmp_path):
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.router = nn.Linear(8, 4, bias=False)
+                self.experts = nn.ParameterDict({"up": torch.zeros(4, 16, 8), "down": torch.zeros(4, 8, 8)})
+
+        save_file(Experts().state_dict(), tmp_path / "model.safetensors")
+        self.refused(
+            empty(Experts),
+            tmp_path,
+            QuantizationConfig("nf4"),
+            error=UnsupportedError,
+            words="router: the router of experts\n.* also_quantize may name: experts.up, experts.down$",
         )
 
     def test_a_model_that_is_quantized_already(self, tiny, checkpoint, empty):

@@ -113,6 +113,7 @@ def test_an_interrupted_call_leaves_nothing_and_the_next_is_right(pair, grad, mo
     usual_s, before = time.perf_counter() - began, held()
     for i in range(150):
         interrupted_after(draw.uniform(1e-6, 1.2 * usual_s), run)
+        torch.set_grad_enabled(True)  # the interrupt may have come before `run` had left its own context
         assert is_as_between_calls(model, own), i
         y, got = run()
         assert torch.equal(y, expected), i

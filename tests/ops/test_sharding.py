@@ -1,11 +1,14 @@
 """Ops of DTensors give what they give on whole tensors, and shards stay where they are if none cuts a block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bigq import FP4, NF4, Int8
 from bigq.ops import eager
 from bigq.ops.sharding import register_rules
+from bigq.weight.stored import Stored
 from ranks import error_of, run_ranks
 
 FORMATS = {
@@ -83,6 +86,7 @@ def _cases(rank):
             out.backward(spread(grad, Replicate()))
             compare((*key, "gradient-columns"), sharded_x.grad, leaf.grad, exact=False)
     _stacks(spread, compare)
+    _uneven_stacks(spread, spread_state, compare)
     state = spread_state(NF4().quantize(torch.ones(64, 512)), 0)
     refused = error_of(lambda: NF4().linear(spread(torch.ones(3, 511), Replicate()), state, None, 512))
     return {"found": found, "refused": refused}
@@ -121,6 +125,31 @@ def _stacks(spread, compare):
         compare((name, "stack"), dense, own.dequantize(state, (6, 32, 256), torch.bfloat16))
 
 
+def _uneven_stacks(spread, spread_state, compare):
+    """Seven weights, which neither two nor three processes have alike many of."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    shape = (7, 32, 256)
+    weight, x = torch.randn(shape), torch.randn(7, 5, 256)
+    for name, own in FORMATS.items():
+        for transposed in (False, True):
+            state = own.quantize(weight)
+            whole = Stored(format=own, state=state, shape=shape, transposed=transposed, compute_dtype=None)
+            parts = replace(whole, state=spread_state(state, 0))
+            key, dense = (name, "seven", transposed), whole.dequantize(torch.float32)
+            compare((*key, "dequantize"), parts.dequantize(torch.float32), dense)
+            changed = dense + 0.01
+            expected = whole.quantize(changed)
+            for part, tensor in parts.quantize(spread(changed, Shard(0))).items():
+                compare((*key, f"quantize-{part}"), tensor, expected[part])
+        leaf, sharded_x = x.clone().requires_grad_(), spread(x, Replicate()).requires_grad_()
+        out, expected = parts.batched_linear(sharded_x), whole.batched_linear(leaf)
+        compare((name, "seven", "bmm"), out, expected, exact=False)
+        expected.backward(torch.ones(7, 5, 32))
+        out.backward(spread(torch.ones(7, 5, 32), Replicate()))
+        compare((name, "seven", "bmm gradient"), sharded_x.grad, leaf.grad, exact=False)
+
+
 def _routed(op, x, route, state, bias, settings):
     return eager.routed(op, x, route, (state["packed"], state["absmax"], bias, None, None), settings[-3:])
 
@@ -134,7 +163,7 @@ def cases(request, tmp_path_factory):
 
 def test_every_result_is_that_of_whole_tensors(cases):
     for rank, found in enumerate(result["found"] for result in cases):
-        assert len(found) == (205 if len(cases) == 2 else 67)
+        assert len(found) == (241 if len(cases) == 2 else 103)
         for key, (error, _) in found.items():
             # Sums in float32, in another order. LLM.int8() rounds each shard of a row of x by the largest of the shard.
             limit = 2e-2 if key[0] == "int8" and key[-1] == "linear-columns" else 1e-5

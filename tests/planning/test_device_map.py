@@ -136,10 +136,20 @@ class TestInfer:
         places = infer_places(model(blocks=8), {"cuda:0": 302 + 100 * resident, "cpu": 1000})
         assert "".join("g" if place_of(places, f"layers.{i}") == "cuda:0" else "-" for i in range(8)) == expected
 
-    def test_several_gpus_keep_blocks_together(self):
-        places = infer_places(model(blocks=8), {"cuda:0": 450, "cuda:1": 200, "cpu": 1000})
-        kinds = [place_of(places, f"layers.{i}") for i in range(8)]
-        assert kinds == sorted(kinds, key=["cuda:0", "cuda:1", "cpu"].index)
+    @pytest.mark.parametrize(
+        "resident, expected",
+        [(1, "----g111"), (2, "--g--g11"), (3, "-g-g-g11"), (5, "ggggg111")],
+        ids=["1", "2", "3", "all"],
+    )
+    def test_blocks_of_the_first_of_several_gpus_are_strided_before_those_of_the_others(self, resident, expected):
+        second = 100 * expected.count("1")
+        spills = {"cuda:0": 302 + 100 * resident, "cuda:1": second, "cpu": 1000}
+        budgets = spills if "-" in expected else {"cuda:0": 552, "cuda:1": 352, "cpu": 0}
+        places = infer_places(model(blocks=8), budgets)
+        kinds = {"cuda:0": "g", "cuda:1": "1", "cpu": "-"}
+        assert "".join(kinds[place_of(places, f"layers.{i}")] for i in range(8)) == expected
+        assert place_of(places, "embed") == "cuda:0"
+        assert place_of(places, "head") == ("cuda:0" if "-" in expected else "cuda:1")
 
     def test_a_tied_head_goes_where_the_embedding_went(self):
         places = infer_places(model(tied=True), {"cuda:0": 452, "cpu": 1000})

@@ -51,8 +51,10 @@ NAMES = {
     ),
     "bigq.system.distributed.internals": (
         "_composable_state",
+        "_dynamo_utils",
         "_fsdp_param_group",
         "_get_fsdp_state",
+        "_is_fsdp_managed_module",
         "_module_state_mapping",
         "_spec",
     ),

@@ -136,7 +136,8 @@ def test_an_offloaded_weight_computes_what_a_resident_one_does(weight_format, tm
 
 @torch.no_grad()
 def test_a_tied_weight_that_is_named_is_quantized_once_for_all_its_modules(weight_format, tmp_path):
-    plain, config = Model(tied=True), QuantizationConfig(weight_format, also_quantize=["embed"])
+    plain = Model(tied=True)
+    config = QuantizationConfig(weight_format, also_quantize=["embed"], skip_modules=["experts"])
     model = load_and_quantize_model(copy.deepcopy(plain), None, config, "cpu")
     for part in weight_format.state_spec((50, 71)):
         name = f"weight_{part}"

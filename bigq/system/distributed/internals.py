@@ -1,11 +1,12 @@
 """Internals of torch.distributed: private names that bigq uses, each with a public way that is slower and as right."""
 
 from collections.abc import Callable
+from inspect import currentframe
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["cpu_shards", "forget_sharding", "sharded_as"]
+__all__ = ["cpu_shards", "forget_sharding", "is_set_by_fsdp1", "sharded_as"]
 
 
 # Which shards FSDP2's CPUOffloadPolicy keeps on the CPU. Without this way they are left on the device: FSDP2 moves
@@ -81,3 +82,17 @@ def _sharding_states() -> Any:
 def forget_sharding(module: nn.Module) -> None:
     """Make torch forget that `module` was sharded by fully_shard, whose other traces are attributes of the module."""
     _sharding_states().pop(module, None)
+
+
+# What FSDP1 sets on each module before it puts their Parameters into one tensor. FSDP2 sets the same attribute, in
+# another file of torch. Without this way FSDP1 raises an error of its own, which says nothing of FSDP2.
+_MARK, _FSDP1 = "_is_fsdp_managed_module", "torch.distributed.fsdp._dynamo_utils"
+
+
+def is_set_by_fsdp1(name: str) -> bool:
+    """Whether the `__setattr__` of a module, which calls this with the name it is given, is called by FSDP1."""
+    if name != _MARK:
+        return False
+    frame = currentframe()
+    caller = None if frame is None or frame.f_back is None else frame.f_back.f_back
+    return caller is not None and caller.f_globals.get("__name__") == _FSDP1

@@ -1,11 +1,12 @@
 """Each private name of torch.distributed has a public way, and it is taken where torch has renamed it."""
 
+import warnings
 from functools import cache
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 
 from bigq.system.distributed import internals
 from renamed_internals import NAMES, renamed
@@ -31,11 +32,36 @@ def _maker(module):
     return module._makers[0].__name__
 
 
+def _mark_of_fsdp1(module):
+    """The attributes of which this module says that FSDP1 sets them, when FSDP1 and FSDP2 shard a model."""
+    found = []
+
+    class Watched(nn.Linear):
+        def __setattr__(self, name, value):
+            if module.is_set_by_fsdp1(name):
+                found.append(name)
+            super().__setattr__(name, value)
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(Watched(2, 2), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        assert found == []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a group of one process
+            FullyShardedDataParallel(Watched(2, 2), device_id=torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
+    return found
+
+
 # What tells that a public way is taken, for each private name.
 PUBLIC = {
     "_composable_state": lambda module: type(module._sharding_states()) is dict,
+    "_dynamo_utils": lambda module: _mark_of_fsdp1(module) == [],
     "_fsdp_param_group": lambda module: module.cpu_shards(_on_cpu()) == {},
     "_get_fsdp_state": lambda module: module.cpu_shards(_on_cpu()) == {},
+    "_is_fsdp_managed_module": lambda module: _mark_of_fsdp1(module) == [],
     "_module_state_mapping": lambda module: type(module._sharding_states()) is dict,
     "_spec": lambda module: _maker(module) == "_from_local",
 }
