@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, state_name
-from bigq.integrations.gathered_units import CutWeight, GatheredUnits, Place
+from bigq.integrations.gathered_units import GatheredUnits
+from bigq.integrations.packed_units import CutWeight, Place
 from bigq.model.repeated_blocks import repeated_blocks
 from bigq.ops.sharding import is_sharded
 from bigq.system.text import shortlist
@@ -60,9 +61,9 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             f"{type(model).__name__} has no frozen tensor of {SMALLEST} bytes or more in a block, a linear or an "
             "embedding; expected a quantized model with an adapter"
         )
-    gathered = GatheredUnits(mesh)
+    gathered, module_names = GatheredUnits(model, mesh), {module: name for name, module in model.named_modules()}
     for modules, tensors in units:
-        gathered.add(modules, [CutWeight.of(places, mesh) for places in tensors])
+        gathered.add(module_names[modules[0]], modules, [CutWeight.of(places, mesh) for places in tensors])
     names = [name for name, own in model.named_parameters(remove_duplicate=False) if is_sharded(own)]
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     # DDP would send those of the first process to all.

@@ -1,5 +1,7 @@
-"""Frozen shards of a model of one's own: what blocks may return, inference mode, and writes that would be lost."""
+"""Frozen shards of a model of one's own: what blocks return, inference mode, lost writes, copies and skipped blocks."""
 
+import pickle
+from copy import deepcopy
 from dataclasses import dataclass
 from unittest import mock
 
@@ -43,10 +45,11 @@ class Net(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(wrap) for _ in range(4))
         self.head = nn.Linear(WIDTH, 101)
+        self.skipped = ()
 
     def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
+        for index, block in enumerate(self.blocks):
+            x = x if index in self.skipped else block(x)
             x = x if isinstance(x, torch.Tensor) else x.hidden
         return self.head(x)
 
@@ -69,7 +72,7 @@ def _step(model):
 
 
 def _same(one, model):
-    return all(torch.equal(a, b) for a, b in zip(_step(one), _step(model), strict=True))
+    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(_step(one), _step(model), strict=True))
 
 
 def _after_inference(pair):
@@ -115,6 +118,72 @@ def _ignored(mesh):
     return shard_frozen(model, mesh)._ddp_params_and_buffers_to_ignore
 
 
+def _skipped(rank, pair):
+    """Whether a step has the bits of one process if all skip two blocks, and what is said if only the last one does."""
+    from bigq.integrations.frozen_shards import reshard_frozen
+
+    one, model = pair()
+    one.skipped = model.skipped = (1, 2)
+    alike = _same(one, model)
+    one, model = pair()
+    found = [_same(one, model)]
+    reshard_frozen(model)
+    if rank == torch.distributed.get_world_size() - 1:
+        model.skipped = (1, 2)
+
+    def step():
+        _step(model)
+        reshard_frozen(model)  # a GPU has told by now
+
+    return alike, found, error_of(step)
+
+
+class Pair(nn.Module):
+    """Two linears of one shape, whose rows are gathered where the whole stands."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.first = first
+
+    def forward(self, x):
+        return self.b(self.a(x)) if self.first == "a" else self.a(self.b(x))
+
+
+def _in_another_order(rank, mesh):
+    """What is said where the last process calls two linears in another order than the rest."""
+    from bigq.integrations.frozen_shards import reshard_frozen, shard_frozen
+
+    pair = Pair("b" if rank == mesh.size() - 1 else "a").to(own_device()).requires_grad_(False)
+    model = shard_frozen(pair, mesh)
+
+    def call():
+        model(torch.ones(1, WIDTH, device=own_device()))
+        reshard_frozen(model)
+
+    return error_of(call)
+
+
+def _copied(pair):
+    """Whether a deepcopy computes as the model does, and apart from it; whether it takes shards; what is refused."""
+    from bigq.integrations.frozen_shards import reshard_frozen
+
+    one, model = pair()
+    new = deepcopy(model)
+    same = [_same(one, model), _same(one, new)]  # from here on, some blocks of both are whole
+    copy = deepcopy(model)
+    reshard_frozen(copy)
+    held = {hasattr(own, "to_local") for own in copy.parameters() if not own.requires_grad and own.nbytes >= SMALLEST}
+    copy = deepcopy(model)
+    same += [_same(one, copy), _same(one, model)]
+    reshard_frozen(copy)
+    with torch.no_grad():
+        copy.blocks[1].kept.weight.zero_()
+    same += [_same(one, model), _same(one, new), not _same(one, copy)]
+    said = [error_of(lambda: deepcopy(model.blocks[1])), error_of(lambda: pickle.dumps(model))]
+    return same, held, said
+
+
 def _work(rank):
     from bigq.integrations.frozen_shards import shard_frozen
 
@@ -132,6 +201,9 @@ def _work(rank):
             "second order": _second_order(pair),
             "written": _written(pair),
             "ignored": _ignored(mesh),
+            "copied": _copied(pair),
+            "skipped": _skipped(rank, pair),
+            "in another order": _in_another_order(rank, mesh),
         }
 
 
@@ -172,3 +244,35 @@ def test_what_ddp_ignores_already_it_still_does(found):
     for each in found:
         assert "blocks.0.adapter" in each["ignored"]
         assert "blocks.0.up.weight_packed" in each["ignored"]
+
+
+def test_a_deepcopy_has_shards_of_its_own(found):
+    for same, held, (part, pickled) in (each["copied"] for each in found):
+        assert same == [True] * 7
+        assert held == {True}
+        assert part.startswith("UnsupportedError: a part of Net was to be copied")
+        assert "copy the model that shard_frozen was called with" in part
+        assert pickled.startswith("UnsupportedError: Net is in frozen shards and was to be pickled")
+
+
+def test_processes_that_skip_the_same_blocks_compute_as_one(found):
+    assert [each["skipped"][:2] for each in found] == [(True, [True])] * len(found)
+
+
+def test_shards_of_two_blocks_are_not_mixed(found):
+    last = len(found) - 1
+    for rank, (_, _, said) in enumerate(each["skipped"] for each in found):
+        other, own, theirs = (0, "blocks.3", "blocks.2") if rank == last else (last, "blocks.2", "blocks.3")
+        assert said.startswith(
+            f"UnsupportedError: this process gathered {own} and process {other} of the mesh {theirs} at the same time"
+        )
+        assert "layerdrop" in said
+
+
+def test_linears_in_another_order_are_not_mixed(found):
+    last = len(found) - 1
+    for rank, said in enumerate(each["in another order"] for each in found):
+        other, own, theirs = (0, "b", "a") if rank == last else (last, "a", "b")
+        assert said.startswith(
+            f"UnsupportedError: this process gathered {own} and process {other} of the mesh {theirs} at"
+        )
