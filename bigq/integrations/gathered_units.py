@@ -23,6 +23,8 @@ from bigq.ops.sharding import is_sharded
 
 __all__ = ["GatheredUnits"]
 
+_MET = "bigq.integrations.gathered_units"  # a key in the metadata of a node of autograd
+
 
 class GatheredUnits:
     """The units of a model in the order in which they run, forward and then backward.
@@ -75,7 +77,7 @@ class GatheredUnits:
         self._units.append(list(weights))
         self._names.append(name)
         for module in modules:  # no closures, so that a deepcopy of the model calls its own units
-            module.register_forward_pre_hook(partial(self._before, index), prepend=True)
+            module.register_forward_pre_hook(partial(self._before, index), prepend=True, with_kwargs=True)
             if not isinstance(module, nn.Embedding):
                 module.register_forward_hook(partial(self._after, index))
                 self._in_backward.add(index)
@@ -89,7 +91,9 @@ class GatheredUnits:
                 self._cut(index)
         self._tags.check(wait=True)
 
-    def _before(self, index: int, module: nn.Module, args: object) -> None:
+    def _before(self, index: int, module: nn.Module, args: object, kwargs: object) -> None:
+        if torch.is_grad_enabled():
+            _new((args, kwargs))  # what goes through unchanged is no output of this module
         self._enter(index)
 
     def _after(self, index: int, module: nn.Module, args: object, out: object) -> None:
@@ -101,9 +105,8 @@ class GatheredUnits:
                     "would not be gathered for a backward pass; expected a tensor, or a tuple, list, mapping or "
                     "dataclass that holds one. Without a backward pass, call it under torch.no_grad()"
                 )
-            for tensor in tensors:
-                if tensor.requires_grad:
-                    tensor.register_hook(partial(self._backward, index))  # type: ignore[no-untyped-call]
+            for tensor in _new(tensors):
+                tensor.register_hook(partial(self._backward, index))
 
     def _backward(self, index: int, grad: Tensor) -> None:
         if torch.is_grad_enabled():
@@ -197,12 +200,32 @@ class GatheredUnits:
         return self._memories[-1]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _new(value: object) -> list[Tensor]:
+    """The tensors in `value` that autograd has made and that are met for the first time.
+
+    A block that is left out returns what the one before it has made. Its weights would take the place of those of that
+    one, just before the backward pass needs them. The node of autograd notes that a tensor was met: an operation in
+    place gives a tensor another node.
+    """
+    found = []
+    for tensor in _tensors(value):
+        node = tensor.grad_fn if tensor.requires_grad else None
+        if node is not None:
+            known: dict[object, object] = node.metadata  # type: ignore[assignment]
+            key = _MET, tensor.output_nr
+            if key not in known:
+                known[key] = True
+                found.append(tensor)
+    return found
+
+
 def _tensors(value: object) -> Iterator[Tensor]:
-    """The tensors in what a module returns."""
+    """The tensors in what a module takes or returns."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, tuple, list)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
-    elif is_dataclass(value):
+    elif is_dataclass(value) and not isinstance(value, type):
         yield from _tensors(vars(value))

@@ -33,9 +33,13 @@ class Block(nn.Module):
         super().__init__()
         self.up, self.down, self.kept = nn.Linear(WIDTH, 130), nn.Linear(130, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.adapter = nn.Parameter(torch.randn(WIDTH))
-        self.wrap = wrap
+        self.wrap, self.way = wrap, ""
 
     def forward(self, x):
+        if self.way == "idle":
+            return x
+        if self.way == "in place":
+            return x.add_(self.down(torch.relu(self.up(x + self.adapter))))
         y = self.kept(x * self.adapter) + self.down(torch.relu(self.up(x)))
         return self.wrap(y) if self.wrap else y
 
@@ -118,6 +122,15 @@ def _ignored(mesh):
     return shard_frozen(model, mesh)._ddp_params_and_buffers_to_ignore
 
 
+def _unchanged(pair, idle=(), in_place=()):
+    """Whether a step has the bits of one process if some blocks return what they got, or add to it in place."""
+    models = pair()
+    for model in models:
+        for index, block in enumerate(model.blocks):
+            block.way = "idle" if index in idle else "in place" if index in in_place else ""
+    return _same(*models)
+
+
 def _skipped(rank, pair):
     """Whether a step has the bits of one process if all skip two blocks, and what is said if only the last one does."""
     from bigq.integrations.frozen_shards import reshard_frozen
@@ -197,6 +210,8 @@ def _work(rank):
             "plain": _same(*pair()),
             "dataclass": _same(*pair(Out)),
             "box": error_of(lambda: _step(pair(Box)[1])),
+            "idle": [_unchanged(pair, idle=idle) for idle in ((0,), (1,), (2,), (1, 2), (3,))],
+            "in place": [_unchanged(pair, in_place=in_place) for in_place in ((1, 2), (1, 2, 3))],
             "inference": _after_inference(pair),
             "second order": _second_order(pair),
             "written": _written(pair),
@@ -214,6 +229,11 @@ def found(request, tmp_path_factory, nccl):
 
 def test_blocks_may_return_tensors_and_dataclasses_of_them(found):
     assert all(each["plain"] and each["dataclass"] for each in found)
+
+
+def test_blocks_may_return_what_they_got(found):
+    assert [each["idle"] for each in found] == [[True] * 5] * len(found)
+    assert [each["in place"] for each in found] == [[True] * 2] * len(found)
 
 
 def test_a_block_that_returns_no_tensor_is_refused(found):
