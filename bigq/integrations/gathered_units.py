@@ -168,7 +168,9 @@ class GatheredUnits:
 
     def _cut(self, index: int) -> list[CutWeight]:
         """The weights of a unit, in whose modules shards stand from now on, also where a whole tensor was assigned."""
-        weights = [own if is_sharded(own.held) else CutWeight.of(own.places, own.mesh) for own in self._units[index]]
+        weights = [
+            own if is_sharded(own.held) else CutWeight.of(own.places, self._mesh, {}) for own in self._units[index]
+        ]
         for weight in weights:
             weight.allow_writes()
         self._units[index] = weights

@@ -16,40 +16,55 @@ from torch.distributed.tensor import DTensor, Shard
 from bigq.errors import UnsupportedError
 from bigq.integrations.unit_tags import TAG_NBYTES, tag_of
 from bigq.ops.sharding import chunk_of_rank, is_sharded
+from bigq.system.distributed.internals import sharded_as
 from bigq.system.internals import SEES_EDITS, version_of
 from bigq.weight.quantized_module import QuantizedModule
 
-__all__ = ["CutWeight", "Memory", "Packed", "Place"]
+__all__ = ["Alike", "CutWeight", "Memory", "Packed", "Place"]
 
 _ALIGNMENT = TAG_NBYTES  # bytes at which each weight begins
 Place = tuple[nn.Module, str]
 
 
+Alike = dict[tuple[torch.Size, torch.dtype], DTensor]
+
+
 @dataclass(frozen=True)
 class CutWeight:
-    """A tensor of some modules, of which each process of `mesh` has some rows.
+    """A tensor of some modules, of which each process of a mesh of one dimension has some rows.
 
     Args:
         places: all modules and names where it stands.
-        shape: of the whole.
-        dtype: of the whole.
-        mesh: of one dimension.
+        like: a DTensor of its shape and dtype, on meta.
     """
 
     places: tuple[Place, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    mesh: DeviceMesh
+    like: DTensor
 
     @classmethod
-    def of(cls, places: Sequence[Place], mesh: DeviceMesh) -> "CutWeight":
-        """Leave the rows of this process in `places`, where the whole tensor, or a DTensor of rows, stands."""
+    def of(cls, places: Sequence[Place], mesh: DeviceMesh, alike: Alike) -> "CutWeight":
+        """Leave the rows of this process in `places`, where the whole tensor, or a DTensor of rows, stands.
+
+        `alike` has what `like` is of weights that were cut before: the blocks of a model have the same few shapes.
+        """
         own = _held(places[0])
-        cut = cls(tuple(places), tuple(own.shape), own.dtype, mesh)
+        key = own.shape, own.dtype
+        if key not in alike:
+            alike[key] = _like(own, mesh)
+        cut = cls(tuple(places), alike[key])
         if not is_sharded(own):
             start, stop = chunk_of_rank(len(own), mesh.get_local_rank(), mesh.size())
             cut.put(cut.shard_of(own.data[start:stop].clone()))
         return cut
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the whole."""
+        return self.like.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
 
     @property
     def held(self) -> nn.Parameter:
@@ -59,7 +74,8 @@ class CutWeight:
     @property
     def chunk(self) -> int:
         """Bytes that each process sends. The last ones may have fewer rows, and send a filling."""
-        return -(-self.shape[0] // self.mesh.size()) * prod(self.shape[1:]) * self.dtype.itemsize
+        shape = self.shape
+        return -(-shape[0] // self.like.device_mesh.size()) * prod(shape[1:]) * self.dtype.itemsize
 
     def put(self, tensor: nn.Parameter) -> None:
         """Let `tensor` stand in the modules."""
@@ -74,10 +90,14 @@ class CutWeight:
 
     def shard_of(self, rows: Tensor) -> nn.Parameter:
         """The tensor whose `rows` this process has."""
-        shape = torch.Size(self.shape)
-        stride = torch.empty(shape, device="meta").stride()
-        placed = DTensor.from_local(rows, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-        return nn.Parameter(placed, requires_grad=False)
+        return nn.Parameter(sharded_as(rows, self.like), requires_grad=False)
+
+
+def _like(whole: Tensor, mesh: DeviceMesh) -> DTensor:
+    """A DTensor of the shape and dtype of `whole`, without numbers: 0.1 ms, and one that is made like it 5 us."""
+    rows = torch.empty(-(-len(whole) // mesh.size()), *whole.shape[1:], dtype=whole.dtype, device="meta")
+    stride = torch.empty(whole.shape, device="meta").stride()
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=stride)
 
 
 class Memory:
@@ -100,7 +120,7 @@ class Packed:
 
     def __init__(self, index: int, weights: Sequence[CutWeight], memory: Memory) -> None:
         self.index, self.weights, self.memory = index, weights, memory
-        device, processes = memory.bytes.device, weights[0].mesh.size()
+        device, processes = memory.bytes.device, weights[0].like.device_mesh.size()
         # Whether the rows of all processes, one after the other, are the whole weight, as of an embedding.
         self.comes_in_place = len(weights) == 1 and weights[0].chunk % _ALIGNMENT == 0
         nbytes = sum(_aligned(weight.chunk) for weight in weights) + (0 if self.comes_in_place else TAG_NBYTES)

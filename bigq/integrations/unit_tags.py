@@ -15,6 +15,7 @@ from bigq.errors import UnsupportedError
 __all__ = ["TAG_NBYTES", "Tags", "tag_of"]
 
 TAG_NBYTES = 256  # a number and a filling, so that what follows stays aligned
+_ARRIVALS = 64  # gathers whose pinned memory is taken at once
 
 
 def tag_of(index: int) -> Tensor:
@@ -42,9 +43,13 @@ class Tags:
         A CUDA graph that is being captured replays one order, and its tags are not compared.
         """
         if tags.device.type == "cpu":
-            self._compare(index, tags)
+            self._compare(index, _numbers(tags).tolist())
         elif not torch.cuda.is_current_stream_capturing():
-            arrival = self._free.pop() if self._free else _Arrival(tags)
+            if not self._free:
+                # At once, as pinned memory cannot be had behind a gather that never ends.
+                pinned = torch.empty(_ARRIVALS, *tags.shape, dtype=tags.dtype, pin_memory=True)
+                self._free = [_Arrival(each) for each in pinned]
+            arrival = self._free.pop()
             arrival.bring(index, tags)
             self._on_their_way.append(arrival)
 
@@ -61,10 +66,9 @@ class Tags:
             if wait:
                 arrival.event.synchronize()
             self._free.append(arrival)
-            self._compare(arrival.index, arrival.tags)
+            self._compare(arrival.index, arrival.numbers.tolist())
 
-    def _compare(self, index: int, tags: Tensor) -> None:
-        sent: list[int] = tags.view(torch.int64)[:, 0].tolist()
+    def _compare(self, index: int, sent: list[int]) -> None:
         for process, other in enumerate(sent):
             if other != index:
                 units = [self._names[i] if 0 <= i < len(self._names) else "another tensor" for i in (index, other)]
@@ -81,8 +85,8 @@ class _Arrival:
 
     index: int
 
-    def __init__(self, like: Tensor) -> None:
-        self.tags = torch.empty_like(like, device="cpu", pin_memory=True)
+    def __init__(self, pinned: Tensor) -> None:
+        self.tags, self.numbers = pinned, _numbers(pinned)
         self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def is_there(self) -> bool:
@@ -92,3 +96,7 @@ class _Arrival:
         self.index = index
         self.tags.copy_(tags, non_blocking=True)
         self.event.record(torch.cuda.current_stream(tags.device))
+
+
+def _numbers(tags: Tensor) -> Tensor:
+    return tags.view(torch.int64)[:, 0]
