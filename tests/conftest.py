@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     default = Path(__file__).resolve().parents[2] / "shared" / "assets"
     parser.addoption("--assets", type=Path, default=default, help="folder with the story models and texts")
     parser.addoption(
-        "--nccl", action="store_true", help="a GPU for each process, also in tests that have not passed so yet"
+        "--nccl", action="store_true", help="a GPU for each process in the tests of shards, where there are two"
     )
 
 
@@ -80,7 +80,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def nccl(request: pytest.FixtureRequest) -> bool:
-    """Whether each process gets a GPU in tests of shards that have not passed on several yet."""
+    """Whether each process of the tests of shards gets a GPU: their kernels take a minute a file to compile."""
     return bool(request.config.getoption("--nccl"))
 
 

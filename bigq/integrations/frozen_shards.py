@@ -11,7 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, state_name
-from bigq.integrations.gathered_units import CutWeight, GatheredUnits, Place
+from bigq.integrations.accelerate_ddp import UNITS, let_accelerate_wrap
+from bigq.integrations.gathered_units import GatheredUnits
+from bigq.integrations.packed_units import Alike, CutWeight, Place
 from bigq.model.repeated_blocks import repeated_blocks
 from bigq.ops.sharding import is_sharded
 from bigq.system.text import shortlist
@@ -20,7 +22,6 @@ from bigq.weight.quantized_module import QuantizedModule
 __all__ = ["reshard_frozen", "shard_frozen"]
 
 SMALLEST = 1 << 16  # bytes of a tensor that is cut: to keep norms and biases whole costs less than to gather them
-_UNITS = "_bigq_gathered_units"  # an attribute of the model
 _LEAVES = (nn.Linear, nn.Embedding, QuantizedModule)
 
 
@@ -49,7 +50,7 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     if mesh.ndim != 1:
         raise ConfigError(f"mesh is {mesh}; expected one of one dimension, such as mesh['shards'] of this one")
     sharded = [name for name, own in model.named_parameters() if is_sharded(own)]
-    if sharded or _UNITS in vars(model):
+    if sharded or UNITS in vars(model):
         raise UnsupportedError(
             f"{len(sharded)} parameters of {type(model).__name__} are sharded already: {shortlist(sharded)}; "
             "call shard_frozen once, and neither before nor after fully_shard or parallelize_module"
@@ -60,14 +61,16 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             f"{type(model).__name__} has no frozen tensor of {SMALLEST} bytes or more in a block, a linear or an "
             "embedding; expected a quantized model with an adapter"
         )
-    gathered = GatheredUnits(mesh)
+    gathered, module_names = GatheredUnits(model, mesh), {module: name for name, module in model.named_modules()}
+    alike: Alike = {}
     for modules, tensors in units:
-        gathered.add(modules, [CutWeight.of(places, mesh) for places in tensors])
+        gathered.add(module_names[modules[0]], modules, [CutWeight.of(places, mesh, alike) for places in tensors])
     names = [name for name, own in model.named_parameters(remove_duplicate=False) if is_sharded(own)]
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     # DDP would send those of the first process to all.
     vars(model)["_ddp_params_and_buffers_to_ignore"] = [*ignored, *names]
-    vars(model)[_UNITS] = gathered
+    vars(model)[UNITS] = gathered
+    let_accelerate_wrap()
     return model
 
 
@@ -77,7 +80,7 @@ def reshard_frozen(model: nn.Module) -> None:
     Raises:
         ConfigError: `shard_frozen` was not called with `model`.
     """
-    gathered = vars(model).get(_UNITS)
+    gathered = vars(model).get(UNITS)
     if not isinstance(gathered, GatheredUnits):
         raise ConfigError(f"{type(model).__name__} is no model that shard_frozen was called with: pass that one")
     gathered.put_back()

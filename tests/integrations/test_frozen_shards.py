@@ -233,6 +233,18 @@ def _assigned(mesh):
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def _has_dtensor(mesh):
+    """What accelerate, which refuses DTensors in DDP, finds in frozen shards, and in shards of FSDP2."""
+    from accelerate import accelerator
+    from torch.distributed.fsdp import fully_shard
+
+    from bigq.integrations.frozen_shards import shard_frozen
+
+    models = [shard_frozen(_model(*CASES["nf4"]), mesh) for _ in range(2)]
+    models.append(fully_shard(torch.nn.Linear(8, 8).to(own_device()), mesh=mesh))
+    return [accelerator.model_has_dtensor(model) for model in models]
+
+
 def _refused(mesh):
     from bigq.integrations.frozen_shards import reshard_frozen, shard_frozen
 
@@ -250,7 +262,7 @@ def _work(rank, folder):
     mesh = mesh_of(2)
     with mock.patch("bigq.integrations.frozen_shards.SMALLEST", SMALLEST):
         trained = {name: _compare(_model(*case), shard_frozen(_model(*case), mesh)) for name, case in CASES.items()}
-        return {**trained, "assigned": _assigned(mesh), "refused": _refused(mesh)}
+        return {**trained, "assigned": _assigned(mesh), "refused": _refused(mesh), "has dtensor": _has_dtensor(mesh)}
 
 
 def _work_with_loads(rank, folder):
@@ -312,6 +324,10 @@ def test_an_adapter_is_merged_into_the_shards(loaded, name):
 
 def test_a_tensor_that_is_assigned_later_is_cut_too(found):
     assert [each["assigned"] for each in found] == [True, True]
+
+
+def test_accelerate_finds_no_dtensor_in_frozen_shards(found):
+    assert [each["has dtensor"] for each in found] == [[False, False, True]] * 2
 
 
 def test_what_cannot_be_sharded_is_refused(found):

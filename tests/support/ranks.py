@@ -1,5 +1,6 @@
 """Several processes of one test, which are the ranks of a group: of NCCL if each gets a GPU, otherwise of gloo."""
 
+import faulthandler
 import os
 import socket
 
@@ -9,20 +10,24 @@ import torch.distributed as dist
 __all__ = ["error_of", "mesh_of", "own_device", "run_ranks"]
 
 
-def run_ranks(worker, folder, *arguments, world=2, gpus=False):
+def run_ranks(worker, folder, *arguments, world=2, gpus=False, patience_s=600):
     """[worker(rank, *arguments)] of `world` processes with a process group. `worker` is a function of a module.
 
     With `gpus`, each has a GPU where there are as many: see `own_device`. What they return comes to the CPU.
+    A process that is not done after `patience_s` seconds writes where each of its threads is to stderr, and ends: one
+    that waits for another in vain would wait for ten minutes under NCCL, and then say less.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     gpus = gpus and 1 < world <= torch.cuda.device_count()
-    torch.multiprocessing.spawn(_run, args=(world, port, str(folder), worker, arguments, gpus), nprocs=world)
+    given = (world, port, str(folder), worker, arguments, gpus, patience_s)
+    torch.multiprocessing.spawn(_run, args=given, nprocs=world)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False, map_location="cpu") for rank in range(world)]
 
 
-def _run(rank, world, port, folder, worker, arguments, gpus):
+def _run(rank, world, port, folder, worker, arguments, gpus, patience_s):
+    faulthandler.dump_traceback_later(patience_s, exit=True)
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
     names |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in names.items()})
@@ -35,6 +40,7 @@ def _run(rank, world, port, folder, worker, arguments, gpus):
     torch.save(worker(rank, *arguments), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def own_device():
