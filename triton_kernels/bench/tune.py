@@ -98,7 +98,7 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
         shipped = wgmma_config(gpu, m, n, k)
         if shipped is not None:
             yield linear_4bit_bulk if isinstance(shipped, BulkConfig) else linear_4bit_wgmma, shipped
-        for rows, split in product((128, 256), (1, 2, 4)):
+        for rows, split in product((32, 64, 128, 256), (1, 2, 4)):
             if rows < 2 * m:
                 yield linear_4bit_bulk, bulk_config(rows, split)
         most = min(256, next_power_of_2(m))

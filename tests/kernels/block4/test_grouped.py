@@ -148,7 +148,7 @@ def test_a_row_of_no_weight_is_zero_whatever_the_weights_are(e, value, device):
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double_quant"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("k", [768, 704], ids=["whole-steps", "partial-step"])
+@pytest.mark.parametrize("k", [1024, 704], ids=["whole-steps", "partial-step"])
 def test_gluon_multiplies_each_row_by_its_weight(k, dtype, quant_type, nested):
     staged, wgmma, bulk = (import_module(f"bigq_kernels.block4.gluon.{way}") for way in ("staged", "wgmma", "bulk"))
     e, n, rows = 9, 200, 700

@@ -7,9 +7,10 @@
     ('dp4a', 'For 1 token and K up to 32768, byte dot products are fastest.')
 
 The ways are "sliced", "dp4a", "staged", "wgmma", "bulk" and "mma", which are modules here and in `gluon`, and
-"dequantize": the whole weight is dequantized, and cuBLAS multiplies by it. All but "dp4a" and "mma" are Gluon. Where
-these do not run (in the interpreter, with other releases of Triton, for blocks of 32), "mma" takes up to 48 % longer
-(14336 x 4096, 128 tokens, one H100), and "dequantize" above 128 tokens up to 92 % (28672 x 8192, 256 tokens).
+"dequantize": the whole weight is dequantized, and cuBLAS multiplies by it. "sliced", "staged", "wgmma" and "bulk" are
+Gluon. Where these do not run (in the interpreter, with other releases of Triton, for blocks of 32), "mma" takes up to
+48 % longer (14336 x 4096, 128 tokens, one H100), and "dequantize" above 128 tokens up to 92 % (28672 x 8192, 256
+tokens).
 """
 
 from functools import lru_cache

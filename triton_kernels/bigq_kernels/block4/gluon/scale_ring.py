@@ -16,7 +16,7 @@ from bigq_kernels.block4.gluon.table import GAP, WIDE_ENTRY
 
 __all__ = ["copy_scales", "place_in_scales", "read_scales", "store_code"]
 
-CODE_GAP = gl.constexpr(200)  # the gap with the first 32 values of the code of nested scales; rings are before it
+CODE_GAP = gl.constexpr(200)  # the gap with the first 32 values of the code of nested scales; 25 stages are before it
 
 COPY_ASM = gl.constexpr("cp.async.ca.shared.global [$1], [$2], 4;\nmov.b32 $0, 0;")
 READ_FOUR_ASM = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")

@@ -15,8 +15,6 @@ from triton.experimental.gluon import language as gl
 from bigq_kernels.block4.gluon.asm import run
 
 __all__ = [
-    "MOST_STAGES",
-    "STAGES_NBYTES",
     "copy_tokens",
     "half_of_warp",
     "init_stages",
@@ -25,7 +23,6 @@ __all__ = [
 ]
 
 MOST_STAGES = gl.constexpr(8)
-STAGES_NBYTES = gl.constexpr(2 * 8 * 8)  # of the barriers: 8 bytes each
 
 HALF_ASM = gl.constexpr("mov.u32 $0, %tid.x;\nshr.u32 $0, $0, 8;")
 INIT_ASM = gl.constexpr("""{
@@ -99,10 +96,11 @@ def half_of_warp(anything):
 
 @gluon.jit
 def init_stages(bars, STAGES: gl.constexpr, WARPS: gl.constexpr):
-    """Make the barriers from the address `bars` on, STAGES_NBYTES, for WARPS that read each stage.
+    """Make the barriers from the address `bars` on, 128 bytes, for WARPS that read each stage.
 
     They may be used after a `barrier`. Each half of the warps has its own.
     """
+    gl.static_assert(STAGES <= MOST_STAGES)
     for i in gl.static_range(STAGES):
         run(INIT_ASM, "=r,r,r", [bars + _full(i), 1])
         run(INIT_ASM, "=r,r,r", [bars + _read(i), WARPS])
