@@ -114,8 +114,9 @@ for block_m, least, split, nested, even in (*cases, (64, 32, 1, True, True), (64
     parts = sum(size.bit_count() for size in range(least, block_m + 1, least))
     ptx = built.asm["ptx"]
     loops = ptx[ptx.index("wgmma.mma_async") : ptx.rindex("wgmma.mma_async")]
+    barriers = loops.count("bar.sync") if least == block_m else 0
     print(built.metadata.shared - -(-memory // (block_m * 128)) * block_m * 128,
-          ptx.count("wgmma.mma_async") - parts * 4 * stages, is_serialized(ptx), loops.count("bar.sync") * (least == block_m))
+          ptx.count("wgmma.mma_async") - parts * 4 * stages, is_serialized(ptx), barriers)
 """
 )
 
