@@ -107,9 +107,8 @@ def choose_grouped(
             tile = next(tile for tile, (most, *_) in WGMMA.items() if mean <= most)
             config = _wgmma_config(tile)
             way = "bulk" if isinstance(config, BulkConfig) else "wgmma"
-            return Choice(
-                way=way, config=config, why=f"With {each}, {way} decodes each weight once for a tile of {tile}."
-            )
+            why = f"With {each}, {way} decodes each weight once for a tile of {tile}."
+            return Choice(way=way, config=config, why=why)
     if mean <= MAX_MMA_ROWS:
         why = f"With {each}, mma is faster than dequantizing all weights."
         return Choice(way="mma", config=_mma_config(gpu, hit, mean, n, k, block_size), why=why)

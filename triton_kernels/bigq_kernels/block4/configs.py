@@ -44,7 +44,9 @@ STEP = 256  # elements of K in a step or a slice of the Gluon kernels
 SLICED_ROWS = 16  # of a tile of the sliced kernel
 # Of the slices that its warps have room for. 4 tokens of 5120 x 5120, with 20 of 32, take 9.3 us, staged 9.7 (H200).
 LEAST_SLICES = 0.6
-LEAST_BULK_M = 128  # tokens of a tile: at 64 tokens of 14336 x 4096, bulk takes 28.1 us and wgmma 28.5 (H200)
+# Tokens of a tile: 128 of 14336 x 4096 take 33.3 us with bulk and 36.2 with wgmma, and 64 28.1 and 28.5 without halves
+# (a prototype, H200). Tiles whose warps share K in halves have not been timed.
+LEAST_BULK_M = 128
 # Of what the programs have room for in the tiles of the busiest one, if they share K. 16 tokens take, with 0.97 of it,
 # 57.8 us at 28672 x 8192 and 18.8 at 4096 x 14336, and staged 61.0 and 19.7 (H200). So with 0.91 none would be faster.
 LEAST_BUSY_16 = 0.93

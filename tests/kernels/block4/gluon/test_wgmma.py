@@ -99,13 +99,3 @@ def test_nan_and_inf_stay_in_their_row(value, config, wgmma, device):
     finite = wgmma(x, packed4(quantized), None, config).isfinite().all(dim=1)
     assert not finite[1]
     assert finite.sum() == 39
-
-
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("m", [40, 200, 600])
-def test_both_kernels_have_the_same_bits(m, nested, wgmma, device):
-    quantized, _ = quantized_4bit(1000, 4352, "nf4", 64, nested, device)
-    packed, x = packed4(quantized), torch.randn(m, 4352, device=device).bfloat16()
-    by_copies = wgmma(x, packed, None, WgmmaConfig(block_m=64, block_n=128, split=1, warps=8, registers=None))
-    for block_m in (128, 256):
-        assert torch.equal(wgmma(x, packed, None, bulk_config(block_m)), by_copies)
