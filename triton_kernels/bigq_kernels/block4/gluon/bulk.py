@@ -8,9 +8,9 @@ As in `wgmma`, weights are decoded into registers while the tensor cores multipl
   warp, and one warp group decodes while the other multiplies;
 - the table has twice the room for an entry, which saves an instruction for each byte of codes.
 
-256 tokens of 14336 x 4096 took 46.5 us so and 53.0 by `wgmma` (a prototype, H200). With 64 tokens or fewer a warp's own
-decoding is the bound. Tiles of these leave registers for twice the warps, which share K: the first half of the warps has
-every second step, the other half the rest, and their sums are added at the end.
+256 tokens of 14336 x 4096 took 46.5 us so and 53.0 by `wgmma` (a prototype, H200). With 64 tokens or fewer a warp's
+own decoding is the bound. Tiles of these leave registers for twice the warps, which share K: the first half of the
+warps has every second step, the other half the rest, and their sums are added at the end.
 
 `choose` says where this kernel runs. Gluon has no interpreter, so values are tested on a GPU only.
 """
