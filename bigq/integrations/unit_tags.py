@@ -47,7 +47,7 @@ class Tags:
         elif not torch.cuda.is_current_stream_capturing():
             if not self._free:
                 # At once, as pinned memory cannot be had behind a gather that never ends.
-                pinned = torch.empty(_ARRIVALS, *tags.shape, dtype=tags.dtype, pin_memory=True)
+                pinned = torch.empty(_ARRIVALS, *tags.shape, dtype=tags.dtype, device="cpu", pin_memory=True)
                 self._free = [_Arrival(each) for each in pinned]
             arrival = self._free.pop()
             arrival.bring(index, tags)
