@@ -13,7 +13,7 @@ from triton.compiler import ASTSource, compile
 from bigq_kernels.int8.product import _linear_int8_kernel as kernel
 
 PLACES = {"one": {}, "groups": {"groups_ptr": "*i32"}, "ids": {"ids_ptr": "*i64"}}
-LISTS = {"count_ptr": "*i32", "column_ptr": "*i32"}
+LISTS = {"word_ptr": "*i32", "column_ptr": "*i32"}
 TABLES = {"rest_ptr": "*bf16", "dense_ptr": "*bf16", "total_ptr": "*i32"}
 for capability, place, way, block_m in (
     (90, "groups", "tiles", 16), (90, "groups", "gather", 128), (90, "ids", "planes", 16), (90, "one", "segments", 16),
@@ -24,10 +24,11 @@ for capability, place, way, block_m in (
     pointers |= {"segment_ptr": "*i32"} if way == "segments" else {}
     pointers |= (LISTS if way in ("tiles", "gather") else {}) | (TABLES if way == "gather" else {})
     numbers = dict.fromkeys(("M", "N", "K", "E", "repeat", "segments", "split", "k_per_split"), "i32")
+    numbers |= {"threshold": "fp32"}
     constants = dict(
-        SEGMENT=128, SEGMENTS=32, CAPACITY=128, PLANES=way == "planes", EVEN_K=True, PDL=capability >= 90,
-        PREFETCHES=2 if capability >= 90 else 0, BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=128, BLOCK_OUTLIERS=16,
-        BLOCK_SEGMENTS=4, GROUP_M=8,
+        SEGMENT=64, SEGMENTS=64, CAPACITY=128, IS_TRANSPOSED=way == "tiles", PLANES=way == "planes",
+        EVEN_K=True, PDL=capability >= 90, PREFETCHES=2 if capability >= 90 else 0, BLOCK_M=block_m, BLOCK_N=64,
+        BLOCK_K=128, BLOCK_OUTLIERS=16, BLOCK_SEGMENTS=4, GROUP_M=8,
     )
     constants |= {name: None for name in kernel.arg_names if name.endswith("_ptr") and name not in pointers}
     assert {*pointers, *numbers, *constants} == {*kernel.arg_names}
@@ -36,7 +37,7 @@ for capability, place, way, block_m in (
     aligned = {(index(name),): [["tt.divisibility", 16]] for name in (*pointers, "N", "K")}
     signature = {name: types[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(index(name),): value for name, value in constants.items()}, aligned)
-    options = {"num_warps": 4, "num_stages": 3, "launch_pdl": capability >= 90}
+    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False, "launch_pdl": capability >= 90}
     built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = built.asm["ptx"]
     print(built.metadata.shared, ptx.count("s32.s8.s8"), ptx.count("griddepcontrol.wait"))

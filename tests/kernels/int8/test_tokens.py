@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bigq_kernels.int8.planes import quantize_planes
-from bigq_kernels.int8.tokens import _list_outliers_kernel, quantize_tokens
+from bigq_kernels.int8.tokens import LISTED, MAX_FIND_M, Tokens, _list_outliers_kernel, quantize_tokens
 from bigq_kernels.launch import launch
 
 THRESHOLD = 6.0
@@ -15,6 +15,17 @@ def tokens(m: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Te
     x = torch.randn(m, k, device=device).clamp(-5, 5)
     x[0, 0], x[m // 2, k // 3], x[m // 2, k // 3 + 1], x[m - 1, k - 1] = 8.0, -THRESHOLD, 60.0, 7.0
     return x.to(dtype)
+
+
+def listed(found: Tokens) -> list[int]:
+    """The outlier columns, from the list, which has to agree with the words."""
+    columns, segment = [], found.columns.shape[1]
+    for number, (word, row) in enumerate(zip(found.words.tolist(), found.columns.tolist(), strict=True)):
+        some = row[: word & 255]
+        held = [(word >> 8 + 7 * i & 127) + number * segment for i in range(min(len(some), LISTED.value))]
+        assert held == some[: LISTED.value]
+        columns += some
+    return columns
 
 
 def codes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,47 +51,61 @@ B, H, F = torch.bfloat16, torch.float16, torch.float32
 )
 def test_codes_and_outlier_columns(m, k, dtype, device):
     x = tokens(m, k, dtype, device)
-    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, False)
+    found = quantize_tokens(x, THRESHOLD, None, False)
     outlier = x.abs() >= THRESHOLD
     expected_codes, expected_scale = codes_of(x.float().masked_fill(outlier, 0.0))
-    assert torch.equal(codes, expected_codes)
-    assert torch.equal(scale, expected_scale)
-    listed = [column for row, count in zip(columns.tolist(), counts.tolist(), strict=True) for column in row[:count]]
-    assert listed == outlier.any(dim=0).nonzero().flatten().tolist()
+    assert torch.equal(found.codes, expected_codes)
+    assert torch.equal(found.scale[0], expected_scale)
+    assert torch.equal(found.scale[1], expected_scale.clamp_min(2.0**-119).reciprocal() * 127.0)
+    columns = outlier.any(dim=0).nonzero().flatten()
+    assert listed(found) == columns.tolist()
+    if m > MAX_FIND_M:
+        assert found.x_columns is None
+    else:
+        assert torch.equal(found.x_columns[columns], x[:, columns].T)
+
+
+def test_more_columns_of_a_segment_than_its_word_holds(device):
+    x = torch.zeros(20, 300, dtype=torch.float16, device=device)
+    columns = [0, 3, 4, 5, 9, 63, 64, 126, 127, 128, 255, 299]
+    x[torch.arange(12), columns] = 7.0
+    found = quantize_tokens(x, THRESHOLD, None, False)
+    assert listed(found) == columns
+    assert torch.equal(found.x_columns[columns], x[:, columns].T)
 
 
 def test_more_tokens_than_are_looked_at_together(device):
     marks = torch.zeros(50, 8, dtype=torch.int32, device=device)  # 256 columns, two segments
     marks[0, 0], marks[20, 0], marks[49, 3], marks[49, 7] = 5, 4, -(2**31), 1
-    counts = torch.empty(2, dtype=torch.int32, device=device)
+    words = torch.empty(2, dtype=torch.int32, device=device)
     columns = torch.empty(2, 128, dtype=torch.int32, device=device)
     launch(
-        _list_outliers_kernel, (2,), marks, counts, columns, 50, SEGMENT=128, BLOCK_M=8, LOADS=2, PDL=False, options={}
+        _list_outliers_kernel, (2,), marks, words, columns, 50, SEGMENT=128, BLOCK_M=8, LOADS=2, PDL=False, options={}
     )
-    assert counts.tolist() == [3, 1]
+    assert words.tolist() == [3 | 2 << 15 | 127 << 22, 1 | 96 << 8]
     assert columns[0, :3].tolist() == [0, 2, 127]
     assert columns[1, 0] == 7 * 32
 
 
 def test_a_threshold_of_0_lists_nothing(device):
     x = tokens(5, 300, torch.float16, device)
-    codes, scale, counts, columns = quantize_tokens(x, 0.0, None, False)
-    assert counts is None
-    assert columns is None
+    found = quantize_tokens(x, 0.0, None, False)
+    assert found.words is None
+    assert found.columns is None
+    assert found.x_columns is None
     expected_codes, expected_scale = codes_of(x.float())
-    assert torch.equal(codes, expected_codes)
-    assert torch.equal(scale, expected_scale)
+    assert torch.equal(found.codes, expected_codes)
+    assert torch.equal(found.scale[0], expected_scale)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 def test_inf_is_an_outlier_and_nan_is_none(device):
     x = torch.ones(20, 300, dtype=torch.bfloat16, device=device)
     x[3, 7], x[4, 200], x[5, 299] = float("inf"), float("nan"), float("-inf")
-    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, False)
-    assert counts.tolist() == [1, 0, 1]
-    assert (columns[0, 0], columns[2, 0]) == (7, 299)
-    assert scale.isnan().nonzero().flatten().tolist() == [4]
-    assert codes[3, 7] == codes[5, 299] == 0
+    found = quantize_tokens(x, THRESHOLD, None, False)
+    assert listed(found) == [7, 299]
+    assert found.scale[0].isnan().nonzero().flatten().tolist() == [4]
+    assert found.codes[3, 7] == found.codes[5, 299] == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.int8.choose import Int8Config
-from bigq_kernels.int8.outliers import gather_block, gather_outliers
+from bigq_kernels.int8.outliers import dense_of, gather_block, gather_outliers, rest_of
 from bigq_kernels.int8.planes import load_segments, quantize_planes
 from bigq_kernels.int8.tokens import quantize_tokens
 from bigq_kernels.launch import launch
@@ -45,12 +45,12 @@ def _prefetch(ptrs):
 @triton.jit(do_not_specialize=["M", "E", "repeat", "split"])  # a new number of tokens compiles nothing
 def _linear_int8_kernel(
     codes_ptr,  # [M, K] int8: x; with PLANES [3, M, K]
-    scale_ptr,  # [M] float32; with PLANES [3, M]
+    scale_ptr,  # [M] float32, see Tokens; with PLANES [3, M]
     weight_ptr,  # [N, K] int8; of a stack [E, N, K], and so below
     absmax_ptr,  # [N, 1] float32
     bias_ptr,  # [N] or None
-    x_ptr,  # [M, K]
-    count_ptr,  # see _list_outliers_kernel
+    x_ptr,  # [M, K], or transposed; outlier columns alone are read
+    word_ptr,  # see Tokens, and so below
     column_ptr,
     rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
     dense_ptr,
@@ -69,9 +69,11 @@ def _linear_int8_kernel(
     segments,
     split,
     k_per_split,
+    threshold,
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     CAPACITY: tl.constexpr,  # outlier columns that were gathered before
+    IS_TRANSPOSED: tl.constexpr,  # x is [K, M]
     PLANES: tl.constexpr,  # a tile is 4 groups of tokens: their codes, and the two planes of their outliers
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -121,24 +123,17 @@ def _linear_int8_kernel(
         first_byte = min(first_k, K - PREFETCHES * PREFETCH_BYTES)
         _prefetch(weight_ptr + weight_row + first_byte + tl.arange(0, PREFETCHES)[None, :] * PREFETCH_BYTES)
     absmax = tl.load(absmax_ptr + base + n, mask=in_n, other=0.0)
-    if PDL:
+    if PDL and rest_ptr is None:
         tl.extra.cuda.gdc_wait()
     scale = tl.load(scale_ptr + scale_row, mask=in_tile, other=0.0)
 
     # The first outlier columns, or segments of them, are on their way while the loop below runs.
-    if count_ptr is not None:
-        if rest_ptr is None:
-            first_rest, first_dense, count = gather_block(
-                x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
-                count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
-            )  # fmt: skip
-        else:
-            count = tl.load(total_ptr)
-            number = tl.arange(0, BLOCK_OUTLIERS)[None, :]
-            rest_ptrs = rest_ptr + x_token[:, None] * CAPACITY + number
-            dense_ptrs = dense_ptr + n_row[:, None] * CAPACITY + number
-            first_rest = tl.load(rest_ptrs)
-            first_dense = tl.load(dense_ptrs)
+    if word_ptr is not None and rest_ptr is None:
+        first_x_columns, first_weight, count = gather_block(
+            x_ptr, weight_ptr, x_token, weight_row, in_m, word_ptr, column_ptr, 0, M, K, segments,
+            SEGMENT, SEGMENTS, IS_TRANSPOSED, BLOCK_OUTLIERS,
+        )  # fmt: skip
+        inverse = tl.load(scale_ptr + M + scale_row, mask=in_tile, other=0.0)
 
     if segment_ptr is not None:
         plane = M.to(tl.int64) * K
@@ -156,6 +151,10 @@ def _linear_int8_kernel(
             codes = tl.load(codes_ptr + x_row + start + k, mask=in_m & (start + k < K), other=0)
             weight = tl.load(weight_ptr + weight_row + start + k, mask=start + k < K, other=0)
         total = tl.dot(codes, weight.T, total, out_dtype=tl.int32)
+
+    if PDL and rest_ptr is not None:
+        # The launch before this one gathers, and let this one start when it had waited for the codes.
+        tl.extra.cuda.gdc_wait()
 
     is_last = True
     if partial_ptr is not None:
@@ -184,18 +183,31 @@ def _linear_int8_kernel(
             outlier_scale = tl.load(scale_ptr + M + scale_row, mask=in_tile, other=0.0)
             outlier = high.to(tl.float32) + low.to(tl.float32) * (1.0 / 128.0)
             out += outlier * (outlier_scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
-        if count_ptr is not None:
-            out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
-            if rest_ptr is not None:
-                for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
+        if word_ptr is not None:
+            begin = BLOCK_OUTLIERS
+            if rest_ptr is None:
+                if count > 0:
+                    rest = rest_of(first_x_columns, scale, inverse, threshold)
+                    out = tl.dot(rest, dense_of(first_weight, absmax, rest.dtype).T, out, input_precision="ieee")
+            else:
+                begin = CAPACITY
+                number = tl.arange(0, BLOCK_OUTLIERS)[None, :]
+                rest_ptrs = rest_ptr + x_token[:, None] * CAPACITY + number
+                dense_ptrs = dense_ptr + n_row[:, None] * CAPACITY + number
+                count = tl.load(total_ptr)
+                out = tl.dot(tl.load(rest_ptrs), tl.load(dense_ptrs).T, out, input_precision="ieee")
+                for start in tl.range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS, num_stages=1):
                     rest, dense = tl.load(rest_ptrs + start), tl.load(dense_ptrs + start)
                     out = tl.dot(rest, dense.T, out, input_precision="ieee")
-            for start in range(BLOCK_OUTLIERS if rest_ptr is None else CAPACITY, count, BLOCK_OUTLIERS):
-                rest, dense, _ = gather_block(
-                    x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
-                    count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
+            for start in tl.range(begin, count, BLOCK_OUTLIERS, num_stages=1):
+                x, weight, _ = gather_block(
+                    x_ptr, weight_ptr, x_token, weight_row, in_m, word_ptr, column_ptr, start, M, K, segments,
+                    SEGMENT, SEGMENTS, IS_TRANSPOSED, BLOCK_OUTLIERS,
                 )  # fmt: skip
-                out = tl.dot(rest, dense.T, out, input_precision="ieee")
+                if rest_ptr is not None:
+                    inverse = tl.load(scale_ptr + M + scale_row, mask=in_tile, other=0.0)
+                rest = rest_of(x, scale, inverse, threshold)
+                out = tl.dot(rest, dense_of(weight, absmax, rest.dtype).T, out, input_precision="ieee")
 
         if bias_ptr is not None:
             out += tl.load(bias_ptr + base + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -237,7 +249,7 @@ def multiply_int8(
     (m, k), n, e = x.shape, weight.shape[-2], len(weight)
     pdl = Gpu.of(x.device).pdl
     threshold = _rounded(threshold, x.dtype)
-    groups = counts = columns = listed = rest = dense = total = partial = arrived = None
+    groups = words = columns = x_columns = listed = rest = dense = total = partial = arrived = None
     tiles, repeat = config.tiles(m, n), 1
     if stops is not None:
         tiles = most_tiles(m, e, config.block_m) * ceil_div(n, config.block_n)
@@ -250,22 +262,28 @@ def multiply_int8(
     if way in ("planes", "segments"):
         codes, scale, listed = quantize_planes(x, threshold, way == "segments", arrived, pdl)
     else:
-        codes, scale, counts, columns = quantize_tokens(x, threshold, arrived, pdl)
-    if way == "gather" and counts is not None and columns is not None:
-        matrix, scales = weight.view(-1, k), absmax.view(-1, 1)
-        rest, dense, total = gather_outliers(
-            x, codes, scale, matrix, scales, counts, columns, CAPACITY, BLOCK_OUTLIERS, pdl
-        )
+        tokens = quantize_tokens(x, threshold, arrived, pdl)
+        codes, scale, words, columns, x_columns = (
+            tokens.codes, tokens.scale, tokens.words, tokens.columns, tokens.x_columns,
+        )  # fmt: skip
+        if way == "gather":
+            matrix, scales = weight.view(-1, k), absmax.view(-1, 1)
+            rest, dense, total = gather_outliers(x, tokens, matrix, scales, threshold, CAPACITY, BLOCK_OUTLIERS, pdl)
     segments, segment = (0, 1) if columns is None else columns.shape
     prefetch = pdl and k % 16 == 0 and k >= config.prefetches * PREFETCH_BYTES.value and weight.data_ptr() % 16 == 0
     launch(
         _linear_int8_kernel, (tiles, config.split),
-        codes, scale, weight, absmax, bias, x, counts, columns, rest, dense, total, listed, partial, arrived, out,
+        codes, scale, weight, absmax, bias, x if x_columns is None else x_columns, words, columns, rest, dense, total,
+        listed, partial, arrived, out,
         groups, ids, m, n, k, e, repeat, segments, config.split, config.steps_per_split * config.block_k or k,
+        threshold,
         SEGMENT=segment, SEGMENTS=next_power_of_2(max(segments, 1)), CAPACITY=CAPACITY,
-        PLANES=way == "planes", EVEN_K=k % config.block_k == 0, PDL=pdl,
+        IS_TRANSPOSED=x_columns is not None, PLANES=way == "planes", EVEN_K=k % config.block_k == 0, PDL=pdl,
         PREFETCHES=config.prefetches if prefetch else 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_OUTLIERS=BLOCK_OUTLIERS, BLOCK_SEGMENTS=BLOCK_SEGMENTS, GROUP_M=8,
-        options={"num_warps": config.warps, "num_stages": config.stages, "launch_pdl": pdl},
+        # enable_fp_fusion: see rest_of.
+        options={
+            "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False, "launch_pdl": pdl,
+        },
     )  # fmt: skip
