@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bigq_kernels.int8.planes import quantize_planes
-from bigq_kernels.int8.tokens import LISTED, MAX_FIND_M, Tokens, _list_outliers_kernel, quantize_tokens
+from bigq_kernels.int8.tokens import Tokens, _or_marks_kernel, quantize_tokens
 from bigq_kernels.launch import launch
 
 THRESHOLD = 6.0
@@ -18,14 +18,9 @@ def tokens(m: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Te
 
 
 def listed(found: Tokens) -> list[int]:
-    """The outlier columns, from the list, which has to agree with the words."""
-    columns, segment = [], found.columns.shape[1]
-    for number, (word, row) in enumerate(zip(found.words.tolist(), found.columns.tolist(), strict=True)):
-        some = row[: word & 255]
-        held = [(word >> 8 + 7 * i & 127) + number * segment for i in range(min(len(some), LISTED.value))]
-        assert held == some[: LISTED.value]
-        columns += some
-    return columns
+    """The outlier columns."""
+    marks = found.marks.tolist()
+    return [32 * number + bit for number, word in enumerate(marks) for bit in range(32) if word >> bit & 1]
 
 
 def codes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +40,7 @@ B, H, F = torch.bfloat16, torch.float16, torch.float32
         *(pytest.param(3, 97, dtype, id=f"odd-columns-{dtype}") for dtype in (B, H, F)),
         pytest.param(20, 300, H, id="several-segments"),
         pytest.param(129, 300, F, id="many-tokens"),
+        pytest.param(513, 100, H, id="more-tokens-than-one-program-looks-at"),
         pytest.param(2050, 130, B, id="more-tokens-than-a-tile", marks=pytest.mark.gpu),  # a minute in the interpreter
         pytest.param(2, 17000, B, id="more-columns-than-a-tile"),
     ],
@@ -57,42 +53,21 @@ def test_codes_and_outlier_columns(m, k, dtype, device):
     assert torch.equal(found.codes, expected_codes)
     assert torch.equal(found.scale[0], expected_scale)
     assert torch.equal(found.scale[1], expected_scale.clamp_min(2.0**-119).reciprocal() * 127.0)
-    columns = outlier.any(dim=0).nonzero().flatten()
-    assert listed(found) == columns.tolist()
-    if m > MAX_FIND_M:
-        assert found.x_columns is None
-    else:
-        assert torch.equal(found.x_columns[columns], x[:, columns].T)
-
-
-def test_more_columns_of_a_segment_than_its_word_holds(device):
-    x = torch.zeros(20, 300, dtype=torch.float16, device=device)
-    columns = [0, 3, 4, 5, 9, 63, 64, 126, 127, 128, 255, 299]
-    x[torch.arange(12), columns] = 7.0
-    found = quantize_tokens(x, THRESHOLD, None, False)
-    assert listed(found) == columns
-    assert torch.equal(found.x_columns[columns], x[:, columns].T)
+    assert listed(found) == outlier.any(dim=0).nonzero().flatten().tolist()
 
 
 def test_more_tokens_than_are_looked_at_together(device):
     marks = torch.zeros(50, 8, dtype=torch.int32, device=device)  # 256 columns, two segments
     marks[0, 0], marks[20, 0], marks[49, 3], marks[49, 7] = 5, 4, -(2**31), 1
-    words = torch.empty(2, dtype=torch.int32, device=device)
-    columns = torch.empty(2, 128, dtype=torch.int32, device=device)
-    launch(
-        _list_outliers_kernel, (2,), marks, words, columns, 50, SEGMENT=128, BLOCK_M=8, LOADS=2, PDL=False, options={}
-    )
-    assert words.tolist() == [3 | 2 << 15 | 127 << 22, 1 | 96 << 8]
-    assert columns[0, :3].tolist() == [0, 2, 127]
-    assert columns[1, 0] == 7 * 32
+    out = torch.empty(8, dtype=torch.int32, device=device)
+    launch(_or_marks_kernel, (2,), marks, out, 50, WORDS=4, BLOCK_M=8, LOADS=2, PDL=False, options={})
+    assert out.tolist() == [5, 0, 0, -(2**31), 0, 0, 0, 1]
 
 
 def test_a_threshold_of_0_lists_nothing(device):
     x = tokens(5, 300, torch.float16, device)
     found = quantize_tokens(x, 0.0, None, False)
-    assert found.words is None
-    assert found.columns is None
-    assert found.x_columns is None
+    assert found.marks is None
     expected_codes, expected_scale = codes_of(x.float())
     assert torch.equal(found.codes, expected_codes)
     assert torch.equal(found.scale[0], expected_scale)
@@ -115,7 +90,7 @@ def test_inf_is_an_outlier_and_nan_is_none(device):
 )
 def test_planes(m, k, dtype, device):
     x = tokens(m, k, dtype, device)
-    codes, scale, listed = quantize_planes(x, THRESHOLD, True, None, False)
+    codes, scale = quantize_planes(x, THRESHOLD, None, False)
     outlier = x.abs() >= THRESHOLD
     column = outlier.any(dim=0)
     expected_codes, expected_scale = codes_of(x.float().masked_fill(outlier, 0.0))
@@ -128,8 +103,3 @@ def test_planes(m, k, dtype, device):
     inverse = scale[1].clamp_min(2.0**-119).reciprocal() * 127.0
     assert torch.equal(code, (wide * inverse[:, None] * 128.0).round().int())
     assert codes[2].min() >= -64
-    segments = (column.nonzero().flatten() // 32).unique().tolist()  # ascending
-    assert listed[: 1 + len(segments)].tolist() == [len(segments), *segments]
-    again, _, unlisted = quantize_planes(x, THRESHOLD, False, None, False)
-    assert torch.equal(again, codes)
-    assert unlisted is None

@@ -1,9 +1,5 @@
 """Outlier columns for LLM.int8(), gathered from x and from the weight by the list that `tokens.py` makes.
 
-- "tiles": each tile of the product gathers all of them. The first ones are on their way while it multiplies codes.
-- "gather": one launch gathers the first CAPACITY of them for all tiles, beside the product. Each tile gathers any
-  further ones itself.
-
 What the codes leave of x is computed from x and the scale, as the codes were: so codes are not gathered.
 """
 
@@ -12,36 +8,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq_kernels.int8.tokens import LISTED, Tokens
+from bigq_kernels.int8.tokens import Tokens
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ceil_div, encode_int8, next_power_of_2
 
-__all__ = ["dense_of", "gather_block", "gather_outliers", "outlier_columns", "rest_of"]
+__all__ = ["dense_of", "gather_block", "gather_outliers", "outlier_columns", "rest_of", "words_of_group"]
+
+BLOCK_OUTLIERS = 16  # the least that a tensor core takes
+
+
+def words_of_group(words: int) -> int:
+    """How many words of marks one of BLOCK_OUTLIERS groups takes, see outlier_columns."""
+    return max(32, next_power_of_2(ceil_div(words, BLOCK_OUTLIERS)))
 
 
 @triton.jit
-def outlier_columns(
-    word_ptr, column_ptr, start, segments, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _bit_count(words):
+    """How many bits of each int32 are set."""
+    words = words.to(tl.uint32, bitcast=True)
+    words -= (words >> 1) & 0x55555555
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    return ((words * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _count_outliers(mark_ptr, words, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many outlier columns there are in all."""
+    word = tl.arange(0, BLOCK * WORDS)
+    return tl.sum(_bit_count(tl.load(mark_ptr + word, mask=word < words, other=0)), axis=0)
+
+
+@triton.jit
+def outlier_columns(mark_ptr, start, words, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     """(outlier columns number start to start + BLOCK, past the last one 0; how many there are in all).
 
-    Each row of [BLOCK, SEGMENTS] looks for one of them. So a warp needs no other, and no barrier.
+    BLOCK groups of WORDS words are counted, then each row of [BLOCK, WORDS] looks for its column in one group. So all
+    sums but one stay within a warp.
     """
-    segment = tl.arange(0, SEGMENTS)
-    count = tl.sum(tl.load(word_ptr + segment, mask=segment < segments, other=0) & 255, axis=0)
     number = start + tl.arange(0, BLOCK)
-    segment = segment[None, :] + tl.zeros((BLOCK, SEGMENTS), tl.int32)
-    words = tl.load(word_ptr + segment, mask=segment < segments, other=0)
-    stop = tl.cumsum(words & 255, axis=1)  # of a segment: the number of the first outlier column after it
-    first = stop - (words & 255)
-    is_mine = (first <= number[:, None]) & (number[:, None] < stop)  # of one segment at most
-    word = tl.sum(tl.where(is_mine, words, 0), axis=1)
-    offset = number + tl.sum(tl.where(is_mine, segment * SEGMENT - first, 0), axis=1)  # in the list of columns
-    rank = offset & (SEGMENT - 1)
-    column = offset - rank + ((word >> (8 + 7 * tl.minimum(rank, LISTED - 1))) & 127)
-    rare = (rank >= LISTED) & (number < count)
-    column = tl.where(rare, tl.load(column_ptr + offset, mask=rare, other=0), column)
-    return tl.where(number < count, column, 0), count
+    word = tl.arange(0, BLOCK)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    counts = tl.sum(_bit_count(tl.load(mark_ptr + word, mask=word < words, other=0)), axis=1)
+    stop = tl.cumsum(counts, axis=0)  # of a group: the number of the first outlier column after it
+    count = tl.sum(counts, axis=0)
+    is_mine = ((stop - counts)[None, :] <= number[:, None]) & (number[:, None] < stop[None, :])  # of one at most
+    group = tl.sum(tl.where(is_mine, tl.arange(0, BLOCK)[None, :], 0), axis=1)
+    number -= tl.sum(tl.where(is_mine, (stop - counts)[None, :], 0), axis=1)
+
+    word = group[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    marks = tl.load(mark_ptr + word, mask=word < words, other=0)
+    counts = _bit_count(marks)
+    stop = tl.cumsum(counts, axis=1)
+    is_mine = ((stop - counts) <= number[:, None]) & (number[:, None] < stop)
+    mark = tl.sum(tl.where(is_mine, marks, 0), axis=1)
+    number -= tl.sum(tl.where(is_mine, stop - counts, 0), axis=1)
+    column = tl.sum(tl.where(is_mine, word, 0), axis=1) * 32
+
+    bit = tl.arange(0, 32)[None, :]
+    is_set = (mark[:, None] >> bit) & 1
+    is_mine = (is_set != 0) & (tl.cumsum(is_set, axis=1) == number[:, None] + 1)
+    column += tl.sum(tl.where(is_mine, bit, 0), axis=1)
+    return tl.where(start + tl.arange(0, BLOCK) < count, column, 0), count
 
 
 @triton.jit
@@ -66,66 +93,63 @@ def dense_of(weight, absmax, DTYPE: tl.constexpr):
 def gather_block(
     x_ptr,
     weight_ptr,
-    x_token,  # [BLOCK_M]
-    weight_row,  # [BLOCK_N, 1]: where a row starts
-    in_m,  # [BLOCK_M, 1]
-    word_ptr,  # see Tokens, and so below
-    column_ptr,
+    x_row,  # [BLOCK_M, 1]: where a row starts, and so below
+    weight_row,
+    in_m,
+    mark_ptr,  # see Tokens
     start,
-    M,
-    K,
-    segments,
-    SEGMENT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    IS_TRANSPOSED: tl.constexpr,  # x is [K, M]
+    words,
+    most,  # if there are more outlier columns, none is gathered
+    WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """(x, int8 weight, how many in all) of outlier columns number start to start + BLOCK, 0 past the last."""
-    column, count = outlier_columns(word_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK)
-    in_list = (start + tl.arange(0, BLOCK) < count)[None, :]
-    column = column[None, :]
-    offset = column.to(tl.int64) * M + x_token[:, None] if IS_TRANSPOSED else x_token[:, None] * K + column
-    x = tl.load(x_ptr + offset, mask=in_m & in_list, other=0.0)
-    return x, tl.load(weight_ptr + weight_row + column, mask=in_list, other=0), count
+    column, count = outlier_columns(mark_ptr, start, words, WORDS, BLOCK)
+    in_list = ((start + tl.arange(0, BLOCK) < count) & (count <= most))[None, :]
+    x = tl.load(x_ptr + x_row + column[None, :], mask=in_m & in_list, other=0.0)
+    return x, tl.load(weight_ptr + weight_row + column[None, :], mask=in_list, other=0), count
 
 
 @triton.jit(do_not_specialize=["M"])
 def _gather_outliers_kernel(
-    x_ptr,  # [M, K], or transposed
-    scale_ptr,  # see Tokens, and so below
+    x_ptr,  # [M, K]
+    scale_ptr,  # see Tokens
     weight_ptr,  # [N, K] int8
     absmax_ptr,  # [N, 1] float32
-    word_ptr,
-    column_ptr,
+    mark_ptr,  # see Tokens
     rest_ptr,  # [M, CAPACITY]: the rest of the first outlier columns, zero-padded to whole BLOCKs
     dense_ptr,  # [N, CAPACITY]: the weight's
     total_ptr,  # [1] int32: how many outlier columns there are
     M,
     N,
     K,
-    segments,
+    words,
     threshold,
-    SEGMENT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    WORDS: tl.constexpr,
     CAPACITY: tl.constexpr,
-    IS_TRANSPOSED: tl.constexpr,
+    FEW: tl.constexpr,  # as many outlier columns the tiles gather for themselves
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
-        # In this order: the product that follows starts when x is quantized, and waits for this only in its end.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if FEW > 0:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        else:
+            # The product that follows starts when x is quantized. It waits for this launch after its loop.
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_ROWS)
-    column, count = outlier_columns(word_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK)
+    count = _count_outliers(mark_ptr, words, WORDS, BLOCK)
     if program == 0:
         tl.store(total_ptr, count)
+    if count <= FEW:
+        return
     number = tl.arange(0, BLOCK)
-    for start in range(0, max(min(count, CAPACITY), 1), BLOCK):  # one block at least
-        if start > 0:
-            column, _ = outlier_columns(word_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK)
+    for start in range(0, min(count, CAPACITY), BLOCK):
+        column, _ = outlier_columns(mark_ptr, start, words, WORDS, BLOCK)
         in_list = (start + number < count)[None, :]
         if program < tiles_n:
             row = program.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -137,37 +161,30 @@ def _gather_outliers_kernel(
         else:
             row = (program - tiles_n).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
             in_m = (row < M)[:, None]
-            if IS_TRANSPOSED:
-                x_ptrs = x_ptr + column[None, :].to(tl.int64) * M + row[:, None]
-            else:
-                x_ptrs = x_ptr + row[:, None] * K + column[None, :]
-            x = tl.load(x_ptrs, mask=in_m & in_list, other=0.0)
+            x = tl.load(x_ptr + row[:, None] * K + column[None, :], mask=in_m & in_list, other=0.0)
             scale = tl.load(scale_ptr + row, mask=row < M, other=0.0)
             rest = rest_of(x, scale, tl.load(scale_ptr + M + row, mask=row < M, other=0.0), threshold)
             tl.store(rest_ptr + row[:, None] * CAPACITY + (start + number)[None, :], rest, mask=in_m)
 
 
 def gather_outliers(
-    x: Tensor, tokens: Tokens, weight: Tensor, absmax: Tensor, threshold: float, capacity: int, block: int, pdl: bool
+    x: Tensor, tokens: Tokens, weight: Tensor, absmax: Tensor, threshold: float, capacity: int, few: int, pdl: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(rest [M, capacity], dequantized weight [N, capacity], count [1]) of the first `capacity` outlier columns.
 
-    Those are set up to the count, padded with zeros to whole blocks of `block` columns, one at least.
+    Those are set up to the count, padded with zeros to whole blocks of BLOCK_OUTLIERS columns. None is set if there are
+    no more than `few`.
     """
-    assert tokens.words is not None
-    assert tokens.columns is not None
-    (m, k), n = x.shape, weight.shape[0]
+    assert tokens.marks is not None
+    (m, k), n, words = x.shape, weight.shape[0], tokens.marks.numel()
     rest = torch.empty(m, capacity, dtype=x.dtype, device=x.device)
     dense = torch.empty(n, capacity, dtype=x.dtype, device=x.device)
     total = torch.empty(1, dtype=torch.int32, device=x.device)
-    rows, (segments, segment) = 64, tokens.columns.shape
-    x_columns = tokens.x_columns
+    rows = 64
     launch(
         _gather_outliers_kernel, (ceil_div(n, rows) + ceil_div(m, rows),),
-        x if x_columns is None else x_columns, tokens.scale, weight, absmax, tokens.words, tokens.columns,
-        rest, dense, total, m, n, k, segments, threshold,
-        SEGMENT=segment, SEGMENTS=next_power_of_2(segments), CAPACITY=capacity, IS_TRANSPOSED=x_columns is not None,
-        BLOCK_ROWS=rows, BLOCK=block, PDL=pdl,
+        x, tokens.scale, weight, absmax, tokens.marks, rest, dense, total, m, n, k, words, threshold,
+        WORDS=words_of_group(words), CAPACITY=capacity, FEW=few, BLOCK_ROWS=rows, BLOCK=BLOCK_OUTLIERS, PDL=pdl,
         options={"num_warps": 4, "enable_fp_fusion": False, "launch_pdl": pdl},
     )  # fmt: skip
     return rest, dense, total
