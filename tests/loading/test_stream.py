@@ -466,6 +466,7 @@ def test_processes_of_a_job_share_the_machine(monkeypatch):
 
 @pytest.mark.parametrize("ends", ["whole", "early", "error"])
 def test_the_interpreter_gets_its_switch_interval_back(ends, checkpoint):
+    gc.collect()  # an error of a test before may hold the stream that it ended
     before = sys.getswitchinterval()
     pieces = stream(checkpoint, targets(checkpoint), BUDGET, Timings())
     next(pieces)

@@ -24,7 +24,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bigq_kernels.block4.configs import (
-    BulkConfig,
     SlicedConfig,
     WgmmaConfig,
     bulk_config,
@@ -97,7 +96,7 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
     if m >= 16 and k % 256 == 0 and gpu.capability == (9, 0):
         shipped = wgmma_config(gpu, m, n, k)
         if shipped is not None:
-            yield linear_4bit_bulk if isinstance(shipped, BulkConfig) else linear_4bit_wgmma, shipped
+            yield linear_4bit_wgmma, shipped
         for rows, split in product((32, 64, 128, 256), (1, 2, 4)):
             if rows < 2 * m:
                 yield linear_4bit_bulk, bulk_config(rows, split)

@@ -6,11 +6,10 @@
     >>> choice.way, choice.why
     ('dp4a', 'For 1 token and K up to 32768, byte dot products are fastest.')
 
-The ways are "sliced", "dp4a", "staged", "wgmma", "bulk" and "mma", which are modules here and in `gluon`, and
-"dequantize": the whole weight is dequantized, and cuBLAS multiplies by it. "sliced", "staged", "wgmma" and "bulk" are
-Gluon. Where these do not run (in the interpreter, with other releases of Triton, for blocks of 32), "mma" takes up to
-48 % longer (14336 x 4096, 128 tokens, one H100), and "dequantize" above 128 tokens up to 92 % (28672 x 8192, 256
-tokens).
+The ways are "sliced", "dp4a", "staged", "wgmma" and "mma", which are modules here and in `gluon`, and "dequantize": the
+whole weight is dequantized, and cuBLAS multiplies by it. "sliced", "staged" and "wgmma" are Gluon. Where these do not
+run (in the interpreter, with other releases of Triton, for blocks of 32), "mma" takes up to 48 % longer (14336 x 4096,
+128 tokens, one H100), and "dequantize" above 128 tokens up to 92 % (28672 x 8192, 256 tokens).
 """
 
 from functools import lru_cache
@@ -19,7 +18,6 @@ import torch
 
 from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
-    BulkConfig,
     Dp4aConfig,
     MmaConfig,
     SlicedConfig,
@@ -47,7 +45,7 @@ MAX_MMA_M_PARTIAL = 64  # likewise if N is too small to fill the GPU, or K leave
 NARROW_N = 2048
 MIN_GLUON_BLOCK = 64
 
-Config = SlicedConfig | Dp4aConfig | StagedConfig | WgmmaConfig | BulkConfig | MmaConfig
+Config = SlicedConfig | Dp4aConfig | StagedConfig | WgmmaConfig | MmaConfig
 
 
 @lru_cache(maxsize=4096)  # a linear asks at each call; a server meets many numbers of tokens
@@ -84,7 +82,7 @@ def choose(
         if wgmma is not None:
             shape = shape_class(n, k)
             why = f"The wgmma tables of configs.py have a row for {tokens} and the shape class {shape!r} on this GPU."
-            return Choice(way="bulk" if isinstance(wgmma, BulkConfig) else "wgmma", config=wgmma, why=why)
+            return Choice(way="wgmma", config=wgmma, why=why)
         if m <= MAX_STAGED_M:
             why = f"Up to {MAX_STAGED_M} tokens, codes that are staged in shared memory are fastest."
             return Choice(way="staged", config=staged_config(gpu, m, n, k), why=why)

@@ -20,12 +20,10 @@ from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
     SLICED_ROWS,
     STEP,
-    BulkConfig,
     Dp4aConfig,
     MmaConfig,
     SlicedConfig,
     WgmmaConfig,
-    bulk_config,
     dp4a_config,
     mma_config,
     sliced_stack_config,
@@ -44,9 +42,6 @@ LEAST_BUSY = 0.8  # of the programs, in the last round of tiles
 SINGLE_BLOCKS = 4  # 26 us for 32 rows of 128 weights of 1536 x 2048; with as many as fit at once, 34 (H200)
 MAX_STAGED_ROWS = 12  # of a weight: with 16, 338 us and 289 of wgmma (8 weights of 28672 x 4096, H200)
 MAX_MMA_ROWS = 64
-# Tokens of a tile of `bulk`. Two products of 8 weights of 28672 x 4096, 128 / 1024 rows each: gate_up 524 / 3144 us,
-# and 563 / 3312 of wgmma (H200).
-LEAST_BULK_TILE = 256
 # Of a weight, on average, in the gradient of x. Microseconds of the kernel and of dequantizing for grouped_mm (H200):
 # 256 / 512 / 1024 rows for each of 128 weights of 1536 x 2048: 719 and 868, 1303 and 1335, 2469 and 2255, and the
 # kernel takes 805 MB less memory; for 32 of 5760 x 2880, which grouped_mm multiplies faster: 945 and 961, 1735 and
@@ -105,10 +100,8 @@ def choose_grouped(
             return Choice(way="staged", config=staged_config(gpu, min(_tile(mean), 32), n, k, is_stack=True), why=why)
         if k % 64 == 0 and gpu.capability == (9, 0):
             tile = next(tile for tile, (most, *_) in WGMMA.items() if mean <= most)
-            config = _wgmma_config(tile)
-            way = "bulk" if isinstance(config, BulkConfig) else "wgmma"
-            why = f"With {each}, {way} decodes each weight once for a tile of {tile}."
-            return Choice(way=way, config=config, why=why)
+            why = f"With {each}, wgmma decodes each weight once for a tile of {tile}."
+            return Choice(way="wgmma", config=_wgmma_config(tile), why=why)
     if mean <= MAX_MMA_ROWS:
         why = f"With {each}, mma is faster than dequantizing all weights."
         return Choice(way="mma", config=_mma_config(gpu, hit, mean, n, k, block_size), why=why)
@@ -171,9 +164,7 @@ def _dp4a_config(gpu: Gpu, rows: int, n: int, k: int) -> Dp4aConfig:
     )
 
 
-def _wgmma_config(tile: int) -> WgmmaConfig | BulkConfig:
-    if tile >= LEAST_BULK_TILE:
-        return bulk_config(tile)
+def _wgmma_config(tile: int) -> WgmmaConfig:
     _, block_n, warps, registers = WGMMA[tile]
     return WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
 

@@ -85,8 +85,8 @@ from bigq_kernels.block4.choose_grouped import WGMMA as STACKS
 from bigq_kernels.block4.configs import WGMMA
 from bigq_kernels.block4.gluon.wgmma import _linear_4bit_wgmma_kernel as kernel, loops_of
 
-rows = {(*row[:4], False) for rows in WGMMA[9, 0].values() for row in rows.values() if row[0] < 128 or row[1] < 128}
-rows |= {(block_m, block_n, 1, warps, True) for block_m, (_, block_n, warps, _) in STACKS.items() if block_m < 256}
+rows = {(*row[:4], False) for rows in WGMMA[9, 0].values() for row in rows.values()}
+rows |= {(block_m, block_n, 1, warps, True) for block_m, (_, block_n, warps, _) in STACKS.items()}
 for block_m, block_n, split, warps, is_stack in rows:
     least, chunk = loops_of(block_m, is_stack=is_stack)
     tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=split, LEAST_M=least, CHUNK=chunk)

@@ -5,7 +5,7 @@ import torch
 
 from bigq.ops import reference
 from bigq.testing import assert_within_budget
-from bigq_kernels.block4.configs import LEAST_BULK_M, WGMMA, BulkConfig, WgmmaConfig, bulk_config
+from bigq_kernels.block4.configs import WGMMA, BulkConfig, WgmmaConfig, bulk_config
 from bigq_kernels.block4.linear import launcher
 from bigq_kernels.gpu import Gpu
 from linear_cases import packed4, quantized_4bit
@@ -17,7 +17,6 @@ TILES = {
         block_m=m, block_n=n, split=split, warps=warps, registers=registers
     )
     for m, n, split, warps, registers in sorted(SHIPPED, key=str)
-    if m < LEAST_BULK_M or n != 128
 } | {f"bulk-{m}-split-{split}": bulk_config(m, split) for m in (32, 64, 128, 256) for split in (1, 3)}
 
 

@@ -12,7 +12,8 @@ As in `wgmma`, weights are decoded into registers while the tensor cores multipl
 own decoding is the bound. Tiles of these leave registers for twice the warps, which share K: the first half of the
 warps has every second step, the other half the rest, and their sums are added at the end.
 
-`choose` says where this kernel runs. Gluon has no interpreter, so values are tested on a GPU only.
+`choose` does not take this kernel yet: in its present form it ran in an emulator of its PTX, and not on a GPU. Gluon
+has no interpreter, so values are tested on a GPU only.
 """
 
 from torch import Tensor
