@@ -28,7 +28,7 @@ from bigq.formats import (
     state_name,
 )
 from bigq.ops.sharding import is_sharded, local_part, placed_like, register_rules
-from bigq.system.distributed.internals import is_set_by_fsdp1
+from bigq.system.distributed.internals import is_flattened_by_fsdp1
 from bigq.weight.lazy_weight import plain
 from bigq.weight.placeholder import is_placeholder
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -225,7 +225,7 @@ class QuantizedModule(nn.Module):
         if name in vars(self).get("_quantized", ()):  # nn.Module would register a Parameter of that name
             self.assign_weight(name, value)
             return
-        if is_set_by_fsdp1(name):
+        if is_flattened_by_fsdp1(self, name):
             raise UnsupportedError(
                 "FSDP1 (FullyShardedDataParallel) puts all parameters of a block into one floating-point tensor, and "
                 f"those of {type(self).__name__} are integers: use FSDP2, which is fully_shard of "
