@@ -116,11 +116,12 @@ class QuantizedModule(nn.Module):
 
     @contextmanager
     def changed(self, leaf: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """In the context, reading the weight `leaf` gives what `change` makes of its numbers, computed once.
+        """In the context, reading the weight `leaf` gives what `change` makes of its numbers.
 
         It is for a forward that reads the weight, and changes no number that is stored. The result may have a gradient.
+        It is computed once, and again if it was read without gradients before.
         """
-        made: list[Tensor] = []
+        made: dict[tuple[bool, bool], Tensor] = {}
 
         def make() -> Tensor:
             return change(self.stored_weight(leaf).dequantize(self._quantized[leaf].dtype))
@@ -128,9 +129,10 @@ class QuantizedModule(nn.Module):
         def read() -> Tensor:
             if is_compiling():  # equal nodes are one in a graph
                 return make()
-            if not made:
-                made.append(make())
-            return made[0]
+            mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            if mode not in made:
+                made[mode] = make()
+            return made[mode]
 
         before = getattr(_CALLS, "changed", {})
         _CALLS.changed = {**before, (id(self), leaf): read}
