@@ -9,6 +9,7 @@ torch.distributed.tensor takes a second to import, so the rules are registered w
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def is_cut_unevenly(stack: Tensor) -> bool:
     if not is_sharded(stack) or stack.dim() < 3:
         return False
     cuts = zip(stack.placements, stack.device_mesh.shape, strict=True)  # type: ignore[attr-defined]
-    return any(placement.is_shard(0) and stack.shape[0] % size for placement, size in cuts)
+    return bool(stack.shape[0] % prod(size for placement, size in cuts if placement.is_shard(0)))
 
 
 def whole_of(own: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:

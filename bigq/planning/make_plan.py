@@ -132,7 +132,10 @@ def _nothing_to_quantize(tree: ModelTree, kept: Mapping[str, str]) -> str:
     others = {
         group.names[0]: group.tensor.numel()
         for group in tree.tensors
-        if not group.is_buffer and group.tensor.dim() > 1 and group.names[0].rpartition(".")[0] not in kept
+        if not group.is_buffer
+        and group.tensor.is_floating_point()
+        and group.tensor.dim() > 1
+        and group.names[0].rpartition(".")[0] not in kept
     }
     if others:
         largest = sorted(others, key=lambda name: -others[name])

@@ -73,6 +73,8 @@ class LazyWeight(Tensor):
         dense = operand.dequantize(dtype)
         if dense.stride() == self.stride():
             return dense
+        if is_sharded(dense):  # torch makes no DTensor of given strides
+            return dense.contiguous()
         return torch.empty_strided(self.shape, self.stride(), dtype=dtype, device=dense.device).copy_(dense)
 
     def operand(self) -> Stored | None:

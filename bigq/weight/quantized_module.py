@@ -28,7 +28,7 @@ from bigq.formats import (
     state_name,
 )
 from bigq.ops.sharding import is_sharded, local_part, placed_like, register_rules
-from bigq.system.distributed.internals import is_set_by_fsdp1
+from bigq.system.distributed.internals import is_flattened_by_fsdp1
 from bigq.weight.lazy_weight import plain
 from bigq.weight.placeholder import is_placeholder
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -116,11 +116,12 @@ class QuantizedModule(nn.Module):
 
     @contextmanager
     def changed(self, leaf: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """In the context, reading the weight `leaf` gives what `change` makes of its numbers, computed once.
+        """In the context, reading the weight `leaf` gives what `change` makes of its numbers.
 
         It is for a forward that reads the weight, and changes no number that is stored. The result may have a gradient.
+        It is computed once, and again if it was read without gradients before.
         """
-        made: list[Tensor] = []
+        made: dict[tuple[bool, bool], Tensor] = {}
 
         def make() -> Tensor:
             return change(self.stored_weight(leaf).dequantize(self._quantized[leaf].dtype))
@@ -128,9 +129,10 @@ class QuantizedModule(nn.Module):
         def read() -> Tensor:
             if is_compiling():  # equal nodes are one in a graph
                 return make()
-            if not made:
-                made.append(make())
-            return made[0]
+            mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            if mode not in made:
+                made[mode] = make()
+            return made[mode]
 
         before = getattr(_CALLS, "changed", {})
         _CALLS.changed = {**before, (id(self), leaf): read}
@@ -225,7 +227,7 @@ class QuantizedModule(nn.Module):
         if name in vars(self).get("_quantized", ()):  # nn.Module would register a Parameter of that name
             self.assign_weight(name, value)
             return
-        if is_set_by_fsdp1(name):
+        if is_flattened_by_fsdp1(self, name):
             raise UnsupportedError(
                 "FSDP1 (FullyShardedDataParallel) puts all parameters of a block into one floating-point tensor, and "
                 f"those of {type(self).__name__} are integers: use FSDP2, which is fully_shard of "

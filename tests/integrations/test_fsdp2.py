@@ -113,14 +113,15 @@ def _copies(own, x):
 
 
 def _fsdp1():
-    """What FSDP1 raises: of a whole model, of each block by a policy, and where quantized modules are left out."""
+    """What FSDP1 raises: of a whole model, of each block by a policy, and where what is quantized is left out."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    blocks, apart = ModuleWrapPolicy({_Block}), _model(NF4())
-    left_out = [module for module in apart.modules() if isinstance(module, QuantizedModule)]
-    cases = ((_model(NF4()), {}), (_model(Int8()), {"auto_wrap_policy": blocks}), (apart, {"ignored_states": left_out}))
-    device = own_device()
+    blocks, apart, device = ModuleWrapPolicy({_Block}), [_model(NF4()) for _ in range(2)], own_device()
+    left_out = [[module for module in model.modules() if isinstance(module, QuantizedModule)] for model in apart]
+    left_out[1] = [own for module in left_out[1] for own in module.parameters()]
+    cases = [(_model(NF4()), {}), (_model(Int8()), {"auto_wrap_policy": blocks})]
+    cases += [(model, {"ignored_states": states}) for model, states in zip(apart, left_out, strict=True)]
     return [
         error_of(partial(FullyShardedDataParallel, model, device_id=device, use_orig_params=True, **settings))
         for model, settings in cases
@@ -241,11 +242,11 @@ def test_ddp_computes_the_bits_of_one_process(compared, name):
 
 def test_fsdp1_is_refused_with_the_remedy(compared):
     for found in compared:
-        whole, blocks, left_out = found["fsdp1"]
+        whole, blocks, *left_out = found["fsdp1"]
         for said in (whole, blocks):
             assert said.startswith("UnsupportedError: FSDP1 (FullyShardedDataParallel) puts all parameters")
             assert "set fsdp_version: 2 in fsdp_config" in said
-        assert left_out == ""  # each process holds the quantized weights whole then
+        assert left_out == ["", ""]  # modules, and parameters: each process holds the quantized weights whole then
 
 
 @pytest.mark.slow  # 27 s of CPU time: four processes

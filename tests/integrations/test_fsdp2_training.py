@@ -52,9 +52,12 @@ STEPS = 2
 
 
 def _model(own, adapters=torch.float32, *, experts=False, target_parameters=None):
+    from mixtures import mixture
     from tuners import TARGETS, llama, lora
 
-    if experts:
+    if experts == "transposed":
+        model = mixture("Llama4ForCausalLM")
+    elif experts:
         torch.manual_seed(0)
         sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 5, "num_experts_per_tok": 2}
@@ -159,6 +162,7 @@ def _worker(rank, folder, has_trl):
     found = {name: _prepared(**case) for name, case in CASES.items()}
     found["merged"] = {name: _merged(own) for name, own in FORMATS.items()}
     found["merged"]["experts"] = _merged(NF4(), experts=True)
+    found["merged"]["transposed-experts"] = _merged(NF4(), experts="transposed")
     found["saved"] = _saved(folder)
     found["trainer"] = _trainer(folder)
     if has_trl:
@@ -184,7 +188,7 @@ def _same(model, one):
 
 def _merged(own, *, experts=False):
     """Whether merging, and unmerging, an adapter in shards gives the bits that one process gives."""
-    settings = {"experts": True, "target_parameters": EXPERTS} if experts else {}
+    settings = {"experts": experts, "target_parameters": EXPERTS} if experts else {}
     model, one = _shards(_model(own, **settings)), _model(own, **settings)
     before = [p.full_tensor().clone() for p in model.parameters()]
     for each in (model, one):
@@ -347,7 +351,7 @@ def test_training_with_accelerate_gives_the_bits_of_one_process(found, case):
         assert rank[case] == dict.fromkeys(("logits", "adapters", "changed", "shards", "fused", "bits"), True)
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "experts"])
+@pytest.mark.parametrize("name", [*FORMATS, "experts", "transposed-experts"])
 def test_adapters_are_merged_row_by_row_on_each_process(found, name):
     for rank in found:
         assert rank["merged"][name] == dict.fromkeys(("merged", "rows", "undone", "safe"), True)

@@ -169,6 +169,22 @@ def test_offloaded_weights_are_changed_where_they_run(name, place, tmp_path):
     assert equal(gradients, others)
 
 
+def test_a_first_read_without_gradients_leaves_those_of_the_next_read():
+    """Such as of a norm, or of what a hook looks at."""
+    experts = quantized("own", device_map="cpu").experts
+    change = torch.ones((), requires_grad=True)
+    with experts.changed("mix", lambda weight: weight * change):
+        with torch.inference_mode():
+            seen = experts.mix
+        with torch.no_grad():
+            norm = experts.mix.norm()
+        read = experts.mix
+        assert experts.mix is read
+    assert torch.equal(seen, read)
+    (read.sum() / norm).backward()
+    assert_close(change.grad, experts.mix.dequantize().sum() / norm)
+
+
 def test_threads_change_what_they_read_themselves():
     """Each call ends while the other one runs, in both orders."""
     model = adapted("own", quantized("own", device_map="cpu"))

@@ -184,6 +184,7 @@ class TestRefusals:
                 super().__init__()
                 self.router = nn.Linear(8, 4, bias=False)
                 self.experts = nn.ParameterDict({"up": torch.zeros(4, 16, 8), "down": torch.zeros(4, 8, 8)})
+                self.places = nn.Parameter(torch.zeros(4, 2, dtype=torch.int32), requires_grad=False)
 
         save_file(Experts().state_dict(), tmp_path / "model.safetensors")
         self.refused(

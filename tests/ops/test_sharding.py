@@ -9,7 +9,7 @@ from bigq import FP4, NF4, Int8
 from bigq.ops import eager
 from bigq.ops.sharding import register_rules
 from bigq.weight.stored import Stored
-from ranks import error_of, run_ranks
+from ranks import error_of, mesh_of, run_ranks
 
 FORMATS = {
     "nf4": NF4(),
@@ -150,6 +150,26 @@ def _uneven_stacks(spread, spread_state, compare):
         compare((name, "seven", "bmm gradient"), sharded_x.grad, leaf.grad, exact=False)
 
 
+def _cut_twice(rank):
+    """Whether stacks whose weights two dimensions of a mesh cut, decode to what they do whole."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, found = mesh_of(2, 2), {}
+    register_rules()
+    for count in (2, 5, 6, 8):  # six are three for each half of the processes, and two and one for each of these
+        torch.manual_seed(0)
+        state = NF4().quantize(torch.randn(count, 32, 256))
+        whole = Stored(format=NF4(), state=state, shape=(count, 32, 256), transposed=False, compute_dtype=None)
+        for cut in ((Shard(0), Shard(0)), (Replicate(), Shard(0)), (Shard(0), Replicate())):
+            parts = {
+                part: distribute_tensor(tensor, mesh, cut if tensor.dim() == 3 else [Replicate()] * 2)
+                for part, tensor in state.items()
+            }
+            dense = replace(whole, state=parts).dequantize(torch.float32)
+            found[count, cut] = torch.equal(dense.full_tensor(), whole.dequantize(torch.float32))
+    return found
+
+
 def _routed(op, x, route, state, bias, settings):
     return eager.routed(op, x, route, (state["packed"], state["absmax"], bias, None, None), settings[-3:])
 
@@ -168,6 +188,13 @@ def test_every_result_is_that_of_whole_tensors(cases):
             # Sums in float32, in another order. LLM.int8() rounds each shard of a row of x by the largest of the shard.
             limit = 2e-2 if key[0] == "int8" and key[-1] == "linear-columns" else 1e-5
             assert error < limit, (rank, key)
+
+
+@pytest.mark.slow  # four processes
+def test_stacks_that_are_cut_twice_decode_to_those_of_whole_tensors(tmp_path):
+    for found in run_ranks(_cut_twice, tmp_path, world=4):
+        assert len(found) == 12
+        assert all(found.values()), found
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -54,6 +54,7 @@ NAMES = {
         "_dynamo_utils",
         "_fsdp_param_group",
         "_get_fsdp_state",
+        "_ignored_params",
         "_is_fsdp_managed_module",
         "_module_state_mapping",
         "_spec",

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["cpu_shards", "forget_sharding", "is_set_by_fsdp1", "sharded_as"]
+__all__ = ["cpu_shards", "forget_sharding", "is_flattened_by_fsdp1", "sharded_as"]
 
 
 # Which shards FSDP2's CPUOffloadPolicy keeps on the CPU. Without this way they are left on the device: FSDP2 moves
@@ -84,15 +84,20 @@ def forget_sharding(module: nn.Module) -> None:
     _sharding_states().pop(module, None)
 
 
-# What FSDP1 sets on each module before it puts their Parameters into one tensor. FSDP2 sets the same attribute, in
-# another file of torch. Without this way FSDP1 raises an error of its own, which says nothing of FSDP2.
+# What FSDP1 sets on each module before it puts their Parameters into one tensor, and which of these it is to ignore.
+# FSDP2 sets the same attribute, in another file of torch. Without this way FSDP1 raises an error of its own, which says
+# nothing of FSDP2.
 _MARK, _FSDP1 = "_is_fsdp_managed_module", "torch.distributed.fsdp._dynamo_utils"
 
 
-def is_set_by_fsdp1(name: str) -> bool:
-    """Whether the `__setattr__` of a module, which calls this with the name it is given, is called by FSDP1."""
+def is_flattened_by_fsdp1(module: nn.Module, name: str) -> bool:
+    """Whether the `__setattr__` of `module`, which calls this with its `name`, is called by FSDP1 for integers."""
     if name != _MARK:
         return False
-    frame = currentframe()
-    caller = None if frame is None or frame.f_back is None else frame.f_back.f_back
-    return caller is not None and caller.f_globals.get("__name__") == _FSDP1
+    # The frame of this function in a variable would be a cycle, which keeps all callers and what they hold.
+    caller = getattr(getattr(currentframe(), "f_back", None), "f_back", None)
+    if caller is None or caller.f_globals.get("__name__") != _FSDP1 or caller.f_back is None:
+        return False
+    ignored = getattr(caller.f_back.f_locals.get("self"), "__dict__", {}).get("_ignored_params")
+    integers = [own for own in module.parameters(recurse=False) if not own.is_floating_point()]
+    return ignored is not None and not ignored.issuperset(integers)

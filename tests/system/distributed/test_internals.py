@@ -1,6 +1,9 @@
 """Each private name of torch.distributed has a public way, and it is taken where torch has renamed it."""
 
+import gc
 import warnings
+import weakref
+from contextlib import suppress
 from functools import cache
 
 import pytest
@@ -32,24 +35,33 @@ def _maker(module):
     return module._makers[0].__name__
 
 
-def _mark_of_fsdp1(module):
-    """The attributes of which this module says that FSDP1 sets them, when FSDP1 and FSDP2 shard a model."""
+def _mark_of_fsdp1(module, ignores=0):
+    """The attributes at which this module says that FSDP1 flattens a module, when FSDP2 and FSDP1 shard one.
+
+    The module has two Parameters of integers and a float, of which FSDP1 is to ignore the first ones.
+    """
     found = []
 
-    class Watched(nn.Linear):
+    class Watched(nn.ParameterList):
+        def __init__(self):
+            codes = [nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False) for _ in range(2)]
+            super().__init__([*codes, nn.Parameter(torch.zeros(2))])
+
         def __setattr__(self, name, value):
-            if module.is_set_by_fsdp1(name):
+            if module.is_flattened_by_fsdp1(self, name):
                 found.append(name)
             super().__setattr__(name, value)
 
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        fully_shard(Watched(2, 2), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        fully_shard(Watched(), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
         assert found == []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a group of one process
-            FullyShardedDataParallel(Watched(2, 2), device_id=torch.device("cpu"))
+            watched = Watched()
+            with suppress(ValueError):  # FSDP1 flattens no integers
+                FullyShardedDataParallel(watched, device_id=torch.device("cpu"), ignored_states=[*watched][:ignores])
     finally:
         torch.distributed.destroy_process_group()
     return found
@@ -61,6 +73,7 @@ PUBLIC = {
     "_dynamo_utils": lambda module: _mark_of_fsdp1(module) == [],
     "_fsdp_param_group": lambda module: module.cpu_shards(_on_cpu()) == {},
     "_get_fsdp_state": lambda module: module.cpu_shards(_on_cpu()) == {},
+    "_ignored_params": lambda module: _mark_of_fsdp1(module) == [],
     "_is_fsdp_managed_module": lambda module: _mark_of_fsdp1(module) == [],
     "_module_state_mapping": lambda module: type(module._sharding_states()) is dict,
     "_spec": lambda module: _maker(module) == "_from_local",
@@ -80,6 +93,29 @@ def test_this_torch_has_all_that_is_private():
 @pytest.mark.parametrize("name", NAMES[NAME])
 def test_a_renamed_one_is_done_without(name):
     assert PUBLIC[name](renamed(NAME, name))
+
+
+@pytest.mark.parametrize("ignores, flattened", [(0, True), (1, True), (2, False)])
+def test_parameters_that_fsdp1_is_to_ignore_are_not_flattened(ignores, flattened):
+    assert _mark_of_fsdp1(internals, ignores) == ["_is_fsdp_managed_module"] * flattened
+
+
+def test_to_ask_who_sets_an_attribute_keeps_no_frame_alive():
+    class Watched(nn.Linear):
+        def __setattr__(self, name, value):
+            internals.is_flattened_by_fsdp1(self, name)
+            super().__setattr__(name, value)
+
+    def mark():
+        held = nn.Linear(1, 1)
+        Watched(1, 1)._is_fsdp_managed_module = True  # as FSDP2 does
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert mark()() is None
+    finally:
+        gc.enable()
 
 
 def test_shards_that_fsdp2_keeps_on_the_cpu_are_found_or_none_is(module):
