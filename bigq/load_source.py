@@ -95,9 +95,8 @@ def plan_load(
         offload=options.offload,
         strict=options.strict,
     )
-    if plan.rules or (
-        isinstance(source, Adapter) and source.is_of_bitsandbytes
-    ):  # else it was said, or asked for, before
+    others_chose = isinstance(source, Adapter) and source.is_of_bitsandbytes
+    if plan.rules or others_chose:  # else it was said, or asked for, before
         warn_of_weights_left(tree, plan, config)
     refuse_strays(tree, {n for weight in plan.weights for n in weight.names}, in_place=source.in_place)
     return plan, places
