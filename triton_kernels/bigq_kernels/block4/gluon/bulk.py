@@ -30,12 +30,13 @@ from bigq_kernels.block4.gluon.rings import (
     STAGE_NBYTES,
     commit_copies,
     copy_pieces,
+    place_in_ring,
     read_codes,
     shared_address,
     wait_for_copies,
 )
 from bigq_kernels.block4.gluon.scale_ring import copy_scales, place_in_scales, read_scales, store_code
-from bigq_kernels.block4.gluon.scales import add_splits, barrier, reinterpret
+from bigq_kernels.block4.gluon.scales import add_tile_splits, barrier, reinterpret
 from bigq_kernels.block4.gluon.slices import copy_layout, lane_layout, quarter_layout
 from bigq_kernels.block4.gluon.table import GAP, WIDE_ENTRY, WIDE_NBYTES, code_tables, fill_wide_table, lane_bank
 from bigq_kernels.block4.gluon.token_stages import (
@@ -66,16 +67,6 @@ BARRIER_GAP = gl.constexpr(255)  # of the table; the scales are in the first gap
 def _slice_place(number, halves):
     """How many slices of K lie between the first one of a half and another: its steps are `halves` apart."""
     return number // 4 * (4 * halves) + number % 4
-
-
-@gluon.jit
-def _place_in_ring(row, byte):
-    """Where a byte of stage 0 lies in the rings: row 16 * w + r is row r of warp w.
-
-    Units of 32 bytes are swapped by the row, so that the reads of neighbouring rows meet no bank twice.
-    """
-    ring = row // 16 * (RING * STAGE_NBYTES)
-    return ring + row % 16 * STEP_BYTES + (((byte // 32) ^ (row % 4)) * 32 + byte % 32)
 
 
 @gluon.jit
@@ -224,14 +215,9 @@ def _multiply(
         gl.static_assert(rest.shape[1] == total.shape[1])  # one part
         total = _add_halves(total, tile_of[1])
     FIRST: gl.constexpr = total.shape[1]
-    SUMS: gl.constexpr = total.type.layout
     is_last = True
     if SPLIT > 1:
-        tile_m = gl.arange(0, FIRST, gl.SliceLayout(0, SUMS))[None, :]
-        tile_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))[:, None]
-        in_tile = (first_m + tile_m < M) & (tile_n >= 0)
-        partial_ptrs = partial_ptr + tile.to(gl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + (tile_m + tile_n * FIRST)
-        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_tile, SPLIT)
+        total, is_last = add_tile_splits(total, tile, split, first_m, M, partial_ptr, count_ptr, BLOCK_M, SPLIT)
     if is_last:
         x_smem = tile_of[1]
         _store(total, x_smem, bias_ptr, out_ptr, first_m, first_n, M, N)
@@ -325,7 +311,7 @@ def _linear_4bit_bulk_kernel(
     part = gl.arange(0, 4, gl.SliceLayout(0, LANES))[None, :]
     absmax = absmax_ptr, first_row * B, nested_ptr
     copies = (
-        rings + _place_in_ring(piece_row, byte), first_piece, byte,
+        rings + place_in_ring(0, piece_row, byte, RING), first_piece, byte,
         place_in_scales(table, lane_row, nested_ptr, RING), gl.minimum(lane_row % BLOCK_N, last_row), part, absmax,
     )  # fmt: skip
     slices = PAIRS // 32
@@ -346,10 +332,10 @@ def _linear_4bit_bulk_kernel(
     read_row = gl.arange(0, ROWS, gl.SliceLayout(1, READ))
     read_byte = gl.arange(0, 32, gl.SliceLayout(0, READ))[None, :]
     codes_at = (
-        rings + _place_in_ring(read_row[:, None], read_byte),
-        rings + _place_in_ring(read_row[:, None], read_byte + 32),
-        rings + _place_in_ring(read_row[:, None], read_byte + 64),
-        rings + _place_in_ring(read_row[:, None], read_byte + 96),
+        rings + place_in_ring(0, read_row[:, None], read_byte, RING),
+        rings + place_in_ring(0, read_row[:, None], read_byte + 32, RING),
+        rings + place_in_ring(0, read_row[:, None], read_byte + 64, RING),
+        rings + place_in_ring(0, read_row[:, None], read_byte + 96, RING),
     )
     scale_places = place_in_scales(table, read_row, nested_ptr, RING)
     width = gl.cdiv(PAIRS, STEP_BYTES) * (STEP_BYTES * 2)

@@ -15,6 +15,7 @@ __all__ = [
     "commit_copies",
     "copy_codes",
     "copy_pieces",
+    "place_in_ring",
     "read_codes",
     "shared_address",
     "store_sums",
@@ -70,6 +71,16 @@ def copy_codes(addresses, ptrs, stride, nbytes, MASKED: gl.constexpr):
 def copy_pieces(addresses, ptrs, nbytes):
     """Start a copy of 16 bytes from each of ptrs to its address; nbytes: 16, or 0 where zeros are written instead."""
     run(PIECE_ASM, "=r,r,l,r", [addresses, ptrs, nbytes])
+
+
+@gluon.jit
+def place_in_ring(begin, row, byte, STAGES: gl.constexpr):
+    """Where a byte of the first stage lies, if rings begin at `begin`: row 16 * w + r is row r of the ring of warp w.
+
+    Units of 32 bytes are swapped by the row, so that the reads of neighbouring rows meet no bank twice.
+    """
+    ring = begin + row // 16 * (STAGES * STAGE_NBYTES)
+    return ring + row % 16 * 128 + (((byte // 32) ^ (row % 4)) * 32 + byte % 32)
 
 
 @gluon.jit

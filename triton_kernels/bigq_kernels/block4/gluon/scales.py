@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 __all__ = [
     "add_parts",
-    "add_splits",
+    "add_tile_splits",
     "barrier",
     "copy_async",
     "halves",
@@ -108,12 +108,23 @@ def quarters(t):
 
 
 @gluon.jit
-def add_splits(total, partial_ptrs, count_ptr, split, mask, SPLIT: gl.constexpr):
+def add_tile_splits(
+    total, tile, split, first_m, M, partial_ptr, count_ptr, BLOCK_M: gl.constexpr, SPLIT: gl.constexpr
+):  # fmt: skip
     """(sum of a tile over its SPLIT programs in their order, whether this is the program that has it: the last).
 
-    partial_ptrs: float32, where the tile of split 0 goes; the others follow. count_ptr: int32, 0 at first.
+    total: [rows, tokens] of `tile`, whose first token is first_m of M. partial_ptr: float32, room for SPLIT times
+    BLOCK_M tokens of each tile. count_ptr: int32, 0 at first.
     """
-    numel: gl.constexpr = total.shape[0] * total.shape[1]
+    ROWS: gl.constexpr = total.shape[0]
+    TOKENS: gl.constexpr = total.shape[1]
+    SUMS: gl.constexpr = total.type.layout
+    tile_m = gl.arange(0, TOKENS, gl.SliceLayout(0, SUMS))[None, :]
+    tile_n = gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))[:, None]
+    mask = (first_m + tile_m < M) & (tile_n >= 0)
+    partial_ptrs = partial_ptr + tile.to(gl.int64) * (SPLIT * BLOCK_M * ROWS) + (tile_m + tile_n * TOKENS)
+    count_ptr += tile
+    numel: gl.constexpr = ROWS * TOKENS
     gl.store(partial_ptrs + split * numel, total, mask=mask)
     barrier()  # the whole program has stored, then one thread publishes it
     arrived = gl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu")

@@ -26,6 +26,7 @@ from bigq_kernels.block4.gluon.rings import (
     STAGE_NBYTES,
     commit_copies,
     copy_codes,
+    place_in_ring,
     read_codes,
     shared_address,
     store_sums,
@@ -45,7 +46,6 @@ from bigq_kernels.tiles import ceil_div
 __all__ = ["linear_4bit_sliced"]
 
 ROWS = gl.constexpr(16)  # of a tile of one warp
-PLACE_BYTES = gl.constexpr(128)  # of a row in a stage
 
 
 @gluon.constexpr_function
@@ -64,16 +64,6 @@ def _as_operand(x, OPERAND: gl.constexpr):
     M: gl.constexpr = x.shape[1]
     x = x.reshape([W, M, 4, 4, 2, 2]).permute((0, 3, 4, 2, 5, 1)).reshape([W, 64, M])
     return gl.convert_layout(x, OPERAND, assert_trivial=True)
-
-
-@gluon.jit
-def _place_in_ring(row, byte, BEGIN: gl.constexpr, STAGES: gl.constexpr):
-    """Where a byte of the first stage lies in shared memory: row 16 * w + r is row r of the ring of warp w.
-
-    Units of 32 bytes are swapped by the row, so that the reads of neighbouring rows meet no bank twice.
-    """
-    ring = BEGIN + row // ROWS * (STAGES * STAGE_NBYTES)
-    return ring + row % ROWS * PLACE_BYTES + (((byte // 32) ^ (row % 4)) * 32 + byte % 32)
 
 
 @gluon.jit
@@ -206,7 +196,7 @@ def _linear_4bit_sliced_kernel(
     piece = gl.arange(0, 8, gl.SliceLayout(0, COPY))[None, :]
     copy_byte = row // ROWS % K_WARPS * SLICE_BYTES + piece * 16
     copies = (
-        memory + _place_in_ring(row // ROWS * ROWS + row % 4, piece * 16, RINGS_AT, STAGES),
+        memory + place_in_ring(RINGS_AT, row // ROWS * ROWS + row % 4, piece * 16, STAGES),
         weight_ptr,
         (row // ROWS // K_WARPS * ROWS + row % 4) * PAIRS + copy_byte,
         gl.where(piece * 16 < SLICE_BYTES, copy_byte, PAIRS),  # behind every stop
@@ -239,7 +229,7 @@ def _linear_4bit_sliced_kernel(
     code_byte = gl.arange(0, 32, gl.SliceLayout(0, CODES))[None, :]
     read_from = gl.tuple([])
     for q in gl.static_range(QUARTERS):
-        at = _place_in_ring(code_row // ROWS * ROWS + code_row % 8, 32 * q + code_byte // 8 * 8, RINGS_AT, STAGES)
+        at = place_in_ring(RINGS_AT, code_row // ROWS * ROWS + code_row % 8, 32 * q + code_byte // 8 * 8, STAGES)
         read_from += (memory + at,)
     of_warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
     n = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]

@@ -26,7 +26,7 @@ from bigq_kernels.block4.gluon.groups import place_of_program
 from bigq_kernels.block4.gluon.loops import loop_sizes, power_of_2, rest_of, wgmma_sums
 from bigq_kernels.block4.gluon.operands import code_layout, decode_weights
 from bigq_kernels.block4.gluon.scales import (
-    add_splits,
+    add_tile_splits,
     barrier,
     copy_async,
     halves,
@@ -41,7 +41,7 @@ from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.tokens import tile_tokens
 from bigq_kernels.groups import group_tokens, most_tiles
 from bigq_kernels.launch import launch
-from bigq_kernels.split_k import split_workspace
+from bigq_kernels.split_k import even_splits, split_workspace
 from bigq_kernels.tiles import ceil_div
 
 __all__ = ["linear_4bit_wgmma", "loops_of"]
@@ -200,14 +200,9 @@ def _multiply(
     total, rest = _products(tile_of, start, stop, DTYPE, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SIZE, CHUNK)
     FIRST: gl.constexpr = total.shape[1]
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, gl.num_warps()], [0, 1])
-    SUMS: gl.constexpr = total.type.layout
     is_last = True
     if SPLIT > 1:
-        tile_m = gl.arange(0, FIRST, gl.SliceLayout(0, SUMS))[None, :]
-        tile_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))[:, None]
-        in_tile = (first_m + tile_m < M) & (tile_n >= 0)
-        partial_ptrs = partial_ptr + tile.to(gl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + (tile_m + tile_n * FIRST)
-        total, is_last = add_splits(total, partial_ptrs, count_ptr + tile, split, in_tile, SPLIT)
+        total, is_last = add_tile_splits(total, tile, split, first_m, M, partial_ptr, count_ptr, BLOCK_M, SPLIT)
     if is_last:
         _store(total, bias_ptr, out_ptr, first_m, first_n, M, N, OUT)
         if SIZE > FIRST:
@@ -379,8 +374,7 @@ def linear_4bit_wgmma(
     m_tiles = ceil_div(m, config.block_m) if stops is None else most_tiles(m, len(packed.weight), config.block_m)
     tiles = ceil_div(n, config.block_n) * m_tiles
     steps = ceil_div(pairs, STEP_BYTES.value)
-    steps_per_split = ceil_div(steps, config.split)
-    split = ceil_div(steps, steps_per_split)
+    steps_per_split, split = even_splits(steps, config.split, least=1)
     partial, count = split_workspace(tiles, split, config.block_m * config.block_n, x.device)
     least, chunk = loops_of(config.block_m, is_stack=stops is not None)
     groups = None
