@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
+from threading import Lock
 
 import torch
 
@@ -135,7 +136,9 @@ class _Reader:
         self.unread = Counter(id(span.source) for run in self.runs for span in run.spans)  # spans, of each source
         self.links: dict[torch.device, Link] = {}
         self.work: SimpleQueue[Chunk | None] = SimpleQueue()
-        self.error: BaseException | None = None
+        self.errors: dict[Run, tuple[int, BaseException]] = {}  # of its first chunk that failed, and where that starts
+        self.lock = Lock()  # of `errors`
+        self.is_closing = False
         self.threads = [Worker(self._run) for _ in range(budget.threads)]
 
     def pieces(self) -> Iterator[list[Piece]]:
@@ -151,8 +154,8 @@ class _Reader:
                 run = in_flight.popleft()
                 with self.timings.timed("wait"):
                     run.handed_over.wait()
-                if self.error is not None:
-                    raise self.error
+                if run in self.errors:
+                    raise self.errors[run][1]
                 if run.target.device in self.links:
                     self.links[run.target.device].arrive()
                 pieces = run.pieces()
@@ -173,14 +176,14 @@ class _Reader:
 
     def _close(self) -> None:
         """End the threads and close the files."""
-        self.error = self.error or GeneratorExit()  # threads drop what is left
+        self.is_closing = True  # threads drop what is left
         for _ in self.threads:
             self.work.put(None)
         for thread in self.threads:
             thread.join()
         for source in self.sources.values():
             source.close()
-        self.error = None  # its traceback holds this object, and with it what threads read into
+        self.errors.clear()  # their tracebacks hold this object, and with it what threads read into
 
     def _may_start(self, run: Run, in_use: int) -> bool:
         if len(self.sources) >= _MAX_OPEN and any(id(source) not in self.sources for source, _, _ in run.spans):
@@ -207,13 +210,22 @@ class _Reader:
         while (chunk := self.work.get()) is not None:
             run = chunk.run
             try:
-                if self.error is None:
+                if not self.is_closing:
                     mover.move(chunk)
             except BaseException as error:  # handed to the consumer, which raises it
-                self.error = self.error or error
+                self._keep(error, chunk)
             run.chunk_done()
             del chunk, run  # or an idle thread would keep the memory alive
         mover.finish(self.timings)
+
+    def _keep(self, error: BaseException, chunk: Chunk) -> None:
+        """Keep the error of the first bytes of a run that fail, whichever thread is the first to fail.
+
+        A file that was cut short fails in every chunk after its end, and only the first of them says where it ended.
+        """
+        with self.lock:
+            if chunk.run not in self.errors or chunk.start < self.errors[chunk.run][0]:
+                self.errors[chunk.run] = chunk.start, error
 
 
 class _Mover:

@@ -374,9 +374,10 @@ def test_an_error_names_the_tensor_that_the_byte_belongs_to(checkpoint):
                 rf"safetensors ended at byte {span.offset + 1}, in the middle of tensor '{name}': it was cut short",
             ),
         ):
-            source = with_bytes(checkpoint, lambda s: FaultyBytes(s, **faults) if s is span.source else s)  # noqa: B023
-            for nbytes in (BUDGET.nbytes, SMALL.nbytes):  # of several threads, one that reads on may be the first
-                budget = Budget(threads=1, nbytes=nbytes)
+            late = {"delay_s": 0.02, "delay_at": span.offset}  # so that threads which read on fail before it
+            faulty = partial(FaultyBytes, **faults, **late)
+            source = with_bytes(checkpoint, lambda s: faulty(s) if s is span.source else s)  # noqa: B023
+            for budget in (BUDGET, SMALL):
                 with pytest.raises(CheckpointError, match=words):
                     list(stream(source, targets(checkpoint), budget, Timings()))
     assert not open_files(checkpoint)
