@@ -78,7 +78,9 @@ def load_and_quantize_model(
             declares as `_no_split_modules`.
         max_memory: {GPU index or "cpu": bytes, or a string such as "20GiB"} for an automatic map.
         offload_folder: folder for tensors on "disk". They are stored there in one unnamed file, which the operating
-            system frees with the model. None: the folder for temporary files; an automatic map then uses no disk.
+            system frees with the model. None: the folder for temporary files; an automatic map then uses no disk. With
+            `mesh`, it is for frozen shards of modules that `shard` gives a `CPUOffloadPolicy(pin_memory=False)`, or of
+            all modules without `shard`; each process has a file. None: such shards are in memory.
         offload: how weights on "cpu" or "disk" are stored; overrides `QuantizationConfig.offload`.
         skip_keys: names of keyword arguments that hooks do not move between devices, such as a KV cache.
         strict: refuse tensors that are missing from the checkpoint, and unexpected ones. False: ignore unexpected
@@ -90,8 +92,8 @@ def load_and_quantize_model(
             result. None: 768 MiB, or an eighth of the memory that this process may still use if that is less. The
             processes that torchrun starts on a machine share its memory.
         mesh: the processes that share the model: a DeviceMesh of one dimension, or of two (replicas, shards). It takes
-            the place of `device_map`: each process loads onto its current GPU, or onto the CPU if the mesh is one of
-            CPUs.
+            the place of `device_map` and `offload`: each process loads onto its current GPU, or onto the CPU if the
+            mesh is one of CPUs. What `shard` gives a `CPUOffloadPolicy` is stored on the CPU, or in `offload_folder`.
         shard: with `mesh`, called with the model when its quantized modules are in place, on the meta device, while the
             checkpoint is read. It shards them by their first dimension, and may add an adapter before that. Calls of
             `fully_shard` do it. None: each repeated block is sharded with `fully_shard`, and then the rest of the
@@ -104,7 +106,8 @@ def load_and_quantize_model(
 
     Raises:
         CheckpointError: a file is missing or damaged, its tensors do not fit the model, or a weight holds NaN or Inf.
-        ConfigError: the config contradicts the model or the checkpoint.
+        ConfigError: the config contradicts the model or the checkpoint; or `mesh` and `offload_folder` are given, and
+            nothing would be stored in the folder.
         PlacementError: the device map does not fit the model or this machine, or there is too little memory.
         UnsupportedError: the model has no weight to quantize, or is quantized already and `weights_location` is None;
             or it is sharded, or `shard` has sharded it in a way that no rows can be loaded into.

@@ -56,7 +56,13 @@ def load_into_shards(
                 stand_in(modules, plan, agreement.device)
                 rows = expected_rows(plan, mesh)
                 shards = Shards.of(plan, rows)
-                destinations = Destinations.open(shards.plan, places, None, source, cuts=shards.cuts)
+                folder = options.offload_folder
+                own = partial(shard_blocks, mesh=mesh, offload=folder is not None)
+                call = own if shard is None else keeping_numbers(shard, agreement.device)
+                sharding = Sharding(call, model, modules, plan, folder, timings)
+                destinations = Destinations.open(
+                    shards.plan, places, None, source, cuts=shards.cuts, moved=sharding.moved
+                )
             read = partial(
                 fill,
                 modules,
@@ -64,9 +70,8 @@ def load_into_shards(
                 timings=timings,
                 warm_up=warm_up,
                 progress=options.progress if agreement.is_first else False,
+                lends=lambda: sharding.is_resident,
             )
-            call = partial(shard_blocks, mesh=mesh) if shard is None else keeping_numbers(shard, agreement.device)
-            sharding = Sharding(call, model, modules, plan, timings)
             jobs = read(shards.to_read(), shards.source(source), destinations, between=sharding.done)
             result, tensors = sharding.done()
             if tensors.rows != rows:  # some were sharded in another way
@@ -82,7 +87,7 @@ def load_into_shards(
                 tensors.commit(shards, jobs, gathers)
             extra_states.hand_over()
             finish_load(model, plan, places, destinations, timings, options.skip_keys, config)
-            report = make_report(shards.held(), destinations.places, timings)
+            report = make_report(shards.held(), tensors.places(destinations.places), timings)
             model.quantization_report = report  # type: ignore[assignment]
             refuse_new_adapters(result)
     return result

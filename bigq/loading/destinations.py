@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,13 +20,18 @@ from bigq.planning.storage_places import storage_places
 __all__ = ["Destinations"]
 
 
+def _as_it_is(name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(kw_only=True)
 class Destinations:
     """The place of each tensor and each quantized weight, by its first name: see `storage_places`.
 
     `spaces` holds the memory that is reserved on "cpu" and "disk". `in_checkpoint` holds the tensors on "disk" that the
     checkpoint has just as the model needs them: they stay in its file, and no second copy is made. `cuts` holds the
-    rows that are kept of a part of a quantized weight that is made whole.
+    rows that are kept of a part of a quantized weight that is made whole. `moved` is called with each tensor that is
+    finished, and its first name, and returns its numbers where they stay: some shards leave their device then.
     """
 
     places: Mapping[str, str]
@@ -34,6 +39,7 @@ class Destinations:
     spaces: Mapping[str, OffloadSpace]
     in_checkpoint: Mapping[str, Tensor]
     cuts: Mapping[str, Rows] = field(default_factory=dict)
+    moved: Callable[[str, Tensor], Tensor] = _as_it_is
     _received: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -45,6 +51,7 @@ class Destinations:
         source: Source,
         *,
         cuts: Mapping[str, Rows] | None = None,
+        moved: Callable[[str, Tensor], Tensor] | None = None,
     ) -> "Destinations":
         """Reserve the memory. Raises PlacementError if "disk" is asked for without a folder, or there is too little."""
         places, runs_on = storage_places(plan, device_map), execution_device(device_map)
@@ -65,7 +72,14 @@ class Destinations:
             spaces["disk"] = OffloadSpace.in_file(offload_folder or tempfile.gettempdir(), offloaded["disk"])
         if offloaded.get("cpu"):
             spaces["cpu"] = OffloadSpace.pinned(offloaded["cpu"])
-        return cls(places=places, runs_on=runs_on, spaces=spaces, in_checkpoint=in_checkpoint, cuts=cuts or {})
+        return cls(
+            places=places,
+            runs_on=runs_on,
+            spaces=spaces,
+            in_checkpoint=in_checkpoint,
+            cuts=cuts or {},
+            moved=moved or _as_it_is,
+        )
 
     def is_offloaded(self, name: str) -> bool:
         """Whether the tensor called `name` is stored elsewhere than where it runs."""
@@ -106,7 +120,7 @@ class Destinations:
             cut = {name: self.cuts[name].of(tensor).clone() for name, tensor in tensors.items() if name in self.cuts}
             tensors = {**tensors, **cut}
         if place not in self.spaces:
-            return tensors  # it was quantized where it is stored
+            return {name: self.moved(name, tensor) for name, tensor in tensors.items()}  # most are where they stay
         space = self.spaces[place]
         return {name: space.empty(name).copy_(tensor) for name, tensor in tensors.items()}
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from bigq.checkpoint import Source
 from bigq.errors import CheckpointError
+from bigq.formats import Description, State
 from bigq.loading.destinations import Destinations
 from bigq.loading.jobs import Batch, Job, TensorJob, WeightJob
 from bigq.loading.stream import Budget, stream
@@ -30,6 +31,7 @@ def fill(
     warm_up: WarmUp,
     progress: bool | None = None,
     between: Callable[[], object] = lambda: None,
+    lends: Callable[[], bool] = lambda: True,
 ) -> list[Job]:
     """Read everything that `plan` takes from `source`, quantize it, and put it where `destinations` says.
 
@@ -39,6 +41,7 @@ def fill(
     Args:
         modules: those of the model, by name.
         between: called between the steps, and may raise to end the reading.
+        lends: whether what is read may use the GPU memory that the results will need. Not if they leave the GPU.
 
     Returns:
         the jobs that are left to commit to the model, in their order.
@@ -63,7 +66,7 @@ def fill(
     hidden = None if progress is None else not progress  # None: hidden unless stderr is a terminal
     total = sum(source.tensors[name].nbytes for name in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=hidden) as bar:  # type: ignore[no-untyped-call]
-        for pieces in stream(source, targets, budget, timings, lent.__getitem__):
+        for pieces in stream(source, targets, budget, timings, lambda device: lent[device] if lends() else 0):
             between()
             nbytes = sum(piece.tensor.nbytes for piece in pieces)
             names = [piece.info.name for piece in pieces]
@@ -83,7 +86,7 @@ def fill(
             bar.update(nbytes)
     if not source.in_place:
         with timings.timed("quantize"):
-            bad = batch.quantizer.non_finite(lambda name: (weights[name].planned.description, weights[name].state()))
+            bad = batch.quantizer.non_finite(lambda name: _described(weights[name]))
             _refuse_non_finite(source, bad)
     rest = [TensorJob(tensor, destinations) for tensor in plan.tensors if tensor.source is None]
     for tensor_job in rest:  # what the checkpoint does not hold, such as non-persistent buffers
@@ -92,6 +95,11 @@ def fill(
     done = [job for name, job in tensors.items() if name in jobs or job.is_done]
     left = [job for name, job in weights.items() if name in jobs]
     return [*held, *left, *done, *rest]  # modules before the tensors that go into them
+
+
+def _described(job: WeightJob) -> tuple[Description, State]:
+    """A quantized weight, on the device that has quantized it: some parts of a shard may have left it."""
+    return job.planned.description, {part: tensor.to(job.device) for part, tensor in job.state().items()}
 
 
 def _refuse_non_finite(source: Source, bad: list[str]) -> None:

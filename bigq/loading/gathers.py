@@ -44,6 +44,7 @@ class Gathers:
     """
 
     def __init__(self, tensors: Iterable[tuple["DeviceMesh", list[Cut], TensorSpec]], device: torch.device) -> None:
+        self.device = device
         self._left = [
             [
                 _Step(mesh, cut, (-(-cut.before // mesh.size(cut.dim)), *spec.shape[1:]), spec.dtype)

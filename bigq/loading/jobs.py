@@ -65,7 +65,8 @@ class TensorJob:
     def take(self, piece: Piece) -> None:
         """Copy rows to where they stay, unless they were read there."""
         if not piece.is_temporary:
-            self._placed = self.destinations.put(self.planned, piece.tensor)
+            placed = self.destinations.put(self.planned, piece.tensor)
+            self._placed = self.destinations.moved(self.planned.names[0], placed)
             return
         if self._placed is None:
             self._placed = self.destinations.put(

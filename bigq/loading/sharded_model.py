@@ -3,6 +3,7 @@
 The quantized modules are made first, on the meta device, and sharded. Then the shards say which rows they hold.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, cast
@@ -17,13 +18,14 @@ from bigq.loading.commit import commit_tensor, commit_weight
 from bigq.loading.cuts import cut_rows, cuts_of, rows_of
 from bigq.loading.gathers import Gathers
 from bigq.loading.jobs import Job
+from bigq.loading.offloaded_shards import OffloadedShards
 from bigq.loading.shards import Shards
 from bigq.loading.timings import Timings
 from bigq.model.repeated_blocks import repeated_blocks
 from bigq.model.tree import assign_tensor, find_owner, is_dense
 from bigq.ops.sharding import is_sharded
 from bigq.planning.plan import Plan, PlannedWeight
-from bigq.system.distributed.internals import cpu_shards, sharded_as
+from bigq.system.distributed.internals import sharded_as
 from bigq.system.text import shortlist
 from bigq.weight.quantized_module import QuantizedModule
 
@@ -47,14 +49,15 @@ def stand_in(modules: Mapping[str, nn.Module], plan: Plan, device: torch.device)
         commit_tensor(modules, planned, tensor, frozen=False)
 
 
-def shard_blocks(model: nn.Module, mesh: "DeviceMesh") -> None:
-    """Shard each repeated block of `model`, and then the rest, with `fully_shard`.
+def shard_blocks(model: nn.Module, mesh: "DeviceMesh", *, offload: bool = False) -> None:
+    """Shard each repeated block of `model`, and then the rest, with `fully_shard`; `offload` keeps shards on the CPU.
 
     Constants of quantized weights stay whole, because each of them would be gathered for each call: the quant_state,
     which no kernel takes, and what has one row, such as the offset of double quantization.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+    policy = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
     constants = [
         (module, name, parameter)
         for module in model.modules()
@@ -66,7 +69,7 @@ def shard_blocks(model: nn.Module, mesh: "DeviceMesh") -> None:
         module._parameters[name] = None
     try:
         for block in [*repeated_blocks(model), model]:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, offload_policy=policy)
     finally:
         for module, name, parameter in constants:
             module._parameters[name] = parameter
@@ -101,6 +104,7 @@ class Sharding:
         model: that `stand_in` has prepared by `plan`.
         modules: those of the model, by name.
         plan: of the whole model.
+        offload_folder: for the shards that FSDP2 keeps on the CPU, or None.
         timings: gets "shard".
     """
 
@@ -110,19 +114,32 @@ class Sharding:
         model: nn.Module,
         modules: Mapping[str, nn.Module],
         plan: Plan,
+        offload_folder: str | os.PathLike[str] | None,
         timings: Timings,
     ) -> None:
         self._shard, self._model, self._modules, self._plan, self._timings = shard, model, modules, plan, timings
+        self._offload_folder = offload_folder
         self._done: tuple[nn.Module, ShardedTensors] | None = None
 
     def done(self) -> tuple[nn.Module, "ShardedTensors"]:
         """What `shard` returned, or the model, and the tensors in it. The first call shards it."""
         if self._done is None:
             with self._timings.timed("shard"):
-                result = self._shard(self._model)
+                returned = self._shard(self._model)
+                result = returned if isinstance(returned, nn.Module) else self._model
                 tensors = ShardedTensors(self._model, self._modules, self._plan)
-            self._done = result if isinstance(result, nn.Module) else self._model, tensors
+                tensors.offload(result, self._offload_folder)
+            self._done = result, tensors
         return self._done
+
+    def moved(self, name: str, tensor: Tensor) -> Tensor:
+        """The numbers of a finished tensor, by first name, where FSDP2 keeps them: see `OffloadedShards.moved`."""
+        return self.done()[1].offloaded.moved(name, tensor)
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all shards stay on the device. Before the model is sharded it is a guess."""
+        return self._offload_folder is None if self._done is None else not self._done[1].offloaded
 
 
 class ShardedTensors:
@@ -130,6 +147,7 @@ class ShardedTensors:
 
     Attributes:
         rows: those that this process keeps of each sharded tensor, by first name.
+        offloaded: those that FSDP2 keeps on the CPU, once `offload` has found them.
 
     Args:
         model: that `stand_in` has prepared by `plan`, and that was sharded since.
@@ -141,16 +159,30 @@ class ShardedTensors:
             tensors on meta have been added to it.
     """
 
+    offloaded: OffloadedShards
+
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) -> None:
         names = [tensor.names[0] for tensor in plan.tensors]
         names += [own[0] for weight in plan.weights if weight.source is not None for own in weight.specs()]
-        self._modules = modules
+        self._modules, self._plan = modules, plan
         self._tensors: dict[str, Tensor] = {name: getattr(*find_owner(modules, name)) for name in names}
         _refuse_changes(model, self._tensors)
-        self._on_cpu = {key: pinned for module in model.modules() for key, pinned in cpu_shards(module).items()}
         with torch.no_grad():  # in which torch hands out what a DTensor holds without a node of autograd
             found = {name: rows_of(name, tensor) for name, tensor in self._tensors.items()}
         self.rows = {name: rows for name, rows in found.items() if rows is not None}
+
+    def offload(self, outermost: nn.Module, offload_folder: str | os.PathLike[str] | None) -> None:
+        """Find what FSDP2 keeps on the CPU of all that is sharded in `outermost`, and reserve memory in a file for it.
+
+        Raises:
+            ConfigError, PlacementError: as OffloadedShards.
+        """
+        self.offloaded = OffloadedShards(outermost, self._tensors, offload_folder)
+
+    def places(self, places: Mapping[str, str]) -> dict[str, str]:
+        """`places` of tensors and quantized weights, by first name, with those that are on the CPU or the disk."""
+        weights = {weight.names[0]: weight.tensor_name("packed") for weight in self._plan.weights}
+        return {name: self.offloaded.place(weights.get(name, name)) or place for name, place in places.items()}
 
     def gathers(self, shards: Shards, jobs: Iterable[Job], device: torch.device) -> Gathers:
         """What `commit` of these will gather on `device`: the scales of double quantization."""
@@ -182,9 +214,7 @@ class ShardedTensors:
         target, rows = self._tensors[names[0]], self.rows.get(names[0])
         if rows is not None and len(tensor) != len(rows):
             tensor = rows.of(tensor).clone()  # in memory of its own
-        value = tensor.to(target.dtype)
-        if id(target) in self._on_cpu:
-            value = _on_cpu(value, pinned=self._on_cpu[id(target)])
+        value = self.offloaded.moved(names[0], tensor.to(target.dtype))
         if is_sharded(target):
             value = sharded_as(value, target)
         if isinstance(target, nn.Parameter):
@@ -235,7 +265,7 @@ def _finish(
         if part in unfinished:
             whole, columns = gathers.next(tensor), tensor.shape[-1]
         else:  # each row of it is finished: `finish` gets as many rows, of no columns
-            whole, columns = tensor.new_empty(*description.shape[:-1], 0), 0
+            whole, columns = tensor.new_empty(*description.shape[:-1], 0, device=gathers.device), 0
         rows[part] = whole.view(prod(description.shape[:-1]), columns)
     finished = description.format.finish(rows, description.shape)
     changed = [part for part in finished if part in unfinished or part not in own.state_spec]
@@ -244,13 +274,6 @@ def _finish(
 
 def _on_meta(spec: TensorSpec) -> Tensor:
     return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-
-
-def _on_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:
-    """`tensor` where FSDP2 keeps a shard on the CPU. There is nothing to pin for a mesh of CPUs."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor)
 
 
 def _refuse_changes(model: nn.Module, targets: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""WeightJob: what it lends of the memory that a quantized weight will take."""
+"""Jobs: what a WeightJob lends of the memory that a quantized weight will take, and where finished tensors go."""
 
 import gc
 
@@ -8,10 +8,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigq import NF4, QuantizationConfig, load_and_quantize_model
-from bigq.formats import Description
+from bigq.checkpoint import StoredTensor
+from bigq.formats import Description, TensorSpec
 from bigq.loading.destinations import Destinations
-from bigq.loading.jobs import Batch, WeightJob
-from bigq.planning.plan import PlannedWeight
+from bigq.loading.jobs import Batch, TensorJob, WeightJob
+from bigq.loading.runs import Piece
+from bigq.planning.plan import PlannedTensor, PlannedWeight
 
 MIB = 1 << 20
 
@@ -45,6 +47,28 @@ def test_what_is_lent_fits_into_the_memory_of_a_run(shape, run_nbytes, is_lent):
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_nothing_is_lent_of_what_is_stored_elsewhere(place):
     assert not job((2048, 2048), place).lent_nbytes(128 * MIB)
+
+
+@pytest.mark.parametrize("is_temporary", [True, False], ids=["in-a-run", "in-its-own-memory"])
+def test_a_kept_tensor_is_moved_once_it_is_whole(is_temporary):
+    """Not one that arrives in pieces, of which none is known to be the last."""
+    moved = []
+
+    def move(name, tensor):
+        moved.append((name, tensor.clone()))
+        return moved[-1][1]
+
+    numbers = torch.arange(4.0)
+    spec = TensorSpec(shape=(4,), dtype=torch.float32)
+    planned = PlannedTensor(names=("t",), source="t", spec=spec, is_buffer=False, requires_grad=False)
+    runs_on = torch.device("cpu")
+    places = Destinations(places={"t": "cpu"}, runs_on=runs_on, spaces={}, in_checkpoint={}, moved=move)
+    made = TensorJob(planned, places)
+    info = StoredTensor(name="t", shape=torch.Size([4]), dtype=torch.float32, where="here")
+    made.take(Piece(info, 0, numbers, is_temporary=is_temporary))
+    placed = made.take_placed()["t"]
+    assert torch.equal(placed, numbers)
+    assert [(name, tensor is placed) for name, tensor in moved] == ([] if is_temporary else [("t", True)])
 
 
 class Stacks(nn.Module):

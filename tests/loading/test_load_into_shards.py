@@ -11,6 +11,7 @@ from torch import nn
 
 import bigq
 from bigq import NF4, QuantizationConfig, load_and_quantize_model
+from bigq.offload.space import is_file_backed
 from processes_of_mesh import Net, error_of, held_by_all, mesh_of, own_device, run_ranks
 
 FORMATS = {
@@ -450,31 +451,34 @@ def _load_onto_cpu(rank, folder):
     mesh, config = init_device_mesh("cuda", (1,)), QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
     whole, found = _load(folder, config, device_map="cuda:0"), {}
     expected = whole(IDS.cuda())
-    for pinned in (True, False):
+    for name, arguments in {"pinned": {}, "pageable": {}, "disk": {"offload_folder": f"{folder}/off"}}.items():
 
-        def on_cpu(model, policy=CPUOffloadPolicy(pin_memory=pinned)):  # noqa: B008
+        def on_cpu(model, policy=CPUOffloadPolicy(pin_memory=name == "pinned")):  # noqa: B008
             for block in model.blocks:
                 fully_shard(block, mesh=mesh, offload_policy=policy)
             return fully_shard(model, mesh=mesh)
 
-        model = _load(folder, config, mesh=mesh, shard=on_cpu)
+        model = _load(folder, config, mesh=mesh, shard=on_cpu, **arguments)
+        in_file = [is_file_backed(p.to_local()) for p in model.blocks.parameters() if not p.requires_grad]
         held = {name: p.to_local() for name, p in model.named_parameters() if hasattr(p, "to_local")}
         outputs = [model(IDS.cuda()) for _ in range(2)]
-        bigq.save_quantized(model, f"{folder}/saved-{pinned}")
-        found[pinned] = {
+        bigq.save_quantized(model, f"{folder}/saved-{name}")
+        found[name] = {
             "devices": {name.partition(".")[0]: (t.device.type, t.is_pinned()) for name, t in held.items()},
             "outputs": all(torch.equal(out, expected) for out in outputs),
-            "saved": torch.equal(_load(f"{folder}/saved-{pinned}", None, device_map="cuda:0")(IDS.cuda()), expected),
+            "in file": sum(in_file) / len(in_file),
+            "saved": torch.equal(_load(f"{folder}/saved-{name}", None, device_map="cuda:0")(IDS.cuda()), expected),
         }
     return found
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
-def test_shards_that_fsdp2_keeps_on_the_cpu_are_made_there(checkpoint, tmp_path, pinned):
+@pytest.mark.parametrize("name", ["pinned", "pageable", "disk"])
+def test_shards_that_fsdp2_keeps_on_the_cpu_are_made_there(checkpoint, tmp_path, name):
     (found,) = run_ranks(_load_onto_cpu, tmp_path, str(checkpoint), world=1)
-    devices = found[pinned]["devices"]
-    assert devices.pop("blocks") == ("cpu", pinned)
+    devices = found[name]["devices"]
+    assert devices.pop("blocks") == ("cpu", name == "pinned")
     assert set(devices.values()) == {("cuda", False)}
-    assert found[pinned]["outputs"]
-    assert found[pinned]["saved"]
+    assert found[name]["in file"] == (name == "disk")
+    assert found[name]["outputs"]
+    assert found[name]["saved"]

@@ -57,6 +57,7 @@ NAMES = {
         "_ignored_params",
         "_is_fsdp_managed_module",
         "_module_state_mapping",
+        "_sharded_param_data",
         "_spec",
     ),
     "bigq_kernels.internals": (

@@ -6,15 +6,39 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["cpu_shards", "forget_sharding", "is_flattened_by_fsdp1", "sharded_as"]
+__all__ = ["CpuShard", "cpu_shards", "forget_sharding", "is_flattened_by_fsdp1", "sharded_as"]
 
 
 # Which shards FSDP2's CPUOffloadPolicy keeps on the CPU. Without this way they are left on the device: FSDP2 moves
 # them at the first call, or says there that they have to be on the CPU.
 
 
-def cpu_shards(module: nn.Module) -> dict[int, bool]:
-    """{id of a Parameter: whether it is to be pinned} of the shards that fully_shard keeps on the CPU for `module`.
+class CpuShard:
+    """A shard that fully_shard keeps on the CPU.
+
+    Attributes:
+        is_pinned: whether it is to be in pinned memory.
+        rows: how many it has with those that FSDP2 adds, so that all processes send equally many.
+
+    Args:
+        param: FSDP2's own object for it.
+    """
+
+    def __init__(self, param: Any) -> None:
+        self._param = param
+        self.is_pinned, self.rows = bool(param.pin_memory), int(param.padded_sharded_param_size[0])
+
+    def gather_from(self, memory: Tensor) -> None:
+        """Let FSDP2 send `memory`, of `rows` rows, of which the shard is a view.
+
+        FSDP2 does so by itself if no row is added. Without this way it copies a shard with added rows, at the first
+        call, to ordinary memory.
+        """
+        self._param._sharded_param_data = memory.view(-1)
+
+
+def cpu_shards(module: nn.Module) -> dict[int, CpuShard]:
+    """The shards, by id of their Parameter, that fully_shard keeps on the CPU for `module`.
 
     Empty for a module that fully_shard was not called with, and where it is not known.
     """
@@ -22,7 +46,7 @@ def cpu_shards(module: nn.Module) -> dict[int, bool]:
         return {}
     try:
         group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
-        return {id(shard.sharded_param): bool(shard.pin_memory) for shard in group.fsdp_params if shard.offload_to_cpu}
+        return {id(shard.sharded_param): CpuShard(shard) for shard in group.fsdp_params if shard.offload_to_cpu}
     except Exception:  # also of a state with several groups, which has no such attribute
         return {}
 

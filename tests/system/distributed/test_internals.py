@@ -35,6 +35,20 @@ def _maker(module):
     return module._makers[0].__name__
 
 
+def _gathers_from(module):
+    """Whether FSDP2 sends the memory that this module tells it to."""
+    linear, memory = _on_cpu(), torch.zeros(2, 2)
+    if id(linear.weight) not in (shards := module.cpu_shards(linear)):
+        return False
+    shards[id(linear.weight)].gather_from(memory)
+    (sent,) = (
+        shard._sharded_param_data
+        for shard in linear._get_fsdp_state()._fsdp_param_group.fsdp_params
+        if shard.sharded_param is linear.weight
+    )
+    return sent.data_ptr() == memory.data_ptr()
+
+
 def _mark_of_fsdp1(module, ignores=0):
     """The attributes at which this module says that FSDP1 flattens a module, when FSDP2 and FSDP1 shard one.
 
@@ -76,6 +90,7 @@ PUBLIC = {
     "_ignored_params": lambda module: _mark_of_fsdp1(module) == [],
     "_is_fsdp_managed_module": lambda module: _mark_of_fsdp1(module) == [],
     "_module_state_mapping": lambda module: type(module._sharding_states()) is dict,
+    "_sharded_param_data": lambda module: not _gathers_from(module),
     "_spec": lambda module: _maker(module) == "_from_local",
 }
 
@@ -120,7 +135,8 @@ def test_to_ask_who_sets_an_attribute_keeps_no_frame_alive():
 
 def test_shards_that_fsdp2_keeps_on_the_cpu_are_found_or_none_is(module):
     linear = _on_cpu()
-    assert module.cpu_shards(linear) in ({}, {id(linear.weight): False, id(linear.bias): False})
+    found = {key: (shard.is_pinned, shard.rows) for key, shard in module.cpu_shards(linear).items()}
+    assert found in ({}, {id(linear.weight): (False, 2), id(linear.bias): (False, 2)})
     assert module.cpu_shards(nn.Linear(2, 2)) == {}
 
 
