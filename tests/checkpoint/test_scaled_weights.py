@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from bigq import CheckpointError
 from bigq.checkpoint import Checkpoint, Conversion, Converted, Rows, RowWindows, read_tensor, with_scaled
+from bigq.checkpoint.scaled_rows import ScaledRows, Scales
 from scaled_checkpoints import e2m1_numbers, in_fp8, numbers, powers, write
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -315,11 +316,25 @@ def test_a_scale_that_is_cut_short_is_an_error(tmp_path):
         read_tensor(source.tensors["w"])
 
 
-def test_numbers_on_meta_have_a_shape():
-    partial_reads = partial(pytest.fail, "read")
-    from bigq.checkpoint.scaled_rows import ScaledRows, Scales
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [*LAYOUTS, "mxfp4"])
+def test_a_gpu_makes_the_same_numbers(tmp_path, layout):
+    if layout == "mxfp4":
+        codes, scales = mxfp4(3, 10, 96)
+        write(tmp_path, {"w_blocks": codes, "w_scales": scales})
+    else:
+        shape, block, stored_as = LAYOUTS[layout]
+        codes, scales = in_fp8(torch.randn(shape), block)
+        scales = scales if stored_as is None else scales.reshape(stored_as)
+        write(tmp_path, {"w": codes, "w_scale": scales}, GROUPS if layout == "groups of columns" else FP8)
+    stored = opened(tmp_path).tensors["w"]
+    made = stored.coding.decode(codes.view(torch.uint8).cuda())
+    assert made.is_cuda
+    assert torch.equal(made.cpu(), read_tensor(stored))
 
-    scales = Scales(read=partial_reads, first=0, rows=1, skipped=0, count=6)
+
+def test_numbers_on_meta_have_a_shape():
+    scales = Scales(read=partial(pytest.fail, "read"), first=0, rows=1, skipped=0, count=6)
     coding = ScaledRows(codes=E4M3, shape=(6, 8), dtype=BF16, scales=(scales,), width=8)
     made = coding.decode(torch.empty(6, 8, dtype=torch.uint8, device="meta"))
     assert (made.device.type, made.shape, made.dtype) == ("meta", (6, 8), BF16)

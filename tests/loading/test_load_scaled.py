@@ -1,5 +1,7 @@
 """A load of FP8, int8 or MXFP4 with scales is, bit for bit, the load of the numbers that these stand for."""
 
+import json
+
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -184,7 +186,7 @@ class TestTransformers:
         experts = {"num_experts": 5, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
         torch.manual_seed(0)
         model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **heads, **experts))
-        return self.mixture(tmp_path, model, block=(32, 32))
+        return self.mixture(tmp_path, model, block=(16, 32))
 
     def skeleton(self, transformers, folder):
         with init_empty_weights():
@@ -204,14 +206,35 @@ class TestTransformers:
             ids = torch.arange(10)[None]
             assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
 
-    def test_from_pretrained_of_a_config_that_says_nothing(self, transformers, qwen):
+    def test_from_pretrained(self, transformers, qwen, tmp_path):
         codes, floats = qwen
-        config = transformers.AutoConfig.from_pretrained(codes)
-        del config.quantization_config
         nf4 = QuantizationConfig("nf4")
-        model = transformers.AutoModelForCausalLM.from_pretrained(codes, config=config, quantization_config=nf4)
+        model = transformers.AutoModelForCausalLM.from_pretrained(codes, quantization_config=nf4)
         other = transformers.AutoModelForCausalLM.from_pretrained(floats, quantization_config=nf4)
         assert_equal(model, other)
+        assert model.config.quantization_config == other.config.quantization_config
+        model.save_pretrained(tmp_path / "saved")
+        assert_equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), other)
+
+    def test_from_pretrained_refuses_other_codes_by_name(self, transformers, qwen, tmp_path):
+        codes, _ = qwen
+        content = json.loads((codes / "config.json").read_text())
+        del content["quantization_config"]
+        tensors = {"q.qweight": torch.ones(2, 2, dtype=torch.int32)}
+        awq = write(tmp_path / "awq", tensors, {"quant_method": "awq", "bits": 4}, **content)
+        with pytest.raises(CheckpointError, match="quantized already: AWQ, which bigq does not read"):
+            transformers.AutoModelForCausalLM.from_pretrained(awq, quantization_config=QuantizationConfig("nf4"))
+
+    def test_what_transformers_decodes_itself_has_the_same_numbers(self, transformers, qwen):
+        codes, _ = qwen
+        decoded = transformers.FineGrainedFP8Config(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(codes, quantization_config=decoded, dtype="bfloat16")
+        config = QuantizationConfig("nf4", skip_modules=["experts"])
+        ours = transformers.AutoModelForCausalLM.from_pretrained(codes, quantization_config=config)
+        kept = [name for name in ours.state_dict() if "gate_up" in name]  # transformers takes whole blocks only
+        assert len(kept) == 2
+        for name in kept:
+            assert torch.equal(ours.state_dict()[name], model.state_dict()[name]), name
 
     def test_quantized_into_a_folder_that_from_pretrained_loads(self, transformers, qwen, tmp_path):
         codes, floats = qwen
