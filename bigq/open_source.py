@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigq.checkpoint import Checkpoint, Completed, Renamed, Source, with_bitsandbytes
+from bigq.checkpoint import Checkpoint, Completed, Renamed, Source, with_bitsandbytes, with_scaled
 from bigq.config import QuantizationConfig
 from bigq.formats import Int8, state_name
 from bigq.interop.diffusers_names import with_diffusers_names
@@ -44,9 +44,10 @@ def open_source(
     else:
         checkpoint = Checkpoint.open(weights_location, strict=strict)
     extra_states = ExtraStates(checkpoint, tree.modules, strict=strict)
+    folder = checkpoint.files[0].parent
     source = with_bitsandbytes(
-        _without_placeholders(tree, extra_states),
-        checkpoint.files[0].parent,
+        with_scaled(_without_placeholders(tree, extra_states), folder),
+        folder,
         is_transposed=partial(_is_transposed, tree),
         threshold=None if config is None else _threshold(config),
     )

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from bigq import QuantizationConfig
 from pages import ROOT, Snippet, snippets
+from scaled_checkpoints import e2m1_numbers, write
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
@@ -19,6 +21,7 @@ IN_PLACE_OF = {  # what a page says: what this machine can do
     '"Qwen/Qwen3-0.6B"': '"qwen"',
     '"Qwen/Qwen2.5-32B"': '"qwen"',
     '"Qwen/Qwen3-30B-A3B"': '"qwen-moe"',
+    '"openai/gpt-oss-20b"': '"gpt-oss"',
     "tp_size=2": "tp_size=1",  # as many as there are processes
     'load_dataset("trl-lib/Capybara", split="train")': "CHATS",
     'mode="reduce-overhead"': 'backend="aot_eager"',  # inductor compiles C++ for the CPU
@@ -102,6 +105,27 @@ def test_training_and_merging_into_floats(hub, tmp_path):
     weight = served.model.layers[0].mlp.up_proj.weight.dequantize().cpu().float()
     float_weight = merged.model.layers[0].mlp.up_proj.weight.float()
     assert 0.0 < (weight - float_weight).norm() / float_weight.norm() < 0.15
+
+
+def test_experts_in_mxfp4(tmp_path, monkeypatch):
+    """A tiny gpt-oss as it is published, in the place of the real one."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **heads))
+    state, experts = model.state_dict(), "model.layers.0.mlp.experts"
+    codes = torch.randint(0, 256, (4, 128, 2, 16), dtype=torch.uint8)
+    for name, rows in (("gate_up_proj", 128), ("down_proj", 64)):
+        del state[f"{experts}.{name}"]
+        state[f"{experts}.{name}_blocks"] = codes[:, :rows].clone()
+        state[f"{experts}.{name}_scales"] = torch.full((4, rows, 2), 120, dtype=torch.uint8)
+    write(tmp_path / "gpt-oss", state, {"quant_method": "mxfp4"}, **model.config.to_dict())
+    namespace = {"QuantizationConfig": QuantizationConfig}
+    run("other-formats.md", namespace, "needs the network")
+    weight = namespace["model"].model.layers[0].mlp.experts.down_proj
+    exact = e2m1_numbers(codes[:, :64].flatten(-2), torch.full((4, 64, 2), 120), torch.float32).mT
+    assert (weight.dequantize().cpu() - exact).norm() / exact.norm() < 0.12
+    assert namespace["model"](input_ids=torch.arange(5)[None].to(weight.device)).logits.isfinite().all()
 
 
 def test_a_model_over_several_gpus(hub):

@@ -2,10 +2,11 @@
 
 from bigq.checkpoint.adapters import Adapter, Completed, Conversion, Converted, Renamed
 from bigq.checkpoint.bitsandbytes_source import with_bitsandbytes
-from bigq.checkpoint.foreign import FLOAT8, foreign_method, is_adapter, is_scaled, refuse_foreign
+from bigq.checkpoint.foreign import decoded_method, foreign_method, is_adapter, is_scaled, refuse_foreign
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
 from bigq.checkpoint.row_windows import Rows, RowWindows
+from bigq.checkpoint.scaled_weights import FLOAT8, found_weights, with_scaled
 from bigq.checkpoint.source import (
     ByteSource,
     ReadError,
@@ -35,7 +36,9 @@ __all__ = [
     "Span",
     "StoredTensor",
     "cut_out",
+    "decoded_method",
     "foreign_method",
+    "found_weights",
     "is_adapter",
     "is_scaled",
     "read_small",
@@ -43,4 +46,5 @@ __all__ = [
     "refuse_foreign",
     "refuse_unknown",
     "with_bitsandbytes",
+    "with_scaled",
 ]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bigq.checkpoint.scaled_rows import ScaledRows
 from bigq.checkpoint.source import Source, Span, StoredTensor, cut_out, refuse_unknown
 from bigq.errors import CheckpointError
 from bigq.system.internals import cut
@@ -176,20 +177,23 @@ def _made(conversion: Conversion, members: Sequence[StoredTensor], moved: _Moved
     """The descriptions of what `conversion` makes of `members`, by name; `moved` is what is known of its kind."""
     where = shortlist(list(dict.fromkeys(member.where for member in members)), limit=2)
     results = None
-    if conversion.moves_rows and all(member.spans for member in members):
+    codings = {None if member.coding is None else member.coding.kind for member in members}
+    is_transposed = any(member.coding is not None and member.coding.transposed for member in members)
+    if conversion.moves_rows and all(member.spans for member in members) and len(codings) == 1 and not is_transposed:
         kind = id(conversion) if conversion.kind is None else conversion.kind
-        key = kind, len(conversion.names), tuple((member.shape, member.dtype) for member in members)
+        key = kind, len(conversion.names), tuple((member.shape, member.dtype) for member in members), *codings
         if key not in moved:  # 5 ms for 128 experts, and a model has as many alike as layers
             moved[key] = _moved_rows(conversion, members)
         results = moved[key]
-    found: list[tuple[torch.Size, torch.dtype, tuple[Span, ...]]]
+    found: list[tuple[torch.Size, torch.dtype, tuple[Span, ...], ScaledRows | None]]
     if results is None:
-        found = [(tensor.shape, tensor.dtype, ()) for tensor in _made_on_meta(conversion, members)]
+        found = [(tensor.shape, tensor.dtype, (), None) for tensor in _made_on_meta(conversion, members)]
     else:
-        found = [(shape, members[0].dtype, _spans(pieces, members)) for shape, pieces in results]
+        dtype = members[0].dtype
+        found = [(shape, dtype, _spans(own, members), _coding(shape, own, members)) for shape, own in results]
     return {
-        name: StoredTensor(name=name, shape=shape, dtype=dtype, where=where, spans=spans)
-        for name, (shape, dtype, spans) in zip(conversion.names, found, strict=True)
+        name: StoredTensor(name=name, shape=shape, dtype=dtype, where=where, spans=spans, coding=coding)
+        for name, (shape, dtype, spans, coding) in zip(conversion.names, found, strict=True)
     }
 
 
@@ -248,10 +252,20 @@ def _pieces(rows: Tensor, counts: Sequence[int]) -> list[_Piece]:
     return found
 
 
+def _coding(shape: torch.Size, pieces: Sequence[_Piece], members: Sequence[StoredTensor]) -> ScaledRows | None:
+    """What makes numbers of `pieces` of `members`, if these are codes; there are no pieces if it has no spans."""
+    codings = [member.coding for member in members if member.coding is not None]
+    if not codings or not pieces:
+        return None
+    return codings[0].with_rows(shape, [(codings[member], first, count) for member, first, count in pieces])
+
+
 def _spans(pieces: Sequence[_Piece], members: Sequence[StoredTensor]) -> tuple[Span, ...]:
     """The spans of `pieces` of `members`, neighbours as one."""
-    is_flat = len(members[0].shape) < 2
+    is_flat, coding = len(members[0].shape) < 2, members[0].coding
     row_nbytes = members[0].dtype.itemsize * (1 if is_flat else members[0].shape[-1])
+    if coding is not None:
+        row_nbytes = coding.row_nbytes
     spans: list[Span] = []
     for member, first, count in pieces:
         own = members[member].spans

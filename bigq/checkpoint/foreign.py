@@ -7,12 +7,13 @@ import torch
 
 from bigq.checkpoint.bitsandbytes_settings import says_bitsandbytes
 from bigq.checkpoint.model_config import read_config
+from bigq.checkpoint.scaled_weights import FLOAT8, found_weights
 from bigq.checkpoint.source import StoredTensor
 from bigq.errors import CheckpointError
 from bigq.formats.bitsandbytes import is_bitsandbytes
 from bigq.system.text import shortlist
 
-__all__ = ["FLOAT8", "foreign_method", "is_adapter", "is_scaled", "refuse_foreign"]
+__all__ = ["decoded_method", "foreign_method", "is_adapter", "is_scaled", "refuse_foreign"]
 
 _METHODS = {  # quant_method in a config.json: what the format is called
     "awq": "AWQ",
@@ -30,8 +31,6 @@ _LEAVES = {  # names of tensors that one of them writes beside its codes
     "W_q": "HQQ",
 }
 _CODES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu}
-# Numbers by themselves where no scale is beside them: then they are a plain cast, as torch makes it.
-FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 _OWN = "quant_state"  # the leaf that says what weights are that this library has quantized
 
 
@@ -63,17 +62,37 @@ def is_adapter(tensors: Mapping[str, StoredTensor]) -> bool:
 def foreign_method(folder: Path, tensors: Mapping[str, StoredTensor]) -> str | None:
     """What the method is called by which another library has quantized `tensors`, the checkpoint in `folder`.
 
-    None if they are not quantized, or quantized by bigq, or as bitsandbytes saves it.
+    None if they are not quantized, or quantized by bigq, or as bitsandbytes saves it, or in codes that are decoded.
     """
     leaves = {name.rpartition(".")[2] for name in tensors}
     if _OWN in leaves or is_bitsandbytes(tensors):
         return None
     found = next((method for leaf, method in _LEAVES.items() if leaf in leaves), None)
     said = read_config(folder / "config.json").get("quantization_config")
-    if isinstance(said, dict) and any(stored.dtype in _CODES | FLOAT8 for stored in tensors.values()):
+    is_coded = any(stored.dtype in _CODES | FLOAT8 for stored in tensors.values())
+    if isinstance(said, dict) and is_coded and decoded_method(folder, tensors) is None:
         method = "bitsandbytes" if says_bitsandbytes(said) else str(said["quant_method"])
         found = _METHODS.get(method, method)
     return found
+
+
+def decoded_method(folder: Path, tensors: Mapping[str, StoredTensor]) -> str | None:
+    """What the format is called in which all codes of `tensors` are decoded while they are read.
+
+    None if there is none, or other codes are among them, or config.json says that the weights were rotated or made
+    sparse.
+    """
+    said = read_config(folder / "config.json").get("quantization_config")
+    settings = said if isinstance(said, dict) else {}
+    sparsity = settings.get("sparsity_config")
+    is_sparse = isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense"
+    if settings.get("transform_config") or is_sparse:
+        return None
+    found = found_weights(tensors, settings)
+    known = set(found) | {weight.scale.name for weight in found.values()}
+    codes = [name for name, stored in tensors.items() if stored.dtype in _CODES | FLOAT8 and len(stored.shape) > 1]
+    methods = sorted({weight.method for weight in found.values()})
+    return " and ".join(methods) if methods and known.issuperset(codes) else None
 
 
 def is_scaled(name: str, tensors: Mapping[str, StoredTensor]) -> bool:

@@ -65,4 +65,5 @@ def _cut(stored: StoredTensor, rows: Rows) -> StoredTensor:
         )
     row_nbytes = stored.nbytes // stored.shape[0]
     spans = cut_out(stored.spans, rows.start * row_nbytes, len(rows) * row_nbytes)
-    return replace(stored, shape=torch.Size([len(rows), *stored.shape[1:]]), spans=spans)
+    coding = None if stored.coding is None else stored.coding.window(rows.start, rows.stop)
+    return replace(stored, shape=torch.Size([len(rows), *stored.shape[1:]]), spans=spans, coding=coding)

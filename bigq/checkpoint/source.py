@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bigq.checkpoint.scaled_rows import ScaledRows
 from bigq.errors import CheckpointError
 from bigq.system.files import FileIdentity
 from bigq.system.memory import memory_of
@@ -103,8 +104,9 @@ class StoredTensor:
 
     `where` is what errors call the place that holds it, such as the path of a file. The bytes of `spans`, one after the
     other, are the tensor, row-major and little-endian; there is none where it lies in no plain bytes, as in a legacy
-    pickle or in a model in memory. Raises CheckpointError unless the spans hold as many bytes as the tensor has, and
-    for a name that no model has, because errors repeat it.
+    pickle or in a model in memory. With `coding` they are codes, of which it makes the tensor. `nbytes` counts the
+    bytes of the spans. Raises CheckpointError unless they are as many as the tensor or its codes have, and for a name
+    that no model has, because errors repeat it.
     """
 
     name: str
@@ -112,10 +114,12 @@ class StoredTensor:
     dtype: torch.dtype
     where: str
     spans: tuple[Span, ...] = field(default=(), compare=False, repr=False)
+    coding: ScaledRows | None = field(default=None, compare=False, repr=False)
     nbytes: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        nbytes, spans = self.shape.numel() * self.dtype.itemsize, self.spans
+        coding, spans = self.coding, self.spans
+        nbytes = self.shape.numel() * self.dtype.itemsize if coding is None else coding.nbytes
         _set(self, "nbytes", nbytes)  # read several times for each of 19,000 tensors
         if len(self.name) > _LONGEST_NAME:
             raise CheckpointError(
@@ -165,7 +169,11 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     """
     if not stored.spans:
         raise CheckpointError(f"tensor {stored.name!r} of {stored.where} lies in no plain bytes: use Source.read")
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    coding = stored.coding
+    if coding is None:
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    else:
+        tensor = torch.empty(stored.nbytes, dtype=torch.uint8)
     if tensor.nbytes:
         memory, start = memory_of(tensor), 0
         for span in stored.spans:
@@ -174,7 +182,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
             except ReadError as error:
                 raise error.in_tensor(stored.name) from error
             start += span.nbytes
-    return tensor
+    return tensor if coding is None else coding.decode(tensor)
 
 
 def read_small(source: Source, wanted: Sequence[StoredTensor]) -> dict[str, bytes]:

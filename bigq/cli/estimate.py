@@ -79,7 +79,7 @@ def command(
     """
     asked = format_name or double_quant or block_size or rules or skip or also
     config = None
-    if asked or inspect_checkpoint(location).quantized_by is None:
+    if asked or inspect_checkpoint(location).quantized_by not in ("bigq", "bitsandbytes"):
         config = make_config(
             format_name, rules=rules, double_quant=double_quant, block_size=block_size, skip=skip, also=also
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bigq.checkpoint import FLOAT8, Checkpoint, foreign_method, is_scaled, refuse_foreign
+from bigq.checkpoint import FLOAT8, Checkpoint, decoded_method, foreign_method, is_scaled, refuse_foreign
 from bigq.checkpoint.gguf import is_gguf, read_gguf
 from bigq.checkpoint.model_config import read_config
 from bigq.dry_run.held_weights import held_weights
@@ -142,7 +142,7 @@ def _of_tensors(location: str | os.PathLike[str]) -> dict[str, Any]:
     said = config.get("quantization_config")
     settings = said if isinstance(said, dict) else {}
     tensors = checkpoint.tensors
-    method = foreign_method(folder, tensors)
+    method = foreign_method(folder, tensors) or decoded_method(folder, tensors)
     if method is None and any(stored.dtype in FLOAT8 and is_scaled(name, tensors) for name, stored in tensors.items()):
         method = "FP8 with scales"
     weights = held_weights(checkpoint, method, settings)
@@ -188,6 +188,11 @@ def _advice(location: str, folder: Path, checkpoint: Checkpoint, quantized_by: s
     if quantized_by == "bitsandbytes":
         known = "bigq.integrations.transformers.use_as_bitsandbytes()"
         return f"{load}, or with from_pretrained after {known}", True
+    if decoded_method(folder, checkpoint.tensors) is not None:
+        return (
+            "bigq decodes it while it loads it, and quantizes its linears if a config is passed; "
+            f"`bigq estimate {location}` says how large it becomes"
+        ), True
     return (
         f"{location} holds {quantized_by}, which bigq does not read; take the original weights of the model and "
         "quantize those, or load these with transformers"

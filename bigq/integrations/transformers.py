@@ -21,6 +21,7 @@ try:
     import transformers
     from transformers.quantizers.auto import (
         AUTO_QUANTIZER_MAPPING,
+        AutoHfQuantizer,
         register_quantization_config,
         register_quantizer,
     )
@@ -36,6 +37,7 @@ import torch
 from torch import nn
 
 from bigq.checkpoint import Renamed, Source
+from bigq.checkpoint.bitsandbytes_settings import says_bitsandbytes
 from bigq.config import QuantizationConfig
 from bigq.errors import UnsupportedError
 from bigq.formats import state_name
@@ -247,6 +249,29 @@ def use_as_bitsandbytes() -> None:
     AUTO_QUANTIZER_MAPPING.update(bitsandbytes_4bit=LoadingQuantizer, bitsandbytes_8bit=LoadingQuantizer)
 
 
+def _take_over_configs() -> None:
+    """Let a QuantizationConfig stand where config.json says that another library has quantized the weights.
+
+    transformers refuses two kinds of config, before anything is read. bigq reads some of these weights as floats, and
+    refuses the others by name when it opens the files.
+    """
+    step = AutoHfQuantizer.merge_quantization_configs
+    if tuple(inspect.signature(step).parameters) != ("quantization_config", "quantization_config_from_args"):
+        return
+
+    def merge(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        asked = quantization_config_from_args
+        if isinstance(asked, QuantizationConfig) and isinstance(quantization_config, dict):
+            is_ours = quantization_config.get("quant_method") == asked.quant_method
+            if not is_ours and not says_bitsandbytes(quantization_config):
+                return asked
+        return step(quantization_config, asked)
+
+    own: Any = AutoHfQuantizer
+    own.merge_quantization_configs = classmethod(merge)
+
+
 _ORIGINALS = _take_over()
+_take_over_configs()
 register_quantization_config("bigq")(SavedConfig)
 register_quantizer("bigq")(LoadingQuantizer)

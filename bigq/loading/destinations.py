@@ -139,7 +139,8 @@ def _stored_in_checkpoint(plan: Plan, places: Mapping[str, str], source: Source)
         if places[name] != "disk" or planned.source is None:
             continue
         info = source.tensors[planned.source]
-        if len(info.spans) != 1 or spec != TensorSpec(shape=tuple(info.shape), dtype=info.dtype):
+        unchanged = info.coding is None and spec == TensorSpec(shape=tuple(info.shape), dtype=info.dtype)
+        if len(info.spans) != 1 or not unchanged:
             continue
         file, offset, _ = info.spans[0]
         if file.path is None or offset % spec.dtype.itemsize:

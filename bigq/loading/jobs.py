@@ -56,7 +56,8 @@ class TensorJob:
         return self._placed is not None
 
     def target(self, stored: StoredTensor) -> Target:
-        stays = self.planned.spec == TensorSpec(shape=tuple(stored.shape), dtype=stored.dtype)
+        own = TensorSpec(shape=tuple(stored.shape), dtype=stored.dtype)
+        stays = stored.coding is None and self.planned.spec == own
         allocate = None
         if stays and stored.nbytes >= _OWN_NBYTES:
             allocate = partial(self.destinations.receive, self.planned, stored.dtype)

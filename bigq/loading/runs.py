@@ -47,7 +47,7 @@ class Piece(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows of a tensor in a run: `nbytes` of them, from row `start` on."""
+    """Rows of a tensor in a run: `nbytes` of them, from row `start` on; of one with a coding, the rows of its codes."""
 
     info: StoredTensor
     start: int
@@ -100,8 +100,18 @@ class Run:
 
     @property
     def temporary_nbytes(self) -> int:
-        """Bytes of temporary memory: a power of two, which the allocator can use again for the next run."""
-        return 0 if self.target.allocate is not None else 1 << max(0, self.nbytes - 1).bit_length()
+        """Bytes of temporary memory: a power of two, which the allocator can use again for the next run.
+
+        What codes become is there too.
+        """
+        if self.target.allocate is not None:
+            return 0
+        made = sum(part.nbytes * part.info.coding.expansion for part in self.parts if part.info.coding is not None)
+        return self._buffer_nbytes + made
+
+    @property
+    def _buffer_nbytes(self) -> int:
+        return 1 << max(0, self.nbytes - 1).bit_length()
 
     def name_at(self, at: int) -> str:
         """The name of the tensor that byte `at` of the run belongs to."""
@@ -122,7 +132,7 @@ class Run:
             self._memory = self.target.allocate()
             self._bytes = self._memory.reshape(-1).view(torch.uint8)
         else:
-            self._memory = torch.empty(self.temporary_nbytes, dtype=torch.uint8, device=self.target.device)
+            self._memory = torch.empty(self._buffer_nbytes, dtype=torch.uint8, device=self.target.device)
             self._bytes = self._memory[: self.nbytes]
         if not self.nbytes:
             self.handed_over.open()
@@ -147,13 +157,23 @@ class Run:
         if self.target.allocate is not None:
             return [Piece(self.parts[0].info, 0, self._memory, is_temporary=False)]
         pieces, at = [], 0
-        for dtype, parts in groupby(self.parts, key=lambda part: part.info.dtype):
+        for dtype, parts in groupby(self.parts, key=_dtype_read):
             alike = list(parts)
             nbytes = sum(part.nbytes for part in alike)
             tensors = cut(self._bytes[at : at + nbytes].view(dtype), [part.shape for part in alike])
-            pieces += [Piece(part.info, part.start, tensor) for part, tensor in zip(alike, tensors, strict=True)]
+            pieces += [_piece(part, tensor) for part, tensor in zip(alike, tensors, strict=True)]
             at += nbytes
         return pieces
+
+
+def _dtype_read(part: Part) -> torch.dtype:
+    return part.info.dtype if part.info.coding is None else torch.uint8
+
+
+def _piece(part: Part, tensor: Tensor) -> Piece:
+    """The piece that was read as `tensor`, which holds numbers or codes."""
+    coding = part.info.coding
+    return Piece(part.info, part.start, tensor if coding is None else coding.decode(tensor, part.start))
 
 
 def make_runs(tensors: Iterable[StoredTensor], targets: Mapping[str, Target], limit: int) -> Iterator[Run]:
@@ -177,6 +197,8 @@ def make_runs(tensors: Iterable[StoredTensor], targets: Mapping[str, Target], li
 def _parts(stored: StoredTensor, target: Target, limit: int) -> list[tuple[Part, tuple[Span, ...]]]:
     """The tensor, or pieces of whole rows of one that is too large, each with the spans that its bytes lie in."""
     shape, nbytes = tuple(stored.shape), stored.nbytes
+    if stored.coding is not None:  # of codes, the rows of bytes; the limit is that of the numbers
+        shape, limit = (shape[0], nbytes // max(1, shape[0])), limit // stored.coding.expansion
     if target.allocate is not None or not target.may_split or nbytes <= limit or not shape:
         return [(Part(stored, 0, shape, nbytes), stored.spans)]
     row_nbytes = nbytes // shape[0]

@@ -40,6 +40,7 @@ CODES = {"q.weight": torch.ones(2, 2, dtype=torch.uint8), "norm.weight": torch.o
         ({"quant_method": "gptq"}, "GPTQ"),
         ({"quant_method": "hqq"}, "HQQ"),
         ({"quant_method": "fp8"}, "FP8 with scales"),
+        ({"quant_method": "mxfp4"}, "MXFP4"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
         ({"load_in_8bit": True}, "bitsandbytes"),
         ({"quant_method": "of tomorrow"}, "of tomorrow"),
@@ -52,6 +53,33 @@ def test_a_folder_whose_config_says_how_it_is_quantized(tmp_path, said, name):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
     for location in (tmp_path, tmp_path / "model.safetensors"):
         refused(location, f"quantized already: {name}, which bigq does not read; take the original weights")
+
+
+SCALED = {"q.weight": torch.ones(2, 4).to(torch.float8_e4m3fn), "q.weight_scale": torch.ones(2, 1)}
+
+
+@pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", None])
+def test_codes_that_are_decoded_are_no_obstacle(tmp_path, method):
+    save_file(SCALED, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    assert len(Checkpoint.open(tmp_path).tensors) == 2
+
+
+@pytest.mark.parametrize(
+    "tensors, said",
+    [
+        (CODES | {"p.weight_packed": torch.ones(2, 2, dtype=torch.int32)}, {}),
+        ({}, {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}),
+        ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}),
+        ({"w": torch.ones(2, 2, dtype=torch.int8), "w_scale": torch.ones(1), "w_zero_point": torch.ones(1)}, {}),
+    ],
+    ids=["other codes", "rotated", "sparse", "zero points"],
+)  # fmt: skip
+def test_codes_among_others_or_of_changed_weights_are_refused(tmp_path, tensors, said):
+    save_file(SCALED | {f"other.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    said = {"quant_method": "compressed-tensors"} | said
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
+    refused(tmp_path, "quantized already: compressed-tensors, which bigq does not read")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"quantization_config": 3}', "[" * 9999], ids=lambda c: c[:9])
@@ -129,8 +157,8 @@ def test_one_weight_among_others_may_be_float8(tmp_path):
     assert torch.equal(model.head.weight_packed, packed)
 
 
-@pytest.mark.parametrize("scale", ["a.weight_scale", "a.weight_scale_inv", "a.scale_weight", "a.weight_scales"])
-def test_float8_with_a_scale_is_refused(tmp_path, scale):
+@pytest.mark.parametrize("scale", ["a.scale_weight", "a.weight_scales"])
+def test_float8_with_a_scale_of_an_unknown_name_is_refused(tmp_path, scale):
     tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in Net().state_dict().items()}
     save_file({**tensors, scale: torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="a scaled storage format"):

@@ -92,8 +92,9 @@ def test_what_other_libraries_quantized(name, tmp_path):
     assert found.quantized_by == name.partition(" in ")[0]
     assert (found.nbytes, found.model) == (nbytes, "LlamaForCausalLM")
     assert sum(group.nbytes for group in found.groups) == nbytes
-    assert not found.is_readable
-    assert "take the original weights" in found.advice
+    is_decoded = name == "FP8 with scales"
+    assert found.is_readable == is_decoded
+    assert ("bigq decodes it while it loads it" if is_decoded else "take the original weights") in found.advice
     if name in ("torchao", "of tomorrow"):
         assert found.parameters is None
         assert found.bits is None
@@ -108,6 +109,13 @@ def test_what_other_libraries_quantized(name, tmp_path):
 
 def test_scales_beside_float8_say_it_without_a_config(tmp_path):
     write(tmp_path, FOREIGN["FP8 with scales"][0], None)
+    found = inspect_checkpoint(tmp_path)
+    assert (found.quantized_by, found.is_readable) == ("FP8 with scales", True)
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scales"])
+def test_scales_of_unknown_names_are_not_read(tmp_path, scale):
+    write(tmp_path, {"weight": torch.zeros(N, K).to(torch.float8_e4m3fn), scale: torch.ones(1)}, None)
     found = inspect_checkpoint(tmp_path)
     assert (found.quantized_by, found.is_readable) == ("FP8 with scales", False)
 

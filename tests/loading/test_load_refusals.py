@@ -126,9 +126,9 @@ class TestRefusals:
         folder = self.write(tmp_path / "inf", state)
         assert load_and_quantize_model(empty(tiny), folder, QuantizationConfig("nf4"), "cpu").gain[0] == -float("inf")
 
-    def test_float8_with_a_scale_is_refused_by_name(self, tiny, empty, tmp_path):
+    def test_float8_with_a_scale_of_an_unknown_name_is_refused_by_name(self, tiny, empty, tmp_path):
         state = tiny().state_dict()
-        state["blocks.0.up.weight_scale"] = torch.ones(1)
+        state["blocks.0.up.scale_weight"] = torch.ones(1)
         state["blocks.0.up.weight"] = state["blocks.0.up.weight"].to(torch.float8_e4m3fn)
         folder = self.write(tmp_path / "fp8", state)
         message = self.refused(empty(tiny), folder, QuantizationConfig("nf4"), error=CheckpointError, words="fit")
