@@ -13,6 +13,7 @@ import bigq
 from bigq import NF4, QuantizationConfig, load_and_quantize_model
 from bigq.offload.space import is_file_backed
 from processes_of_mesh import Net, error_of, held_by_all, mesh_of, own_device, run_ranks
+from scaled_checkpoints import in_fp8, write
 
 FORMATS = {
     "nf4": NF4(),
@@ -83,12 +84,14 @@ def _load_otherwise(world, folder):
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     nf4, mesh = QuantizationConfig("nf4", also_quantize=STACKS), mesh_of(world)
+    double = QuantizationConfig(NF4(double_quant=True), also_quantize=[*STACKS, "embed", "head"])
     names = ("replicas", "shards")
     found = {
         "hsdp": _compare(folder, nf4, mesh=mesh_of(1, world, mesh_dim_names=names)),
         "replicas": _compare(folder, nf4, mesh=mesh_of(world, 1, mesh_dim_names=names)),
         "quantized": _compare(f"{folder}/quantized", None, mesh=mesh),
         "pickle": _compare(f"{folder}/pickle", nf4, mesh=mesh),
+        "codes": _compare(f"{folder}/codes", double, mesh=mesh),
     }
     moments = bigq.InputMoments(
         {
@@ -105,7 +108,6 @@ def _load_otherwise(world, folder):
         """Everything in one group, so that also what the default leaves whole is sharded; the outputs are bfloat16."""
         fully_shard(model, mesh=mesh)
 
-    double = QuantizationConfig(NF4(double_quant=True), also_quantize=[*STACKS, "embed", "head"])
     found["tied"] = _compare(folder, double, mesh=mesh)
     found["one-group"] = _compare(folder, double, mesh=mesh, shard=whole_groups)
 
@@ -305,6 +307,10 @@ def checkpoint(tmp_path_factory):
     save_file({**state, "_extra_state": torch.tensor(1)}, folder / "extra" / "model.safetensors")
     save_file(bad, folder / "nan" / "model.safetensors")
     torch.save(state, folder / "pickle" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    codes = dict(state)
+    for name in [name for name, tensor in state.items() if tensor.ndim > 1 and len(tensor) > 1]:
+        codes[name], codes[f"{name}_scale_inv"] = in_fp8(state[name], (32, 64))
+    write(folder / "codes", codes, {"quant_method": "fp8", "weight_block_size": [32, 64]})
     config = QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
     bigq.save_quantized(_load(folder, config, device_map="cpu"), folder / "quantized")
     return folder
@@ -354,6 +360,7 @@ def test_the_report_counts_the_bytes_of_the_process(of_two, name):
         "replicas",
         "quantized",
         "pickle",
+        "codes",
         "search",
         "search-double-quant",
         "tied",
@@ -373,6 +380,7 @@ def test_replicas_read_everything_and_shards_their_part(of_two):
         assert found["replicas"]["read"] == 1
         assert found["hsdp"]["read"] < 0.6
         assert found["quantized"]["read"] < 0.6
+        assert found["codes"]["read"] < 0.6
         assert any("quant_state" in name for name in found["one-group"]["sharded"])
         assert found["some-whole"]["read"] > 0.6  # rows of what stays whole were read first, in vain
         assert not {"blocks.0.up.weight_packed", "experts.up_absmax"} & found["some-whole"]["sharded"]
