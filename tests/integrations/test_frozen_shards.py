@@ -133,27 +133,14 @@ def _compare(one, model):
 
 
 def _merged(one, model):
-    """What a merge says while weights are gathered and after that, and whether merging has the bits of one process."""
-    from torch.distributed.tensor.experimental import implicit_replication
-
-    from bigq.integrations.frozen_shards import reshard_frozen
-
-    with torch.no_grad():
-        _logits(model)
-    with implicit_replication():
-        said = [error_of(model.merge_adapter)]
-        reshard_frozen(model)
-        model.unmerge_adapter()  # of the blocks that came before the refusal
-        reshard_frozen(model)
+    """Whether merging, while some weights are gathered, and unmerging have the bits of one process."""
     found = []
     for merge in ("merge_adapter", "unmerge_adapter"):
-        reshard_frozen(model)
-        with implicit_replication():
-            getattr(model, merge)()
-        getattr(one, merge)()
+        for each in (one, model):
+            getattr(each, merge)()
         with torch.no_grad():
             found.append(torch.equal(_logits(one).logits, _logits(model).logits))
-    return said, found
+    return found
 
 
 def _loaded(folder, mesh):
@@ -317,9 +304,7 @@ def test_a_trainer_makes_the_adapter_that_it_makes_with_ddp(loaded):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOADS)
 def test_an_adapter_is_merged_into_the_shards(loaded, name):
-    for (said,), same in (own["merged", name] for own in loaded):
-        assert said.startswith("UnsupportedError: a weight of QuantizedLinear is written while")
-        assert same == [True, True]
+    assert [own["merged", name] for own in loaded] == [[True, True]] * 2
 
 
 def test_a_tensor_that_is_assigned_later_is_cut_too(found):
@@ -332,7 +317,7 @@ def test_accelerate_finds_no_dtensor_in_frozen_shards(found):
 
 def test_what_cannot_be_sharded_is_refused(found):
     for (unknown, twice, trained), same in (own["refused"] for own in found):
-        assert unknown.startswith("ConfigError: PeftModel is no model that shard_frozen was called with")
+        assert unknown.startswith("ConfigError: PeftModel holds no weights in frozen shards")
         assert "parameters of PeftModel are sharded already" in twice
         assert trained.startswith("ConfigError: Linear has no frozen tensor of 1024 bytes or more")
         assert same
