@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, state_name
-from bigq.integrations.accelerate_ddp import UNITS, let_accelerate_wrap
+from bigq.integrations.accelerate_ddp import UNITS, let_ddp_wrap
 from bigq.integrations.gathered_units import GatheredUnits
 from bigq.integrations.packed_units import Alike, CutWeight, Place
 from bigq.interop.adapter_merges import watch_merges
@@ -73,7 +73,7 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     vars(model)["_ddp_params_and_buffers_to_ignore"] = [*ignored, *names]
     vars(model)[UNITS] = gathered
     watch_merges(model)
-    let_accelerate_wrap()
+    let_ddp_wrap()
     return model
 
 

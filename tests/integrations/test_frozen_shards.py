@@ -221,15 +221,28 @@ def _assigned(mesh):
 
 
 def _has_dtensor(mesh):
-    """What accelerate, which refuses DTensors in DDP, finds in frozen shards, and in shards of FSDP2."""
+    """What accelerate, which refuses DTensors in DDP, finds in frozen shards, parts of them, and those of FSDP2."""
     from accelerate import accelerator
     from torch.distributed.fsdp import fully_shard
 
     from bigq.integrations.frozen_shards import shard_frozen
 
     models = [shard_frozen(_model(*CASES["nf4"]), mesh) for _ in range(2)]
+    models += [models[0].get_base_model(), torch.nn.ModuleList(models)]
     models.append(fully_shard(torch.nn.Linear(8, 8).to(own_device()), mesh=mesh))
+    models.append(torch.nn.ModuleList(models))
     return [accelerator.model_has_dtensor(model) for model in models]
+
+
+def _wrapped(mesh):
+    """What DDP says of another model than the one in frozen shards: a part of it, and one that holds it."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from bigq.integrations.frozen_shards import shard_frozen
+
+    model = shard_frozen(_model(*CASES["nf4"]), mesh)
+    others = [model.get_base_model(), torch.nn.ModuleDict({"model": model})]
+    return [error_of(lambda other=other: DistributedDataParallel(other)) for other in others]
 
 
 def _refused(mesh):
@@ -249,7 +262,8 @@ def _work(rank, folder):
     mesh = mesh_of(2)
     with mock.patch("bigq.integrations.frozen_shards.SMALLEST", SMALLEST):
         trained = {name: _compare(_model(*case), shard_frozen(_model(*case), mesh)) for name, case in CASES.items()}
-        return {**trained, "assigned": _assigned(mesh), "refused": _refused(mesh), "has dtensor": _has_dtensor(mesh)}
+        found = {"assigned": _assigned(mesh), "refused": _refused(mesh), "has dtensor": _has_dtensor(mesh)}
+        return {**trained, **found, "wrapped": _wrapped(mesh)}
 
 
 def _work_with_loads(rank, folder):
@@ -312,7 +326,13 @@ def test_a_tensor_that_is_assigned_later_is_cut_too(found):
 
 
 def test_accelerate_finds_no_dtensor_in_frozen_shards(found):
-    assert [each["has dtensor"] for each in found] == [[False, False, True]] * 2
+    assert [each["has dtensor"] for each in found] == [[False] * 4 + [True] * 2] * 2
+
+
+def test_another_model_than_the_one_in_frozen_shards_is_refused_by_ddp(found):
+    for part, holder in (own["wrapped"] for own in found):
+        assert part.startswith("UnsupportedError: LlamaForCausalLM is a part of the model that shard_frozen was called")
+        assert holder.startswith("UnsupportedError: ModuleDict holds the model that shard_frozen was called with")
 
 
 def test_what_cannot_be_sharded_is_refused(found):
