@@ -115,6 +115,8 @@ def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         vars(parent).update({method: _Method(parent, method) for method in own})
     elif name == "model" and child is not None:
         watch_targets(parent, child)
+    elif isinstance(child, QuantizedModule) and child.was_changed:  # it takes the place of a tuner layer again
+        child.forget_changes()
 
 
 def _in_frozen_shards(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
