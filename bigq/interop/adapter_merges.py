@@ -9,7 +9,6 @@ torch reports each module that becomes a part of another one. So nothing of PEFT
 changed: only these methods of the layer that got a quantized module, and the forward of one over experts.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from bigq.interop.expert_adapters import adapted_forward, adapted_leaf, adapted_
 from bigq.interop.frozen_weights import are_frozen_shards, innermost, put_back, whole_weights
 from bigq.interop.whole_adapters import whole_adapters
 from bigq.ops.sharding import in_all, local_part
+from bigq.system.user_warnings import warn
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
@@ -155,10 +155,9 @@ def _unmerge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwar
     if kept is not None and is_as_merged and not layer.merged:
         _put_back(layer, kept)
     elif was_merged:
-        warnings.warn(
+        warn(
             f"the weight of {base} has changed since an adapter was merged into it: the adapter is "
             "subtracted from the new weight, and the difference is quantized",
-            stacklevel=3,
         )
     return result
 
