@@ -4,7 +4,6 @@ Codes and scales have the same bytes in both, so they stay where they are and ar
 beside them (the descriptions, and the means of double quantization) is made of the JSON of each weight.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from bigq.errors import CheckpointError
 from bigq.formats import QUANT_STATE
 from bigq.formats.bitsandbytes import is_bitsandbytes
 from bigq.system.text import shortlist
+from bigq.system.user_warnings import warn
 
 __all__ = ["with_bitsandbytes"]
 
@@ -55,10 +55,9 @@ def with_bitsandbytes(
     if not held.straddling:
         return BitsandbytesWeights(source, held)
     names = shortlist(list(held.straddling), limit=3)
-    warnings.warn(
+    warn(
         f"{len(held.straddling)} weights of {folder} are dequantized, because their rows are no multiple of their "
         f"block size: {names}",
-        stacklevel=2,
     )
     return BitsandbytesWeights(Converted(source, list(held.straddling.values())), held)
 

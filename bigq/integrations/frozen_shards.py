@@ -11,9 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, state_name
-from bigq.integrations.accelerate_ddp import UNITS, let_accelerate_wrap
+from bigq.integrations.accelerate_ddp import UNITS, let_ddp_wrap
 from bigq.integrations.gathered_units import GatheredUnits
 from bigq.integrations.packed_units import Alike, CutWeight, Place
+from bigq.interop.adapter_merges import watch_merges
+from bigq.interop.frozen_weights import innermost, units_in
 from bigq.model.repeated_blocks import repeated_blocks
 from bigq.ops.sharding import is_sharded
 from bigq.system.text import shortlist
@@ -32,8 +34,8 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     it runs, forward and backward. The next one is gathered meanwhile. What is trained, and tensors of less than 64 KiB,
     stay whole. Outputs, gradients and the trained adapter have the bits of DDP without it.
 
-    All processes call the model equally often. A write to a weight that is whole would be lost: call `reshard_frozen`
-    in all of them before, for example before an adapter is merged.
+    All processes call the model equally often, and merge adapters together. A write to a weight that is whole would be
+    lost: call `reshard_frozen` in all of them before. A merge does so itself.
 
     Args:
         model: with the adapter, and with the same numbers in all processes. For `load_and_quantize_model(...,
@@ -70,20 +72,28 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     # DDP would send those of the first process to all.
     vars(model)["_ddp_params_and_buffers_to_ignore"] = [*ignored, *names]
     vars(model)[UNITS] = gathered
-    let_accelerate_wrap()
+    watch_merges(model)
+    let_ddp_wrap()
     return model
 
 
 def reshard_frozen(model: nn.Module) -> None:
     """Let the shards stand in all modules of `model` again; after a call, some hold whole weights.
 
+    Args:
+        model: that `shard_frozen` was called with, or one that holds it or a part of it, such as that of DDP.
+
     Raises:
-        ConfigError: `shard_frozen` was not called with `model`.
+        ConfigError: `model` holds no weights in frozen shards.
     """
-    gathered = vars(model).get(UNITS)
-    if not isinstance(gathered, GatheredUnits):
-        raise ConfigError(f"{type(model).__name__} is no model that shard_frozen was called with: pass that one")
-    gathered.put_back()
+    found = units_in(model)
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} holds no weights in frozen shards; expected the model that shard_frozen was "
+            "called with, or one that holds it"
+        )
+    for gathered in found:
+        gathered.put_back()
 
 
 def _units(model: nn.Module) -> Iterator[tuple[list[nn.Module], list[list[Place]]]]:
@@ -96,6 +106,10 @@ def _units(model: nn.Module) -> Iterator[tuple[list[nn.Module], list[list[Place]
         if module in blocks or (module not in inside and isinstance(module, _LEAVES))
     ]
     held = {caller: _large_frozen(caller) for caller in callers}
+    layers: dict[nn.Module, list[nn.Module]] = {}  # around leaves, and may read their weights without a call of them
+    for module in model.modules():
+        if innermost(module) is not module:
+            layers.setdefault(innermost(module), []).append(module)
     holders: dict[int, list[nn.Module]] = {}
     for caller, tensors in held.items():
         for key in tensors:
@@ -107,7 +121,11 @@ def _units(model: nn.Module) -> Iterator[tuple[list[nn.Module], list[list[Place]
         done.update(own)
         if own:
             together = dict.fromkeys(caller for key in own for caller in holders[key])
-            yield list(together), [[place for caller in holders[key] for place in held[caller][key]] for key in own]
+            around = [layer for caller in together for layer in layers.get(caller, ())]
+            yield (
+                [*together, *around],
+                [[place for caller in holders[key] for place in held[caller][key]] for key in own],
+            )
 
 
 def _large_frozen(caller: nn.Module) -> dict[int, list[Place]]:

@@ -19,7 +19,9 @@ from torch.distributed.tensor import DTensor
 from bigq.errors import UnsupportedError
 from bigq.integrations.packed_units import CutWeight, Memory, Packed
 from bigq.integrations.unit_tags import Tags
+from bigq.interop.frozen_weights import innermost, note_unit
 from bigq.ops.sharding import is_sharded
+from bigq.system.internals import SEES_EDITS
 
 __all__ = ["GatheredUnits"]
 
@@ -62,7 +64,7 @@ class GatheredUnits:
         own._in_backward |= self._in_backward
         for unit in self._units:
             places = [tuple((deepcopy(module, memo), name) for module, name in weight.places) for weight in unit]
-            own._units.append([replace(weight, places=copies) for weight, copies in zip(unit, places, strict=True)])
+            own._append([replace(weight, places=copies) for weight, copies in zip(unit, places, strict=True)])
         return own
 
     def __getstate__(self) -> NoReturn:
@@ -73,23 +75,34 @@ class GatheredUnits:
 
     def add(self, name: str, modules: Sequence[nn.Module], weights: Sequence[CutWeight]) -> None:
         """Make the next unit of `weights`, which are whole while one of `modules` runs, forward and backward."""
-        index = len(self._units)
-        self._units.append(list(weights))
+        index = self._append(weights)
         self._names.append(name)
         for module in modules:  # no closures, so that a deepcopy of the model calls its own units
             module.register_forward_pre_hook(partial(self._before, index), prepend=True, with_kwargs=True)
-            if not isinstance(module, nn.Embedding):
+            if not isinstance(innermost(module), nn.Embedding):
                 module.register_forward_hook(partial(self._after, index))
                 self._in_backward.add(index)
 
+    def _append(self, weights: Sequence[CutWeight]) -> int:
+        """Make `weights` those of the next unit, and let merges find it: its index."""
+        index = len(self._units)
+        self._units.append(list(weights))
+        for module in dict.fromkeys(module for weight in weights for module, _ in weight.places):
+            note_unit(module, self, index)
+        return index
+
     def put_back(self) -> None:
-        """Let shards stand in all modules. A deepcopy may have whole weights that were never gathered for it."""
+        """Let shards stand in all modules."""
         for index in range(len(self._units)):
-            if index in self._packed:
-                self._packed[index].drop()
-            else:
-                self._cut(index)
+            self.put_back_unit(index)
         self._tags.check(wait=True)
+
+    def put_back_unit(self, index: int) -> None:
+        """Let shards stand in the modules of a unit. A deepcopy may have whole weights that were never gathered."""
+        if index in self._packed:
+            self._packed[index].drop()
+        else:
+            self._cut(index)
 
     def _before(self, index: int, module: nn.Module, args: object, kwargs: object) -> None:
         if torch.is_grad_enabled():
@@ -105,16 +118,25 @@ class GatheredUnits:
                     "would not be gathered for a backward pass; expected a tensor, or a tuple, list, mapping or "
                     "dataclass that holds one. Without a backward pass, call it under torch.no_grad()"
                 )
-            for tensor in _new(tensors):
-                tensor.register_hook(partial(self._backward, index))
+            new = _new(tensors)
+            if new:
+                packed = self._packed[index]
+                backward = partial(self._backward, index, packed, packed.edits)
+                for tensor in new:
+                    tensor.register_hook(backward)
 
-    def _backward(self, index: int, grad: Tensor) -> None:
+    def _backward(self, index: int, packed: Packed, edits: list[int], grad: Tensor) -> None:
         if torch.is_grad_enabled():
             raise UnsupportedError(
                 "a gradient of a gradient (create_graph=True) was asked for of a model in frozen shards, whose "
                 "weights are not gathered for that: use DDP without shard_frozen"
             )
         self._enter(index)
+        if SEES_EDITS and (self._packed[index] is not packed or packed.edits != edits):
+            raise UnsupportedError(
+                f"weights of {self._names[index]} were written to after the forward pass, and its backward pass would "
+                "compute with the new ones: write to weights, or merge an adapter, after the backward pass"
+            )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.inference_mode(False)  # what is made in inference mode cannot be gathered, or saved for gradients, later

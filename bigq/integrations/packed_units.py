@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from bigq.errors import UnsupportedError
 from bigq.integrations.unit_tags import TAG_NBYTES, tag_of
-from bigq.ops.sharding import chunk_of_rank, is_sharded
+from bigq.ops.sharding import chunk_of_rank, from_shard, is_sharded
 from bigq.system.distributed.internals import sharded_as
 from bigq.system.internals import SEES_EDITS, version_of
 from bigq.weight.quantized_module import QuantizedModule
@@ -96,8 +96,7 @@ class CutWeight:
 def _like(whole: Tensor, mesh: DeviceMesh) -> DTensor:
     """A DTensor of the shape and dtype of `whole`, without numbers: 0.1 ms, and one that is made like it 5 us."""
     rows = torch.empty(-(-len(whole) // mesh.size()), *whole.shape[1:], dtype=whole.dtype, device="meta")
-    stride = torch.empty(whole.shape, device="meta").stride()
-    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=stride)
+    return from_shard(rows, mesh, [Shard(0)], whole.shape)
 
 
 class Memory:
@@ -128,6 +127,7 @@ class Packed:
         self.tag = tag_of(index).to(device)
         self.tags = torch.empty(processes, TAG_NBYTES, dtype=torch.uint8, device=device)  # what the processes have sent
         self.shards: list[nn.Parameter] = []
+        self._sent: list[Tensor] = []  # their memory
         self.whole: list[nn.Parameter] = []
         self.versions: list[int] = []  # of whole weights that nobody has written to
         self.sizes: list[int] = []  # of the rows, and of what fills them up, as they are copied
@@ -144,6 +144,7 @@ class Packed:
             nbytes, filling = own.numel() * own.itemsize, _aligned(weight.chunk) - weight.chunk
             # A tensor that begins where its storage does: torch 2.13 cannot copy.deepcopy a DTensor of another.
             sent = torch.from_dlpack(self.rows[from_start : from_start + nbytes])  # type: ignore[attr-defined]
+            self._sent.append(sent)
             self.shards.append(weight.shard_of(sent.view(weight.dtype).view(own.shape).copy_(own)))
             weight.put(self.shards[-1])
             piece = memory.bytes[in_memory : in_memory + processes * weight.chunk]
@@ -169,6 +170,12 @@ class Packed:
         own = self.whole if self.is_whole else self.shards
         return all(attributes["_parameters"][name] is own[i] for attributes, name, i in self._places)
 
+    @property
+    def edits(self) -> list[int]:
+        """How often each shard was written to."""
+        # torch counts an op on a DTensor, and one on the memory of its rows, apart.
+        return [version_of(tensor) for tensor in (*self.shards, *self._sent)]
+
     def put(self, *, is_gathered: bool, is_whole: bool) -> None:
         """Let the whole weights, or the shards, stand where either stands now. Writes to gathered ones are refused."""
         before = self.whole if self.is_whole else self.shards
@@ -191,8 +198,10 @@ class Packed:
     def _refuse_lost_write(self) -> None:
         if not SEES_EDITS:
             return
-        written = [i for i, own in enumerate(self.whole) if version_of(own) != self.versions[i]]
-        for i in written:
+        counted = [i for i, own in enumerate(self.whole) if version_of(own) != self.versions[i]]
+        # torch counts `set_` of the same numbers too, with which a parametrization begins, as that of PEFT for experts.
+        written = [i for i in counted if not self._holds_own_rows(i)]
+        for i in counted:
             self.whole[i] = nn.Parameter(self.whole[i].data, requires_grad=False)
             self.versions[i] = version_of(self.whole[i])
         if written:
@@ -201,6 +210,15 @@ class Packed:
                 f"{name} of {type(module).__name__} was written to while it was gathered for a call, and the write is "
                 "lost: call reshard_frozen(model) before the write, and repeat it"
             )
+
+    def _holds_own_rows(self, index: int) -> bool:
+        """Whether a whole weight still holds the bytes that this process has sent. A process looks at its own alone."""
+        if self.arrived is not None:
+            torch.cuda.current_stream(self.rows.device).wait_event(self.arrived)
+        own, mesh = cast(DTensor, self.shards[index]).to_local(), self.weights[index].like.device_mesh
+        start, stop = chunk_of_rank(len(self.whole[index]), mesh.get_local_rank(), mesh.size())
+        sent, held = (rows.detach().reshape(-1).view(torch.uint8) for rows in (own, self.whole[index][start:stop]))
+        return torch.equal(sent, held)
 
 
 def _held(place: Place) -> nn.Parameter:

@@ -10,8 +10,10 @@ from torch import nn
 
 from bigq.errors import ConfigError
 from bigq.interop.expert_adapters import adapted_leaf, adapted_module
+from bigq.interop.frozen_weights import whole_weights
 from bigq.model.tree import tensor_name
 from bigq.weight.convert import revert
+from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["MergeCost", "merge_costs"]
 
@@ -37,6 +39,7 @@ def merge_costs(model: nn.Module, adapter_names: Sequence[str] | None = None) ->
     """Compute what merging adapters would change in each quantized weight, and what quantizing the sums would add.
 
     Nothing is changed. One weight at a time is dequantized, on its device. What PEFT cannot merge raises PEFT's error.
+    For a model in frozen shards, all processes call it.
 
     Args:
         model: a PEFT model whose adapters are not merged.
@@ -65,7 +68,10 @@ def merge_costs(model: nn.Module, adapter_names: Sequence[str] | None = None) ->
     for name, layer in _adapted(model):
         if layer.merged:
             raise ConfigError(f"the adapter of {name} is merged already: call the model's unmerge_adapter() first")
-        costs[name] = _merge_cost(layer, adapter_names)
+        base = adapted_module(layer)
+        assert base is not None
+        with whole_weights(base, adapted_leaf(layer), writes=False):
+            costs[name] = _merge_cost(layer, base, adapter_names)
     if not costs:
         raise ConfigError(
             f"{type(model).__name__} has no adapter on a quantized module that can be merged; expected a model from "
@@ -82,9 +88,8 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name if leaf is None else tensor_name(name.replace(_INNER, ""), leaf), module
 
 
-def _merge_cost(layer: Any, adapter_names: Sequence[str] | None) -> MergeCost:
-    base, leaf = adapted_module(layer), adapted_leaf(layer)
-    assert base is not None
+def _merge_cost(layer: Any, base: QuantizedModule, adapter_names: Sequence[str] | None) -> MergeCost:
+    leaf = adapted_leaf(layer)
     described = {own: description for own, description in base.descriptions.items() if leaf in (None, own)}
     plain = copy.copy(base)
     revert(plain, {})

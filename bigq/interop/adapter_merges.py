@@ -9,7 +9,6 @@ torch reports each module that becomes a part of another one. So nothing of PEFT
 changed: only these methods of the layer that got a quantized module, and the forward of one over experts.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,13 +21,15 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from bigq.interop.adapter_refusals import refuse_loftq, refuse_slices_below, watch_targets
 from bigq.interop.expert_adapters import adapted_forward, adapted_leaf, adapted_module
+from bigq.interop.frozen_weights import are_frozen_shards, innermost, put_back, whole_weights
 from bigq.interop.whole_adapters import whole_adapters
 from bigq.ops.sharding import in_all, local_part
+from bigq.system.user_warnings import warn
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.quantized_weight import QuantizedWeight
 from bigq.weight.stored import Stored
 
-__all__ = ["watch_adapters"]
+__all__ = ["watch_adapters", "watch_merges"]
 
 _BASE, _METHODS, _KEPT = "base_layer", ("merge", "unmerge"), "_bigq_kept"
 _LOFTQ = "loftq_init"  # of layers of LoRA
@@ -62,9 +63,11 @@ class _Method:
         layer = self._layer()
         assert layer is not None
         method = getattr(type(layer), self._name)
-        if adapted_module(layer) is None:  # it was replaced since
-            return method(layer, *args, **kwargs)
-        return _OWN[self._name](layer, method, args, kwargs)
+        if adapted_module(layer) is not None:
+            return _OWN[self._name](layer, method, args, kwargs)
+        if self._name in _METHODS:
+            return _in_frozen_shards(layer, method, args, kwargs)
+        return method(layer, *args, **kwargs)  # the quantized module was replaced since
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Method":
         return _Method(memo[id(self._layer())], self._name)
@@ -78,11 +81,32 @@ def watch_adapters() -> None:
     register_module_module_registration_hook(_notice)
 
 
+def watch_merges(model: nn.Module) -> None:
+    """Give each tuner layer in `model` over weights that were cut into frozen shards the methods that merge there."""
+    for layer in model.modules():
+        base = layer._modules.get(_BASE)
+        if base is not None and adapted_module(layer) is None:
+            _watch_kept(layer, base)
+
+
+def _watch_kept(layer: nn.Module, base: nn.Module) -> None:
+    """Give `layer` the methods that merge into frozen shards if it is a tuner layer over some that are not quantized.
+
+    Args:
+        layer: any module.
+        base: that is, or becomes, its `base_layer`.
+    """
+    if all(hasattr(type(layer), method) for method in _METHODS) and any(map(are_frozen_shards, base.modules())):
+        vars(layer).update({method: _Method(layer, method) for method in _METHODS})
+
+
 def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if name == _BASE and child is not None:
         kind, own = type(parent), list(_METHODS)
         # the child is no part of the parent yet
         base = child if isinstance(child, QuantizedModule) else adapted_module(child) if adapted_leaf(parent) else None
+        if base is None:
+            _watch_kept(parent, child)
         if base is None or not all(hasattr(kind, method) for method in _METHODS):
             return
         refuse_slices_below(parent, base)
@@ -91,15 +115,27 @@ def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         vars(parent).update({method: _Method(parent, method) for method in own})
     elif name == "model" and child is not None:
         watch_targets(parent, child)
+    elif isinstance(child, QuantizedModule) and child.was_changed:  # it takes the place of a tuner layer again
+        child.forget_changes()
+
+
+def _in_frozen_shards(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Merge or unmerge as PEFT does, in whole weights where they are cut into frozen shards, and not quantized."""
+    base = innermost(layer)
+    put_back(base)
+    with whole_weights(base, adapted_leaf(layer)):
+        return method(layer, *args, **kwargs)
 
 
 def _merge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    base, leaf = _adapted(layer)[0], adapted_leaf(layer)
+    put_back(base)
     if not layer.merged:
         vars(layer)[_KEPT] = _Kept(weights=_in_host_memory(layer))
     elif not _is_as_merged(layer):
         vars(layer).pop(_KEPT, None)
     try:
-        with whole_adapters(layer, _adapted(layer)[0]):
+        with whole_weights(base, leaf), whole_adapters(layer, base):
             return method(layer, *args, **kwargs)  # which may itself unmerge and merge other adapters
     finally:
         kept: _Kept | None = vars(layer).pop(_KEPT, None)
@@ -110,17 +146,18 @@ def _merge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 
 def _unmerge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    base, leaf = _adapted(layer)[0], adapted_leaf(layer)
+    put_back(base)
     was_merged, is_as_merged = layer.merged, _is_as_merged(layer)
-    with whole_adapters(layer, _adapted(layer)[0]):
+    with whole_weights(base, leaf), whole_adapters(layer, base):
         result = method(layer, *args, **kwargs)
     kept: _Kept | None = vars(layer).pop(_KEPT, None)
     if kept is not None and is_as_merged and not layer.merged:
         _put_back(layer, kept)
     elif was_merged:
-        warnings.warn(
-            f"the weight of {_adapted(layer)[0]} has changed since an adapter was merged into it: the adapter is "
+        warn(
+            f"the weight of {base} has changed since an adapter was merged into it: the adapter is "
             "subtracted from the new weight, and the difference is quantized",
-            stacklevel=3,
         )
     return result
 

@@ -5,7 +5,6 @@ were. It does not find any other and adapts the rest. It adds such names by itse
 "all-linear".
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from weakref import ref
@@ -17,6 +16,7 @@ from bigq.formats import state_name
 from bigq.interop.expert_adapters import named_as_parameters, takes_adapters
 from bigq.model.tree import tensor_name
 from bigq.system.text import shortlist
+from bigq.system.user_warnings import warn
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.slices import is_sliced
 
@@ -102,7 +102,7 @@ def _check_targets(peft_config: Any, model: nn.Module) -> None:
     remedy = f"keep them as floats with QuantizationConfig(..., skip_modules={leaves}) when you load the model"
     if not peft_config.target_modules and len(weights) == len(found):
         raise UnsupportedError(f"{said}; {remedy}, or name linears in target_modules")
-    warnings.warn(f"{said}. They get no adapter, and the rest does. To train them, {remedy}", stacklevel=2)
+    warn(f"{said}. They get no adapter, and the rest does. To train them, {remedy}")
 
 
 class _Named(NamedTuple):

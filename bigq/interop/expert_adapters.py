@@ -8,7 +8,7 @@ of others, which reads the weight, gets the weight with the change in it, as fro
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -90,11 +90,12 @@ def adapted_forward(layer: Any, method: Callable[..., Any], args: tuple[Any, ...
         args: of the call.
         kwargs: of the call. A layer around this one may have added its own adapters.
     """
-    if layer.disable_adapters or layer.merged or kwargs.get("adapter_names") is not None:  # PEFT refuses the last
-        return method(layer, *args, **kwargs)
     base, leaf = adapted_module(layer), adapted_leaf(layer)
     assert base is not None
     assert leaf is not None
+    if layer.disable_adapters or layer.merged or kwargs.get("adapter_names") is not None:  # PEFT refuses the last
+        with base.changed(leaf, None) if base.was_changed else nullcontext():  # so that it may be computed again
+            return method(layer, *args, **kwargs)
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if isinstance(base, QuantizedExperts) and (base.multiplies or is_sliced(base)):
         transposed = base.descriptions[leaf].transposed

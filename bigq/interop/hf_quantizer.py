@@ -1,12 +1,14 @@
 """HfQuantizer: what transformers asks of a quantized model while it saves, trains, generates and dequantizes it."""
 
+import inspect
 from collections.abc import Iterator
-from inspect import currentframe
-from types import FrameType
+from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer as Base
 
 from bigq.config import QuantizationConfig
@@ -18,7 +20,7 @@ from bigq.weight.placeholder import placeholder
 from bigq.weight.quantized_module import QuantizedModule
 from bigq.weight.slices import refuse_slices
 
-__all__ = ["HfQuantizer"]
+__all__ = ["HfQuantizer", "given_state"]
 
 
 class HfQuantizer(Base):
@@ -53,7 +55,7 @@ class HfQuantizer(Base):
         refuse_slices(model)
         if not any(map(is_sharded, model.parameters())):
             return model.state_dict(), {}
-        given, is_main = _given(currentframe())
+        given, is_main = given_state()
         if given is None or (is_main and not _is_whole(model, given)):
             raise UnsupportedError(
                 "save_pretrained cannot save the shards of a quantized model: pass it the state that accelerate or "
@@ -69,13 +71,31 @@ class HfQuantizer(Base):
         return dequantize(model, dtype)
 
 
-def _given(frame: FrameType | None) -> tuple[dict[str, Tensor] | None, bool]:
-    """The state that `save_pretrained`, which called the function of `frame`, is given, and whether to save it."""
-    caller = None if frame is None else frame.f_back
-    if caller is None or caller.f_code.co_name != "save_pretrained":
-        return None, True
-    given = caller.f_locals.get("state_dict")
-    return given, bool(caller.f_locals.get("is_main_process", True))
+_GIVEN: ContextVar[tuple[dict[str, Tensor] | None, bool]] = ContextVar("given", default=(None, True))
+
+
+def given_state() -> tuple[dict[str, Tensor] | None, bool]:
+    """The state that the `save_pretrained` that is running is given, and whether its process is to save it."""
+    return _GIVEN.get()
+
+
+def _tell_quantizers() -> None:
+    """Let `save_pretrained` note what it is given. transformers passes its quantizers the model alone."""
+    save = PreTrainedModel.save_pretrained
+    parameters = inspect.signature(save)
+
+    @wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(getattr(self, "hf_quantizer", None), HfQuantizer):
+            return save(self, *args, **kwargs)
+        given = parameters.bind_partial(self, *args, **kwargs).arguments
+        before = _GIVEN.set((given.get("state_dict"), bool(given.get("is_main_process", True))))
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            _GIVEN.reset(before)
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def _is_whole(model: nn.Module, state: dict[str, Tensor]) -> bool:
@@ -88,3 +108,6 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             yield name, module
+
+
+_tell_quantizers()

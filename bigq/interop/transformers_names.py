@@ -5,7 +5,6 @@ and its files do not agree. What it does is private to it, so all that knows of 
 """
 
 import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
@@ -18,6 +17,7 @@ from bigq.formats import NF4, QUANT_STATE, state_name
 from bigq.interop.quantized_stacks import Stack, stack_conversions, weights_of_parts
 from bigq.interop.transformers_model import is_transformers_model
 from bigq.model.tree import ModelTree, tensor_name
+from bigq.system.user_warnings import warn
 
 __all__ = ["expected_names", "names_in_files", "rows_in_files", "with_transformers_names"]
 
@@ -41,10 +41,9 @@ def with_transformers_names(tree: ModelTree, source: Source, mapping: Sequence[o
     try:
         names, conversions, stacks = _planned(tree.model, source.tensors, expected, mapping)
     except (ImportError, AttributeError, TypeError, NameError) as error:
-        warnings.warn(
+        warn(
             f"transformers {sys.modules['transformers'].__version__} does not convert checkpoints as bigq knows it "
             f"({error}): the names of the checkpoint are taken as they are",
-            stacklevel=2,
         )
         return source
     of_stacks, dropped = stack_conversions(source, stacks)

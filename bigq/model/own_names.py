@@ -5,7 +5,6 @@ tensors on meta, so only what they do to names is known: what they would compute
 """
 
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ from bigq.checkpoint import Renamed, Source
 from bigq.model.transaction import Snapshot
 from bigq.model.tree import ModelTree, is_dense, shape_of, tensor_name
 from bigq.system.internals import load_hooks
+from bigq.system.user_warnings import warn
 
 __all__ = ["with_own_names"]
 
@@ -96,10 +96,9 @@ def _loaded(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict
             for hook in load_hooks(module):
                 hook(changed, prefix, {}, True, [], [], [])
     except Exception as error:  # it is the model's code, and may need numbers
-        warnings.warn(
+        warn(
             f"{type(module).__name__} at {prefix!r} does not load tensors on meta ({error!r}): the names of the "
             "checkpoint are taken as they are",
-            stacklevel=2,
         )
         return dict(state)
     finally:

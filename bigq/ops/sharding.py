@@ -7,18 +7,23 @@ tensors are gathered.
 torch.distributed.tensor takes a second to import, so the rules are registered when bigq meets the first DTensor.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bigq.ops.checks import NESTED_BLOCK_SIZE
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
 __all__ = [
     "chunk_of_rank",
+    "from_shard",
     "in_all",
     "is_cut_unevenly",
     "is_sharded",
@@ -91,13 +96,17 @@ def is_cut_unevenly(stack: Tensor) -> bool:
     return bool(stack.shape[0] % prod(size for placement, size in cuts if placement.is_shard(0)))
 
 
-def whole_of(own: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The DTensor of `shape`, in the shards of the DTensor `like`, of which this process has `own`."""
+def from_shard(own: Tensor, mesh: "DeviceMesh", placements: "Sequence[Placement]", shape: Sequence[int]) -> "DTensor":
+    """The contiguous DTensor of `shape` of which this process has `own`, without a word to the others."""
     from torch.distributed.tensor import DTensor
 
-    stride = torch.empty(shape, device="meta").stride()
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def whole_of(own: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """The DTensor of `shape`, in the shards of the DTensor `like`, of which this process has `own`."""
+    return from_shard(own, like.device_mesh, like.placements, shape)  # type: ignore[attr-defined]
 
 
 def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:

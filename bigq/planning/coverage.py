@@ -1,6 +1,5 @@
 """coverage: which share of a model's weights a plan quantizes, and a warning where it leaves most of them."""
 
-import warnings
 from math import prod
 
 from torch import nn
@@ -10,6 +9,7 @@ from bigq.model.patterns import matches
 from bigq.model.tree import ModelTree
 from bigq.planning.plan import Plan
 from bigq.system.text import shortlist
+from bigq.system.user_warnings import warn
 
 __all__ = ["quantized_share", "warn_of_weights_left"]
 
@@ -52,10 +52,9 @@ def warn_of_weights_left(tree: ModelTree, plan: Plan, config: QuantizationConfig
         else "the checkpoint holds them so. To quantize them, load the original weights, with a quantization_config"
     )
     largest = sorted(left, key=lambda name: -left[name])
-    warnings.warn(
+    warn(
         f"{sum(left.values()):,} numbers of {len(left)} weights stay as they are, and {quantized:,} are quantized: "
         f"{why}: {shortlist(largest, limit=SHOWN)}",
-        stacklevel=2,
     )
 
 

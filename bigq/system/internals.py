@@ -22,35 +22,12 @@ from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hook
 from torch.nn import functional as F
 
 __all__ = [
-    "ATTENTION_OUTPUT",
-    "COUNTS_HOLDERS",
-    "EXTRA_STATE",
-    "FSDP_SHARDS_INTEGERS",
-    "GROUPED_PRODUCTS",
-    "SEES_EDITS",
-    "TELLS_HOOKS",
-    "TELLS_LISTENERS",
-    "as_plain_tensor",
-    "as_result",
-    "calls_only_forward",
-    "can_hook_saved_tensors",
-    "check",
-    "copy_all",
-    "count_holders",
-    "cut",
-    "edits_of",
-    "has_forward_pre_hooks",
-    "let_fsdp_shard_integers",
-    "load_hooks",
-    "may_write",
-    "saved_tensor_hooks",
-    "something_listens",
-    "something_transforms",
-    "sparse_parts",
-    "state_hooks",
-    "version_of",
-    "wrapper",
-]
+    "ATTENTION_OUTPUT", "COUNTS_HOLDERS", "EXTRA_STATE", "FSDP_SHARDS_INTEGERS", "GROUPED_PRODUCTS", "SEES_EDITS",
+    "TELLS_HOOKS", "TELLS_LISTENERS", "as_plain_tensor", "as_result", "calls_only_forward", "can_hook_saved_tensors",
+    "check", "copy_all", "count_holders", "cut", "edits_of", "has_forward_pre_hooks", "let_fsdp_shard_integers",
+    "load_hooks", "may_write", "saved_tensor_hooks", "something_listens", "something_transforms", "sparse_parts",
+    "state_hooks", "version_of", "wrapper",
+]  # fmt: skip
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -204,6 +181,16 @@ def can_hook_saved_tensors() -> bool:
 def saved_tensor_hooks() -> Hooks | None:
     """The (pack, unpack) in force; ask only where `can_hook_saved_tensors`."""
     return _top_hooks()
+
+
+# Whether a backward pass runs, in which a weight that is read may lack the adapter of its call. Not tried at import, as
+# that would start threads, which a process that is forked then lacks. Without an answer, other signs are looked for.
+
+
+def is_in_backward() -> bool | None:
+    """Whether this thread runs a backward pass. None where that is not told."""
+    graph_task = getattr(torch._C, "_current_graph_task_id", None)
+    return None if graph_task is None else bool(graph_task() != -1)
 
 
 # Cutting memory: in one call of torch's, each of which lets go of Python's lock, for which the reading threads wait.

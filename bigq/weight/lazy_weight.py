@@ -39,7 +39,7 @@ class LazyWeight(Tensor):
     view_of_base: Callable[[Tensor], Tensor]
     operand_of_base: Callable[[Stored], Stored | None]
     numbers: Tensor | None = None
-    versions: list[tuple[int, int]] | None = None
+    versions: list[tuple[int, int, int]] | None = None
 
     @staticmethod
     def __new__(
@@ -196,7 +196,12 @@ def plain(value: Any) -> Any:
     return value.dequantize() if isinstance(value, LazyWeight) else value
 
 
-def _versions(stored: Stored) -> list[tuple[int, int]]:
-    """Version counter and address of each tensor: they change if the tensor does."""
-    held = map(local_part, stored.state.values())
-    return [(version_of(tensor), 0 if tensor.is_meta else tensor.data_ptr()) for tensor in held]
+def _versions(stored: Stored) -> list[tuple[int, int, int]]:
+    """Version counters and address of each tensor: they change if the tensor does.
+
+    torch counts a write to a DTensor at the DTensor, and one to its local tensor at that one.
+    """
+    return [
+        (version_of(tensor), version_of(own), 0 if own.is_meta else own.data_ptr())
+        for tensor, own in ((tensor, local_part(tensor)) for tensor in stored.state.values())
+    ]

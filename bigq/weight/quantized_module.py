@@ -29,6 +29,7 @@ from bigq.formats import (
 )
 from bigq.ops.sharding import is_sharded, local_part, placed_like, register_rules
 from bigq.system.distributed.internals import is_flattened_by_fsdp1
+from bigq.system.internals import is_in_backward
 from bigq.weight.lazy_weight import plain
 from bigq.weight.placeholder import is_placeholder
 from bigq.weight.quantized_weight import QuantizedWeight
@@ -105,42 +106,75 @@ class QuantizedModule(nn.Module):
 
     def read_weight(self, leaf: str) -> Tensor:
         """Return the weight `leaf` as a QuantizedWeight, or dequantized while `torch.compile` traces."""
-        if vars(self).get("_was_changed"):
-            change = getattr(_CALLS, "changed", {}).get((id(self), leaf))
-            if change is not None:
-                return cast(Tensor, change())
+        if "_was_changed" in vars(self):
+            changed = getattr(_CALLS, "changed", {})
+            if (id(self), leaf) not in changed:
+                self._refuse_late_read(leaf)
+            elif changed[id(self), leaf] is not None:
+                return cast(Tensor, changed[id(self), leaf]())
         stored, dtype = self.stored_weight(leaf), self._quantized[leaf].dtype
         if is_compiling():
             return stored.dequantize(dtype)
         return QuantizedWeight.of(stored, dtype, partial(self.write_weight, leaf))
 
     @contextmanager
-    def changed(self, leaf: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """In the context, reading the weight `leaf` gives what `change` makes of its numbers.
+    def changed(self, leaf: str, change: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+        """In the context, reading the weight `leaf` gives what `change` makes of its numbers. None: the weight itself.
 
         It is for a forward that reads the weight, and changes no number that is stored. The result may have a gradient.
         It is computed once, and again if it was read without gradients before.
         """
         made: dict[tuple[bool, bool], Tensor] = {}
+        with_gradients = torch.is_grad_enabled()
 
         def make() -> Tensor:
+            assert change is not None
             return change(self.stored_weight(leaf).dequantize(self._quantized[leaf].dtype))
 
         def read() -> Tensor:
             if is_compiling():  # equal nodes are one in a graph
                 return make()
             mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            if with_gradients and not mode[0]:
+                vars(self)["_was_read_without_gradients"] = True
             if mode not in made:
                 made[mode] = make()
             return made[mode]
 
         before = getattr(_CALLS, "changed", {})
-        _CALLS.changed = {**before, (id(self), leaf): read}
-        vars(self)["_was_changed"] = True  # modules without changes need not look for them
+        _CALLS.changed = {**before, (id(self), leaf): None if change is None else read}
+        vars(self).update(_was_changed=True)  # modules without changes need not look for them
+        vars(self).pop("_was_read_without_gradients", None)
         try:
             yield
         finally:
             _CALLS.changed = before
+
+    def _refuse_late_read(self, leaf: str) -> None:
+        """Raise an UnsupportedError if a part of a call is computed again after the call, and reads the weight `leaf`.
+
+        What the call was told to change would be missing in that part, and gradients would be wrong.
+        """
+        if is_compiling():
+            return
+        is_late = is_in_backward()
+        if is_late is None:
+            is_late = torch.is_grad_enabled() and "_was_read_without_gradients" in vars(self)
+        if is_late:
+            raise UnsupportedError(
+                f"the backward pass reads the quantized {leaf!r} of {type(self).__name__} without the adapter that its "
+                "forward pass had: activation checkpointing inside the forward of this module computes again when the "
+                "adapter is not there; put the checkpoint around a module that holds this one"
+            )
+
+    @property
+    def was_changed(self) -> bool:
+        """Whether a call with `changed` weights came before."""
+        return "_was_changed" in vars(self)
+
+    def forget_changes(self) -> None:
+        """Take the module as one whose weights were never `changed`."""
+        vars(self).pop("_was_changed", None)
 
     def assign_weight(self, leaf: str, value: Tensor) -> None:
         """`module.leaf = value`: quantize `value` into new Parameters.

@@ -26,6 +26,7 @@ NAMES = {
         "_EXTRA_STATE_KEY_SUFFIX",
         "_cdata",
         "_check",
+        "_current_graph_task_id",
         "_current_level",
         "_foreach_copy_",
         "_fsdp_param",

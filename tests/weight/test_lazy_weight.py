@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from bigq import NF4, ConfigError, QuantizedWeight, UnsupportedError
 from bigq.system.internals import SEES_EDITS
 from one_weight import FORMATS, Holder, TransposedExperts, quantized
+from ranks import error_of, mesh_of, run_ranks
 
 HOLDERS = {
     "square": lambda: Holder(9, 9),
@@ -272,6 +273,26 @@ def test_a_copy_that_is_read_after_the_weight_changed_raises(name, layer):
             stale + 0
         with pytest.raises(UnsupportedError, match="read after the weight has changed"):
             F.linear(torch.ones(1, 71), stale)
+
+
+def _copy_of_shards(rank):
+    """What a copy of a weight in shards says when it is read, before and after the weight has changed."""
+    from torch.distributed.fsdp import fully_shard
+
+    layer = quantized(nn.Linear(71, 7), NF4())
+    expected = layer.dequantize().half()
+    fully_shard(layer, mesh=mesh_of(1))
+    copy = layer.weight.half()
+    same = torch.equal((copy + 0).full_tensor(), expected)
+    layer.write_weight("weight", layer.dequantize() * 2)
+    return same, error_of(lambda: copy + 0)
+
+
+@pytest.mark.skipif(not SEES_EDITS, reason="a copy has memory of its own then")
+def test_a_copy_of_shards_that_is_read_after_the_weight_changed_raises(tmp_path):
+    ((same, said),) = run_ranks(_copy_of_shards, tmp_path, world=1)
+    assert same
+    assert said.startswith("UnsupportedError: a copy of a quantized weight, made by .to()")
 
 
 def test_a_copy_of_the_same_dtype_and_device_is_the_weight_as_in_torch(layer):
