@@ -52,6 +52,7 @@ PUBLIC = {
     "_has_any_global_hook": lambda module: not module.calls_only_forward(nn.Identity()),
     "_schema": lambda module: module.may_write(torch.ops.aten.add.Tensor),
     "_version": lambda module: not module.SEES_EDITS,
+    "_current_graph_task_id": lambda module: module.is_in_backward() is None,
     **dict.fromkeys(("_is_view", "_unsafe_view"), lambda module: module.as_result is torch.clone),
     "unflatten_dense_tensors": lambda module: module.cut is module._cut_one_by_one,
     **dict.fromkeys(("_indices", "_values"), lambda module: len(module.sparse_parts(_twice())[1]) == 1),

@@ -17,15 +17,13 @@ class CpuShard:
     """A shard that fully_shard keeps on the CPU.
 
     Attributes:
+        param: FSDP2's own object for it.
         is_pinned: whether it is to be in pinned memory.
         rows: how many it has with those that FSDP2 adds, so that all processes send equally many.
-
-    Args:
-        param: FSDP2's own object for it.
     """
 
     def __init__(self, param: Any) -> None:
-        self._param = param
+        self.param = param
         self.is_pinned, self.rows = bool(param.pin_memory), int(param.padded_sharded_param_size[0])
 
     def gather_from(self, memory: Tensor) -> None:
@@ -34,7 +32,7 @@ class CpuShard:
         FSDP2 does so by itself if no row is added. Without this way it copies a shard with added rows, at the first
         call, to ordinary memory.
         """
-        self._param._sharded_param_data = memory.view(-1)
+        self.param._sharded_param_data = memory.view(-1)
 
 
 def cpu_shards(module: nn.Module) -> dict[int, CpuShard]:
