@@ -20,7 +20,7 @@ from bigq.loading.jobs import Job
 from bigq.loading.shards import Shards
 from bigq.loading.timings import Timings
 from bigq.model.repeated_blocks import repeated_blocks
-from bigq.model.tree import assign_tensor, find_owner, is_dense
+from bigq.model.tree import assign_tensor, find_owner, held_tensor, is_dense
 from bigq.ops.sharding import is_sharded
 from bigq.planning.plan import Plan, PlannedWeight
 from bigq.system.distributed.internals import cpu_shards, sharded_as
@@ -42,7 +42,7 @@ def stand_in(modules: Mapping[str, nn.Module], plan: Plan, device: torch.device)
     for planned in plan.tensors:
         tensor = _on_meta(planned.spec)
         if planned.source is None:
-            own: Tensor = getattr(*find_owner(modules, planned.names[0]))
+            own = held_tensor(modules, planned.names[0])
             tensor = own.detach().to(device, planned.spec.dtype) if is_dense(own) else own
         commit_tensor(modules, planned, tensor, frozen=False)
 
@@ -145,7 +145,7 @@ class ShardedTensors:
         names = [tensor.names[0] for tensor in plan.tensors]
         names += [own[0] for weight in plan.weights if weight.source is not None for own in weight.specs()]
         self._modules = modules
-        self._tensors: dict[str, Tensor] = {name: getattr(*find_owner(modules, name)) for name in names}
+        self._tensors: dict[str, Tensor] = {name: held_tensor(modules, name) for name in names}
         _refuse_changes(model, self._tensors)
         self._on_cpu = {key: pinned for module in model.modules() for key, pinned in cpu_shards(module).items()}
         with torch.no_grad():  # in which torch hands out what a DTensor holds without a node of autograd
