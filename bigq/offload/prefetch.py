@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from bigq.errors import UnsupportedError
 from bigq.offload.block import OffloadedBlock
 from bigq.offload.in_place import InPlace
 from bigq.offload.saved_tensors import saved_offloaded
 from bigq.offload.slot import DeviceSlot
 from bigq.offload.transfer import Layout, Transfer
-from bigq.system.internals import SEES_EDITS, can_hook_saved_tensors, saved_tensor_hooks
+from bigq.system.internals import SEES_EDITS, can_hook_saved_tensors, functorch_transforms, saved_tensor_hooks
 from bigq.system.interrupts import to_the_end
 
 __all__ = ["Call", "Prefetcher"]
@@ -109,8 +110,11 @@ class Prefetcher:
 
         Raises:
             CheckpointError: a file that holds offloaded tensors was cut short.
+            UnsupportedError: torch.func computes derivatives.
             PlacementError: there is no pinned memory for tensors that came without, as those of a deepcopy.
         """
+        if functorch_transforms():
+            _refuse_without_memory()
         if self._process != os.getpid():  # locks, threads and calls of the parent do not survive a fork
             self._start()
             for known in self.blocks:
@@ -281,3 +285,14 @@ class Prefetcher:
     def _tick(self) -> int:
         self._turn += 1
         return self._turn
+
+
+def _refuse_without_memory() -> None:
+    """Raise an UnsupportedError where torch.func makes new tensors without memory: while it computes derivatives."""
+    try:
+        torch.empty(0, device="cpu").untyped_storage()
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            "an offloaded block is called while torch.func computes derivatives, where its copies would have no "
+            "memory: call bigq.materialize(model) before, or take torch.autograd.grad"
+        ) from error

@@ -39,6 +39,7 @@ __all__ = [
     "count_holders",
     "cut",
     "edits_of",
+    "functorch_transforms",
     "has_forward_pre_hooks",
     "let_fsdp_shard_integers",
     "load_hooks",
@@ -76,7 +77,7 @@ _TELLTALES = (
 )
 
 
-def _listener_checks() -> tuple[Callable[[], bool], Callable[[], bool]]:
+def _listener_checks() -> tuple[Callable[[], bool], ...]:
     functions, dispatches, transform, trace, profiler = attrgetter(*_TELLTALES)(torch._C)
 
     def something_transforms() -> Any:
@@ -97,18 +98,20 @@ def _listener_checks() -> tuple[Callable[[], bool], Callable[[], bool]]:
             or forward_ad._current_level >= 0
         )
 
-    return something_listens, something_transforms
+    return something_listens, something_transforms, lambda: transform() is not None  # of torch.func; False if not known
 
 
 def _listeners_are_told() -> bool:
     checks = _listener_checks()
     before = [bool(check()) for check in checks]
     with forward_ad.dual_level():
-        return before == [False, False] and all(check() for check in checks)
+        return before == [False] * 3 and all(check() for check in checks[:2])
 
 
 TELLS_LISTENERS = _holds(_listeners_are_told)
-something_listens, something_transforms = _listener_checks() if TELLS_LISTENERS else (lambda: True,) * 2
+something_listens, something_transforms, functorch_transforms = (
+    _listener_checks() if TELLS_LISTENERS else (lambda: True, lambda: True, lambda: False)
+)
 
 
 # Versions of tensors, which count what torch sees of edits. Without them every tensor looks edited each time: an
