@@ -139,8 +139,9 @@ def _cast(func: Function, args: Arguments, kwargs: Keywords) -> Any:
         return torch.empty(0, dtype=value.dtype, device=value.device) if is_weight else value
 
     first, *others = args
-    others, kwargs = _mapped(empty, others), _mapped(empty, dict(kwargs))
-    kwargs.pop("memory_format", None)  # of four dimensions, which an empty tensor does not have
+    # A memory format is one of four dimensions, which an empty tensor does not have.
+    given = {name: value for name, value in kwargs.items() if name != "memory_format"}
+    others, kwargs = _mapped(empty, others), _mapped(empty, given)
     if not isinstance(first, QuantizedWeight):
         return func(first, *others, **kwargs)
     like = empty(first)
