@@ -38,7 +38,9 @@ def commit_tensor(modules: Mapping[str, nn.Module], planned: PlannedTensor, tens
     requires_grad = planned.requires_grad and not frozen
     value = held_tensor(modules, planned.names[0])
     if value is not None and tensor_key(value) == tensor_key(tensor) and value.device == tensor.device:
-        value.requires_grad_(requires_grad)  # where nothing moved, the object stays: an optimizer may hold it
+        if value.requires_grad != requires_grad:  # torch refuses to set it on what was made in inference mode
+            value.requires_grad_(requires_grad)
+        # where nothing moved, the object stays: an optimizer may hold it
     else:
         value = tensor if planned.is_buffer else _parameter(value, tensor, requires_grad)
     for name in planned.names:
