@@ -220,7 +220,9 @@ class Prefetcher:
     def _idle_slot(self, layout: Layout) -> DeviceSlot | None:
         """The slot that was not used for longest, if one is free and large enough."""
         if self._slots is None:
-            sizes = [self._layout_of(block).nbytes for block in self.blocks if block.ahead and not block.calls]
+            own = [block for block in self.blocks if block.ahead and not block.calls]
+            # A layout that is made again would not be the one that is being copied.
+            sizes = [(block.layout or self._layout_of(block)).nbytes for block in own]
             if self.device.type == "cuda":
                 self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._slots = [self._new_slot(max(sizes)) for _ in range(min(self._max_slots, len(sizes)))]
