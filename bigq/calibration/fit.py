@@ -21,7 +21,7 @@ from bigq.errors import ConfigError, PlacementError, UnsupportedError
 from bigq.formats import Format
 from bigq.interop.bitsandbytes_configs import as_config
 from bigq.interop.bitsandbytes_models import refuse_bitsandbytes
-from bigq.model.tree import ModelTree, find_owner
+from bigq.model.tree import ModelTree, held_tensor
 from bigq.system.text import shortlist
 from bigq.weight.quantized_module import QuantizedModule
 
@@ -222,7 +222,7 @@ def _refuse_quantized(tree: ModelTree) -> None:
 def _watched(tree: ModelTree, sizes: StoredSizes) -> list[WatchedWeight]:
     """The weights to choose for, with their numbers."""
     weights = [
-        WatchedWeight(name, getattr(*find_owner(tree.modules, name)), transposed)
+        WatchedWeight(name, held_tensor(tree.modules, name), transposed)
         for name, transposed in sizes.transposed.items()
     ]
     empty = [weight.name for weight in weights if weight.tensor.is_meta]

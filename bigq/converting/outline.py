@@ -10,7 +10,7 @@ from bigq.checkpoint.safetensors_file import DTYPE_NAMES
 from bigq.errors import UnsupportedError
 from bigq.formats import TensorSpec, dtype_name
 from bigq.loading.commit import commit_tensor, commit_weight
-from bigq.model.tree import ModelTree, find_owner
+from bigq.model.tree import ModelTree, held_tensor
 from bigq.planning.plan import Plan, PlannedTensor, PlannedWeight
 from bigq.saving.files import distinct
 from bigq.saving.layouts import Saved, foreign_tensors, in_layout
@@ -69,7 +69,7 @@ def fill_with_meta(tree: ModelTree, plan: Plan) -> None:
     for tensor in plan.tensors:
         if tensor.source is not None:
             commit_tensor(tree.modules, tensor, _empty(tensor.spec), frozen=False)
-        elif tensor.spec.dtype != (own := getattr(*find_owner(tree.modules, tensor.names[0]))).dtype:
+        elif tensor.spec.dtype != (own := held_tensor(tree.modules, tensor.names[0])).dtype:
             commit_tensor(tree.modules, tensor, own.detach().to(tensor.spec.dtype), frozen=False)
 
 

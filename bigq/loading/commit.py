@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from bigq.formats import QUANT_STATE, state_name
-from bigq.model.tree import assign_tensor, find_owner, tensor_key
+from bigq.model.tree import assign_tensor, find_owner, held_tensor, tensor_key
 from bigq.planning.plan import PlannedTensor, PlannedWeight
 from bigq.weight.convert import convert
 
@@ -36,9 +36,11 @@ def commit_tensor(modules: Mapping[str, nn.Module], planned: PlannedTensor, tens
     `frozen` takes requires_grad from a parameter: an offloaded one computes as a copy, so no gradient would reach it.
     """
     requires_grad = planned.requires_grad and not frozen
-    value = getattr(*find_owner(modules, planned.names[0]), None)
+    value = held_tensor(modules, planned.names[0])
     if value is not None and tensor_key(value) == tensor_key(tensor) and value.device == tensor.device:
-        value.requires_grad_(requires_grad)  # where nothing moved, the object stays: an optimizer may hold it
+        if value.requires_grad != requires_grad:  # torch refuses to set it on what was made in inference mode
+            value.requires_grad_(requires_grad)
+        # where nothing moved, the object stays: an optimizer may hold it
     else:
         value = tensor if planned.is_buffer else _parameter(value, tensor, requires_grad)
     for name in planned.names:

@@ -13,7 +13,7 @@ from bigq.loading.batch_quantizer import BatchQuantizer
 from bigq.loading.commit import commit_tensor, commit_weight
 from bigq.loading.destinations import Destinations
 from bigq.loading.runs import Piece, Target
-from bigq.model.tree import find_owner, is_dense
+from bigq.model.tree import held_tensor, is_dense
 from bigq.planning.device_map import is_gpu
 from bigq.planning.plan import PlannedTensor, PlannedWeight
 
@@ -80,7 +80,7 @@ class TensorJob:
 
     def take_own(self, modules: Mapping[str, nn.Module]) -> None:
         """Take the tensor that the model holds already."""
-        own: Tensor = getattr(*find_owner(modules, self.planned.names[0]))
+        own = held_tensor(modules, self.planned.names[0])
         self._placed = self.destinations.put(self.planned, own.detach() if is_dense(own) else own)
 
     def commit(self, modules: Mapping[str, nn.Module]) -> None:

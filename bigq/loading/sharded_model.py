@@ -22,7 +22,7 @@ from bigq.loading.offloaded_shards import OffloadedShards
 from bigq.loading.shards import Shards
 from bigq.loading.timings import Timings
 from bigq.model.repeated_blocks import repeated_blocks
-from bigq.model.tree import assign_tensor, find_owner, is_dense
+from bigq.model.tree import assign_tensor, find_owner, held_tensor, is_dense
 from bigq.ops.sharding import is_sharded
 from bigq.planning.plan import Plan, PlannedWeight
 from bigq.system.distributed.internals import sharded_as
@@ -44,7 +44,7 @@ def stand_in(modules: Mapping[str, nn.Module], plan: Plan, device: torch.device)
     for planned in plan.tensors:
         tensor = _on_meta(planned.spec)
         if planned.source is None:
-            own: Tensor = getattr(*find_owner(modules, planned.names[0]))
+            own = held_tensor(modules, planned.names[0])
             tensor = own.detach().to(device, planned.spec.dtype) if is_dense(own) else own
         commit_tensor(modules, planned, tensor, frozen=False)
 
@@ -165,7 +165,7 @@ class ShardedTensors:
         names = [tensor.names[0] for tensor in plan.tensors]
         names += [own[0] for weight in plan.weights if weight.source is not None for own in weight.specs()]
         self._modules, self._plan = modules, plan
-        self._tensors: dict[str, Tensor] = {name: getattr(*find_owner(modules, name)) for name in names}
+        self._tensors: dict[str, Tensor] = {name: held_tensor(modules, name) for name in names}
         _refuse_changes(model, self._tensors)
         with torch.no_grad():  # in which torch hands out what a DTensor holds without a node of autograd
             found = {name: rows_of(name, tensor) for name, tensor in self._tensors.items()}

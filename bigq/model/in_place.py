@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from bigq.checkpoint import StoredTensor, refuse_unknown
 from bigq.errors import CheckpointError
-from bigq.model.tree import ModelTree, find_owner, is_dense
+from bigq.model.tree import ModelTree, held_tensor, is_dense
 
 __all__ = ["ModelTensors"]
 
@@ -50,5 +50,4 @@ class ModelTensors:
         return ((name, self._tensor(name).detach()) for name in self.tensors if name in wanted)
 
     def _tensor(self, name: str) -> Tensor:
-        tensor: Tensor = getattr(*find_owner(self._modules, name))
-        return tensor
+        return held_tensor(self._modules, name)

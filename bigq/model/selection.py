@@ -10,13 +10,14 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from bigq.errors import ConfigError
-from bigq.formats import Format
+from bigq.formats import Format, dtype_name
 from bigq.model.experts import expert_weights, is_transposed, routers
 from bigq.model.float32_names import float32_names
 from bigq.model.patterns import is_named, match_patterns
 from bigq.model.tree import ModelTree, TensorGroup, is_dense, tensor_name
 from bigq.system.internals import ATTENTION_OUTPUT
 from bigq.weight.convert import is_transposed_linear
+from bigq.weight.own_attributes import ADDED, is_read_as_held, name_in_use
 
 __all__ = ["Chosen", "Rule", "Selection", "candidates", "output_head", "select_weights"]
 
@@ -106,6 +107,13 @@ def select_weights(
             return "its forward is patched"
         if not is_dense(weight):
             return "its weight is not dense"
+        if not weight.is_floating_point():
+            return f"its weight is {dtype_name(weight.dtype)}"
+        if not is_read_as_held(module, leaf):
+            return f"its class gives what is read as {leaf!r}"
+        taken = name_in_use(module, ADDED)
+        if taken is not None:
+            return f"it already has {taken!r}, an attribute of quantized modules"
         names = groups[tensor_name(aliases[0], leaf)].names
         for name in names if in_float32 else ():
             if name in in_float32:

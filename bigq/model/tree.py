@@ -17,6 +17,7 @@ __all__ = [
     "TensorGroup",
     "assign_tensor",
     "find_owner",
+    "held_tensor",
     "is_called",
     "is_dense",
     "is_stack",
@@ -177,6 +178,15 @@ def tensor_table(module: nn.Module, leaf: str) -> dict[str, Any]:
     if "." in leaf:
         return cast(dict[str, Any], _ScriptedTensors(module))  # torch declares these as dicts too
     return module._parameters if leaf in module._parameters else module._buffers
+
+
+def held_tensor(modules: Mapping[str, nn.Module], name: str) -> Tensor:
+    """The parameter or buffer called `name` in a model with these modules, whatever reading the attribute gives.
+
+    A property or a `__getattr__` of the module's class may make another tensor of it.
+    """
+    module, leaf = find_owner(modules, name)
+    return cast(Tensor, tensor_table(module, leaf)[leaf])
 
 
 def assign_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:

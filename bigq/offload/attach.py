@@ -9,9 +9,17 @@ import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from bigq.errors import PlacementError
+from bigq.errors import PlacementError, UnsupportedError
 
-__all__ = ["SurroundingHook", "allow_moves", "attach", "detach", "hooks_of", "outside_of_graphs", "refuse_moves"]
+__all__ = [
+    "SurroundingHook",
+    "allow_moves",
+    "attach",
+    "detach",
+    "hooks_of",
+    "outside_of_graphs",
+    "refuse_moves",
+]
 
 _METHODS = ("to", "cuda", "cpu", "half", "float", "double", "bfloat16")
 
@@ -82,9 +90,28 @@ def _only_surrounds(hook: ModelHook) -> bool:
 
 def attach(module: nn.Module, hook: ModelHook) -> None:
     """Add `hook` to `module`, after those it has; accelerate's functions know and remove it."""
+    module = _holder_of_attributes(module)
     add_hook_to_module(module, hook, append=True)
     if "forward" in module.__dict__:  # accelerate gives a GraphModule's class the new forward
         module.forward = HookedForward(module)
+
+
+def _holder_of_attributes(module: nn.Module) -> nn.Module:
+    """`module`, or the one inside of it that gets the attributes that are set on it, as in torch.compile's wrapper.
+
+    A hook of the wrapper would stand in the place of that of the module inside, and call itself.
+    """
+    probe = "_bigq_probe"
+    try:
+        setattr(module, probe, True)
+    except Exception as error:
+        raise UnsupportedError(
+            f"{type(module).__name__} takes no new attributes ({error}), and a hook of a device map is one: "
+            "pass one device, or load the model before it is sealed"
+        ) from error
+    holder = next((inner for inner in (module, *module.children()) if probe in vars(inner)), module)
+    vars(holder).pop(probe, None)
+    return holder
 
 
 def hooks_of(module: nn.Module) -> list[ModelHook]:

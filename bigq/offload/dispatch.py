@@ -73,7 +73,7 @@ def dispatch(
         if offloaded:
             hooks[unit.path].block = OffloadedBlock(offloaded, ahead=True)
     _share_prefetchers(hooks)
-    for path, hook in hooks.items():
+    for path, hook in reversed(hooks.items()):  # that of the root last: it is the outer one if a module gets both
         attach(modules[path], hook)
     blocks = [hook.block for hook in hooks.values() if hook.block is not None]
     if blocks:

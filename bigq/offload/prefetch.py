@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from bigq.errors import UnsupportedError
 from bigq.offload.block import OffloadedBlock
 from bigq.offload.in_place import InPlace
 from bigq.offload.saved_tensors import saved_offloaded
 from bigq.offload.slot import DeviceSlot
 from bigq.offload.transfer import Layout, Transfer
-from bigq.system.internals import SEES_EDITS, can_hook_saved_tensors, saved_tensor_hooks
+from bigq.system.internals import SEES_EDITS, can_hook_saved_tensors, functorch_transforms, saved_tensor_hooks
 from bigq.system.interrupts import to_the_end
 
 __all__ = ["Call", "Prefetcher"]
@@ -109,8 +110,11 @@ class Prefetcher:
 
         Raises:
             CheckpointError: a file that holds offloaded tensors was cut short.
+            UnsupportedError: torch.func computes derivatives.
             PlacementError: there is no pinned memory for tensors that came without, as those of a deepcopy.
         """
+        if functorch_transforms():
+            _refuse_without_memory()
         if self._process != os.getpid():  # locks, threads and calls of the parent do not survive a fork
             self._start()
             for known in self.blocks:
@@ -170,8 +174,6 @@ class Prefetcher:
     def _onload(self, block: OffloadedBlock, in_place: bool) -> None:
         block.put_back()
         layout = self._copied_layout(block, in_place)
-        # To look at the sizes of blocks lays all of them out anew where edits are not seen.
-        whole, read_in_place = block.layout, block.in_place
         slot = self._held(layout)
         if slot is None:
             slot = self._idle_slot(layout) if block.ahead and layout.on_host and layout.nbytes else None
@@ -183,11 +185,11 @@ class Prefetcher:
         self._users[slot], block.slot, block.copied = block, slot, layout
         slot.finish()
         copies = slot.tensors_of(layout)
-        assert whole is not None
-        if layout is not whole:
-            assert read_in_place is not None
-            copies = read_in_place.with_views(copies)
-        block.use_copies(copies, whole.tensors)
+        assert block.layout is not None
+        if layout is not block.layout:
+            assert block.in_place is not None
+            copies = block.in_place.with_views(copies)
+        block.use_copies(copies, block.layout.tensors)
         slot.turn = self._tick()
 
     def _copied_layout(self, block: OffloadedBlock, in_place: bool) -> Layout:
@@ -218,7 +220,9 @@ class Prefetcher:
     def _idle_slot(self, layout: Layout) -> DeviceSlot | None:
         """The slot that was not used for longest, if one is free and large enough."""
         if self._slots is None:
-            sizes = [self._layout_of(block).nbytes for block in self.blocks if block.ahead and not block.calls]
+            own = [block for block in self.blocks if block.ahead and not block.calls]
+            # A layout that is made again would not be the one that is being copied.
+            sizes = [(block.layout or self._layout_of(block)).nbytes for block in own]
             if self.device.type == "cuda":
                 self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._slots = [self._new_slot(max(sizes)) for _ in range(min(self._max_slots, len(sizes)))]
@@ -283,3 +287,14 @@ class Prefetcher:
     def _tick(self) -> int:
         self._turn += 1
         return self._turn
+
+
+def _refuse_without_memory() -> None:
+    """Raise an UnsupportedError where torch.func makes new tensors without memory: while it computes derivatives."""
+    try:
+        torch.empty(0, device="cpu").untyped_storage()
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            "an offloaded block is called while torch.func computes derivatives, where its copies would have no "
+            "memory: call bigq.materialize(model) before, or take torch.autograd.grad"
+        ) from error

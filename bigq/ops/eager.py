@@ -14,7 +14,8 @@ from bigq.ops import library
 from bigq.ops.eager_gradient import linear_with_gradient, routed_with_gradient
 from bigq.ops.replays import Settings, State, run
 from bigq.ops.sharding import is_sharded, register_rules, shard_width
-from bigq.system.internals import something_listens
+from bigq.ops.transformed import linear_in_transforms
+from bigq.system.internals import functorch_transforms, something_listens
 
 __all__ = ["linear", "routed"]
 
@@ -28,6 +29,8 @@ def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:
         if torch.is_grad_enabled() and _needs_gradient(x, state):
             return linear_with_gradient(name, x, state, settings)
         return run(library.cuda_implementation, name, x, state, settings)
+    if functorch_transforms():
+        return linear_in_transforms(name, x, state, settings)
     if is_sharded(x):
         settings = _for_shards(name, x, state, settings)
     primal, tangent = unpack_dual(x)  # type: ignore[no-untyped-call]
@@ -78,7 +81,7 @@ def _times_weight(name: str, x: Tensor, state: State, settings: Settings) -> Ten
     """x times the transposed weight: also for int8, as its backward pass does, in the dtype of x."""
     if name == "linear_int8":
         return x @ library.dequantize_int8(*state[:2], x.dtype).mT  # type: ignore[no-any-return]
-    return linear(name, x, (*state[:2], None, *state[3:]), settings)
+    return getattr(library, name)(x, *state[:2], None, *state[3:], *settings)  # type: ignore[no-any-return]
 
 
 def _needs_gradient(x: Tensor, state: State) -> bool:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from math import prod
 from typing import Any
 
 import torch
@@ -381,7 +382,8 @@ def _bias_grad(ctx: Any, grad: Tensor, position: int) -> Tensor | None:
 
 def bias_grad(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a bias [N] from that of the output [..., N], summed in float32."""
-    return grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(dtype)
+    rows = grad.reshape(prod(grad.shape[:-1]), grad.shape[-1])  # -1 is ambiguous for a weight without rows
+    return rows.sum(dim=0, dtype=torch.float32).to(dtype)
 
 
 def dequantized(

@@ -17,6 +17,7 @@ from bigq.planning.match import Match
 from bigq.planning.plan import Plan, PlannedWeight, WeightRef
 from bigq.planning.searched import search_weights
 from bigq.system.text import shortlist
+from bigq.weight.own_attributes import ADDED, is_read_as_held, name_in_use
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["Described", "make_plan", "quant_states"]
@@ -266,17 +267,23 @@ def _planned(
 
 
 def _refuse_names_in_use(module: nn.Module, name: str, weights: Mapping[str, Description]) -> None:
-    """Raise a ConfigError if `module` already uses the name of a part of one of its `weights`."""
-    own = vars(module)  # hasattr of a module takes 2 us a name
-    in_use = (own, own["_parameters"], own["_buffers"], own["_modules"])
+    """Raise a ConfigError if `module` already uses a name that it gets with one of its `weights`, or that of it."""
+    kind = type(module).__name__
     for leaf, description in weights.items():
-        for new in (QUANT_STATE, *[state_name(leaf, part) for part in description.state_spec]):
-            if any(new in names for names in in_use) or hasattr(type(module), new):
+        weight = tensor_name(name, leaf)
+        parts = frozenset([QUANT_STATE, *[state_name(leaf, part) for part in description.state_spec]])
+        for names, what in ((parts, "a tensor of the quantized weight"), (ADDED, "an attribute of quantized modules")):
+            new = name_in_use(module, names)
+            if new is not None:
                 raise ConfigError(
-                    f"{tensor_name(name, leaf)} cannot be quantized: its {type(module).__name__} already has "
-                    f"{new!r}, the name of a tensor of the quantized weight; rename it, or add the weight to "
-                    "skip_modules"
+                    f"{weight} cannot be quantized: its {kind} already has {new!r}, the name of {what}; rename it, or "
+                    "add the weight to skip_modules"
                 )
+        if not is_read_as_held(module, leaf):
+            raise ConfigError(
+                f"{weight} cannot be quantized: {kind} gives what is read as {leaf!r}, and that is not the Parameter "
+                "of that name; add the weight to skip_modules"
+            )
 
 
 def _refuse_renormalized(module: nn.Module, name: str) -> None:

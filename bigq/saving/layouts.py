@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from bigq.checkpoint.safetensors_file import DTYPE_NAMES
 from bigq.errors import ConfigError, UnsupportedError
 from bigq.formats import QUANT_STATE, state_name
 from bigq.interop.transformers_model import is_transformers_model
 from bigq.interop.transformers_names import names_in_files
-from bigq.model.tree import tensor_name
+from bigq.model.tree import is_dense, tensor_name
 from bigq.ops.sharding import is_sharded
 from bigq.saving import bitsandbytes, compressed_tensors
 from bigq.saving.saved_weight import SavedWeight, kept_linears, quantized_weights, with_rows
@@ -114,6 +115,10 @@ def _refuse_unsaved(state: Mapping[str, object], *, on_meta: bool) -> None:
             reasons.setdefault("shards of tensors, which have to be gathered first", []).append(name)
         elif tensor.is_meta and not on_meta:
             reasons.setdefault("tensors on meta", []).append(name)
+        elif not is_dense(tensor):
+            reasons.setdefault("tensors that are not dense", []).append(name)
+        elif tensor.dtype not in DTYPE_NAMES:
+            reasons.setdefault("tensors whose dtype no safetensors file has", []).append(f"{name} ({tensor.dtype})")
     if reasons:
         listed = "; ".join(f"{what}: {shortlist(names)}" for what, names in reasons.items())
         raise UnsupportedError(f"the model cannot be saved, because it holds {listed}")

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 __all__ = [
     "ATTENTION_OUTPUT", "COUNTS_HOLDERS", "EXTRA_STATE", "FSDP_SHARDS_INTEGERS", "GROUPED_PRODUCTS", "SEES_EDITS",
     "TELLS_HOOKS", "TELLS_LISTENERS", "as_plain_tensor", "as_result", "calls_only_forward", "can_hook_saved_tensors",
-    "check", "copy_all", "count_holders", "cut", "edits_of", "has_forward_pre_hooks", "let_fsdp_shard_integers",
-    "load_hooks", "may_write", "saved_tensor_hooks", "something_listens", "something_transforms", "sparse_parts",
-    "state_hooks", "version_of", "wrapper",
+    "check", "copy_all", "count_holders", "cut", "edits_of", "functorch_transforms", "has_forward_pre_hooks",
+    "is_in_backward", "let_fsdp_shard_integers", "load_hooks", "may_write", "saved_tensor_hooks", "something_listens",
+    "something_transforms", "sparse_parts", "state_hooks", "version_of", "wrapper",
 ]  # fmt: skip
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
@@ -53,7 +53,7 @@ _TELLTALES = (
 )
 
 
-def _listener_checks() -> tuple[Callable[[], bool], Callable[[], bool]]:
+def _listener_checks() -> tuple[Callable[[], bool], ...]:
     functions, dispatches, transform, trace, profiler = attrgetter(*_TELLTALES)(torch._C)
 
     def something_transforms() -> Any:
@@ -74,18 +74,20 @@ def _listener_checks() -> tuple[Callable[[], bool], Callable[[], bool]]:
             or forward_ad._current_level >= 0
         )
 
-    return something_listens, something_transforms
+    return something_listens, something_transforms, lambda: transform() is not None  # of torch.func; False if not known
 
 
 def _listeners_are_told() -> bool:
     checks = _listener_checks()
     before = [bool(check()) for check in checks]
     with forward_ad.dual_level():
-        return before == [False, False] and all(check() for check in checks)
+        return before == [False] * 3 and all(check() for check in checks[:2])
 
 
 TELLS_LISTENERS = _holds(_listeners_are_told)
-something_listens, something_transforms = _listener_checks() if TELLS_LISTENERS else (lambda: True,) * 2
+something_listens, something_transforms, functorch_transforms = (
+    _listener_checks() if TELLS_LISTENERS else (lambda: True, lambda: True, lambda: False)
+)
 
 
 # Versions of tensors, which count what torch sees of edits. Without them every tensor looks edited each time: an

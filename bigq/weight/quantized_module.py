@@ -67,7 +67,11 @@ class QuantizedModule(nn.Module):
     """
 
     _quantized: dict[str, Description]
+    _was_changed: bool
     _is_gathered: bool = False  # torch sets the tensors by setattr, when it gathers shards and when it drops the whole
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Keep the class of a module out of the registries of the user's classes, which may ask for arguments, too."""
 
     @property
     def descriptions(self) -> dict[str, Description]:

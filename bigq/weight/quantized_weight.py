@@ -139,7 +139,9 @@ def _cast(func: Function, args: Arguments, kwargs: Keywords) -> Any:
         return torch.empty(0, dtype=value.dtype, device=value.device) if is_weight else value
 
     first, *others = args
-    others, kwargs = _mapped(empty, others), _mapped(empty, dict(kwargs))
+    # A memory format is one of four dimensions, which an empty tensor does not have.
+    given = {name: value for name, value in kwargs.items() if name != "memory_format"}
+    others, kwargs = _mapped(empty, others), _mapped(empty, given)
     if not isinstance(first, QuantizedWeight):
         return func(first, *others, **kwargs)
     like = empty(first)
@@ -240,6 +242,8 @@ def _dense(func: Function, written: list[QuantizedWeight], args: Arguments, kwar
         return out
     is_view = _shares_memory(out, dense[id(first)])
     if is_view and isinstance(out, Tensor):
+        if out.dtype != first.dtype:  # complex numbers: a view has the dtype of the weight
+            return out
         return first.viewed(lambda whole: func(whole, *others, **keywords))
     if is_view and isinstance(out, (tuple, list)):
         views = [first.viewed(lambda whole, i=i: func(whole, *others, **keywords)[i]) for i in range(len(out))]  # type: ignore[misc]

@@ -12,6 +12,14 @@ transformers = pytest.importorskip("transformers")
 IDS = (torch.arange(9).view(1, 9) * 7 + 3) % 100
 # Experts with a forward of their own, transposed or in matrices, and a router of several linears. The others are alike.
 QUICK = {"Dbrx", "GptOss", "JetMoe", "Llama4", "LongcatFlash", "Phimoe", "Zaya"}
+# Beside tiny experts, positions, mixers of residual streams, and what the model needs in float32 weigh more.
+SHARES = {
+    "DeepseekV4ForCausalLM": 0.90,
+    "Glm5NextTextModel": 0.86,
+    "HYV4ForCausalLM": 0.94,
+    "Inkling2ForCausalLM": 0.87,
+    "InklingForCausalLM": 0.93,
+}
 each_format = pytest.mark.parametrize("format_name", ["nf4", "int8"])
 each_mixture = pytest.mark.parametrize(
     "name",
@@ -48,13 +56,15 @@ def test_experts_are_quantized_and_routers_are_not(name, format_name):
     }
     rules = {entry.name: entry.rule for entry in model.quantization_report.modules}
     routers = {own for own in matrices if rules[own.rpartition(".")[0]] == "the router of experts" or choosing(own)}
-    assert [own for own in matrices.keys() - routers if "experts" in own and own not in quantized] == []
+    experts = {own for own in matrices.keys() - routers if "expert" in own}
+    assert experts
+    assert experts - quantized == set()
     assert routers & quantized == set()
     others = {own for own in matrices if issubclass(kinds[own.rpartition(".")[0]], (nn.Embedding, nn.Conv1d))}
     left_out = routers | others | {"lm_head.weight"}
     counted = {own: tensor.numel() for own, tensor in matrices.items() if own not in left_out}
     share = sum(count for own, count in counted.items() if own in quantized) / sum(counted.values())
-    assert share >= (0.93 if name == "InklingForCausalLM" else 0.97)  # beside tiny experts, its positions weigh more
+    assert share >= SHARES.get(name, 0.97)
 
 
 @each_format

@@ -278,6 +278,19 @@ class TestRefusals:
         model = load_and_quantize_model(nn.Sequential(Extra(64, 64), nn.Linear(64, 2)), None, "nf4", "cpu")
         self.refused(model, tmp_path, "bigq", r"it holds objects that are no tensors: 0\._extra_state")
 
+    @pytest.mark.parametrize(
+        "tensor, reason",
+        [
+            (torch.eye(3).to_sparse(), "tensors that are not dense: 1.table"),
+            (torch.ones(3, dtype=torch.complex128), r"no safetensors file has: 1.table \(torch.complex128\)"),
+        ],
+        ids=["sparse", "complex128"],
+    )
+    def test_what_safetensors_has_not(self, tensor, reason, tmp_path):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+        model[1].register_buffer("table", tensor)
+        self.refused(load_and_quantize_model(model, None, "nf4", "cpu"), tmp_path, "bigq", reason)
+
     def test_tensors_on_meta(self, tiny, empty, tmp_path):
         model = quantized(tiny, empty, tmp_path, NF4())
         model.gain = nn.Parameter(torch.empty(64, device="meta"))

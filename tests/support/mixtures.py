@@ -27,59 +27,118 @@ _NAMES = {
 SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 TOP_K = ("num_experts_per_tok", "moe_k", "moe_topk")
 
+
+def rope(**settings: object) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **settings}}
+
+
 ALL_HEADS = {"num_key_value_heads": 4}
 SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+PER_LAYER = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16}
+GEMMA = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 2,
+    "top_k_experts": 2,
+}
+GLM5 = {
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "qk_rope_head_dim": 0,
+    "rope_parameters": None,
+    "index_topk": 16,
+    "index_kpool": 4,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+}
+QWEN4 = {
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "hc_lowrank": 8,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 16,
+    "ngram_vocab_size_base": 100,
+    "heads_per_ngram": 2,
+    "split_ngram_parts": 1,
+}
 DBRX = {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2}
 
 # {class of the model: what its config needs besides SIZES}
 MIXTURES = {
     "AfmoeForCausalLM": {},
     "AriaTextForCausalLM": {},
+    "AXK1ForCausalLM": ALL_HEADS,
+    "AXK2ForCausalLM": ALL_HEADS,
     "BailingHybridForCausalLM": HYBRID | ALL_HEADS,
+    "BeamForCausalLM": SPARSE,
     "Cohere2MoeForCausalLM": {},
     "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}, "ffn_config": DBRX},
+    "DeepseekOcr2TextModel": SPARSE | ALL_HEADS | {"n_group": 1, "topk_group": 1},
     "DeepseekV2ForCausalLM": ALL_HEADS,
-    "DeepseekV3ForCausalLM": ALL_HEADS,
     "DeepseekV32ForCausalLM": ALL_HEADS,
+    "DeepseekV3ForCausalLM": ALL_HEADS,
+    "DeepseekV4ForCausalLM": {},
+    "DiffusionGemmaEncoderTextModel": GEMMA,
     "Dots1ForCausalLM": {},
+    "Dots3NoteForCausalLM": ALL_HEADS,
     "Ernie4_5_MoeForCausalLM": {},
+    "Ernie4_5_VLMoeTextModel": {"moe_intermediate_size": [64, 48]} | rope(mrope_section=[2, 2, 4]),
     "ExaoneMoeForCausalLM": {},
     "FlexOlmoForCausalLM": {},
+    "FlintForCausalLM": {"mlp_only_layers": [], "decoder_sparse_step": 1},
+    "Gemma4ForCausalLM": GEMMA
+    | {"enable_moe_block": True, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16},
     "Glm4MoeForCausalLM": {},
     "Glm4MoeLiteForCausalLM": ALL_HEADS,
+    "Glm4vMoeTextModel": rope(mrope_section=[2, 1, 1], partial_rotary_factor=0.5),
+    "Glm5NextTextModel": SPARSE | ALL_HEADS | GLM5,
     "GlmMoeDsaForCausalLM": ALL_HEADS,
     "GptOssForCausalLM": {},
     "GraniteMoeForCausalLM": {},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
     "GraniteMoeSharedForCausalLM": {},
+    "GraniteMoeSWAForCausalLM": {},
     "HunYuanMoEV1ForCausalLM": {},
     "HYV3ForCausalLM": {},
+    "HYV4ForCausalLM": ALL_HEADS,
+    "Inkling2ForCausalLM": {},
     "InklingForCausalLM": {},
     "JambaForCausalLM": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "JetMoeForCausalLM": {},
     "KimiLinearForCausalLM": HYBRID | ALL_HEADS,
+    "Kolibri1ForCausalLM": {},
     "LagunaForCausalLM": {},
     "Lfm2MoeForCausalLM": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "Llama4ForCausalLM": {},
     "LongcatFlashForCausalLM": ALL_HEADS,
+    "MellumForCausalLM": {},
     "MiMoV2FlashForCausalLM": {},
     "MiniMaxForCausalLM": {},
     "MiniMaxM2ForCausalLM": {},
     "MiniMaxM3VLForCausalLM": {},
+    "Mistral4ForCausalLM": ALL_HEADS | {"head_dim": 32},
+    "MistralLarge4TextModel": ALL_HEADS,
     "MixtralForCausalLM": {},
+    "MuseSparkTextModel": {},
     "NemotronHForCausalLM": {},
     "NllbMoeForConditionalGeneration": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     "OlmoeForCausalLM": {},
+    "OpenAIPrivacyFilterForTokenClassification": {},
     "PhimoeForCausalLM": {},
     "Qwen2MoeForCausalLM": {},
+    "Qwen3_5MoeForCausalLM": HYBRID,
     "Qwen3MoeForCausalLM": {},
     "Qwen3NextForCausalLM": HYBRID,
+    "Qwen3OmniMoeThinkerTextModel": {},
     "Qwen3VLMoeTextModel": {},
-    "Qwen3_5MoeForCausalLM": HYBRID,
+    "Qwen4ExpForCausalLM": HYBRID | QWEN4,
     "SolarOpenForCausalLM": {},
     "Step3p7TextModel": SPARSE,
     "SwitchTransformersForConditionalGeneration": {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2},
+    "UnlimitedOcrTextModel": ALL_HEADS,
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }
 
@@ -94,7 +153,7 @@ def mixture(name: str, top_k: int = 2) -> nn.Module:
     if kind is None:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     known = kind.config_class()
-    sizes = {size: value for size, value in (SIZES | dict.fromkeys(TOP_K, top_k)).items() if hasattr(known, size)}
+    sizes = {size: value for size, value in (SIZES | dict.fromkeys(TOP_K, top_k)).items() if _takes(known, size)}
     torch.manual_seed(0)
     model = kind(kind.config_class(**sizes | MIXTURES[name])).eval()
     with torch.no_grad():
@@ -102,3 +161,10 @@ def mixture(name: str, top_k: int = 2) -> nn.Module:
             if parameter.dim() > 1:  # some are not initialized
                 parameter.normal_(0, 0.05)
     return model
+
+
+def _takes(config: object, size: str) -> bool:
+    try:
+        return hasattr(config, size)
+    except RuntimeError:  # transformers', of a size that differs from layer to layer
+        return True

@@ -306,3 +306,10 @@ def test_a_view_of_a_weight_sees_what_is_written_later(layer):
     layer.weight.fill_(0.5)
     assert view.unique().tolist() == [0.5]
     assert swapped.unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_cast_with_a_memory_format_has_the_same_numbers(dtype):
+    module = quantized(Holder(4, 3, 2, 2))
+    got = module.weight.to(dtype, memory_format=torch.channels_last)
+    assert torch.equal(got.dequantize(), module.weight.dequantize(dtype))

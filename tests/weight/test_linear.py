@@ -27,6 +27,16 @@ def layer(request):
     return make(request.param)
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_a_weight_without_rows_has_gradients(fmt):
+    layer = make(fmt, torch.randn(0, 72, device=DEVICE), bias=False)
+    layer.bias = nn.Parameter(torch.randn(0, device=DEVICE))
+    x = torch.randn(2, 3, 72, device=DEVICE, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert layer.bias.grad.shape == (0,)
+
+
 def test_is_a_linear_of_plain_frozen_parameters(layer):
     assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features) == (72, 12)

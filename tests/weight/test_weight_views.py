@@ -25,6 +25,12 @@ def test_a_write_through_a_view_is_not_lost(statement):
     assert near(module.weight.dequantize(), dense)
 
 
+def test_a_view_as_complex_numbers_is_complex():
+    module = quantized(Holder(9, 2), Int8())
+    got = torch.view_as_complex(module.weight)
+    assert torch.equal(got, torch.view_as_complex(module.weight.dequantize()))
+
+
 @pytest.mark.parametrize("statement", ["w.reshape(-1)[:5].mul_(2)", "w.flatten().mul_(2)", "w.view(-1).mul_(2)"])
 def test_a_write_to_a_flat_view_of_a_conv1d_is_not_lost(statement):
     module = quantized(Conv1D(9, 71), Int8())
