@@ -102,6 +102,10 @@ class ScaledRows:
         Args:
             codes: uint8 with the bytes of whole entries, contiguous. Meta tensors give meta tensors.
         """
+        if not prod(self.shape[1:]):  # there are no bytes to say how many entries they are
+            count = len(codes) if codes.dim() > 1 else self.shape[0]
+            made = torch.empty(count, *self.shape[1:], dtype=self.dtype, device=codes.device)
+            return made.mT if self.transposed else made
         columns, before = self.shape[-1], start * prod(self.shape[1:-1])
         rows = codes.reshape(-1, self.row_nbytes)
         out = torch.empty(len(rows), columns, dtype=self.dtype, device=codes.device)

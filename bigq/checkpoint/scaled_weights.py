@@ -4,6 +4,7 @@ What is read are the codes. They become numbers on the device where their rows a
 quantizes them as it quantizes other floats.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
@@ -29,6 +30,7 @@ _BYTES = {torch.uint8, torch.int8}
 _ENDS = ("_scale_inv", "_scale")  # what follows the name of a weight; numbers are multiplied by either
 _BESIDE = {"input_scale", "input_zero_point", "activation_scale", "output_scale"}  # of activations: not needed
 _OF_CACHE = {"k_scale", "v_scale", "q_scale"}  # of a KV cache
+_OF_OTHERS = {"input_activations", "output_activations", "kv_cache_scheme"}  # settings that say nothing of weights
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHOWN = 10  # problems
 
@@ -68,7 +70,8 @@ def found_weights(tensors: Mapping[str, StoredTensor], said: Mapping[str, object
 def with_scaled(source: Source, folder: Path) -> Source:
     """`source` with float weights in place of codes and their scales; itself where it holds none.
 
-    The numbers are `dtype` of config.json, or bfloat16. Scales of activations and of KV caches are left out.
+    The numbers are `dtype` of config.json, or of the configs in it, or bfloat16. Scales of activations and of KV caches
+    are left out.
 
     Args:
         source: a checkpoint.
@@ -83,8 +86,7 @@ def with_scaled(source: Source, folder: Path) -> Source:
     found = found_weights(source.tensors, settings)
     if not found:
         return source
-    dtype = _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."), torch.bfloat16)
-    return ScaledWeights(source, found, settings, dtype)
+    return ScaledWeights(source, found, settings, _dtype(config))
 
 
 class ScaledWeights(Adapter):
@@ -240,13 +242,30 @@ def _read_scales(source: Source, stored: StoredTensor, columns: int) -> Tensor:
     return scales.float().reshape(-1, columns)
 
 
+def _dtype(config: Mapping[str, object]) -> torch.dtype:
+    """The dtype of the model of a config.json; one of text and images may have it in the configs of its parts."""
+    parts = [part for key, part in config.items() if isinstance(part, dict) and key != "quantization_config"]
+    own = _dtype_said(config)
+    found = {own} if own is not None else {_dtype_said(part) for part in parts} - {None}
+    (dtype,) = found if len(found) == 1 else (None,)
+    return dtype or torch.bfloat16
+
+
+def _dtype_said(config: Mapping[str, object]) -> torch.dtype | None:
+    return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
+
+
 def _block_size(said: Mapping[str, object]) -> tuple[int, int] | None:
-    """The rows and columns of a block, as a quantization_config says it; None if it says none, or several."""
+    """The rows and columns of a block of a weight, as a quantization_config says; None if it says none, or several."""
     found, pending, step = set(), [said], 0
     while pending and step < 1000:  # settings of a file may be of any size
         step += 1
         current = pending.pop()
         for key, value in current.items():
+            if key in _OF_OTHERS:
+                continue
+            if key == "block_structure" and isinstance(value, str):  # "128x128", as old files have it
+                value = [int(number) if re.fullmatch("[0-9]{1,9}", number) else None for number in value.split("x")]
             if isinstance(value, dict):
                 pending.append(value)
             elif key in ("weight_block_size", "block_structure") and isinstance(value, list) and len(value) == 2:

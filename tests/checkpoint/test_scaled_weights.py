@@ -80,6 +80,55 @@ def test_numbers_have_the_dtype_of_the_config(tmp_path, said, key):
     assert torch.equal(found, numbers(codes, scales, (128, 128), expected))
 
 
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"text_config": {"dtype": "float16"}}, torch.float16),
+        ({"text_config": {"torch_dtype": "float16"}, "vision_config": {"dtype": None}}, torch.float16),
+        ({"text_config": {"dtype": "float16"}, "vision_config": {"dtype": "float32"}}, BF16),
+        ({"text_config": {"dtype": "float16"}, "dtype": "float32"}, torch.float32),
+        ({"dtype": None, "torch_dtype": "float16"}, torch.float16),
+    ],
+    ids=["nested", "nested, by the old name", "two nested ones", "the outer one first", "the old name beside null"],
+)
+def test_the_dtype_of_a_config_may_be_that_of_its_parts(tmp_path, config, expected):
+    codes, scales = in_fp8(torch.randn(128, 128), (128, 128))
+    write(tmp_path, {"w": codes, "w_scale_inv": scales}, FP8, **config)
+    assert opened(tmp_path).tensors["w"].dtype == expected
+
+
+@pytest.mark.parametrize("block", [[128, 128], "128x128"], ids=str)
+def test_groups_of_activations_are_no_blocks_of_weights(tmp_path, block):
+    """The scheme FP8_BLOCK of compressed-tensors, which quantizes activations in groups of 128."""
+    group = {
+        "weights": {"strategy": "block", "block_structure": block, "group_size": None},
+        "input_activations": {"strategy": "group", "group_size": 128, "dynamic": True},
+        "output_activations": {"group_size": 64},
+    }
+    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    said["kv_cache_scheme"] = {"num_bits": 8, "group_size": 16}
+    codes, scales = in_fp8(torch.randn(200, 300), (128, 128))
+    write(tmp_path, {"w": codes, "w_scale": scales}, said)
+    assert torch.equal(read_all(opened(tmp_path))["w"], numbers(codes, scales, (128, 128)))
+
+
+def test_no_columns(tmp_path):
+    write(tmp_path, {"w": torch.zeros(4, 0).to(E4M3), "w_scale": torch.ones(4, 1)}, FP8)
+    assert read_all(opened(tmp_path))["w"].shape == (4, 0)
+
+
+def test_scales_are_read_under_another_default_device(tmp_path, monkeypatch):
+    codes, scales = in_fp8(torch.randn(70, 96), (70, 96))
+    write(tmp_path, {"w": codes, "w_scale": scales}, FP8)
+    stored, empty = opened(tmp_path).tensors["w"], torch.empty
+    # what `with torch.device("meta")` does to it, but where tests have replaced it
+    monkeypatch.setattr(torch, "empty", lambda *args, device="meta", **kwargs: empty(*args, device=device, **kwargs))
+    with torch.device("meta"):
+        found, whole = stored.coding.decode(codes.view(torch.uint8)), read_tensor(stored)
+    assert torch.equal(found, numbers(codes, scales, (70, 96)))
+    assert torch.equal(whole, found)
+
+
 def test_exponents_of_two_are_scales_too(tmp_path):
     codes, exponents = torch.randn(70, 96).to(E4M3), torch.randint(100, 140, (70, 3), dtype=torch.uint8)
     write(
