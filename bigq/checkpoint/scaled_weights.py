@@ -4,8 +4,7 @@ What is read are the codes. They become numbers on the device where their rows a
 quantizes them as it quantizes other floats.
 """
 
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -18,20 +17,23 @@ from torch import Tensor
 from bigq.checkpoint.adapters import Adapter
 from bigq.checkpoint.model_config import read_config
 from bigq.checkpoint.scaled_rows import E2M1, Codes, ScaledRows, Scales
+from bigq.checkpoint.scaled_settings import block_size, dtype_of_numbers
 from bigq.checkpoint.source import Source, StoredTensor, read_tensor, refuse_unknown
 from bigq.errors import CheckpointError
+from bigq.system.text import shortlist
 
-__all__ = ["FLOAT8", "MXFP4_BLOCKS", "MXFP4_SCALES", "FoundWeight", "found_weights", "with_scaled"]
+__all__ = ["FLOAT8", "MXFP4_BLOCKS", "MXFP4_SCALES", "FoundWeight", "found_weights", "scale_beside", "with_scaled"]
 
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # what follows the name of a stack of weights
 _MXFP4_BLOCK = 32  # elements
 _BYTES = {torch.uint8, torch.int8}
 _ENDS = ("_scale_inv", "_scale")  # what follows the name of a weight; numbers are multiplied by either
+# More than one scale makes numbers of such a weight: zero points, columns in another order, a scale of scales.
+_MORE_ENDS = ("_zero_point", "_g_idx", "_scale_2", "_global_scale")
+_MORE_BESIDE = "pre_quant_scale"  # inputs are multiplied by it
 _BESIDE = {"input_scale", "input_zero_point", "activation_scale", "output_scale"}  # of activations: not needed
 _OF_CACHE = {"k_scale", "v_scale", "q_scale"}  # of a KV cache
-_OF_OTHERS = {"input_activations", "output_activations", "kv_cache_scheme"}  # settings that say nothing of weights
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHOWN = 10  # problems
 
 
@@ -48,11 +50,14 @@ class FoundWeight(NamedTuple):
     method: str
 
 
-def found_weights(tensors: Mapping[str, StoredTensor], said: Mapping[str, object]) -> dict[str, FoundWeight]:
-    """The weights among `tensors` that are codes with scales, by the names of their codes.
+def found_weights(
+    tensors: Mapping[str, StoredTensor], said: Mapping[str, object], held: Collection[str] = ()
+) -> dict[str, FoundWeight]:
+    """The weights among `tensors` that are codes with scales, and are made of these alone, by the names of their codes.
 
     Args:
         said: the quantization_config of config.json.
+        held: names of tensors that the model has. A scale that it has itself makes no weight.
     """
     found: dict[str, FoundWeight] = {}
     for name, stored in tensors.items():
@@ -62,12 +67,19 @@ def found_weights(tensors: Mapping[str, StoredTensor], said: Mapping[str, object
         elif stored.dtype in FLOAT8 | _BYTES and len(stored.shape) > 1:
             scale = _scale_of(name, tensors)
             kind = None if scale is None else _kind(stored, scale, said.get("quant_method"))
-            if scale is not None and kind is not None and f"{name}_zero_point" not in tensors:
+            if scale is not None and kind is not None and scale.name not in held and not _needs_more(name, tensors):
                 found[name] = FoundWeight(name, stored, scale, *kind)
     return found
 
 
-def with_scaled(source: Source, folder: Path) -> Source:
+def scale_beside(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
+    """What a checkpoint calls a scale for its tensor `name`, which is then no number by itself; None without one."""
+    module, _, leaf = name.rpartition(".")
+    prefix = f"{module}." if module else ""
+    return next((found for known in _names_of_scales(leaf) if (found := prefix + known) in tensors), None)
+
+
+def with_scaled(source: Source, folder: Path, held: Callable[[], Collection[str]] = tuple) -> Source:
     """`source` with float weights in place of codes and their scales; itself where it holds none.
 
     The numbers are `dtype` of config.json, or of the configs in it, or bfloat16. Scales of activations and of KV caches
@@ -76,31 +88,41 @@ def with_scaled(source: Source, folder: Path) -> Source:
     Args:
         source: a checkpoint.
         folder: that holds it; its config.json says how large blocks are.
+        held: returns the names of the model's tensors, as the checkpoint may have them. They stay as they are.
 
     Raises:
-        CheckpointError: a scale does not fit its weight.
+        CheckpointError: a scale does not fit its weight, or FP8 has a scale that is not known here.
     """
+    if all(stored.dtype not in FLOAT8 | _BYTES for stored in source.tensors.values()):
+        return source
     config = read_config(folder / "config.json")
     said = config.get("quantization_config")
     settings: Mapping[str, object] = said if isinstance(said, dict) else {}
-    found = found_weights(source.tensors, settings)
+    names = frozenset(held())
+    found = found_weights(source.tensors, settings, names)
+    _refuse_unknown_scales(source.tensors, found, names)
     if not found:
         return source
-    return ScaledWeights(source, found, settings, _dtype(config))
+    return ScaledWeights(source, found, settings, dtype_of_numbers(config), names)
 
 
 class ScaledWeights(Adapter):
-    """`source` with the weights `found` as float tensors of `dtype`."""
+    """`source` with the weights `found` as float tensors of `dtype`. A model has tensors called `held`."""
 
     def __init__(
-        self, source: Source, found: Mapping[str, FoundWeight], said: Mapping[str, object], dtype: torch.dtype
+        self,
+        source: Source,
+        found: Mapping[str, FoundWeight],
+        said: Mapping[str, object],
+        dtype: torch.dtype,
+        held: Collection[str],
     ) -> None:
         super().__init__(source)
-        block, problems = _block_size(said), []
+        block, problems = block_size(said), []
         self._codings: dict[str, ScaledRows] = {}  # by the name of the codes
         for name, weight in found.items():
             try:
-                self._codings[name] = _coding(source, weight, block, dtype)
+                self._codings[name] = _coding(source, weight, said.get("quant_method"), block, dtype)
             except ValueError as problem:
                 problems.append(f"{weight.scale.name} in {weight.scale.where}: {problem}")
         if problems:
@@ -109,7 +131,8 @@ class ScaledWeights(Adapter):
                 f"{len(problems)} scales do not fit their weights:\n  - " + "\n  - ".join([*problems[:_SHOWN], *more])
             )
         self._new_names = {name: weight.name for name, weight in found.items()}
-        left_out = {weight.scale.name for weight in found.values()} | _of_activations(source.tensors, found, said)
+        left_out = {weight.scale.name for weight in found.values()}
+        left_out |= _of_activations(source.tensors, found, said).difference(held)
         tensors: dict[str, StoredTensor] = {}
         for name, stored in source.tensors.items():
             if name in left_out:
@@ -133,6 +156,38 @@ class ScaledWeights(Adapter):
                 yield name, tensor
             else:
                 yield self._new_names[name], coding.decode(tensor.contiguous().view(torch.uint8))
+
+
+def _names_of_scales(leaf: str) -> tuple[str, ...]:
+    """What a scale of the tensor `leaf` of a module may be called there, whoever has written it."""
+    ends = ("scale", "scale_inv", "scales", "scale_2", "global_scale", "inv_scale", "descale", "dequant_scale")
+    names = (f"{leaf}.scale", f"scale_{leaf}", f"qscale_{leaf}", f"{leaf}_scaling_factor", "scale")
+    return *(f"{leaf}_{end}" for end in ends), *names
+
+
+def _needs_more(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether more than a scale makes numbers of the codes `name`."""
+    module, _, _ = name.rpartition(".")
+    beside = f"{module}.{_MORE_BESIDE}" if module else _MORE_BESIDE
+    return beside in tensors or any(name + end in tensors for end in _MORE_ENDS)
+
+
+def _refuse_unknown_scales(
+    tensors: Mapping[str, StoredTensor], found: Mapping[str, FoundWeight], held: Collection[str]
+) -> None:
+    """Raise a CheckpointError if there is FP8 that is not in `found`, and has a scale that the model does not have.
+
+    Here every tensor has the name that it has in the file. Later its scale may have another module, or experts are a
+    stack, and it would be a plain cast.
+    """
+    codes = [name for name, stored in tensors.items() if stored.dtype in FLOAT8 and name not in found]
+    unknown = {name: scale for name in codes if (scale := scale_beside(name, tensors)) and scale not in held}
+    if unknown:
+        listed = shortlist([f"{scale} of {name} in {tensors[name].where}" for name, scale in unknown.items()], limit=3)
+        raise CheckpointError(
+            f"{len(unknown)} tensors in FP8 have a scale of an unknown kind: {listed}; it is a scaled storage format "
+            "that bigq does not know: take the original weights of the model"
+        )
 
 
 def _scale_of(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
@@ -177,7 +232,9 @@ def _float_tensor(stored: StoredTensor, name: str, coding: ScaledRows) -> Stored
     )
 
 
-def _coding(source: Source, weight: FoundWeight, block: tuple[int, int] | None, dtype: torch.dtype) -> ScaledRows:
+def _coding(
+    source: Source, weight: FoundWeight, method: object, block: tuple[int, int] | None, dtype: torch.dtype
+) -> ScaledRows:
     """How the codes of `weight` become numbers. Raises ValueError if its scale does not fit it."""
     if weight.codes == E2M1:
         *leading, groups = weight.scale.shape
@@ -193,7 +250,7 @@ def _coding(source: Source, weight: FoundWeight, block: tuple[int, int] | None, 
         )
     shape = tuple(weight.stored.shape)
     *leading, rows, columns = shape
-    of_rows, of_columns = _scale_shape(shape, tuple(weight.scale.shape))
+    of_rows, of_columns = _scale_shape(shape, tuple(weight.scale.shape), method)
     per = _per(rows, of_rows, None if block is None else block[0])
     width = _per(columns, of_columns, None if block is None else block[1])
     if per is None or width is None:
@@ -208,9 +265,11 @@ def _coding(source: Source, weight: FoundWeight, block: tuple[int, int] | None, 
     return ScaledRows(codes=weight.codes, shape=shape, dtype=dtype, scales=tuple(found), width=width)
 
 
-def _scale_shape(shape: Sequence[int], scale: Sequence[int]) -> tuple[int, int]:
+def _scale_shape(shape: Sequence[int], scale: Sequence[int], method: object) -> tuple[int, int]:
     """How many scales `scale` has for the rows and for the columns of each matrix of `shape`. Raises ValueError."""
-    *leading, rows, _ = shape
+    *leading, rows, columns = shape
+    if method == "fbgemm_fp8" and leading and list(scale) in ([*leading, 1, columns], [*leading, columns, 1]):
+        return 1, columns  # a stack of transformers is [E, K, N], and each of N outputs has a scale
     if prod(scale) == 1 and not leading:
         return 1, 1
     if list(scale) == leading:
@@ -240,40 +299,6 @@ def _read_scales(source: Source, stored: StoredTensor, columns: int) -> Tensor:
     if scales.dtype == torch.uint8:
         scales = scales.view(torch.float8_e8m0fnu)
     return scales.float().reshape(-1, columns)
-
-
-def _dtype(config: Mapping[str, object]) -> torch.dtype:
-    """The dtype of the model of a config.json; one of text and images may have it in the configs of its parts."""
-    parts = [part for key, part in config.items() if isinstance(part, dict) and key != "quantization_config"]
-    own = _dtype_said(config)
-    found = {own} if own is not None else {_dtype_said(part) for part in parts} - {None}
-    (dtype,) = found if len(found) == 1 else (None,)
-    return dtype or torch.bfloat16
-
-
-def _dtype_said(config: Mapping[str, object]) -> torch.dtype | None:
-    return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
-
-
-def _block_size(said: Mapping[str, object]) -> tuple[int, int] | None:
-    """The rows and columns of a block of a weight, as a quantization_config says; None if it says none, or several."""
-    found, pending, step = set(), [said], 0
-    while pending and step < 1000:  # settings of a file may be of any size
-        step += 1
-        current = pending.pop()
-        for key, value in current.items():
-            if key in _OF_OTHERS:
-                continue
-            if key == "block_structure" and isinstance(value, str):  # "128x128", as old files have it
-                value = [int(number) if re.fullmatch("[0-9]{1,9}", number) else None for number in value.split("x")]
-            if isinstance(value, dict):
-                pending.append(value)
-            elif key in ("weight_block_size", "block_structure") and isinstance(value, list) and len(value) == 2:
-                found.add(tuple(value))
-            elif key == "group_size" and value is not None:  # columns of a row
-                found.add((1, value))
-    sizes = [size for size in found if all(type(number) is int and number > 0 for number in size)]
-    return sizes[0] if len(sizes) == len(found) == 1 else None
 
 
 def _of_activations(

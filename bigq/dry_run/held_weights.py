@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bigq.checkpoint import FLOAT8, Source, StoredTensor, is_scaled, read_small
+from bigq.checkpoint import FLOAT8, Source, StoredTensor, read_small, scale_beside
 from bigq.errors import CheckpointError
 from bigq.formats import Format, check_quant_state, decode_quant_state, state_name
 from bigq.formats.bitsandbytes import (
@@ -137,7 +137,7 @@ def _of_others(source: Source, method: str, said: Mapping[str, Any]) -> Iterator
             yield HeldWeight(stem, method, words, 2 * stored.shape.numel(), (name, stem + _SCALES))
         elif leaf == "_data" and module.endswith("weight"):
             yield HeldWeight(module, method, words, _unpacked(stored, bits), beside)
-        elif stored.dtype in FLOAT8 | {torch.int8} and is_scaled(name, tensors):
+        elif stored.dtype in FLOAT8 | {torch.int8} and scale_beside(name, tensors):
             yield HeldWeight(module, method, words, stored.shape.numel(), beside)
 
 

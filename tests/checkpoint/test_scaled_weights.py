@@ -309,6 +309,48 @@ def test_scales_of_activations_and_caches_are_left_out(tmp_path):
     assert opened(write(tmp_path / "none", tensors, said)).tensors.keys() == kept | {"q.k_scale"}
 
 
+@pytest.mark.parametrize("stored_as", [(2, 1, 64), (2, 64, 1)], ids=str)
+def test_stacks_of_fbgemm_have_a_scale_for_each_column(tmp_path, stored_as):
+    """transformers holds them as [E, K, N], and scales of the N columns in either shape, also where K is N."""
+    codes, scales = torch.randn(2, 64, 64).to(E4M3), torch.rand(2, 1, 64)
+    write(tmp_path, {"w": codes, "w_scale": scales.reshape(stored_as)}, {"quant_method": "fbgemm_fp8"})
+    source = opened(tmp_path)
+    assert torch.equal(read_all(source)["w"], numbers(codes, scales, (64, 1)))
+    part = RowWindows(source, {"w": Rows(start=1, stop=2)})
+    assert torch.equal(read_all(part)["w"], numbers(codes, scales, (64, 1))[1:])
+
+
+@pytest.mark.parametrize("beside", ["w_zero_point", "w_g_idx", "w_scale_2", "w_global_scale", "pre_quant_scale"])
+def test_weights_that_scales_alone_do_not_make_are_refused(tmp_path, beside):
+    """Columns in another order, zero points, a second scale, and factors of inputs change what codes stand for."""
+    tensors = {"q.w": torch.randn(8, 32).to(E4M3), "q.w_scale": torch.ones(8, 1), f"q.{beside}": torch.ones(32)}
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors in FP8 have a scale of an unknown kind: q\.w_scale of q\.w in"
+    ):
+        opened(write(tmp_path, tensors))
+    write(tmp_path, tensors, {"quant_method": "compressed-tensors"})
+    with pytest.raises(CheckpointError, match="quantized already: compressed-tensors, which bigq does not read"):
+        Checkpoint.open(tmp_path)
+
+
+def test_what_the_model_holds_itself_is_no_scale(tmp_path):
+    codes, scales = in_fp8(torch.randn(32, 32), (32, 32))
+    tensors = {"a.weight": codes, "a.weight_scale": scales, "table": codes, "table_scale": scales}
+    tensors |= {"a.input_scale": torch.ones(1)}
+    source = Checkpoint.open(write(tmp_path, tensors, FP8))
+    source = with_scaled(source, tmp_path, lambda: {"table_scale", "a.input_scale"})
+    assert source.tensors.keys() == {"a.weight", "table", "table_scale", "a.input_scale"}
+    assert torch.equal(read_tensor(source.tensors["table"]).view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(read_tensor(source.tensors["a.weight"]), numbers(codes, scales, (32, 32)))
+
+
+def test_experts_whose_scales_are_unknown_are_refused_before_they_are_stacked(tmp_path):
+    """Of a stack, or of a renamed tensor, nothing shows any more that a scale was beside it."""
+    tensors = {f"{name}.weight": torch.randn(8, 32).to(E4M3) for name in "ab"}
+    with pytest.raises(CheckpointError, match=r"2 tensors in FP8.*: a\.qscale_weight of a\.weight in"):
+        opened(write(tmp_path, tensors | {f"{name}.qscale_weight": torch.ones(1) for name in "ab"}))
+
+
 def test_floats_are_left_alone(tmp_path):
     save_file(
         {"w": torch.randn(3, 3), "w_scale": torch.ones(1), "flags": torch.zeros(4, 4, dtype=torch.uint8)},
