@@ -6,7 +6,9 @@ from bigq.checkpoint.foreign import decoded_method, foreign_method, is_adapter, 
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
 from bigq.checkpoint.row_windows import Rows, RowWindows
-from bigq.checkpoint.scaled_weights import FLOAT8, found_weights, scale_beside, with_scaled
+from bigq.checkpoint.scaled_names import FLOAT8, found_weights, scale_beside
+from bigq.checkpoint.scaled_rows import Holder
+from bigq.checkpoint.scaled_weights import with_scaled
 from bigq.checkpoint.source import (
     ByteSource,
     ReadError,
@@ -27,6 +29,7 @@ __all__ = [
     "Completed",
     "Conversion",
     "Converted",
+    "Holder",
     "LocalFile",
     "ReadError",
     "Renamed",

@@ -7,7 +7,7 @@ import torch
 
 from bigq.checkpoint.bitsandbytes_settings import says_bitsandbytes
 from bigq.checkpoint.model_config import read_config
-from bigq.checkpoint.scaled_weights import FLOAT8, found_weights
+from bigq.checkpoint.scaled_names import FLOAT8, found_weights
 from bigq.checkpoint.source import StoredTensor
 from bigq.errors import CheckpointError
 from bigq.formats.bitsandbytes import is_bitsandbytes

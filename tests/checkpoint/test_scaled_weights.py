@@ -1,5 +1,6 @@
 """Weights in FP8, int8 and MXFP4 with scales have the numbers of their codes, whole, in windows and moved."""
 
+import os
 from functools import partial
 
 import pytest
@@ -405,6 +406,23 @@ def test_a_scale_that_is_cut_short_is_an_error(tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"other\.safetensors"):
         read_tensor(source.tensors["w"])
+
+
+@pytest.mark.parametrize("is_ended", [True, False], ids=["to the end", "given up"])
+def test_files_of_scales_are_closed_after_a_read(tmp_path, is_ended):
+    tensors = {name: in_fp8(torch.randn(64, 64), (64, 64)) for name in "abc"}
+    files = [write(tmp_path, {name: codes for name, (codes, _) in tensors.items()}, FP8) / "model.safetensors"]
+    for name, (_, scales) in tensors.items():
+        files.append(tmp_path / f"{name}.safetensors")
+        save_file({f"{name}_scale": scales}, files[-1])
+    source, before = with_scaled(Checkpoint.open_files(files), tmp_path), len(os.listdir("/proc/self/fd"))
+    reading = source.read(list("abc"))
+    for name, found in reading:
+        assert torch.equal(found, numbers(*tensors[name], (64, 64)))
+        if not is_ended:
+            break
+    reading.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.gpu
