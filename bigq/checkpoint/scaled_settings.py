@@ -1,7 +1,7 @@
 """What a config.json says of weights that are codes with scales: how large a block is, and what dtype numbers have."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -11,13 +11,16 @@ _OF_OTHERS = {"input_activations", "output_activations", "kv_cache_scheme"}  # s
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def dtype_of_numbers(config: Mapping[str, object]) -> torch.dtype:
-    """The dtype of the model of a config.json; one of text and images may have it in the configs of its parts."""
+def dtype_of_numbers(config: Mapping[str, object], others: Collection[torch.dtype]) -> torch.dtype:
+    """The dtype of the model of a config.json; one of text and images may have it in the configs of its parts.
+
+    Where they say none, or several, it is that of all `others`, the float tensors of the checkpoint; bfloat16 if these
+    have several.
+    """
     parts = [part for key, part in config.items() if isinstance(part, dict) and key != "quantization_config"]
-    own = _dtype_said(config)
-    found = {own} if own is not None else {_dtype_said(part) for part in parts} - {None}
-    (dtype,) = found if len(found) == 1 else (None,)
-    return dtype or torch.bfloat16
+    said = ({_dtype_said(config)}, {_dtype_said(part) for part in parts} - {None}, {*others} & {*_DTYPES.values()})
+    agreed = (next(iter(found)) for found in said if len(found) == 1)
+    return next((dtype for dtype in agreed if dtype is not None), torch.bfloat16)
 
 
 def _dtype_said(config: Mapping[str, object]) -> torch.dtype | None:

@@ -39,8 +39,8 @@ _SHOWN = 10  # problems
 def with_scaled(source: Source, folder: Path, held: Callable[[], Collection[str]] = tuple) -> Source:
     """`source` with float weights in place of codes and their scales; itself where it holds none.
 
-    The numbers are `dtype` of config.json, or of the configs in it, or bfloat16. Scales of activations and of KV caches
-    are left out.
+    The dtype of numbers is that of config.json, or of the configs in it, or of all other floats, or bfloat16. Scales of
+    activations and of KV caches are left out.
 
     Args:
         source: a checkpoint.
@@ -60,21 +60,30 @@ def with_scaled(source: Source, folder: Path, held: Callable[[], Collection[str]
     _refuse_unknown_scales(source.tensors, found, names)
     if not found:
         return source
-    return ScaledWeights(source, found, settings, dtype_of_numbers(config), names)
+    return ScaledWeights(source, found, config, settings, names)
 
 
 class ScaledWeights(Adapter):
-    """`source` with the weights `found` as float tensors of `dtype`. A model has tensors called `held`."""
+    """`source` with the weights `found` as float tensors.
+
+    Args:
+        config: of config.json, with `said`, its quantization_config.
+        held: names of tensors that the model has.
+    """
 
     def __init__(
         self,
         source: Source,
         found: Mapping[str, FoundWeight],
+        config: Mapping[str, object],
         said: Mapping[str, object],
-        dtype: torch.dtype,
         held: Collection[str],
     ) -> None:
         super().__init__(source)
+        left_out = {weight.scale.name for weight in found.values()}
+        left_out |= scales_of_activations(source.tensors, found, said).difference(held)
+        kept = [stored for name, stored in source.tensors.items() if name not in left_out and name not in found]
+        dtype = dtype_of_numbers(config, {stored.dtype for stored in kept if stored.dtype.is_floating_point})
         block, problems = block_size(said), []
         self._codings: dict[str, ScaledRows] = {}  # by the name of the codes
         for name, weight in found.items():
@@ -88,8 +97,6 @@ class ScaledWeights(Adapter):
                 f"{len(problems)} scales do not fit their weights:\n  - " + "\n  - ".join([*problems[:_SHOWN], *more])
             )
         self._new_names = {name: weight.name for name, weight in found.items()}
-        left_out = {weight.scale.name for weight in found.values()}
-        left_out |= scales_of_activations(source.tensors, found, said).difference(held)
         tensors: dict[str, StoredTensor] = {}
         for name, stored in source.tensors.items():
             if name in left_out:
@@ -214,7 +221,9 @@ def _per(size: int, groups: int, block: int | None) -> int | None:
 
 def _read_scales(source: Source, stored: StoredTensor, columns: int, first: int, stop: int) -> Tensor:
     """Rows of the scales `stored` as a matrix of float32 with `columns`; bytes are exponents of two, as in MXFP4."""
-    if stored.spans:
+    if stored.spans and (stop - first) * columns == stored.shape.numel():
+        scales = read_tensor(stored).reshape(-1, columns)
+    elif stored.spans:
         row_nbytes = columns * stored.dtype.itemsize
         spans = cut_out(stored.spans, first * row_nbytes, (stop - first) * row_nbytes)
         scales = read_tensor(replace(stored, shape=torch.Size([stop - first, columns]), spans=spans))

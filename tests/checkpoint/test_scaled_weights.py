@@ -98,6 +98,27 @@ def test_the_dtype_of_a_config_may_be_that_of_its_parts(tmp_path, config, expect
     assert opened(tmp_path).tensors["w"].dtype == expected
 
 
+@pytest.mark.parametrize(
+    "others, expected",
+    [
+        ([torch.float16], torch.float16),
+        ([torch.float32, torch.float32], torch.float32),
+        ([torch.float32, BF16], BF16),
+        ([torch.float64], BF16),
+        ([torch.int64], BF16),
+    ],
+    ids=str,
+)
+def test_without_a_config_numbers_have_the_dtype_of_all_other_floats(tmp_path, others, expected):
+    """A norm in float16 beside a linear in bfloat16 would not run."""
+    codes, scales = in_fp8(torch.randn(32, 32), (32, 32))
+    tensors = {"q.weight": codes, "q.weight_scale": scales, "q.input_scale": torch.ones(1)}
+    write(tmp_path, tensors | {f"{i}": torch.ones(3, dtype=dtype) for i, dtype in enumerate(others)})
+    assert opened(tmp_path).tensors["q.weight"].dtype == expected
+    write(tmp_path, tensors, FP8, dtype="float16")
+    assert opened(tmp_path).tensors["q.weight"].dtype == torch.float16
+
+
 @pytest.mark.parametrize("block", [[128, 128], "128x128"], ids=str)
 def test_groups_of_activations_are_no_blocks_of_weights(tmp_path, block):
     """The scheme FP8_BLOCK of compressed-tensors, which quantizes activations in groups of 128."""
@@ -338,7 +359,7 @@ def test_what_the_model_holds_itself_is_no_scale(tmp_path):
     codes, scales = in_fp8(torch.randn(32, 32), (32, 32))
     tensors = {"a.weight": codes, "a.weight_scale": scales, "table": codes, "table_scale": scales}
     tensors |= {"a.input_scale": torch.ones(1)}
-    source = Checkpoint.open(write(tmp_path, tensors, FP8))
+    source = Checkpoint.open(write(tmp_path, tensors, FP8, dtype="bfloat16"))
     source = with_scaled(source, tmp_path, lambda: {"table_scale", "a.input_scale"})
     assert source.tensors.keys() == {"a.weight", "table", "table_scale", "a.input_scale"}
     assert torch.equal(read_tensor(source.tensors["table"]).view(torch.uint8), codes.view(torch.uint8))
