@@ -6,7 +6,7 @@ from bigq.checkpoint.foreign import decoded_method, foreign_method, is_adapter, 
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
 from bigq.checkpoint.row_windows import Rows, RowWindows
-from bigq.checkpoint.scaled_names import FLOAT8, found_weights, scale_beside
+from bigq.checkpoint.scaled_names import FLOAT8, found_weights, scale_beside, scales_of_activations
 from bigq.checkpoint.scaled_rows import Holder
 from bigq.checkpoint.scaled_weights import with_scaled
 from bigq.checkpoint.source import (
@@ -48,6 +48,7 @@ __all__ = [
     "refuse_foreign",
     "refuse_unknown",
     "scale_beside",
+    "scales_of_activations",
     "with_bitsandbytes",
     "with_scaled",
 ]

@@ -23,10 +23,12 @@ MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # what follows the name of a 
 MXFP4_BLOCK = 32  # elements
 CODE_BYTES = {torch.uint8, torch.int8}
 _ENDS = ("_scale_inv", "_scale")  # what follows the name of a weight; numbers are multiplied by either
+_OF_FP8 = ("scale", "qscale_weight")  # beside a `weight`, of DeepSeek-V4 and Mistral
 # More than one scale makes numbers of such a weight: zero points, columns in another order, a scale of scales.
 _MORE_ENDS = ("_zero_point", "_g_idx", "_scale_2", "_global_scale")
 _MORE_BESIDE = "pre_quant_scale"  # inputs are multiplied by it
-_BESIDE = {"input_scale", "input_zero_point", "activation_scale", "output_scale"}  # of activations: not needed
+# Of activations: not needed.
+_BESIDE = {"input_scale", "input_zero_point", "activation_scale", "output_scale", "qscale_act"}
 _OF_CACHE = {"k_scale", "v_scale", "q_scale"}  # of a KV cache
 
 
@@ -41,6 +43,11 @@ class FoundWeight(NamedTuple):
     scale: StoredTensor
     codes: Codes
     method: str
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return self.stored.shape.numel() * (2 if self.codes == E2M1 else 1)
 
 
 def found_weights(
@@ -58,8 +65,9 @@ def found_weights(
         if stem != name and _is_mxfp4(stored, tensors.get(stem + MXFP4_SCALES)):
             found[name] = FoundWeight(stem, stored, tensors[stem + MXFP4_SCALES], E2M1, "MXFP4")
         elif stored.dtype in FLOAT8 | CODE_BYTES and len(stored.shape) > 1:
-            scale = _scale_of(name, tensors)
-            kind = None if scale is None else _kind(stored, scale, said.get("quant_method"))
+            method = said.get("quant_method")
+            scale = _scale_of(name, tensors, method)
+            kind = None if scale is None else _kind(stored, scale, method)
             if scale is not None and kind is not None and scale.name not in held and not _needs_more(name, tensors):
                 found[name] = FoundWeight(name, stored, scale, *kind)
     return found
@@ -75,8 +83,8 @@ def scale_beside(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
 def _names_of_scales(leaf: str) -> tuple[str, ...]:
     """What a scale of the tensor `leaf` of a module may be called there, whoever has written it."""
     ends = ("scale", "scale_inv", "scales", "scale_2", "global_scale", "inv_scale", "descale", "dequant_scale")
-    names = (f"{leaf}.scale", f"scale_{leaf}", f"qscale_{leaf}", f"{leaf}_scaling_factor", "scale")
-    return *(f"{leaf}_{end}" for end in ends), *names
+    names = (f"{leaf}.scale", f"scale_{leaf}", f"qscale_{leaf}", f"{leaf}_scaling_factor", f"{leaf}s_scaling_factor")
+    return *(f"{leaf}_{end}" for end in ends), *names, "scale"
 
 
 def _needs_more(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
@@ -86,8 +94,11 @@ def _needs_more(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
     return beside in tensors or any(name + end in tensors for end in _MORE_ENDS)
 
 
-def _scale_of(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    scales = [tensors[name + end] for end in _ENDS if name + end in tensors]
+def _scale_of(name: str, tensors: Mapping[str, StoredTensor], method: object) -> StoredTensor | None:
+    names, stem = [name + end for end in _ENDS], name.removesuffix("weight")
+    if method == "fp8" and stem != name:
+        names += [stem + own for own in _OF_FP8]
+    scales = [tensors[own] for own in names if own in tensors]
     is_scale = len(scales) == 1 and (scales[0].dtype.is_floating_point or scales[0].dtype == torch.uint8)
     return scales[0] if is_scale else None
 

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bigq.checkpoint import FLOAT8, Source, StoredTensor, read_small, scale_beside
+from bigq.checkpoint import (
+    FLOAT8,
+    Source,
+    StoredTensor,
+    found_weights,
+    read_small,
+    scale_beside,
+    scales_of_activations,
+)
 from bigq.errors import CheckpointError
 from bigq.formats import Format, check_quant_state, decode_quant_state, state_name
 from bigq.formats.bitsandbytes import (
@@ -55,7 +63,9 @@ def held_weights(source: Source, method: str | None, said: Mapping[str, Any]) ->
     found = [*_of_bigq(source), *_of_bitsandbytes(source)]
     if found or method is None:
         return found
-    return [*_of_others(source, method, said)]
+    decoded = [*_of_decoded(source, method, said)]
+    members = {member for weight in decoded for member in weight.members}
+    return [*decoded, *(other for other in _of_others(source, method, said) if members.isdisjoint(other.members))]
 
 
 def settings_text(weight_format: Format) -> str:
@@ -109,6 +119,18 @@ def _of_bitsandbytes(source: Source) -> Iterator[HeldWeight]:
             yield HeldWeight(
                 f"{prefix}weight", "bitsandbytes", "int8", tensors[f"{prefix}weight"].shape.numel(), members
             )
+
+
+def _of_decoded(source: Source, method: str, said: Mapping[str, Any]) -> Iterator[HeldWeight]:
+    """Weights in codes that a load decodes; scales of activations belong to the first weight of their module."""
+    found = found_weights(source.tensors, said)
+    in_module: dict[str, list[str]] = {}
+    for name in scales_of_activations(source.tensors, found, said):
+        in_module.setdefault(name.rpartition(".")[0], []).append(name)
+    for weight in found.values():
+        beside = in_module.pop(weight.name.rpartition(".")[0], [])
+        name, members = weight.name.removesuffix(".weight"), (weight.stored.name, weight.scale.name, *sorted(beside))
+        yield HeldWeight(name, method, weight.method, weight.numel, members)
 
 
 def _of_others(source: Source, method: str, said: Mapping[str, Any]) -> Iterator[HeldWeight]:

@@ -331,6 +331,21 @@ def test_scales_of_activations_and_caches_are_left_out(tmp_path):
     assert opened(write(tmp_path / "none", tensors, said)).tensors.keys() == kept | {"q.k_scale"}
 
 
+@pytest.mark.parametrize("scale, activations", [("scale", "activation_scale"), ("qscale_weight", "qscale_act")])
+def test_other_names_of_scales_in_fp8(tmp_path, scale, activations):
+    """DeepSeek-V4 and Mistral have them, and transformers reads them in "fp8" alone."""
+    codes, scales = in_fp8(torch.randn(200, 300), (128, 128))
+    packed, exponents = torch.randint(0, 256, (70, 48), dtype=torch.uint8), torch.full((70, 3), 120, dtype=torch.uint8)
+    tensors = {"q.weight": codes, f"q.{scale}": scales, f"q.{activations}": torch.ones(1)}
+    tensors |= {"e.weight": packed.view(torch.int8), f"e.{scale}": exponents.view(torch.float8_e8m0fnu)}
+    found = read_all(opened(write(tmp_path, tensors, FP8)))
+    assert found.keys() == {"q.weight", "e.weight"}
+    assert torch.equal(found["q.weight"], numbers(codes, scales, (128, 128)))
+    assert torch.equal(found["e.weight"], e2m1_numbers(packed, exponents))
+    with pytest.raises(CheckpointError, match=f"unknown kind: q.{scale} of q.weight in"):
+        opened(write(tmp_path / "unsaid", {name: tensors[name] for name in ("q.weight", f"q.{scale}")}))
+
+
 @pytest.mark.parametrize("stored_as", [(2, 1, 64), (2, 64, 1)], ids=str)
 def test_stacks_of_fbgemm_have_a_scale_for_each_column(tmp_path, stored_as):
     """transformers holds them as [E, K, N], and scales of the N columns in either shape, also where K is N."""
