@@ -29,7 +29,8 @@ _MORE_ENDS = ("_zero_point", "_g_idx", "_scale_2", "_global_scale")
 _MORE_BESIDE = "pre_quant_scale"  # inputs are multiplied by it
 # Of activations: not needed.
 _BESIDE = {"input_scale", "input_zero_point", "activation_scale", "output_scale", "qscale_act"}
-_OF_CACHE = {"k_scale", "v_scale", "q_scale"}  # of a KV cache
+# Of a KV cache; one for each head, or one for all.
+_OF_CACHE = {"k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point"}
 
 
 class FoundWeight(NamedTuple):
@@ -137,8 +138,8 @@ def scales_of_activations(
     left_out = set()
     for name, stored in tensors.items():
         module, _, leaf = name.rpartition(".")
-        is_beside = leaf in _BESIDE and module in modules
+        is_beside = leaf in _BESIDE and module in modules and stored.shape.numel() == 1
         is_of_cache = leaf in _OF_CACHE and said.get("kv_cache_scheme") is not None
-        if stored.shape.numel() == 1 and (is_beside or is_of_cache):
+        if is_beside or is_of_cache:
             left_out.add(name)
     return left_out

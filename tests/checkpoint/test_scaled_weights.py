@@ -322,13 +322,15 @@ def test_scales_of_activations_and_caches_are_left_out(tmp_path):
         "q.input_scale": one,
         "q.input_zero_point": one,
         "q.k_scale": one,
+        "q.v_scale": torch.ones(2, 1, 1),
+        "q.v_zero_point": torch.ones(2, 1, 1),
     }
     tensors |= {"q.bias": one, "other.input_scale": one, "q.output_scale": torch.ones(2)}
     said = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}
     kept = {"q.weight", "q.bias", "other.input_scale", "q.output_scale"}
     assert opened(write(tmp_path / "cache", tensors, said)).tensors.keys() == kept
     del said["kv_cache_scheme"]
-    assert opened(write(tmp_path / "none", tensors, said)).tensors.keys() == kept | {"q.k_scale"}
+    assert opened(write(tmp_path / "none", tensors, said)).tensors.keys() == kept | {"q.k_scale", "q.v_scale", "q.v_zero_point"}
 
 
 @pytest.mark.parametrize("scale, activations", [("scale", "activation_scale"), ("qscale_weight", "qscale_act")])
