@@ -330,7 +330,11 @@ def test_scales_of_activations_and_caches_are_left_out(tmp_path):
     kept = {"q.weight", "q.bias", "other.input_scale", "q.output_scale"}
     assert opened(write(tmp_path / "cache", tensors, said)).tensors.keys() == kept
     del said["kv_cache_scheme"]
-    assert opened(write(tmp_path / "none", tensors, said)).tensors.keys() == kept | {"q.k_scale", "q.v_scale", "q.v_zero_point"}
+    assert opened(write(tmp_path / "none", tensors, said)).tensors.keys() == kept | {
+        "q.k_scale",
+        "q.v_scale",
+        "q.v_zero_point",
+    }
 
 
 @pytest.mark.parametrize("scale, activations", [("scale", "activation_scale"), ("qscale_weight", "qscale_act")])

@@ -190,10 +190,14 @@ def test_nan_in_a_scale_is_refused_by_the_name_of_the_weight(folders, tmp_path):
 
 def test_a_folder_of_codes_is_quantized_and_loads(folders, tmp_path):
     codes, floats = folders
+    (codes / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')  # of modelopt
+    (codes / "config.json").write_text(json.dumps({"quantization_config": FP8, "own": 3}))
     with init_empty_weights():
         skeleton = Net()
     made = bigq.quantize_checkpoint(codes, tmp_path / "nf4", CONFIGS["nf4"], model=skeleton, device="cpu")
     assert made.quantized == 5
+    assert not (tmp_path / "nf4" / "hf_quant_config.json").exists()
+    assert json.loads((tmp_path / "nf4" / "config.json").read_text()) == {"own": 3}, "what it was before is not said"
     assert_equal(load(tmp_path / "nf4", None), load(floats, CONFIGS["nf4"]))
 
 
