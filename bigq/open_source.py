@@ -46,7 +46,7 @@ def open_source(
     extra_states = ExtraStates(checkpoint, tree.modules, strict=strict)
     folder = checkpoint.files[0].parent
     source = with_bitsandbytes(
-        with_scaled(_without_placeholders(tree, extra_states), folder),
+        with_scaled(_without_placeholders(tree, extra_states), folder, partial(_names_held, tree)),
         folder,
         is_transposed=partial(_is_transposed, tree),
         threshold=None if config is None else _threshold(config),
@@ -91,6 +91,13 @@ def _is_transposed(tree: ModelTree, name: str) -> bool:
     owner, prefix = name.rpartition(".")[0], f"{getattr(tree.model, 'base_model_prefix', '')}."
     names = (owner, prefix + owner, owner.removeprefix(prefix))
     return any(is_transposed_linear(tree.modules[found]) for found in names if found in tree.modules)
+
+
+def _names_held(tree: ModelTree) -> set[str]:
+    """The names of the model's tensors; a checkpoint may have them with the prefix of the base model, or without."""
+    prefix = f"{getattr(tree.model, 'base_model_prefix', '')}."
+    names = {name for group in tree.tensors for name in group.names}
+    return names | {prefix + name for name in names} | {name.removeprefix(prefix) for name in names}
 
 
 def _threshold(config: QuantizationConfig) -> float | None:

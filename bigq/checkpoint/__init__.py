@@ -2,11 +2,13 @@
 
 from bigq.checkpoint.adapters import Adapter, Completed, Conversion, Converted, Renamed
 from bigq.checkpoint.bitsandbytes_source import with_bitsandbytes
-from bigq.checkpoint.foreign import decoded_method, foreign_method, is_adapter, is_scaled, refuse_foreign
+from bigq.checkpoint.foreign import decoded_method, foreign_method, is_adapter, refuse_foreign
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
 from bigq.checkpoint.row_windows import Rows, RowWindows
-from bigq.checkpoint.scaled_weights import FLOAT8, found_weights, with_scaled
+from bigq.checkpoint.scaled_names import FLOAT8, found_weights, scale_beside, scales_of_activations
+from bigq.checkpoint.scaled_rows import Holder
+from bigq.checkpoint.scaled_weights import with_scaled
 from bigq.checkpoint.source import (
     ByteSource,
     ReadError,
@@ -27,6 +29,7 @@ __all__ = [
     "Completed",
     "Conversion",
     "Converted",
+    "Holder",
     "LocalFile",
     "ReadError",
     "Renamed",
@@ -40,11 +43,12 @@ __all__ = [
     "foreign_method",
     "found_weights",
     "is_adapter",
-    "is_scaled",
     "read_small",
     "read_tensor",
     "refuse_foreign",
     "refuse_unknown",
+    "scale_beside",
+    "scales_of_activations",
     "with_bitsandbytes",
     "with_scaled",
 ]

@@ -7,13 +7,13 @@ import torch
 
 from bigq.checkpoint.bitsandbytes_settings import says_bitsandbytes
 from bigq.checkpoint.model_config import read_config
-from bigq.checkpoint.scaled_weights import FLOAT8, found_weights
+from bigq.checkpoint.scaled_names import FLOAT8, found_weights
 from bigq.checkpoint.source import StoredTensor
 from bigq.errors import CheckpointError
 from bigq.formats.bitsandbytes import is_bitsandbytes
 from bigq.system.text import shortlist
 
-__all__ = ["decoded_method", "foreign_method", "is_adapter", "is_scaled", "refuse_foreign"]
+__all__ = ["decoded_method", "foreign_method", "is_adapter", "refuse_foreign"]
 
 _METHODS = {  # quant_method in a config.json: what the format is called
     "awq": "AWQ",
@@ -93,11 +93,3 @@ def decoded_method(folder: Path, tensors: Mapping[str, StoredTensor]) -> str | N
     codes = [name for name, stored in tensors.items() if stored.dtype in _CODES | FLOAT8 and len(stored.shape) > 1]
     methods = sorted({weight.method for weight in found.values()})
     return " and ".join(methods) if methods and known.issuperset(codes) else None
-
-
-def is_scaled(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether a checkpoint holds a scale for its tensor `name`, which is then no number by itself."""
-    module, _, leaf = name.rpartition(".")
-    prefix = f"{module}." if module else ""
-    beside = (f"{leaf}_scale", f"{leaf}_scale_inv", f"{leaf}.scale", f"scale_{leaf}", f"{leaf}_scales", "scale")
-    return any(prefix + scale in tensors for scale in beside)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bigq.ops.code_tables import row_chunks
 
-__all__ = ["E2M1", "Codes", "ScaledRows", "Scales"]
+__all__ = ["E2M1", "Codes", "Holder", "ScaledRows", "Scales"]
 
 E2M1 = "e2m1"  # 4 bits: sign, two of exponent and one of mantissa; the first of two elements is in the low nibble
 Codes = torch.dtype | str  # a dtype of one byte, or E2M1
@@ -24,19 +25,28 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1
 _GPU_NUMEL = 1 << 24  # decoded at once on a GPU: 64 MiB of float32
 
 
+class Holder(Protocol):
+    """What bytes are read from, as far as it matters here: a ByteSource."""
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scales:
     """The scales of `count` rows of codes that follow each other.
 
     Args:
-        read: returns all scales of a stored tensor as a matrix of float32 on the CPU, [rows of scales, groups].
+        read: returns rows of a stored tensor of scales, from one on up to another, as a matrix of float32 on the CPU,
+            [rows of scales, groups]. It may open what `holders` are, and does not close it.
+        holders: what holds the bytes of that tensor.
         first: the row of that matrix for the first group of rows.
         rows: how many rows of codes share a row of scales.
         skipped: how many rows of the first group lie before the first row.
         count: how many rows of codes they are for.
     """
 
-    read: Callable[[], Tensor]
+    read: Callable[[int, int], Tensor]
+    holders: tuple[Holder, ...] = ()
     first: int
     rows: int
     skipped: int
@@ -50,7 +60,7 @@ class Scales:
     def expanded(self) -> Tensor:
         """A row of scales for each row of codes: float32 [count, groups]."""
         groups = -(-(self.skipped + self.count) // self.rows)
-        found = self.read()[self.first : self.first + groups]
+        found = self.read(self.first, self.first + groups)
         if self.rows == 1:
             return found
         return found.repeat_interleave(self.rows, dim=0)[self.skipped : self.skipped + self.count]
@@ -92,6 +102,11 @@ class ScaledRows:
         return prod(self.shape[:-1]) * self.row_nbytes
 
     @property
+    def holders(self) -> dict[int, Holder]:
+        """What `decode` reads scales from, and does not close; by identity."""
+        return {id(holder): holder for part in self.scales for holder in part.holders}
+
+    @property
     def expansion(self) -> int:
         """How many bytes of numbers a byte of codes becomes."""
         return self.dtype.itemsize * (2 if self.codes == E2M1 else 1)
@@ -102,6 +117,10 @@ class ScaledRows:
         Args:
             codes: uint8 with the bytes of whole entries, contiguous. Meta tensors give meta tensors.
         """
+        if not prod(self.shape[1:]):  # there are no bytes to say how many entries they are
+            count = len(codes) if codes.dim() > 1 else self.shape[0]
+            made = torch.empty(count, *self.shape[1:], dtype=self.dtype, device=codes.device)
+            return made.mT if self.transposed else made
         columns, before = self.shape[-1], start * prod(self.shape[1:-1])
         rows = codes.reshape(-1, self.row_nbytes)
         out = torch.empty(len(rows), columns, dtype=self.dtype, device=codes.device)

@@ -4,101 +4,91 @@ What is read are the codes. They become numbers on the device where their rows a
 quantizes them as it quantizes other floats.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bigq.checkpoint.adapters import Adapter
 from bigq.checkpoint.model_config import read_config
-from bigq.checkpoint.scaled_rows import E2M1, Codes, ScaledRows, Scales
-from bigq.checkpoint.source import Source, StoredTensor, read_tensor, refuse_unknown
+from bigq.checkpoint.scaled_names import (
+    CODE_BYTES,
+    FLOAT8,
+    MXFP4_BLOCK,
+    FoundWeight,
+    found_weights,
+    scale_beside,
+    scales_of_activations,
+)
+from bigq.checkpoint.scaled_rows import E2M1, Holder, ScaledRows, Scales
+from bigq.checkpoint.scaled_settings import block_size, dtype_of_numbers
+from bigq.checkpoint.source import Source, StoredTensor, cut_out, read_tensor, refuse_unknown
 from bigq.errors import CheckpointError
+from bigq.system.text import shortlist
 
-__all__ = ["FLOAT8", "MXFP4_BLOCKS", "MXFP4_SCALES", "FoundWeight", "found_weights", "with_scaled"]
+__all__ = ["with_scaled"]
 
-FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
-MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # what follows the name of a stack of weights
-_MXFP4_BLOCK = 32  # elements
-_BYTES = {torch.uint8, torch.int8}
-_ENDS = ("_scale_inv", "_scale")  # what follows the name of a weight; numbers are multiplied by either
-_BESIDE = {"input_scale", "input_zero_point", "activation_scale", "output_scale"}  # of activations: not needed
-_OF_CACHE = {"k_scale", "v_scale", "q_scale"}  # of a KV cache
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHOWN = 10  # problems
 
 
-class FoundWeight(NamedTuple):
-    """A weight of float numbers that are codes: its name, the tensors that hold it, what a code is, and what makes it.
-
-    `method` is what the format is called.
-    """
-
-    name: str
-    stored: StoredTensor
-    scale: StoredTensor
-    codes: Codes
-    method: str
-
-
-def found_weights(tensors: Mapping[str, StoredTensor], said: Mapping[str, object]) -> dict[str, FoundWeight]:
-    """The weights among `tensors` that are codes with scales, by the names of their codes.
-
-    Args:
-        said: the quantization_config of config.json.
-    """
-    found: dict[str, FoundWeight] = {}
-    for name, stored in tensors.items():
-        stem = name.removesuffix(MXFP4_BLOCKS)
-        if stem != name and _is_mxfp4(stored, tensors.get(stem + MXFP4_SCALES)):
-            found[name] = FoundWeight(stem, stored, tensors[stem + MXFP4_SCALES], E2M1, "MXFP4")
-        elif stored.dtype in FLOAT8 | _BYTES and len(stored.shape) > 1:
-            scale = _scale_of(name, tensors)
-            kind = None if scale is None else _kind(stored, scale, said.get("quant_method"))
-            if scale is not None and kind is not None and f"{name}_zero_point" not in tensors:
-                found[name] = FoundWeight(name, stored, scale, *kind)
-    return found
-
-
-def with_scaled(source: Source, folder: Path) -> Source:
+def with_scaled(source: Source, folder: Path, held: Callable[[], Collection[str]] = tuple) -> Source:
     """`source` with float weights in place of codes and their scales; itself where it holds none.
 
-    The numbers are `dtype` of config.json, or bfloat16. Scales of activations and of KV caches are left out.
+    The dtype of numbers is that of config.json, or of the configs in it, or of all other floats, or bfloat16. Scales of
+    activations and of KV caches are left out.
 
     Args:
         source: a checkpoint.
         folder: that holds it; its config.json says how large blocks are.
+        held: returns the names of the model's tensors, as the checkpoint may have them. They stay as they are.
 
     Raises:
-        CheckpointError: a scale does not fit its weight.
+        CheckpointError: a scale does not fit its weight, or FP8 has a scale that is not known here.
     """
+    if all(stored.dtype not in FLOAT8 | CODE_BYTES for stored in source.tensors.values()):
+        return source
     config = read_config(folder / "config.json")
     said = config.get("quantization_config")
     settings: Mapping[str, object] = said if isinstance(said, dict) else {}
-    found = found_weights(source.tensors, settings)
+    names = frozenset(held())
+    found = found_weights(source.tensors, settings, names)
+    _refuse_unknown_scales(source.tensors, found, names)
     if not found:
         return source
-    dtype = _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."), torch.bfloat16)
-    return ScaledWeights(source, found, settings, dtype)
+    return ScaledWeights(source, found, config, settings, names)
 
 
 class ScaledWeights(Adapter):
-    """`source` with the weights `found` as float tensors of `dtype`."""
+    """`source` with the weights `found` as float tensors.
+
+    Args:
+        config: of config.json, with `said`, its quantization_config.
+        held: names of tensors that the model has.
+    """
 
     def __init__(
-        self, source: Source, found: Mapping[str, FoundWeight], said: Mapping[str, object], dtype: torch.dtype
+        self,
+        source: Source,
+        found: Mapping[str, FoundWeight],
+        config: Mapping[str, object],
+        said: Mapping[str, object],
+        held: Collection[str],
     ) -> None:
         super().__init__(source)
-        block, problems = _block_size(said), []
+        left_out = {weight.scale.name for weight in found.values()}
+        left_out |= scales_of_activations(source.tensors, found, said).difference(held)
+        kept = [stored for name, stored in source.tensors.items() if name not in left_out and name not in found]
+        dtype = dtype_of_numbers(config, {stored.dtype for stored in kept if stored.dtype.is_floating_point})
+        block, problems = block_size(said), []
         self._codings: dict[str, ScaledRows] = {}  # by the name of the codes
         for name, weight in found.items():
             try:
-                self._codings[name] = _coding(source, weight, block, dtype)
+                self._codings[name] = _coding(source, weight, said.get("quant_method"), block, dtype)
             except ValueError as problem:
                 problems.append(f"{weight.scale.name} in {weight.scale.where}: {problem}")
         if problems:
@@ -107,7 +97,6 @@ class ScaledWeights(Adapter):
                 f"{len(problems)} scales do not fit their weights:\n  - " + "\n  - ".join([*problems[:_SHOWN], *more])
             )
         self._new_names = {name: weight.name for name, weight in found.items()}
-        left_out = {weight.scale.name for weight in found.values()} | _of_activations(source.tensors, found, said)
         tensors: dict[str, StoredTensor] = {}
         for name, stored in source.tensors.items():
             if name in left_out:
@@ -125,44 +114,38 @@ class ScaledWeights(Adapter):
         return self._decoded([codes.get(name, name) for name in names])
 
     def _decoded(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._source.read(names):
-            coding = self._codings.get(name)
-            if coding is None:
-                yield name, tensor
-            else:
+        opened: dict[int, Holder] = {}
+        try:
+            for name, tensor in self._source.read(names):
+                coding = self._codings.get(name)
+                if coding is None:
+                    yield name, tensor
+                    continue
+                for key in opened.keys() - coding.holders.keys():
+                    opened.pop(key).close()  # a checkpoint may have more files than a process may open
+                opened |= coding.holders
                 yield self._new_names[name], coding.decode(tensor.contiguous().view(torch.uint8))
+        finally:
+            for holder in opened.values():
+                holder.close()
 
 
-def _scale_of(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    scales = [tensors[name + end] for end in _ENDS if name + end in tensors]
-    is_scale = len(scales) == 1 and (scales[0].dtype.is_floating_point or scales[0].dtype == torch.uint8)
-    return scales[0] if is_scale else None
+def _refuse_unknown_scales(
+    tensors: Mapping[str, StoredTensor], found: Mapping[str, FoundWeight], held: Collection[str]
+) -> None:
+    """Raise a CheckpointError if there is FP8 that is not in `found`, and has a scale that the model does not have.
 
-
-def _kind(stored: StoredTensor, scale: StoredTensor, method: object) -> tuple[Codes, str] | None:
-    """What the codes of a weight are, and what the format is called; None if that is not known.
-
-    Bytes are read by what `method` is, because others store them with scales of other meanings: of "fp8" they are two
-    codes of MXFP4, as some mixtures of experts have them.
+    Here every tensor has the name that it has in the file. Later its scale may have another module, or experts are a
+    stack, and it would be a plain cast.
     """
-    if stored.dtype in FLOAT8:
-        return stored.dtype, "FP8 with scales"
-    if method == "fp8" and len(scale.shape) > 1 and 2 * stored.shape[-1] == scale.shape[-1] * _MXFP4_BLOCK:
-        return E2M1, "MXFP4"
-    if method == "compressed-tensors" and stored.dtype == torch.int8:
-        return torch.int8, "int8 of compressed-tensors"
-    return None
-
-
-def _is_mxfp4(blocks: StoredTensor, scales: StoredTensor | None) -> bool:
-    """Whether these are the codes [E, N, K/32, 16] and the exponents [E, N, K/32] of a stack of weights."""
-    return (
-        scales is not None
-        and blocks.dtype == scales.dtype == torch.uint8
-        and len(blocks.shape) == 4
-        and blocks.shape[-1] == _MXFP4_BLOCK // 2
-        and blocks.shape[:-1] == scales.shape
-    )
+    codes = [name for name, stored in tensors.items() if stored.dtype in FLOAT8 and name not in found]
+    unknown = {name: scale for name in codes if (scale := scale_beside(name, tensors)) and scale not in held}
+    if unknown:
+        listed = shortlist([f"{scale} of {name} in {tensors[name].where}" for name, scale in unknown.items()], limit=3)
+        raise CheckpointError(
+            f"{len(unknown)} tensors in FP8 have a scale of an unknown kind: {listed}; it is a scaled storage format "
+            "that bigq does not know: take the original weights of the model"
+        )
 
 
 def _float_tensor(stored: StoredTensor, name: str, coding: ScaledRows) -> StoredTensor:
@@ -175,40 +158,47 @@ def _float_tensor(stored: StoredTensor, name: str, coding: ScaledRows) -> Stored
     )
 
 
-def _coding(source: Source, weight: FoundWeight, block: tuple[int, int] | None, dtype: torch.dtype) -> ScaledRows:
+def _coding(
+    source: Source, weight: FoundWeight, method: object, block: tuple[int, int] | None, dtype: torch.dtype
+) -> ScaledRows:
     """How the codes of `weight` become numbers. Raises ValueError if its scale does not fit it."""
     if weight.codes == E2M1:
         *leading, groups = weight.scale.shape
         is_stack = weight.name != weight.stored.name  # of gpt-oss, which a model of transformers has as [E, K, N]
         if not is_stack and leading != list(weight.stored.shape[:-1]):
             raise ValueError(f"{list(weight.scale.shape)} for codes of {list(weight.stored.shape)}")
-        shape = (*leading, groups * _MXFP4_BLOCK)
-        scales = Scales(
-            read=partial(_read_scales, source, weight.scale, groups), first=0, rows=1, skipped=0, count=prod(leading)
-        )
+        shape = (*leading, groups * MXFP4_BLOCK)
+        scales = _scales(source, weight.scale, groups, rows=1, count=prod(leading))
         return ScaledRows(
-            codes=E2M1, shape=shape, dtype=dtype, scales=(scales,), width=_MXFP4_BLOCK, transposed=is_stack
+            codes=E2M1, shape=shape, dtype=dtype, scales=(scales,), width=MXFP4_BLOCK, transposed=is_stack
         )
     shape = tuple(weight.stored.shape)
     *leading, rows, columns = shape
-    of_rows, of_columns = _scale_shape(shape, tuple(weight.scale.shape))
+    of_rows, of_columns = _scale_shape(shape, tuple(weight.scale.shape), method)
     per = _per(rows, of_rows, None if block is None else block[0])
     width = _per(columns, of_columns, None if block is None else block[1])
     if per is None or width is None:
         said = "config.json does not say how large a block is" if block is None else f"blocks are {list(block)}"
         raise ValueError(f"{list(weight.scale.shape)} for a weight of {list(shape)}, and {said}")
-    read = partial(_read_scales, source, weight.scale, of_columns)
-    if rows % per == 0:
-        found = [Scales(read=read, first=0, rows=per, skipped=0, count=prod(shape[:-1]))]
-    else:  # the last group of each matrix is smaller
-        starts = range(0, prod(leading) * of_rows, of_rows)
-        found = [Scales(read=read, first=start, rows=per, skipped=0, count=rows) for start in starts]
+    scales = _scales(source, weight.scale, of_columns, rows=per, count=prod(shape[:-1]))
+    found = [scales]
+    if rows % per:  # the last group of each matrix is smaller
+        found = [replace(scales, first=matrix * of_rows, count=rows) for matrix in range(prod(leading))]
     return ScaledRows(codes=weight.codes, shape=shape, dtype=dtype, scales=tuple(found), width=width)
 
 
-def _scale_shape(shape: Sequence[int], scale: Sequence[int]) -> tuple[int, int]:
+def _scales(source: Source, stored: StoredTensor, columns: int, *, rows: int, count: int) -> Scales:
+    """The scales `stored`, of which each row of `columns` is for `rows` rows of codes."""
+    holders = tuple({id(span.source): span.source for span in stored.spans}.values())
+    read = partial(_read_scales, source, stored, columns)
+    return Scales(read=read, holders=holders, first=0, rows=rows, skipped=0, count=count)
+
+
+def _scale_shape(shape: Sequence[int], scale: Sequence[int], method: object) -> tuple[int, int]:
     """How many scales `scale` has for the rows and for the columns of each matrix of `shape`. Raises ValueError."""
-    *leading, rows, _ = shape
+    *leading, rows, columns = shape
+    if method == "fbgemm_fp8" and leading and list(scale) in ([*leading, 1, columns], [*leading, columns, 1]):
+        return 1, columns  # a stack of transformers is [E, K, N], and each of N outputs has a scale
     if prod(scale) == 1 and not leading:
         return 1, 1
     if list(scale) == leading:
@@ -229,44 +219,17 @@ def _per(size: int, groups: int, block: int | None) -> int | None:
     return block if block is not None and groups == -(-size // block) else None
 
 
-def _read_scales(source: Source, stored: StoredTensor, columns: int) -> Tensor:
-    """The scales `stored` as a matrix of float32 with `columns`; bytes are exponents of two, as in MXFP4."""
-    if stored.spans:
-        scales = read_tensor(stored)
+def _read_scales(source: Source, stored: StoredTensor, columns: int, first: int, stop: int) -> Tensor:
+    """Rows of the scales `stored` as a matrix of float32 with `columns`; bytes are exponents of two, as in MXFP4."""
+    if stored.spans and (stop - first) * columns == stored.shape.numel():
+        scales = read_tensor(stored).reshape(-1, columns)
+    elif stored.spans:
+        row_nbytes = columns * stored.dtype.itemsize
+        spans = cut_out(stored.spans, first * row_nbytes, (stop - first) * row_nbytes)
+        scales = read_tensor(replace(stored, shape=torch.Size([stop - first, columns]), spans=spans))
     else:
         ((_, scales),) = source.read([stored.name])
+        scales = scales.reshape(-1, columns)[first:stop]
     if scales.dtype == torch.uint8:
         scales = scales.view(torch.float8_e8m0fnu)
-    return scales.float().reshape(-1, columns)
-
-
-def _block_size(said: Mapping[str, object]) -> tuple[int, int] | None:
-    """The rows and columns of a block, as a quantization_config says it; None if it says none, or several."""
-    found, pending, step = set(), [said], 0
-    while pending and step < 1000:  # settings of a file may be of any size
-        step += 1
-        current = pending.pop()
-        for key, value in current.items():
-            if isinstance(value, dict):
-                pending.append(value)
-            elif key in ("weight_block_size", "block_structure") and isinstance(value, list) and len(value) == 2:
-                found.add(tuple(value))
-            elif key == "group_size" and value is not None:  # columns of a row
-                found.add((1, value))
-    sizes = [size for size in found if all(type(number) is int and number > 0 for number in size)]
-    return sizes[0] if len(sizes) == len(found) == 1 else None
-
-
-def _of_activations(
-    tensors: Mapping[str, StoredTensor], found: Mapping[str, FoundWeight], said: Mapping[str, object]
-) -> set[str]:
-    """The scales of activations beside weights of `found`, and those of a KV cache if `said` has one."""
-    modules = {weight.name.rpartition(".")[0] for weight in found.values()}
-    left_out = set()
-    for name, stored in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        is_beside = leaf in _BESIDE and module in modules
-        is_of_cache = leaf in _OF_CACHE and said.get("kv_cache_scheme") is not None
-        if stored.shape.numel() == 1 and (is_beside or is_of_cache):
-            left_out.add(name)
-    return left_out
+    return scales.float()

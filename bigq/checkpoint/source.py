@@ -169,11 +169,11 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     """
     if not stored.spans:
         raise CheckpointError(f"tensor {stored.name!r} of {stored.where} lies in no plain bytes: use Source.read")
-    coding = stored.coding
+    coding, cpu = stored.coding, torch.device("cpu")  # explicit: a caller may be inside `with torch.device("meta")`
     if coding is None:
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        tensor = torch.empty(stored.shape, dtype=stored.dtype, device=cpu)
     else:
-        tensor = torch.empty(stored.nbytes, dtype=torch.uint8)
+        tensor = torch.empty(stored.nbytes, dtype=torch.uint8, device=cpu)
     if tensor.nbytes:
         memory, start = memory_of(tensor), 0
         for span in stored.spans:

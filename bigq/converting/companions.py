@@ -30,7 +30,8 @@ PATTERNS = (
     "README.md",
 )
 _CARD_DATA = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_OWN = ("config.json", "README.md", "adapter_config.json", "*.index.*.json")  # written anew, or of other files
+# Written anew, or of other files; the last one says how modelopt has quantized the weights that were decoded.
+_OWN = ("config.json", "README.md", "adapter_config.json", "*.index.*.json", "hf_quant_config.json")
 
 
 def repository_of(source: str | os.PathLike[str]) -> Repository | None:

@@ -1,12 +1,14 @@
 """prepare: all of a quantized folder that is known before a weight is read: its files by name, and what is small."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigq.checkpoint.model_config import read_config
 from bigq.config import QuantizationConfig
 from bigq.converting.companions import card_data, copy_companions, find_companions, repository_of
 from bigq.converting.outline import fill_with_meta, outline_of
@@ -90,7 +92,7 @@ def _stage_configs(tree: ModelTree, request: Request, saved: Saved, folder: Path
     quantization_config = saved.quantization_config
     if not is_transformers_model(tree.model):
         if beside is not None and (beside / _CONFIG).is_file():
-            shutil.copyfile(beside / _CONFIG, folder / _CONFIG)
+            _copy_config(beside / _CONFIG, folder / _CONFIG)
         if quantization_config is None and is_diffusers_model(tree.model):
             quantization_config = request.config.to_dict()
     write_configs(tree.model, folder, quantization_config)
@@ -105,6 +107,15 @@ def _stage_configs(tree: ModelTree, request: Request, saved: Saved, folder: Path
     for name, value in said.items():
         setattr(card.data, name, value)
     card.save(folder / _CARD)
+
+
+def _copy_config(path: Path, copy: Path) -> None:
+    """Copy a config.json, but for how the weights were quantized that have been decoded."""
+    content = read_config(path)
+    if content.pop("quantization_config", None) is None:
+        shutil.copyfile(path, copy)
+    else:
+        copy.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _described(request: Request, files: Sequence[Path], shards: Mapping[str, Shard]) -> dict[str, object]:

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bigq.checkpoint import FLOAT8, Source, StoredTensor, is_scaled, read_small
+from bigq.checkpoint import (
+    FLOAT8,
+    Source,
+    StoredTensor,
+    found_weights,
+    read_small,
+    scale_beside,
+    scales_of_activations,
+)
 from bigq.errors import CheckpointError
 from bigq.formats import Format, check_quant_state, decode_quant_state, state_name
 from bigq.formats.bitsandbytes import (
@@ -55,7 +63,9 @@ def held_weights(source: Source, method: str | None, said: Mapping[str, Any]) ->
     found = [*_of_bigq(source), *_of_bitsandbytes(source)]
     if found or method is None:
         return found
-    return [*_of_others(source, method, said)]
+    decoded = [*_of_decoded(source, method, said)]
+    members = {member for weight in decoded for member in weight.members}
+    return [*decoded, *(other for other in _of_others(source, method, said) if members.isdisjoint(other.members))]
 
 
 def settings_text(weight_format: Format) -> str:
@@ -111,6 +121,18 @@ def _of_bitsandbytes(source: Source) -> Iterator[HeldWeight]:
             )
 
 
+def _of_decoded(source: Source, method: str, said: Mapping[str, Any]) -> Iterator[HeldWeight]:
+    """Weights in codes that a load decodes; scales of activations belong to the first weight of their module."""
+    found = found_weights(source.tensors, said)
+    in_module: dict[str, list[str]] = {}
+    for name in scales_of_activations(source.tensors, found, said):
+        in_module.setdefault(name.rpartition(".")[0], []).append(name)
+    for weight in found.values():
+        beside = in_module.pop(weight.name.rpartition(".")[0], [])
+        name, members = weight.name.removesuffix(".weight"), (weight.stored.name, weight.scale.name, *sorted(beside))
+        yield HeldWeight(name, method, weight.method, weight.numel, members)
+
+
 def _of_others(source: Source, method: str, said: Mapping[str, Any]) -> Iterator[HeldWeight]:
     """Weights by the names that each method gives to their codes; what else is in their module belongs to them."""
     tensors = source.tensors
@@ -137,7 +159,7 @@ def _of_others(source: Source, method: str, said: Mapping[str, Any]) -> Iterator
             yield HeldWeight(stem, method, words, 2 * stored.shape.numel(), (name, stem + _SCALES))
         elif leaf == "_data" and module.endswith("weight"):
             yield HeldWeight(module, method, words, _unpacked(stored, bits), beside)
-        elif stored.dtype in FLOAT8 | {torch.int8} and is_scaled(name, tensors):
+        elif stored.dtype in FLOAT8 | {torch.int8} and scale_beside(name, tensors):
             yield HeldWeight(module, method, words, stored.shape.numel(), beside)
 
 

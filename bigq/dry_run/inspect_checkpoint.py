@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bigq.checkpoint import FLOAT8, Checkpoint, decoded_method, foreign_method, is_scaled, refuse_foreign
+from bigq.checkpoint import FLOAT8, Checkpoint, decoded_method, foreign_method, refuse_foreign, scale_beside
 from bigq.checkpoint.gguf import is_gguf, read_gguf
 from bigq.checkpoint.model_config import read_config
 from bigq.dry_run.held_weights import held_weights
@@ -143,7 +143,9 @@ def _of_tensors(location: str | os.PathLike[str]) -> dict[str, Any]:
     settings = said if isinstance(said, dict) else {}
     tensors = checkpoint.tensors
     method = foreign_method(folder, tensors) or decoded_method(folder, tensors)
-    if method is None and any(stored.dtype in FLOAT8 and is_scaled(name, tensors) for name, stored in tensors.items()):
+    if method is None and any(
+        stored.dtype in FLOAT8 and scale_beside(name, tensors) for name, stored in tensors.items()
+    ):
         method = "FP8 with scales"
     weights = held_weights(checkpoint, method, settings)
     rows: dict[tuple[str, str, bool], list[tuple[int | None, int]]] = {}

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bigq.checkpoint import Span, StoredTensor, cut_out
+from bigq.checkpoint import ByteSource, Holder, Span, StoredTensor, cut_out
 from bigq.system.internals import cut
 from bigq.system.interrupts import Latch
 
 __all__ = ["Chunk", "Piece", "Run", "Target", "make_runs", "take_turns"]
 
+_MAX_HOLDERS = 16  # files with the scales of a run, all of which are open when it arrives
 _ALIGNMENT = 16  # bytes; Triton compiles another kernel for pointers that are not aligned to it
 
 
@@ -54,6 +55,11 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
 
+    @property
+    def made_nbytes(self) -> int:
+        """Bytes of the numbers that it becomes."""
+        return self.nbytes if self.info.coding is None else self.nbytes * self.info.coding.expansion
+
 
 class Chunk(NamedTuple):
     """Bytes of a run that are read by one thread, into `memory`: those of `spans`, from `start` of the run on."""
@@ -68,14 +74,23 @@ class Run:
     """Bytes that are read into one piece of memory: of one span, which `append` makes longer, or of several."""
 
     def __init__(self, target: Target, spans: tuple[Span, ...]) -> None:
-        self.target, self.nbytes, self._spans = target, 0, spans
+        self.target, self.nbytes, self.made_nbytes, self._spans = target, 0, 0, spans
         self.parts: list[Part] = []
+        self.holders: dict[int, Holder] = {}  # of the scales of its parts, by identity
         self.handed_over = Latch()  # every chunk is read, and its copy to a GPU queued
         self._lock = Lock()
 
     def append(self, part: Part) -> None:
         self.parts.append(part)
         self.nbytes += part.nbytes
+        self.made_nbytes += part.made_nbytes
+        if part.info.coding is not None:
+            self.holders |= part.info.coding.holders
+
+    @property
+    def sources(self) -> "dict[int, ByteSource | Holder]":
+        """What it is read from, with what scales are read from when it has arrived; by identity."""
+        return {id(span.source): span.source for span in self._spans} | self.holders
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -90,12 +105,13 @@ class Run:
         return (
             offset + self.nbytes == next_offset
             and self.nbytes % _ALIGNMENT == 0
-            and self.nbytes + part.nbytes <= limit
+            and self.made_nbytes + part.made_nbytes <= limit
             and target.allocate is None
             and self.target.allocate is None
             and self.target.device == target.device
             and source is next_source
             and len(self._spans) == len(spans) == 1
+            and len(self.holders) < _MAX_HOLDERS
         )
 
     @property
@@ -106,7 +122,7 @@ class Run:
         """
         if self.target.allocate is not None:
             return 0
-        made = sum(part.nbytes * part.info.coding.expansion for part in self.parts if part.info.coding is not None)
+        made = sum(part.made_nbytes for part in self.parts if part.info.coding is not None)
         return self._buffer_nbytes + made
 
     @property
@@ -179,7 +195,8 @@ def _piece(part: Part, tensor: Tensor) -> Piece:
 def make_runs(tensors: Iterable[StoredTensor], targets: Mapping[str, Target], limit: int) -> Iterator[Run]:
     """Cut tensors that have spans, in stored order, into runs.
 
-    A run holds at most `limit` bytes, or one tensor that does not split, has memory of its own or has several spans.
+    A run becomes at most `limit` bytes of numbers, or holds one tensor that does not split, has memory of its own or
+    has several spans.
     """
     run: Run | None = None
     for stored in tensors:

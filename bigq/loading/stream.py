@@ -17,7 +17,7 @@ from threading import Lock
 
 import torch
 
-from bigq.checkpoint import ByteSource, ReadError, Source
+from bigq.checkpoint import ByteSource, Holder, ReadError, Source
 from bigq.errors import ConfigError
 from bigq.loading.link import Link, StagingBuffer
 from bigq.loading.runs import Chunk, Piece, Run, Target, make_runs, take_turns
@@ -132,8 +132,8 @@ class _Reader:
         extra_nbytes: Callable[[torch.device], int],
     ) -> None:
         self.runs, self.budget, self.extra_nbytes, self.timings = deque(runs), budget, extra_nbytes, timings
-        self.sources: dict[int, ByteSource] = {}  # those that are open, by identity
-        self.unread = Counter(id(span.source) for run in self.runs for span in run.spans)  # spans, of each source
+        self.sources: dict[int, ByteSource | Holder] = {}  # those that are open, by identity
+        self.unread = Counter(key for run in self.runs for key in run.sources)  # runs, of each source
         self.links: dict[torch.device, Link] = {}
         self.work: SimpleQueue[Chunk | None] = SimpleQueue()
         self.errors: dict[Run, tuple[int, BaseException]] = {}  # of its first chunk that failed, and where that starts
@@ -169,10 +169,10 @@ class _Reader:
 
     def _close_what_is_read(self, run: Run) -> None:
         """Close the sources that no later run reads: a checkpoint may have more files than a process may open."""
-        for source, _, _ in run.spans:
-            self.unread[id(source)] -= 1
-            if not self.unread[id(source)]:
-                self.sources.pop(id(source)).close()
+        for key in run.sources:
+            self.unread[key] -= 1
+            if not self.unread[key]:
+                self.sources.pop(key).close()
 
     def _close(self) -> None:
         """End the threads and close the files."""
@@ -186,7 +186,7 @@ class _Reader:
         self.errors.clear()  # their tracebacks hold this object, and with it what threads read into
 
     def _may_start(self, run: Run, in_use: int) -> bool:
-        if len(self.sources) >= _MAX_OPEN and any(id(source) not in self.sources for source, _, _ in run.spans):
+        if len(self.sources) >= _MAX_OPEN and not self.sources.keys() >= run.sources.keys():
             return False
         return in_use + run.temporary_nbytes <= self.budget.nbytes + self.extra_nbytes(run.target.device)
 
@@ -196,6 +196,7 @@ class _Reader:
                 if source.path is not None:  # a file that is gone or changed is an error before memory is made for it
                     open_unchanged(source.path, source.nbytes, source.identity).close()
                 self.sources[id(source)] = source
+        self.sources |= run.sources
         chunks, device = run.start(self.budget.chunk_nbytes), run.target.device
         if device.type == "cuda":
             if device not in self.links:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from bigq.checkpoint import FLOAT8, StoredTensor, is_scaled
+from bigq.checkpoint import FLOAT8, StoredTensor, scale_beside
 from bigq.config import QuantizationConfig
 from bigq.errors import CheckpointError
 from bigq.formats import TensorSpec, dtype_name
@@ -149,7 +149,7 @@ class Match:
             self.misfits.append(f"  {source} in {info.where}: expected shape {list(shape)}, found {list(info.shape)}")
             return None
         is_unknown = info.dtype.is_floating_point and info.dtype not in _CASTABLE and info.dtype != dtype
-        if info.dtype in FLOAT8 and not is_scaled(source, self.tensors):
+        if info.dtype in FLOAT8 and scale_beside(source, self.tensors) is None:
             is_unknown = False  # float8 without a scale is a plain cast
         if _kind(info.dtype) != _kind(dtype) or is_unknown:
             self.misfits.append(

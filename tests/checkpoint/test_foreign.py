@@ -157,23 +157,40 @@ def test_one_weight_among_others_may_be_float8(tmp_path):
     assert torch.equal(model.head.weight_packed, packed)
 
 
-@pytest.mark.parametrize("scale", ["a.scale_weight", "a.weight_scales"])
-def test_float8_with_a_scale_of_an_unknown_name_is_refused(tmp_path, scale):
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "a.scale_weight",
+        "a.weight_scales",
+        "a.weight_scale_2",
+        "a.weight_global_scale",
+        "a.weight_descale",
+        "a.weight_dequant_scale",
+        "a.weight_inv_scale",
+        "a.weight_scaling_factor",
+        "a.qscale_weight",
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+def test_float8_with_a_scale_of_an_unknown_name_is_refused(tmp_path, scale, strict):
     tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in Net().state_dict().items()}
     save_file({**tensors, scale: torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="a scaled storage format"):
-        load(tmp_path)
+        load(tmp_path, strict=strict)
 
 
-def test_a_float8_tensor_of_the_models_own_stays_one(tmp_path):
+@pytest.mark.parametrize("shape", [(8,), (2, 4)], ids=str)
+def test_a_float8_tensor_of_the_models_own_stays_one(tmp_path, shape):
     class Own(Net):
         def __init__(self):
             super().__init__()
-            self.register_buffer("table", torch.arange(8.0).to(torch.float8_e4m3fn))
-            self.table_scale = nn.Parameter(torch.ones(1))
+            self.register_buffer("table", torch.arange(8.0).to(torch.float8_e4m3fn).view(shape))
+            self.table_scale = nn.Parameter(torch.full((1,), 3.0))
 
     save_file(Own().state_dict(), tmp_path / "a.safetensors")
     for config in (CONFIG, QuantizationConfig("nf4", dtype="fp16", cast_buffers=True)):
-        table = load(tmp_path, Own, config=config).table
-        assert table.dtype == torch.float8_e4m3fn
-        assert table.float().tolist() == list(range(8))
+        for strict in (True, False):
+            model = load(tmp_path, Own, config=config, strict=strict)
+            assert model.table.dtype == torch.float8_e4m3fn
+            assert model.table.float().flatten().tolist() == list(range(8))
+            assert model.table_scale.tolist() == [3.0]

@@ -1,5 +1,6 @@
 """Weights in FP8, int8 and MXFP4 with scales have the numbers of their codes, whole, in windows and moved."""
 
+import os
 from functools import partial
 
 import pytest
@@ -78,6 +79,76 @@ def test_numbers_have_the_dtype_of_the_config(tmp_path, said, key):
     found = read_all(opened(tmp_path))["w"]
     assert found.dtype == expected
     assert torch.equal(found, numbers(codes, scales, (128, 128), expected))
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"text_config": {"dtype": "float16"}}, torch.float16),
+        ({"text_config": {"torch_dtype": "float16"}, "vision_config": {"dtype": None}}, torch.float16),
+        ({"text_config": {"dtype": "float16"}, "vision_config": {"dtype": "float32"}}, BF16),
+        ({"text_config": {"dtype": "float16"}, "dtype": "float32"}, torch.float32),
+        ({"dtype": None, "torch_dtype": "float16"}, torch.float16),
+    ],
+    ids=["nested", "nested, by the old name", "two nested ones", "the outer one first", "the old name beside null"],
+)
+def test_the_dtype_of_a_config_may_be_that_of_its_parts(tmp_path, config, expected):
+    codes, scales = in_fp8(torch.randn(128, 128), (128, 128))
+    write(tmp_path, {"w": codes, "w_scale_inv": scales}, FP8, **config)
+    assert opened(tmp_path).tensors["w"].dtype == expected
+
+
+@pytest.mark.parametrize(
+    "others, expected",
+    [
+        ([torch.float16], torch.float16),
+        ([torch.float32, torch.float32], torch.float32),
+        ([torch.float32, BF16], BF16),
+        ([torch.float64], BF16),
+        ([torch.int64], BF16),
+    ],
+    ids=str,
+)
+def test_without_a_config_numbers_have_the_dtype_of_all_other_floats(tmp_path, others, expected):
+    """A norm in float16 beside a linear in bfloat16 would not run."""
+    codes, scales = in_fp8(torch.randn(32, 32), (32, 32))
+    tensors = {"q.weight": codes, "q.weight_scale": scales, "q.input_scale": torch.ones(1)}
+    write(tmp_path, tensors | {f"{i}": torch.ones(3, dtype=dtype) for i, dtype in enumerate(others)})
+    assert opened(tmp_path).tensors["q.weight"].dtype == expected
+    write(tmp_path, tensors, FP8, dtype="float16")
+    assert opened(tmp_path).tensors["q.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("block", [[128, 128], "128x128"], ids=str)
+def test_groups_of_activations_are_no_blocks_of_weights(tmp_path, block):
+    """The scheme FP8_BLOCK of compressed-tensors, which quantizes activations in groups of 128."""
+    group = {
+        "weights": {"strategy": "block", "block_structure": block, "group_size": None},
+        "input_activations": {"strategy": "group", "group_size": 128, "dynamic": True},
+        "output_activations": {"group_size": 64},
+    }
+    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    said["kv_cache_scheme"] = {"num_bits": 8, "group_size": 16}
+    codes, scales = in_fp8(torch.randn(200, 300), (128, 128))
+    write(tmp_path, {"w": codes, "w_scale": scales}, said)
+    assert torch.equal(read_all(opened(tmp_path))["w"], numbers(codes, scales, (128, 128)))
+
+
+def test_no_columns(tmp_path):
+    write(tmp_path, {"w": torch.zeros(4, 0).to(E4M3), "w_scale": torch.ones(4, 1)}, FP8)
+    assert read_all(opened(tmp_path))["w"].shape == (4, 0)
+
+
+def test_scales_are_read_under_another_default_device(tmp_path, monkeypatch):
+    codes, scales = in_fp8(torch.randn(70, 96), (70, 96))
+    write(tmp_path, {"w": codes, "w_scale": scales}, FP8)
+    stored, empty = opened(tmp_path).tensors["w"], torch.empty
+    # what `with torch.device("meta")` does to it, but where tests have replaced it
+    monkeypatch.setattr(torch, "empty", lambda *args, device="meta", **kwargs: empty(*args, device=device, **kwargs))
+    with torch.device("meta"):
+        found, whole = stored.coding.decode(codes.view(torch.uint8)), read_tensor(stored)
+    assert torch.equal(found, numbers(codes, scales, (70, 96)))
+    assert torch.equal(whole, found)
 
 
 def test_exponents_of_two_are_scales_too(tmp_path):
@@ -251,13 +322,76 @@ def test_scales_of_activations_and_caches_are_left_out(tmp_path):
         "q.input_scale": one,
         "q.input_zero_point": one,
         "q.k_scale": one,
+        "q.v_scale": torch.ones(2, 1, 1),
+        "q.v_zero_point": torch.ones(2, 1, 1),
     }
     tensors |= {"q.bias": one, "other.input_scale": one, "q.output_scale": torch.ones(2)}
     said = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}
     kept = {"q.weight", "q.bias", "other.input_scale", "q.output_scale"}
     assert opened(write(tmp_path / "cache", tensors, said)).tensors.keys() == kept
     del said["kv_cache_scheme"]
-    assert opened(write(tmp_path / "none", tensors, said)).tensors.keys() == kept | {"q.k_scale"}
+    assert opened(write(tmp_path / "none", tensors, said)).tensors.keys() == kept | {
+        "q.k_scale",
+        "q.v_scale",
+        "q.v_zero_point",
+    }
+
+
+@pytest.mark.parametrize("scale, activations", [("scale", "activation_scale"), ("qscale_weight", "qscale_act")])
+def test_other_names_of_scales_in_fp8(tmp_path, scale, activations):
+    """DeepSeek-V4 and Mistral have them, and transformers reads them in "fp8" alone."""
+    codes, scales = in_fp8(torch.randn(200, 300), (128, 128))
+    packed, exponents = torch.randint(0, 256, (70, 48), dtype=torch.uint8), torch.full((70, 3), 120, dtype=torch.uint8)
+    tensors = {"q.weight": codes, f"q.{scale}": scales, f"q.{activations}": torch.ones(1)}
+    tensors |= {"e.weight": packed.view(torch.int8), f"e.{scale}": exponents.view(torch.float8_e8m0fnu)}
+    found = read_all(opened(write(tmp_path, tensors, FP8)))
+    assert found.keys() == {"q.weight", "e.weight"}
+    assert torch.equal(found["q.weight"], numbers(codes, scales, (128, 128)))
+    assert torch.equal(found["e.weight"], e2m1_numbers(packed, exponents))
+    with pytest.raises(CheckpointError, match=f"unknown kind: q.{scale} of q.weight in"):
+        opened(write(tmp_path / "unsaid", {name: tensors[name] for name in ("q.weight", f"q.{scale}")}))
+
+
+@pytest.mark.parametrize("stored_as", [(2, 1, 64), (2, 64, 1)], ids=str)
+def test_stacks_of_fbgemm_have_a_scale_for_each_column(tmp_path, stored_as):
+    """transformers holds them as [E, K, N], and scales of the N columns in either shape, also where K is N."""
+    codes, scales = torch.randn(2, 64, 64).to(E4M3), torch.rand(2, 1, 64)
+    write(tmp_path, {"w": codes, "w_scale": scales.reshape(stored_as)}, {"quant_method": "fbgemm_fp8"})
+    source = opened(tmp_path)
+    assert torch.equal(read_all(source)["w"], numbers(codes, scales, (64, 1)))
+    part = RowWindows(source, {"w": Rows(start=1, stop=2)})
+    assert torch.equal(read_all(part)["w"], numbers(codes, scales, (64, 1))[1:])
+
+
+@pytest.mark.parametrize("beside", ["w_zero_point", "w_g_idx", "w_scale_2", "w_global_scale", "pre_quant_scale"])
+def test_weights_that_scales_alone_do_not_make_are_refused(tmp_path, beside):
+    """Columns in another order, zero points, a second scale, and factors of inputs change what codes stand for."""
+    tensors = {"q.w": torch.randn(8, 32).to(E4M3), "q.w_scale": torch.ones(8, 1), f"q.{beside}": torch.ones(32)}
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors in FP8 have a scale of an unknown kind: q\.w_scale of q\.w in"
+    ):
+        opened(write(tmp_path, tensors))
+    write(tmp_path, tensors, {"quant_method": "compressed-tensors"})
+    with pytest.raises(CheckpointError, match="quantized already: compressed-tensors, which bigq does not read"):
+        Checkpoint.open(tmp_path)
+
+
+def test_what_the_model_holds_itself_is_no_scale(tmp_path):
+    codes, scales = in_fp8(torch.randn(32, 32), (32, 32))
+    tensors = {"a.weight": codes, "a.weight_scale": scales, "table": codes, "table_scale": scales}
+    tensors |= {"a.input_scale": torch.ones(1)}
+    source = Checkpoint.open(write(tmp_path, tensors, FP8, dtype="bfloat16"))
+    source = with_scaled(source, tmp_path, lambda: {"table_scale", "a.input_scale"})
+    assert source.tensors.keys() == {"a.weight", "table", "table_scale", "a.input_scale"}
+    assert torch.equal(read_tensor(source.tensors["table"]).view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(read_tensor(source.tensors["a.weight"]), numbers(codes, scales, (32, 32)))
+
+
+def test_experts_whose_scales_are_unknown_are_refused_before_they_are_stacked(tmp_path):
+    """Of a stack, or of a renamed tensor, nothing shows any more that a scale was beside it."""
+    tensors = {f"{name}.weight": torch.randn(8, 32).to(E4M3) for name in "ab"}
+    with pytest.raises(CheckpointError, match=r"2 tensors in FP8.*: a\.qscale_weight of a\.weight in"):
+        opened(write(tmp_path, tensors | {f"{name}.qscale_weight": torch.ones(1) for name in "ab"}))
 
 
 def test_floats_are_left_alone(tmp_path):
@@ -314,6 +448,23 @@ def test_a_scale_that_is_cut_short_is_an_error(tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"other\.safetensors"):
         read_tensor(source.tensors["w"])
+
+
+@pytest.mark.parametrize("is_ended", [True, False], ids=["to the end", "given up"])
+def test_files_of_scales_are_closed_after_a_read(tmp_path, is_ended):
+    tensors = {name: in_fp8(torch.randn(64, 64), (64, 64)) for name in "abc"}
+    files = [write(tmp_path, {name: codes for name, (codes, _) in tensors.items()}, FP8) / "model.safetensors"]
+    for name, (_, scales) in tensors.items():
+        files.append(tmp_path / f"{name}.safetensors")
+        save_file({f"{name}_scale": scales}, files[-1])
+    source, before = with_scaled(Checkpoint.open_files(files), tmp_path), len(os.listdir("/proc/self/fd"))
+    reading = source.read(list("abc"))
+    for name, found in reading:
+        assert torch.equal(found, numbers(*tensors[name], (64, 64)))
+        if not is_ended:
+            break
+    reading.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.gpu

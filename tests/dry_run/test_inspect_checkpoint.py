@@ -107,6 +107,30 @@ def test_what_other_libraries_quantized(name, tmp_path):
     assert json.loads(json.dumps(found.to_dict()))["nbytes"] == nbytes
 
 
+def test_stacks_and_packed_codes_are_counted_once_and_as_what_they_become(tmp_path):
+    """Two weights of one module, and experts with two codes in a byte."""
+    codes = torch.zeros(3, N, K).to(torch.float8_e4m3fn)
+    linear = {
+        "up": codes,
+        "up_scale_inv": torch.ones(3, 1, 1),
+        "down": codes,
+        "down_scale_inv": torch.ones(3, 1, 1),
+        "e.weight": torch.zeros(N, K // 2, dtype=torch.int8),
+        "e.weight_scale_inv": torch.full((N, K // 32), 127, dtype=torch.uint8),
+        "e.input_scale": torch.ones(1),
+    }
+    nbytes = write(tmp_path, linear, {"quant_method": "fp8"})
+    found = inspect_checkpoint(tmp_path)
+    assert (found.quantized_by, found.is_readable, found.nbytes) == ("FP8 with scales and MXFP4", True, nbytes)
+    assert sum(group.nbytes for group in found.groups) == nbytes
+    groups = {group.name.rpartition(".")[2]: group for group in found.groups if group.is_quantized}
+    assert {name: (g.format, g.count, g.parameters) for name, g in groups.items()} == {
+        "up": ("FP8 with scales", LAYERS, LAYERS * 3 * N * K),
+        "down": ("FP8 with scales", LAYERS, LAYERS * 3 * N * K),
+        "e": ("MXFP4", LAYERS, LAYERS * N * K),
+    }
+
+
 def test_scales_beside_float8_say_it_without_a_config(tmp_path):
     write(tmp_path, FOREIGN["FP8 with scales"][0], None)
     found = inspect_checkpoint(tmp_path)

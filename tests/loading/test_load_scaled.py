@@ -1,15 +1,18 @@
 """A load of FP8, int8 or MXFP4 with scales is, bit for bit, the load of the numbers that these stand for."""
 
 import json
+import os
+import resource
 
 import pytest
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bigq
 from bigq import CheckpointError, QuantizationConfig, load_and_quantize_model
+from bigq.checkpoint import LocalFile
 from bigq.model.tree import ModelTree
 from bigq.open_source import open_source
 from scaled_checkpoints import e2m1_numbers, in_fp8, numbers, write
@@ -108,6 +111,58 @@ def test_pieces_of_a_large_weight(tmp_path, monkeypatch):
     assert_equal(model, one(floats))
 
 
+def test_pieces_read_their_own_scales(tmp_path, monkeypatch):
+    """All exponents of a stack of gpt-oss-120b are 265 MB in float32: too many to read them for each piece."""
+    blocks = torch.randint(0, 256, (8, 200, 32, 16), dtype=torch.uint8)
+    exponents = torch.randint(118, 124, blocks.shape[:-1], dtype=torch.uint8)
+    weight, scales = in_fp8(torch.randn(3000, 512), (1, 512))
+    tensors = {"stack_blocks": blocks, "stack_scales": exponents, "w": weight, "w_scale": scales}
+    write(tmp_path / "codes", tensors, {"quant_method": "mxfp4"})
+    floats = {"stack": e2m1_numbers(blocks.flatten(-2), exponents).mT, "w": numbers(weight, scales, (1, 512))}
+
+    def one(folder, **arguments):
+        with init_empty_weights():
+            model = nn.Module()
+            model.stack, model.w = nn.Parameter(torch.empty(8, 1024, 200)), nn.Parameter(torch.empty(3000, 512))
+        config = QuantizationConfig("nf4", also_quantize=["stack", "w"])
+        return load_and_quantize_model(model, folder, config, "cpu", progress=False, **arguments)
+
+    expected, reads = one(write(tmp_path / "floats", floats)), []
+    read_into = LocalFile.read_into
+    monkeypatch.setattr(LocalFile, "read_into", lambda *args: reads.append(len(args[1])) or read_into(*args))
+    assert_equal(one(tmp_path / "codes", read_budget=1 << 20), expected)
+    assert len(reads) > 20
+    assert sum(reads) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_scales_in_more_files_than_may_be_open(tmp_path):
+    codes, floats, files = {}, {}, []
+    for i in range(150):
+        coded, scales = in_fp8(torch.randn(64, 64), (64, 64))
+        codes[f"{i}.weight"], floats[f"{i}.weight"] = coded, numbers(coded, scales, (64, 64))
+        save_file({f"{i}.weight_scale": scales}, tmp_path / f"{i}.safetensors")
+        files.append(tmp_path / f"{i}.safetensors")
+    files.insert(0, write(tmp_path, codes, {"quant_method": "fp8"}) / "model.safetensors")
+
+    def one(location):
+        with init_empty_weights():
+            model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(150)))
+        config = QuantizationConfig("nf4", skip_defaults=False)
+        return load_and_quantize_model(model, location, config, "cpu", progress=False)
+
+    expected = one(write(tmp_path / "floats", floats))
+    index = {"weight_map": {name: file.name for file in files for name in load_file(file)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    limits, open_now = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 100, limits[1]))
+    try:
+        model = one(tmp_path / "model.safetensors.index.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_equal(model, expected)
+    assert len(os.listdir("/proc/self/fd")) == open_now
+
+
 @pytest.mark.parametrize("offload", ["preserve", "quantized"])
 def test_offloaded_to_the_disk(folders, offload, tmp_path):
     codes, floats = folders
@@ -135,10 +190,14 @@ def test_nan_in_a_scale_is_refused_by_the_name_of_the_weight(folders, tmp_path):
 
 def test_a_folder_of_codes_is_quantized_and_loads(folders, tmp_path):
     codes, floats = folders
+    (codes / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')  # of modelopt
+    (codes / "config.json").write_text(json.dumps({"quantization_config": FP8, "own": 3}))
     with init_empty_weights():
         skeleton = Net()
     made = bigq.quantize_checkpoint(codes, tmp_path / "nf4", CONFIGS["nf4"], model=skeleton, device="cpu")
     assert made.quantized == 5
+    assert not (tmp_path / "nf4" / "hf_quant_config.json").exists()
+    assert json.loads((tmp_path / "nf4" / "config.json").read_text()) == {"own": 3}, "what it was before is not said"
     assert_equal(load(tmp_path / "nf4", None), load(floats, CONFIGS["nf4"]))
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from bigq.checkpoint import LocalFile, Span, StoredTensor
+from bigq.checkpoint import Checkpoint, LocalFile, Span, StoredTensor, with_scaled
 from bigq.loading.runs import Target, make_runs
+from scaled_checkpoints import write
 
 CPU = torch.device("cpu")
 TENSORS = {
@@ -120,3 +121,17 @@ def test_pieces_hold_whole_groups_of_rows():
         (4, (4, 16)),
         (8, (2, 16)),
     ]
+
+
+def test_a_run_of_codes_holds_as_many_numbers_as_one_of_floats(tmp_path):
+    """Its numbers are in memory too: of codes in 4 bits they are four times as many bytes in bfloat16."""
+    packed, scales = torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 4)  # which lie elsewhere in the file
+    tensors = {f"{i:02d}.w": packed for i in range(40)} | {f"{i:02d}.w_scale_inv": scales for i in range(40)}
+    source = with_scaled(Checkpoint.open(write(tmp_path, tensors, {"quant_method": "fp8"})), tmp_path)
+    limit, target = 1 << 14, Target(device=CPU)
+    runs = list(make_runs(source.tensors.values(), dict.fromkeys(source.tensors, target), limit))
+    assert sum(len(run.parts) for run in runs) == 40
+    for run in runs:
+        codes = sum(part.nbytes for part in run.parts)
+        assert codes * 4 <= limit
+        assert run.temporary_nbytes <= 2 * limit
