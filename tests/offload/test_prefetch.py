@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import random
 import threading
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from bigq import CheckpointError
-from bigq.offload import transfer
+from bigq.offload import prefetch, transfer
 from bigq.offload.prefetch import Prefetcher
 from bigq.offload.space import FileMap, is_file_backed
 from bigq.system.internals import COUNTS_HOLDERS, SEES_EDITS
@@ -31,6 +32,16 @@ def test_a_block_is_one_copy(pair):
     model, _, device = pair
     model(input_on(device))
     assert [len(layer._hf_hook.block.layout.extents) for layer in model.layers] == [1] * 5
+
+
+def test_blocks_are_copied_for_each_call_where_edits_are_not_seen(pair, monkeypatch):
+    model, plain, device = pair
+    versions = itertools.count()
+    monkeypatch.setattr(transfer, "edits_of", lambda tensor: next(versions))
+    monkeypatch.setattr(prefetch, "SEES_EDITS", False)
+    for _ in range(3):
+        x = input_on(device)
+        assert torch.equal(model(x), plain(x))
 
 
 def test_slots_are_two_blocks_large(pair):
