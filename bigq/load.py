@@ -143,8 +143,9 @@ def load_and_quantize_model(
     if mesh is not None:
         if weights_location is None:
             raise ConfigError("mesh is given and weights_location is not: a load into shards reads a checkpoint")
-        if device_map is not None:
-            raise ConfigError(f"device_map is {device_map!r} and mesh is given: each process loads onto its own device")
+        for name, value in (("device_map", device_map), ("offload", offload), ("max_memory", max_memory)):
+            if value is not None:
+                raise ConfigError(f"{name} is {value!r} and mesh is given: each process loads onto its own device")
         return load_into_shards(tree, weights_location, config, mesh, shard, options)
     if shard is not None:
         raise ConfigError("shard is given and mesh is not: pass the mesh of the processes that share the model")

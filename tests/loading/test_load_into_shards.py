@@ -250,6 +250,8 @@ def _refuse(rank, world, folder):
         "replaces": (folder, nf4, {"shard": replaces}),
         "differs": (folder, QuantizationConfig("nf4", double_quant=True), {"shard": differs}),
         "device": (folder, nf4, {"device_map": "cpu"}),
+        "offload": (folder, nf4, {"offload": "quantized"}),
+        "limits": (folder, nf4, {"max_memory": {0: "1GB"}}),
         "in place": (None, nf4, {}),
     }
     model = _skeleton()
@@ -398,6 +400,8 @@ def test_replicas_read_everything_and_shards_their_part(of_two):
         ("replaces", "UnsupportedError", "blocks.0.up.weight_packed"),
         ("differs", "CheckpointError", "2 different sets of sharded tensors"),
         ("device", "ConfigError", "device_map is 'cpu' and mesh is given"),
+        ("offload", "ConfigError", "offload is 'quantized' and mesh is given"),
+        ("limits", "ConfigError", "max_memory is {0: '1GB'} and mesh is given"),
         ("in place", "ConfigError", "a load into shards reads a checkpoint"),
         ("mesh", "ConfigError", "mesh is 'cpu'; expected a DeviceMesh"),
         ("nameless", "ConfigError", "has no names for its dimensions"),
