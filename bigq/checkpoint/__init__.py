@@ -6,7 +6,14 @@ from bigq.checkpoint.foreign import decoded_method, foreign_method, is_adapter, 
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
 from bigq.checkpoint.row_windows import Rows, RowWindows
-from bigq.checkpoint.scaled_names import FLOAT8, found_weights, scale_beside, scales_of_activations
+from bigq.checkpoint.scaled_names import (
+    FLOAT8,
+    MXFP4_BLOCKS,
+    MXFP4_SCALES,
+    found_weights,
+    scale_beside,
+    scales_of_activations,
+)
 from bigq.checkpoint.scaled_rows import Holder
 from bigq.checkpoint.scaled_weights import with_scaled
 from bigq.checkpoint.source import (
@@ -23,6 +30,8 @@ from bigq.checkpoint.source import (
 
 __all__ = [
     "FLOAT8",
+    "MXFP4_BLOCKS",
+    "MXFP4_SCALES",
     "Adapter",
     "ByteSource",
     "Checkpoint",

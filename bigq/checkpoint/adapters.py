@@ -178,8 +178,9 @@ def _made(conversion: Conversion, members: Sequence[StoredTensor], moved: _Moved
     where = shortlist(list(dict.fromkeys(member.where for member in members)), limit=2)
     results = None
     codings = {None if member.coding is None else member.coding.kind for member in members}
-    is_transposed = any(member.coding is not None and member.coding.transposed for member in members)
-    if conversion.moves_rows and all(member.spans for member in members) and len(codings) == 1 and not is_transposed:
+    coding = members[0].coding
+    are_rows = len(codings) == 1 and (coding is None or not coding.transposed)
+    if conversion.moves_rows and are_rows and all(member.spans for member in members):
         kind = id(conversion) if conversion.kind is None else conversion.kind
         key = kind, len(conversion.names), tuple((member.shape, member.dtype) for member in members), *codings
         if key not in moved:  # 5 ms for 128 experts, and a model has as many alike as layers
@@ -262,10 +263,9 @@ def _coding(shape: torch.Size, pieces: Sequence[_Piece], members: Sequence[Store
 
 def _spans(pieces: Sequence[_Piece], members: Sequence[StoredTensor]) -> tuple[Span, ...]:
     """The spans of `pieces` of `members`, neighbours as one."""
-    is_flat, coding = len(members[0].shape) < 2, members[0].coding
-    row_nbytes = members[0].dtype.itemsize * (1 if is_flat else members[0].shape[-1])
-    if coding is not None:
-        row_nbytes = coding.row_nbytes
+    first_member, coding = members[0], members[0].coding
+    width = 1 if len(first_member.shape) < 2 else first_member.shape[-1]
+    row_nbytes = first_member.dtype.itemsize * width if coding is None else coding.row_nbytes
     spans: list[Span] = []
     for member, first, count in pieces:
         own = members[member].spans

@@ -30,11 +30,11 @@ from bigq.formats.bitsandbytes import (
 )
 from bigq.formats.quant_state import COMPUTE_DTYPES
 from bigq.system.memory import memory_of
+from bigq.system.text import itemized
 
 __all__ = ["HeldWeights", "View"]
 
 _LONGEST_JSON = 4096  # bytes; the longest that bitsandbytes writes has about 200
-_SHOWN = 10  # problems
 
 
 class View(NamedTuple):
@@ -95,10 +95,8 @@ class HeldWeights:
     def refuse(self) -> None:
         """Raise one CheckpointError with everything that does not fit together, if there is anything."""
         if self._problems:
-            more = len(self._problems) - _SHOWN
-            listed = [*self._problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
             raise CheckpointError(
-                "the checkpoint holds weights of bitsandbytes that bigq cannot read:\n  - " + "\n  - ".join(listed)
+                f"the checkpoint holds weights of bitsandbytes that bigq cannot read:{itemized(self._problems)}"
             )
 
     def made(self) -> dict[str, tuple[str, bytes]]:

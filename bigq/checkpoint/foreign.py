@@ -70,25 +70,23 @@ def foreign_method(folder: Path, tensors: Mapping[str, StoredTensor]) -> str | N
     found = next((method for leaf, method in _LEAVES.items() if leaf in leaves), None)
     said = read_config(folder / "config.json").get("quantization_config")
     is_coded = any(stored.dtype in _CODES | FLOAT8 for stored in tensors.values())
-    if isinstance(said, dict) and is_coded and decoded_method(folder, tensors) is None:
+    if isinstance(said, dict) and is_coded and decoded_method(tensors, said) is None:
         method = "bitsandbytes" if says_bitsandbytes(said) else str(said["quant_method"])
         found = _METHODS.get(method, method)
     return found
 
 
-def decoded_method(folder: Path, tensors: Mapping[str, StoredTensor]) -> str | None:
+def decoded_method(tensors: Mapping[str, StoredTensor], said: Mapping[str, object]) -> str | None:
     """What the format is called in which all codes of `tensors` are decoded while they are read.
 
-    None if there is none, or other codes are among them, or config.json says that the weights were rotated or made
-    sparse.
+    None if there is none, or other codes are among them, or `said`, the quantization_config of config.json, says that
+    the weights were rotated or made sparse.
     """
-    said = read_config(folder / "config.json").get("quantization_config")
-    settings = said if isinstance(said, dict) else {}
-    sparsity = settings.get("sparsity_config")
+    sparsity = said.get("sparsity_config")
     is_sparse = isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense"
-    if settings.get("transform_config") or is_sparse:
+    if said.get("transform_config") or is_sparse:
         return None
-    found = found_weights(tensors, settings)
+    found = found_weights(tensors, said)
     known = set(found) | {weight.scale.name for weight in found.values()}
     codes = [name for name, stored in tensors.items() if stored.dtype in _CODES | FLOAT8 and len(stored.shape) > 1]
     methods = sorted({weight.method for weight in found.values()})

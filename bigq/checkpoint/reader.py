@@ -21,11 +21,9 @@ from bigq.checkpoint.safetensors_file import SafetensorsFile
 from bigq.checkpoint.source import StoredTensor, read_tensor, refuse_unknown
 from bigq.errors import CheckpointError
 from bigq.system.files import FileIdentity
-from bigq.system.text import shortlist
+from bigq.system.text import itemized, shortlist
 
 __all__ = ["Checkpoint"]
-
-_SHOWN = 10  # problems of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,8 +102,7 @@ class Checkpoint:
             raise errors[0]
         problems = [*map(str, errors), *problems]
         if problems:
-            listed = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
-            raise CheckpointError(f"cannot open the checkpoint {title}:\n  - " + "\n  - ".join(listed))
+            raise CheckpointError(f"cannot open the checkpoint {title}:{itemized(problems)}")
         if refuse:
             refuse_foreign((location.index or location.files[0]).parent, tensors)
         return cls(

@@ -12,6 +12,8 @@ __all__ = [
     "CODE_BYTES",
     "FLOAT8",
     "MXFP4_BLOCK",
+    "MXFP4_BLOCKS",
+    "MXFP4_SCALES",
     "FoundWeight",
     "found_weights",
     "scale_beside",

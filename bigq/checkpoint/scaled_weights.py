@@ -29,11 +29,9 @@ from bigq.checkpoint.scaled_rows import E2M1, Holder, ScaledRows, Scales
 from bigq.checkpoint.scaled_settings import block_size, dtype_of_numbers
 from bigq.checkpoint.source import Source, StoredTensor, cut_out, read_tensor, refuse_unknown
 from bigq.errors import CheckpointError
-from bigq.system.text import shortlist
+from bigq.system.text import itemized, shortlist
 
 __all__ = ["with_scaled"]
-
-_SHOWN = 10  # problems
 
 
 def with_scaled(source: Source, folder: Path, held: Callable[[], Collection[str]] = tuple) -> Source:
@@ -92,10 +90,7 @@ class ScaledWeights(Adapter):
             except ValueError as problem:
                 problems.append(f"{weight.scale.name} in {weight.scale.where}: {problem}")
         if problems:
-            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-            raise CheckpointError(
-                f"{len(problems)} scales do not fit their weights:\n  - " + "\n  - ".join([*problems[:_SHOWN], *more])
-            )
+            raise CheckpointError(f"{len(problems)} scales do not fit their weights:{itemized(problems)}")
         self._new_names = {name: weight.name for name, weight in found.items()}
         tensors: dict[str, StoredTensor] = {}
         for name, stored in source.tensors.items():

@@ -8,6 +8,8 @@ import torch
 
 from bigq.checkpoint import (
     FLOAT8,
+    MXFP4_BLOCKS,
+    MXFP4_SCALES,
     Source,
     StoredTensor,
     found_weights,
@@ -31,7 +33,6 @@ from bigq.planning.make_plan import quant_states
 
 __all__ = ["HeldWeight", "held_weights", "settings_text"]
 
-_BLOCKS, _SCALES = "_blocks", "_scales"  # of MXFP4, beside each other in a module of experts
 _CODES_PER_BYTE = {8: 1, 4: 2, 2: 4, 1: 8}
 
 
@@ -150,13 +151,13 @@ def _of_others(source: Source, method: str, said: Mapping[str, Any]) -> Iterator
     for name, stored in tensors.items():
         module, _, leaf = name.rpartition(".")
         beside = tuple(other for other in in_module[module] if other.rpartition(".")[2] != "bias")
-        stem = name.removesuffix(_BLOCKS)
+        stem = name.removesuffix(MXFP4_BLOCKS)
         if leaf == "qweight":
             yield HeldWeight(module, method, words, _of_columns(module, stored, tensors, bits), beside)
         elif leaf in ("W_q", "weight_packed"):
             yield HeldWeight(module, method, words, shapes.get(module) or _unpacked(stored, bits), beside)
-        elif stem != name and stem + _SCALES in tensors:
-            yield HeldWeight(stem, method, words, 2 * stored.shape.numel(), (name, stem + _SCALES))
+        elif stem != name and stem + MXFP4_SCALES in tensors:
+            yield HeldWeight(stem, method, words, 2 * stored.shape.numel(), (name, stem + MXFP4_SCALES))
         elif leaf == "_data" and module.endswith("weight"):
             yield HeldWeight(module, method, words, _unpacked(stored, bits), beside)
         elif stored.dtype in FLOAT8 | {torch.int8} and scale_beside(name, tensors):

@@ -142,7 +142,8 @@ def _of_tensors(location: str | os.PathLike[str]) -> dict[str, Any]:
     said = config.get("quantization_config")
     settings = said if isinstance(said, dict) else {}
     tensors = checkpoint.tensors
-    method = foreign_method(folder, tensors) or decoded_method(folder, tensors)
+    decoded = decoded_method(tensors, settings)
+    method = foreign_method(folder, tensors) or decoded
     if method is None and any(
         stored.dtype in FLOAT8 and scale_beside(name, tensors) for name, stored in tensors.items()
     ):
@@ -160,7 +161,7 @@ def _of_tensors(location: str | os.PathLike[str]) -> dict[str, Any]:
             numel = None if is_unknown and not stored.dtype.is_floating_point else stored.shape.numel()
             rows.setdefault((_folded(name), dtype_name(stored.dtype), False), []).append((numel, stored.nbytes))
     quantized_by = weights[0].by if weights else method
-    advice, is_readable = _advice(str(location), folder, checkpoint, quantized_by)
+    advice, is_readable = _advice(str(location), folder, checkpoint, quantized_by, is_decoded=decoded is not None)
     groups = _groups(rows)
     return {
         "location": str(location),
@@ -176,7 +177,9 @@ def _of_tensors(location: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def _advice(location: str, folder: Path, checkpoint: Checkpoint, quantized_by: str | None) -> tuple[str, bool]:
+def _advice(
+    location: str, folder: Path, checkpoint: Checkpoint, quantized_by: str | None, *, is_decoded: bool
+) -> tuple[str, bool]:
     """What to do with the checkpoint, and whether bigq reads it."""
     load = f"load it with bigq.load_and_quantize_model(model, {location!r})"
     try:
@@ -190,7 +193,7 @@ def _advice(location: str, folder: Path, checkpoint: Checkpoint, quantized_by: s
     if quantized_by == "bitsandbytes":
         known = "bigq.integrations.transformers.use_as_bitsandbytes()"
         return f"{load}, or with from_pretrained after {known}", True
-    if decoded_method(folder, checkpoint.tensors) is not None:
+    if is_decoded:
         return (
             "bigq decodes it while it loads it, and quantizes its linears if a config is passed; "
             f"`bigq estimate {location}` says how large it becomes"

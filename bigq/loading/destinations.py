@@ -51,7 +51,7 @@ class Destinations:
         source: Source,
         *,
         cuts: Mapping[str, Rows] | None = None,
-        moved: Callable[[str, Tensor], Tensor] | None = None,
+        moved: Callable[[str, Tensor], Tensor] = _as_it_is,
     ) -> "Destinations":
         """Reserve the memory. Raises PlacementError if "disk" is asked for without a folder, or there is too little."""
         places, runs_on = storage_places(plan, device_map), execution_device(device_map)
@@ -78,7 +78,7 @@ class Destinations:
             spaces=spaces,
             in_checkpoint=in_checkpoint,
             cuts=cuts or {},
-            moved=moved or _as_it_is,
+            moved=moved,
         )
 
     def is_offloaded(self, name: str) -> bool:

@@ -74,7 +74,8 @@ class Run:
     """Bytes that are read into one piece of memory: of one span, which `append` makes longer, or of several."""
 
     def __init__(self, target: Target, spans: tuple[Span, ...]) -> None:
-        self.target, self.nbytes, self.made_nbytes, self._spans = target, 0, 0, spans
+        self.target, self.nbytes, self._spans = target, 0, spans
+        self.made_nbytes = self.decoded_nbytes = 0  # bytes of the numbers that it becomes; those made of codes
         self.parts: list[Part] = []
         self.holders: dict[int, Holder] = {}  # of the scales of its parts, by identity
         self.handed_over = Latch()  # every chunk is read, and its copy to a GPU queued
@@ -85,6 +86,7 @@ class Run:
         self.nbytes += part.nbytes
         self.made_nbytes += part.made_nbytes
         if part.info.coding is not None:
+            self.decoded_nbytes += part.made_nbytes
             self.holders |= part.info.coding.holders
 
     @property
@@ -120,10 +122,7 @@ class Run:
 
         What codes become is there too.
         """
-        if self.target.allocate is not None:
-            return 0
-        made = sum(part.made_nbytes for part in self.parts if part.info.coding is not None)
-        return self._buffer_nbytes + made
+        return 0 if self.target.allocate is not None else self._buffer_nbytes + self.decoded_nbytes
 
     @property
     def _buffer_nbytes(self) -> int:

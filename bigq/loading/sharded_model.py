@@ -127,8 +127,7 @@ class Sharding:
             with self._timings.timed("shard"):
                 returned = self._shard(self._model)
                 result = returned if isinstance(returned, nn.Module) else self._model
-                tensors = ShardedTensors(self._model, self._modules, self._plan)
-                tensors.offload(result, self._offload_folder)
+                tensors = ShardedTensors(self._model, self._modules, self._plan, result, self._offload_folder)
             self._done = result, tensors
         return self._done
 
@@ -147,21 +146,29 @@ class ShardedTensors:
 
     Attributes:
         rows: those that this process keeps of each sharded tensor, by first name.
-        offloaded: those that FSDP2 keeps on the CPU, once `offload` has found them.
+        offloaded: those that FSDP2 keeps on the CPU, or in a file.
 
     Args:
         model: that `stand_in` has prepared by `plan`, and that was sharded since.
         modules: those of the model before it was sharded, by name.
         plan: of the whole model.
+        outermost: holds all that is sharded: `model`, or what `shard` has put around it.
+        offload_folder: for the shards that FSDP2 keeps on the CPU, or None.
 
     Raises:
+        ConfigError, PlacementError: as OffloadedShards.
         UnsupportedError: a tensor is sharded by another dimension than the first, or stands no longer in the model, or
             tensors on meta have been added to it.
     """
 
-    offloaded: OffloadedShards
-
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        plan: Plan,
+        outermost: nn.Module,
+        offload_folder: str | os.PathLike[str] | None,
+    ) -> None:
         names = [tensor.names[0] for tensor in plan.tensors]
         names += [own[0] for weight in plan.weights if weight.source is not None for own in weight.specs()]
         self._modules, self._plan = modules, plan
@@ -170,13 +177,6 @@ class ShardedTensors:
         with torch.no_grad():  # in which torch hands out what a DTensor holds without a node of autograd
             found = {name: rows_of(name, tensor) for name, tensor in self._tensors.items()}
         self.rows = {name: rows for name, rows in found.items() if rows is not None}
-
-    def offload(self, outermost: nn.Module, offload_folder: str | os.PathLike[str] | None) -> None:
-        """Find what FSDP2 keeps on the CPU of all that is sharded in `outermost`, and reserve memory in a file for it.
-
-        Raises:
-            ConfigError, PlacementError: as OffloadedShards.
-        """
         self.offloaded = OffloadedShards(outermost, self._tensors, offload_folder)
 
     def places(self, places: Mapping[str, str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["bytes_text", "format_table", "shortlist"]
+__all__ = ["bytes_text", "format_table", "itemized", "shortlist"]
 
 _LONGEST = 500  # characters: a name comes from a file, and a header may hold one of 100 MB
 
@@ -24,6 +24,12 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def itemized(problems: Sequence[str], limit: int = 10) -> str:
+    """The first problems, each as an item on a line of its own, and how many more there are."""
+    more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
+    return "".join(f"\n  - {item}" for item in [*problems[:limit], *more])
 
 
 def shortlist(names: Sequence[object], limit: int = 10) -> str:

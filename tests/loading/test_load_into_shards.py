@@ -12,7 +12,18 @@ from torch import nn
 import bigq
 from bigq import NF4, QuantizationConfig, load_and_quantize_model
 from bigq.offload.space import is_file_backed
-from processes_of_mesh import Net, error_of, held_by_all, mesh_of, own_device, run_ranks
+from processes_of_mesh import (
+    IDS,
+    STACKS,
+    Net,
+    empty_net,
+    error_of,
+    held_by_all,
+    load_net,
+    mesh_of,
+    own_device,
+    run_ranks,
+)
 from scaled_checkpoints import in_fp8, write
 
 FORMATS = {
@@ -22,22 +33,11 @@ FORMATS = {
     "int8": bigq.Int8(),
 }
 OF_THREE = ("nf4-double-quant", "int8")
-STACKS = ["experts.up", "experts.down"]
-IDS = torch.arange(14).view(2, 7)
-
-
-def _skeleton():
-    with init_empty_weights():
-        return Net()
-
-
-def _load(folder, config, **arguments):
-    return load_and_quantize_model(_skeleton(), folder, config, progress=False, **arguments)
 
 
 def _compare(folder, config, **arguments):
     """What a load into shards has in common with a whole one."""
-    whole, model = _load(folder, config, device_map=own_device()), _load(folder, config, **arguments)
+    whole, model = load_net(folder, config, device_map=own_device()), load_net(folder, config, **arguments)
     expected, found = whole.state_dict(), held_by_all(model)
     sharded = {name for name, tensor in model.state_dict().items() if hasattr(tensor, "to_local")}
     read, whole_read = (
@@ -152,7 +152,7 @@ def _fail_in_one(rank, world, folder):
     mesh, nf4 = mesh_of(world), QuantizationConfig("nf4")
     with init_empty_weights():
         late = Stateful()
-    early = _load(folder, nf4, device_map=own_device()) if rank == 1 else _skeleton()
+    early = load_net(folder, nf4, device_map=own_device()) if rank == 1 else empty_net()
     said = [
         error_of(partial(load_and_quantize_model, model, location, nf4, progress=False, mesh=mesh))
         for model, location in ((early, folder), (late, f"{folder}/extra"))
@@ -183,7 +183,7 @@ def _fail_while_gathering(rank, world, folder):
     }
     said = {}
     for name, (owner, attribute, count) in places.items():
-        model, function = _skeleton(), getattr(owner, attribute)
+        model, function = empty_net(), getattr(owner, attribute)
         if rank == 1:
             setattr(owner, attribute, _failing(function, count))
         try:
@@ -193,7 +193,7 @@ def _fail_while_gathering(rank, world, folder):
         undone = type(model.blocks[0].up) is nn.Linear and all(p.is_meta for p in model.parameters())
         said[name] = error, undone and not hasattr(model.blocks[0], "unshard")
     loaded = load_and_quantize_model(model, folder, double, progress=False, mesh=mesh)
-    said["then"] = torch.equal(_outputs(loaded), _outputs(_load(folder, double, device_map=own_device())))
+    said["then"] = torch.equal(_outputs(loaded), _outputs(load_net(folder, double, device_map=own_device())))
     return said
 
 
@@ -254,7 +254,7 @@ def _refuse(rank, world, folder):
         "limits": (folder, nf4, {"max_memory": {0: "1GB"}}),
         "in place": (None, nf4, {}),
     }
-    model = _skeleton()
+    model = empty_net()
     before = [(name, type(module), {**vars(module)}) for name, module in model.named_modules()]
     held = dict(model.named_parameters())
     said = {}
@@ -276,7 +276,7 @@ def _refuse(rank, world, folder):
     said["shard alone"] = error_of(lambda: load_and_quantize_model(model, folder, nf4, shard=by_columns))
     loaded = load_and_quantize_model(model, folder, nf4, progress=False, mesh=mesh)
     said["loaded"] = error_of(lambda: load_and_quantize_model(loaded, folder, nf4, mesh=mesh))
-    said["then"] = torch.equal(_outputs(loaded), _outputs(_load(folder, nf4, device_map=own_device())))
+    said["then"] = torch.equal(_outputs(loaded), _outputs(load_net(folder, nf4, device_map=own_device())))
     return said
 
 
@@ -314,7 +314,7 @@ def checkpoint(tmp_path_factory):
         codes[name], codes[f"{name}_scale_inv"] = in_fp8(state[name], (32, 64))
     write(folder / "codes", codes, {"quant_method": "fp8", "weight_block_size": [32, 64]})
     config = QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
-    bigq.save_quantized(_load(folder, config, device_map="cpu"), folder / "quantized")
+    bigq.save_quantized(load_net(folder, config, device_map="cpu"), folder / "quantized")
     return folder
 
 
@@ -461,7 +461,7 @@ def _load_onto_cpu(rank, folder):
     torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda", 0))
     mesh, config = init_device_mesh("cuda", (1,)), QuantizationConfig(NF4(double_quant=True), also_quantize=STACKS)
-    whole, found = _load(folder, config, device_map="cuda:0"), {}
+    whole, found = load_net(folder, config, device_map="cuda:0"), {}
     expected = whole(IDS.cuda())
     for name, arguments in {"pinned": {}, "pageable": {}, "disk": {"offload_folder": f"{folder}/off"}}.items():
 
@@ -470,7 +470,7 @@ def _load_onto_cpu(rank, folder):
                 fully_shard(block, mesh=mesh, offload_policy=policy)
             return fully_shard(model, mesh=mesh)
 
-        model = _load(folder, config, mesh=mesh, shard=on_cpu, **arguments)
+        model = load_net(folder, config, mesh=mesh, shard=on_cpu, **arguments)
         in_file = [is_file_backed(p.to_local()) for p in model.blocks.parameters() if not p.requires_grad]
         held = {name: p.to_local() for name, p in model.named_parameters() if hasattr(p, "to_local")}
         outputs = [model(IDS.cuda()) for _ in range(2)]
@@ -479,7 +479,7 @@ def _load_onto_cpu(rank, folder):
             "devices": {name.partition(".")[0]: (t.device.type, t.is_pinned()) for name, t in held.items()},
             "outputs": all(torch.equal(out, expected) for out in outputs),
             "in file": sum(in_file) / len(in_file),
-            "saved": torch.equal(_load(f"{folder}/saved-{name}", None, device_map="cuda:0")(IDS.cuda()), expected),
+            "saved": torch.equal(load_net(f"{folder}/saved-{name}", None, device_map="cuda:0")(IDS.cuda()), expected),
         }
     return found
 

@@ -9,29 +9,28 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import nn
 
 import bigq
 from bigq import NF4, Int8, QuantizationConfig, load_and_quantize_model, memory_footprint
 from bigq.offload.space import is_file_backed
-from processes_of_mesh import Net, error_of, held_by_all, mesh_of, own_device, run_ranks
+from processes_of_mesh import (
+    IDS,
+    STACKS,
+    Net,
+    empty_net,
+    error_of,
+    held_by_all,
+    load_net,
+    mesh_of,
+    own_device,
+    run_ranks,
+)
 
 peft = pytest.importorskip("peft")
 
 FORMATS = {"nf4-double-quant": NF4(double_quant=True), "int8": Int8()}
-STACKS = ["experts.up", "experts.down"]
-IDS = torch.arange(14).view(2, 7)
-
-
-def _skeleton():
-    with init_empty_weights():
-        return Net()
-
-
-def _load(folder, config, **arguments):
-    return load_and_quantize_model(_skeleton(), folder, config, progress=False, **arguments)
 
 
 def _config(name="nf4-double-quant"):
@@ -126,8 +125,8 @@ def _in_a_file(folder, off):
     policy = CPUOffloadPolicy(pin_memory=False)
     for name in FORMATS:
         gc.collect()  # FSDP2 keeps a model in cycles
-        plain = _load(folder, _config(name), mesh=mesh, shard=_sharding(mesh))
-        model = _load(
+        plain = load_net(folder, _config(name), mesh=mesh, shard=_sharding(mesh))
+        model = load_net(
             folder, _config(name), mesh=mesh, offload_folder=off, shard=_sharding(mesh, blocks=policy, rest=policy)
         )
         ranges, files, inodes = _mapped(off)
@@ -164,8 +163,8 @@ def _without_shard(folder, off):
 
     mesh = mesh_of(2)
     whole, model = (
-        _load(folder, _config(), device_map=own_device()),
-        _load(folder, _config(), mesh=mesh, offload_folder=off),
+        load_net(folder, _config(), device_map=own_device()),
+        load_net(folder, _config(), mesh=mesh, offload_folder=off),
     )
     shards = {name: p for name, p in model.named_parameters() if hasattr(p, "to_local")}
     found = {
@@ -174,16 +173,16 @@ def _without_shard(folder, off):
         "kinds": {(p.device.type, p.requires_grad) for p in shards.values()},
     }
     policy = CPUOffloadPolicy(pin_memory=False)
-    frozen = _skeleton().requires_grad_(False)
+    frozen = empty_net().requires_grad_(False)
     frozen = load_and_quantize_model(frozen, folder, _config(), progress=False, mesh=mesh, offload_folder=off)
     found["all frozen"] = all(_is_file_backed(p) for p in frozen.parameters() if hasattr(p, "to_local"))
     found["frozen outputs"] = torch.equal(frozen(IDS.to(own_device())), whole(IDS.to(own_device())))
     bigq.save_quantized(frozen, f"{folder}/saved")
-    again = _load(f"{folder}/saved", None, device_map=own_device())
+    again = load_net(f"{folder}/saved", None, device_map=own_device())
     found["saved"] = torch.equal(again(IDS.to(own_device())), whole(IDS.to(own_device())))
     shard = _sharding(mesh, blocks=policy, rest=policy)
-    adapted = _load(folder, _config("int8"), mesh=mesh, offload_folder=off, shard=shard)
-    plain = _load(folder, _config("int8"), mesh=mesh, shard=_sharding(mesh))
+    adapted = load_net(folder, _config("int8"), mesh=mesh, offload_folder=off, shard=shard)
+    plain = load_net(folder, _config("int8"), mesh=mesh, shard=_sharding(mesh))
     for each in (adapted, plain):
         for name, parameter in each.named_parameters():
             if "lora_B" in name:
@@ -199,7 +198,7 @@ def _without_shard(folder, off):
 
 
 def _packed_of(folder):
-    state = _load(folder, _config("int8"), device_map=own_device()).state_dict()
+    state = load_net(folder, _config("int8"), device_map=own_device()).state_dict()
     return [tensor for name, tensor in state.items() if "_packed" in name]
 
 
@@ -216,7 +215,7 @@ def _when_finished(folder, off):
         commit(self, shards, jobs, gathers)
 
     with _replaced(sharded_model.ShardedTensors, "commit", look):
-        _load(folder, _config(), mesh=mesh_of(2), offload_folder=off)
+        load_net(folder, _config(), mesh=mesh_of(2), offload_folder=off)
     return early
 
 
@@ -245,7 +244,7 @@ def _lent(folder, off):
     with _replaced(fill, "stream", watched), _replaced(fill.WeightJob, "lent_nbytes", lambda job, run: nbytes[0]):
         for name, arguments in cases.items():
             nbytes[0] = 100
-            _load(folder, _config(), mesh=mesh_of(2), **arguments)
+            load_net(folder, _config(), mesh=mesh_of(2), **arguments)
             found[name] = told[:2]  # later ones are of what is read again
             told.clear()
     return found
@@ -270,7 +269,7 @@ def _refuse(rank, folder, off):
         if rank == 1:
             raise RuntimeError("no")
 
-    model, said = _skeleton(), {}
+    model, said = empty_net(), {}
     load = partial(load_and_quantize_model, model, folder, _config(), progress=False, mesh=mesh, offload_folder=off)
     said["no policy"] = error_of(partial(load, shard=_sharding(mesh, adapter=False)))
     said["pinned"] = error_of(partial(load, shard=_sharding(mesh, blocks=pinned, adapter=False)))
@@ -284,7 +283,7 @@ def _refuse(rank, folder, off):
     undone = type(model.blocks[0].up) is nn.Linear and all(p.is_meta for p in model.parameters())
     left = os.listdir(off), _mapped(off)[0], _open_files(off)
     loaded = load()
-    whole = _load(folder, _config(), device_map=own_device())
+    whole = load_net(folder, _config(), device_map=own_device())
     ids = IDS.to(own_device())
     return {**said, "undone": undone, "left": left, "then": torch.equal(loaded(ids), whole(ids))}
 

@@ -1,11 +1,27 @@
 """A model for loads into shards, whose weights no number of processes divides."""
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
+from bigq import load_and_quantize_model
 from ranks import error_of, mesh_of, own_device, run_ranks
 
-__all__ = ["Net", "error_of", "held_by_all", "mesh_of", "own_device", "run_ranks"]
+__all__ = [
+    "IDS",
+    "STACKS",
+    "Net",
+    "empty_net",
+    "error_of",
+    "held_by_all",
+    "load_net",
+    "mesh_of",
+    "own_device",
+    "run_ranks",
+]
+
+STACKS = ["experts.up", "experts.down"]  # of Net; no module that is quantized by default
+IDS = torch.arange(14).view(2, 7)  # an input of Net
 
 
 class Block(nn.Module):
@@ -56,6 +72,17 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.experts(x))
+
+
+def empty_net():
+    """A Net on meta, its buffers real."""
+    with init_empty_weights():
+        return Net()
+
+
+def load_net(folder, config, **arguments):
+    """A Net, loaded from `folder`."""
+    return load_and_quantize_model(empty_net(), folder, config, progress=False, **arguments)
 
 
 def held_by_all(model):

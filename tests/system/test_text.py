@@ -1,11 +1,16 @@
 """Lists of names short enough for an error."""
 
-from bigq.system.text import bytes_text, shortlist
+from bigq.system.text import bytes_text, itemized, shortlist
 
 
 def test_the_first_ten_and_how_many_more():
     assert shortlist(["a", 1]) == "a, 1"
     assert shortlist(range(12)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+
+
+def test_problems_stand_on_lines_of_their_own():
+    assert itemized(["a", "b"]) == "\n  - a\n  - b"
+    assert itemized(["a", "b"], limit=1) == "\n  - a\n  - and 1 more"
 
 
 def test_a_name_of_any_length_is_cut():
