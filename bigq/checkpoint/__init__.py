@@ -2,6 +2,7 @@
 
 from bigq.checkpoint.adapters import Adapter, Completed, Conversion, Converted, Renamed
 from bigq.checkpoint.bitsandbytes_source import with_bitsandbytes
+from bigq.checkpoint.byte_source import ByteSource
 from bigq.checkpoint.foreign import decoded_method, foreign_method, is_adapter, refuse_foreign
 from bigq.checkpoint.local_file import LocalFile
 from bigq.checkpoint.reader import Checkpoint
@@ -14,10 +15,8 @@ from bigq.checkpoint.scaled_names import (
     scale_beside,
     scales_of_activations,
 )
-from bigq.checkpoint.scaled_rows import Holder
 from bigq.checkpoint.scaled_weights import with_scaled
 from bigq.checkpoint.source import (
-    ByteSource,
     ReadError,
     Source,
     Span,
@@ -38,7 +37,6 @@ __all__ = [
     "Completed",
     "Conversion",
     "Converted",
-    "Holder",
     "LocalFile",
     "ReadError",
     "Renamed",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bigq.checkpoint.archive import ZIP_MAGIC, MappedFile, read_records
-from bigq.checkpoint.source import ByteSource, Span, StoredTensor
+from bigq.checkpoint.byte_source import ByteSource
+from bigq.checkpoint.source import Span, StoredTensor
 from bigq.checkpoint.state_dict import StateDict, find_state_dict
 from bigq.errors import CheckpointError
 from bigq.system.internals import sparse_parts

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bigq.checkpoint.source import ByteSource, Span, StoredTensor
+from bigq.checkpoint.byte_source import ByteSource
+from bigq.checkpoint.source import Span, StoredTensor
 from bigq.errors import CheckpointError
 from bigq.system.json_text import parse_json
 from bigq.system.text import shortlist

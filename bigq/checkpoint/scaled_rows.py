@@ -9,26 +9,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bigq.checkpoint.byte_source import ByteSource
 from bigq.ops.code_tables import row_chunks
 
-__all__ = ["E2M1", "Codes", "Holder", "ScaledRows", "Scales"]
+__all__ = ["E2M1", "Codes", "ScaledRows", "Scales"]
 
 E2M1 = "e2m1"  # 4 bits: sign, two of exponent and one of mantissa; the first of two elements is in the low nibble
 Codes = torch.dtype | str  # a dtype of one byte, or E2M1
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1
 _GPU_NUMEL = 1 << 24  # decoded at once on a GPU: 64 MiB of float32
-
-
-class Holder(Protocol):
-    """What bytes are read from, as far as it matters here: a ByteSource."""
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +40,7 @@ class Scales:
     """
 
     read: Callable[[int, int], Tensor]
-    holders: tuple[Holder, ...] = ()
+    holders: tuple[ByteSource, ...] = ()
     first: int
     rows: int
     skipped: int
@@ -102,7 +96,7 @@ class ScaledRows:
         return prod(self.shape[:-1]) * self.row_nbytes
 
     @property
-    def holders(self) -> dict[int, Holder]:
+    def holders(self) -> dict[int, ByteSource]:
         """What `decode` reads scales from, and does not close; by identity."""
         return {id(holder): holder for part in self.scales for holder in part.holders}
 

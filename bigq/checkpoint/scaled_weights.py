@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bigq.checkpoint.adapters import Adapter
+from bigq.checkpoint.byte_source import ByteSource
 from bigq.checkpoint.model_config import read_config
 from bigq.checkpoint.scaled_names import (
     CODE_BYTES,
@@ -25,7 +26,7 @@ from bigq.checkpoint.scaled_names import (
     scale_beside,
     scales_of_activations,
 )
-from bigq.checkpoint.scaled_rows import E2M1, Holder, ScaledRows, Scales
+from bigq.checkpoint.scaled_rows import E2M1, ScaledRows, Scales
 from bigq.checkpoint.scaled_settings import block_size, dtype_of_numbers
 from bigq.checkpoint.source import Source, StoredTensor, cut_out, read_tensor, refuse_unknown
 from bigq.errors import CheckpointError
@@ -109,7 +110,7 @@ class ScaledWeights(Adapter):
         return self._decoded([codes.get(name, name) for name in names])
 
     def _decoded(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        opened: dict[int, Holder] = {}
+        opened: dict[int, ByteSource] = {}
         try:
             for name, tensor in self._source.read(names):
                 coding = self._codings.get(name)

@@ -2,20 +2,18 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from bigq.checkpoint.byte_source import ByteSource
 from bigq.checkpoint.scaled_rows import ScaledRows
 from bigq.errors import CheckpointError
-from bigq.system.files import FileIdentity
 from bigq.system.memory import memory_of
 from bigq.system.text import shortlist
 
 __all__ = [
-    "ByteSource",
     "ReadError",
     "Source",
     "Span",
@@ -53,37 +51,6 @@ class ReadError(CheckpointError):
             f"{self.name} ended at byte {self.at}, in the middle of tensor {tensor!r}: "
             "it was cut short while it was read"
         )
-
-
-class ByteSource(Protocol):
-    """Bytes that several threads may read at once, at any offset: a file, or what stands for one."""
-
-    @property
-    def name(self) -> str:
-        """What errors call it."""
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes it has."""
-
-    @property
-    def path(self) -> Path | None:
-        """The local file that holds exactly these bytes and may be memory-mapped instead; None if there is none."""
-
-    @property
-    def identity(self) -> FileIdentity | None:
-        """What tells the file at `path` from one that has replaced it; None if that is not known."""
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill all of `buffer` with the bytes from `offset` on; opens what it needs.
-
-        Raises:
-            ReadError: bytes cannot be read, or it ends before the buffer is full.
-            CheckpointError: it cannot be opened, or is not what it was.
-        """
-
-    def close(self) -> None:
-        """Let go of what is open. Reads that are under way end well, and a later one opens it again."""
 
 
 class Span(NamedTuple):

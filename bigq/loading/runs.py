@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bigq.checkpoint import ByteSource, Holder, Span, StoredTensor, cut_out
+from bigq.checkpoint import ByteSource, Span, StoredTensor, cut_out
 from bigq.system.internals import cut
 from bigq.system.interrupts import Latch
 
@@ -77,7 +77,7 @@ class Run:
         self.target, self.nbytes, self._spans = target, 0, spans
         self.made_nbytes = self.decoded_nbytes = 0  # bytes of the numbers that it becomes; those made of codes
         self.parts: list[Part] = []
-        self.holders: dict[int, Holder] = {}  # of the scales of its parts, by identity
+        self.holders: dict[int, ByteSource] = {}  # of the scales of its parts, by identity
         self.handed_over = Latch()  # every chunk is read, and its copy to a GPU queued
         self._lock = Lock()
 
@@ -90,7 +90,7 @@ class Run:
             self.holders |= part.info.coding.holders
 
     @property
-    def sources(self) -> "dict[int, ByteSource | Holder]":
+    def sources(self) -> dict[int, ByteSource]:
         """What it is read from, with what scales are read from when it has arrived; by identity."""
         return {id(span.source): span.source for span in self._spans} | self.holders
 

@@ -17,7 +17,7 @@ from threading import Lock
 
 import torch
 
-from bigq.checkpoint import ByteSource, Holder, ReadError, Source
+from bigq.checkpoint import ByteSource, ReadError, Source
 from bigq.errors import ConfigError
 from bigq.loading.link import Link, StagingBuffer
 from bigq.loading.runs import Chunk, Piece, Run, Target, make_runs, take_turns
@@ -132,7 +132,7 @@ class _Reader:
         extra_nbytes: Callable[[torch.device], int],
     ) -> None:
         self.runs, self.budget, self.extra_nbytes, self.timings = deque(runs), budget, extra_nbytes, timings
-        self.sources: dict[int, ByteSource | Holder] = {}  # those that are open, by identity
+        self.sources: dict[int, ByteSource] = {}  # those that are open, by identity
         self.unread = Counter(key for run in self.runs for key in run.sources)  # runs, of each source
         self.links: dict[torch.device, Link] = {}
         self.work: SimpleQueue[Chunk | None] = SimpleQueue()
