@@ -79,7 +79,8 @@ class _Stack(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, name: str, route: Tensor, state: State, settings: Settings
     ) -> Tensor:
-        ctx.settings = () if name.endswith("int8") else (*settings[-3:-1], x.shape[-1])
+        quant_type = next((i for i, setting in enumerate(settings) if isinstance(setting, str)), None)
+        ctx.settings = () if quant_type is None else (*settings[quant_type : quant_type + 2], x.shape[-1])
         ctx.rows, ctx.sorted_rows = len(x), name.startswith("grouped")
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(route, *state[:2], *state[3:])

@@ -68,7 +68,7 @@ _SCHEMAS = {
     ),
     "routed_linear_4bit": (
         "(Tensor x, Tensor ids, Tensor weight, Tensor absmax, Tensor? bias, Tensor? nested_absmax, "
-        "Tensor? nested_offset, str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
+        "Tensor? nested_offset, str quant_type, int block_size, SymInt? in_features=None, int? weights=None) -> Tensor"
     ),
     "grouped_linear_4bit_backward": (
         "(Tensor grad, Tensor stops, Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
@@ -246,6 +246,7 @@ def _(
     quant_type: str,
     block_size: int,
     in_features: int | None = None,
+    weights: int | None = None,
 ) -> Tensor:
     checks.check_routed_linear_4bit(
         x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features, check

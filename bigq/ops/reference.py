@@ -273,10 +273,12 @@ def routed_linear_4bit(
     quant_type: str,
     block_size: int,
     in_features: int | None = None,
+    weights: int | None = None,
 ) -> Tensor:
     """Row i of [S, N]: row i // (S / M) of x [M, K] times the transposed weight ids[i] of [E, N, K], plus its bias.
 
-    A row whose id is no weight's gives zeros. ids is int32 or int64 [S]; S is a multiple of M.
+    A row whose id is no weight's gives zeros. ids is int32 or int64 [S]; S is a multiple of M. `weights` says of how
+    many weights these are a part. It chooses kernels, and here changes nothing.
     """
     check_routed_linear_4bit(x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     order, stops = order_by_weight(ids, weight.shape[0])

@@ -27,7 +27,7 @@ __all__ = ["stack_gradients"]
 
 def _save_stack_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """For the grouped and the routed product, whose second input says which weight multiplies which row."""
-    x, route, weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size, _ = inputs
+    x, route, weight, absmax, bias, nested_absmax, nested_offset, quant_type, block_size, *_ = inputs
     ctx.rows, in_features = x.shape
     ctx.settings, ctx.inputs = (quant_type, block_size, in_features), len(inputs)
     ctx.bias_dtype = None if bias is None else bias.dtype

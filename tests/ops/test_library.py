@@ -56,6 +56,7 @@ def sample(name, dtype=torch.float32):
             *int8_stack[:2],
         ),
         "routed_linear_int8": (x, ids, *int8_stack),
+        "routed_linear_4bit-part": (x, ids, *stack, 7),
         "linear_4bit-whole": (x, packed, absmax, bias, None, None, "nf4", 32, 70),
         "linear_4bit-fp4": (x, *ops.quantize_4bit(weight, "fp4", 64), None, None, None, "fp4", 64, None),
     }[name]
@@ -70,6 +71,7 @@ SCALES = {  # of each op that takes scales, where
     "linear_4bit-fp4": (2,),
     "grouped_linear_4bit": (5, 6),
     "routed_linear_4bit": (5, 6),
+    "routed_linear_4bit-part": (5, 6),
     "grouped_linear_4bit_backward": (4, 5),
     "dequantize_int8": (1,),
     "linear_int8": (2,),
@@ -245,6 +247,17 @@ def test_ids_without_rows_of_x_are_refused(name):
         with pytest.raises(RuntimeError, match="expected a multiple of the rows of x"):
             getattr(ops, name)(given, ids[:5], *rest)
     assert getattr(ops, name)(x[:0], ids[:0], *rest).shape == (0, 2)
+
+
+def test_a_part_of_a_stack_has_the_gradients_of_a_stack():
+    x, ids, packed, absmax, bias, *rest = sample("routed_linear_4bit")
+    found = []
+    for weights in ((), (7,)):
+        inputs = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        out = ops.routed_linear_4bit(inputs[0], ids, packed, absmax, inputs[1], *rest, *weights)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), inputs)))
+    assert found[0][1].any()
+    assert_same(*found)
 
 
 def test_gradients_of_grouped_matmul_are_those_of_each_product():

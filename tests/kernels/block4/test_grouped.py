@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bigq.ops import reference
-from bigq_kernels.block4.choose_grouped import choose_grouped
+from bigq_kernels.block4.choose_grouped import choose_grouped, takes_rows
 from bigq_kernels.block4.configs import WgmmaConfig, bulk_config, staged_config
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
 from bigq_kernels.block4.grouped import grouped_linear_4bit, routed_linear_4bit
@@ -129,6 +129,21 @@ def test_rows_in_any_order_have_their_own_weight(repeat, device):
         for got in (routed_linear_4bit(*args), reference.routed_linear_4bit(*args)):
             assert_within_budget(got, expected, baseline)
             assert not got[[4, 7]].any()
+
+
+def test_a_part_of_a_stack_has_the_bits_of_the_stack(device):
+    """A row is multiplied by itself, as with all 24 weights. With three alone, rows are sorted."""
+    weight, absmax, *_ = stack("nf4", 64, False, device, e=24, n=8)[0]
+    x, bias = torch.randn(S, K, device=device).half(), torch.randn(24, 8, device=device).half()
+    held = torch.tensor([20, 3, 11], device=device)
+    ids = torch.tensor([0, 2, 1, -1, 0, 0, 3, 1, 2], device=device)  # -1 and 3 are no weight's
+    rest = None, None, "nf4", 64, K
+    whole_ids = torch.where((ids >= 0) & (ids < 3), held[ids.clamp(0, 2)], -1)
+    whole = routed_linear_4bit(x, whole_ids, weight, absmax, bias, *rest)
+    part = (weight[held], absmax[held], bias[held], *rest)
+    assert torch.equal(routed_linear_4bit(x, ids, *part, weights=24), whole)
+    assert whole[[0, 1, 2]].all()
+    assert not takes_rows(choose_grouped(device, S, 3, 8, K, 64, x.dtype))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter

@@ -66,15 +66,19 @@ def routed_linear_4bit(
     quant_type: str,
     block_size: int,
     in_features: int | None = None,
+    weights: int | None = None,
 ) -> Tensor:
     """Row i of [S, N]: row i // (S / M) of x [M, K], times the weight ids[i] of [E, N, K] transposed, plus its bias.
 
     A row whose id is no weight's gives zeros.
     ids is int32 or int64 [S], on the GPU; S is a multiple of M. The other arguments are those of `grouped_linear_4bit`.
+
+    `weights` says that these E weights are a part of a stack of so many, and the kernel is chosen as for all of them. So
+    a way that multiplies each row by itself (`takes_rows`) gives the bits of a product with the whole stack.
     """
     check_routed_linear_4bit(x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     (e, n, _), k, rows = weight.shape, x.shape[1], len(ids)
-    choice = choose_grouped(x.device, rows, e, n, k, block_size, x.dtype)
+    choice = choose_grouped(x.device, rows, e if weights is None else weights, n, k, block_size, x.dtype)
     if not takes_rows(choice):
         order, stops = sort_by_weight(ids, e)
         grouped = x[order // (rows // max(len(x), 1))]
