@@ -1,11 +1,13 @@
 """Ops: the reference of each in torch; their schemas, fakes and gradients; and the implementation for each device."""
 
 from bigq.ops.library import (
+    assign_slots,
     cuda_implementation,
     dequantize_4bit,
     dequantize_absmax,
     dequantize_int8,
     encode_scaled_4bit,
+    fill_slots,
     grouped_linear_4bit,
     grouped_linear_4bit_backward,
     grouped_linear_int8,
@@ -25,11 +27,13 @@ from bigq.ops.token_rows import Gate, gated, sort_rows, sum_rows, take_rows
 
 __all__ = [
     "Gate",
+    "assign_slots",
     "cuda_implementation",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
     "encode_scaled_4bit",
+    "fill_slots",
     "gated",
     "grouped_linear_4bit",
     "grouped_linear_4bit_backward",

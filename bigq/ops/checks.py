@@ -7,7 +7,8 @@ Each check calls `expect(condition, message)`: by default it raises an Unsupport
 torch._check.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from torch import Tensor
 from bigq.errors import UnsupportedError
 
 __all__ = [
+    "MAX_PARTS",
     "NESTED_BLOCK_SIZE",
     "as_floats",
+    "check_assign_slots",
     "check_dequantize_4bit",
     "check_dequantize_absmax",
     "check_dequantize_int8",
     "check_dot_rows",
     "check_encode_scaled_4bit",
+    "check_fill_slots",
     "check_gated",
     "check_grouped_linear_4bit",
     "check_grouped_linear_4bit_backward",
@@ -37,6 +41,7 @@ __all__ = [
     "check_sort_rows",
 ]
 
+MAX_PARTS = 8  # of a stack in slots: codes, scales, second-level scales and biases of two weights
 NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale in double quantization
 _SCALES = (torch.float32, torch.int32)
 _INDICES = (torch.int32, torch.int64)
@@ -287,6 +292,34 @@ def check_gated(x: Tensor, grad: Tensor | None, kind: str, expect: Expect = _exp
     )
     if grad is not None:
         _check("grad", grad, (grad.dtype,), (x.shape[0], x.shape[1] // 2), x.device, expect)
+
+
+def check_assign_slots(ids: Tensor, held: Tensor, stamps: Tensor, expect: Expect = _expect) -> None:
+    """Check that ids [R], held [S] and stamps [S] fit together, and that there is a slot for each id."""
+    _check("ids", ids, _INDICES, (ids.numel(),), held.device, expect)
+    _check("held", held, (torch.int32,), (held.numel(),), held.device, expect)
+    _check("stamps", stamps, (torch.int64,), (held.numel(),), held.device, expect)
+    expect(
+        ids.shape[0] <= held.shape[0],
+        lambda: f"ids is {list(ids.shape)} and held {list(held.shape)}; expected a slot for each id",
+    )
+    contiguous = held.is_contiguous() and stamps.is_contiguous()
+    expect(contiguous, lambda: "held or stamps is not contiguous; expected contiguous tensors")
+
+
+def check_fill_slots(
+    copies: Tensor, sources: Sequence[Tensor], pools: Sequence[Tensor], expect: Expect = _expect
+) -> None:
+    """Check that copies [R, 2], the parts [E, n] of a stack and those of its slots, [S, n], fit together."""
+    _check("copies", copies, (torch.int32,), (copies.shape[0], 2), copies.device, expect)
+    expect(
+        0 < len(sources) == len(pools) <= MAX_PARTS,
+        lambda: f"there are {len(sources)} sources and {len(pools)} pools; expected as many, 1 to {MAX_PARTS}",
+    )
+    for source, pool in zip(sources, pools, strict=True):
+        for name, part, first in (("a source", source, sources[0]), ("a pool", pool, pools[0])):
+            _check(name, part, (pool.dtype,), (first.shape[0], pool.shape[-1]), copies.device, expect)
+            expect(part.is_contiguous(), partial(str, f"{name} is not contiguous; expected contiguous parts"))
 
 
 def check_search_scales_4bit(weight: Tensor, importance: Tensor, expect: Expect = _expect) -> None:

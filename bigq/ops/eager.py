@@ -5,6 +5,8 @@ with no mode, transform, trace or profiler active, an op is its launcher, or a r
 one node of autograd is around it. All else goes through the dispatcher.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import make_dual, unpack_dual
@@ -17,7 +19,14 @@ from bigq.ops.sharding import is_sharded, register_rules, shard_width
 from bigq.ops.transformed import linear_in_transforms
 from bigq.system.internals import functorch_transforms, something_listens
 
-__all__ = ["linear", "routed"]
+__all__ = ["call_op", "linear", "routed"]
+
+
+def call_op(name: str, first: Tensor, *args: Any) -> Any:
+    """The op `name` of tensors without gradients: on a GPU its launcher, if nobody hears or changes calls of ops."""
+    if first.is_cuda and not something_listens():
+        return library.cuda_implementation(name)(first, *args)
+    return getattr(torch.ops.bigq, name).default(first, *args)
 
 
 def linear(name: str, x: Tensor, state: State, settings: Settings) -> Tensor:

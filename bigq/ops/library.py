@@ -26,6 +26,7 @@ from bigq.system.internals import as_result, check
 
 __all__ = [
     "LIBRARY",
+    "assign_slots",
     "bias_grad",
     "cuda_implementation",
     "dequantize_4bit",
@@ -33,6 +34,7 @@ __all__ = [
     "dequantize_int8",
     "dequantized",
     "encode_scaled_4bit",
+    "fill_slots",
     "grouped_linear_4bit",
     "grouped_linear_4bit_backward",
     "grouped_linear_int8",
@@ -75,6 +77,8 @@ _SCHEMAS = {
         "str quant_type, int block_size, SymInt? in_features=None) -> Tensor"
     ),
     "grouped_matmul": "(Tensor x, Tensor stops, Tensor dense) -> Tensor",
+    "assign_slots": "(Tensor ids, Tensor(a!) held, Tensor(b!) stamps, int weights) -> (Tensor, Tensor)",
+    "fill_slots": "(Tensor copies, Tensor[] sources, Tensor(a!)[] pools) -> ()",
     "sort_rows": "(Tensor ids, int weights) -> (Tensor, Tensor, Tensor)",
     "take_rows": "(Tensor x, Tensor? order, Tensor? factors, SymInt rows, ScalarType dtype) -> Tensor",
     "sum_rows": "(Tensor rows, Tensor? places, Tensor? factors, SymInt tokens, ScalarType dtype) -> Tensor",
@@ -105,6 +109,8 @@ _LAUNCHERS = {  # the module of each launcher, imported on first use
     "routed_linear_4bit": "bigq_kernels.block4.grouped",
     "grouped_linear_4bit_backward": "bigq_kernels.block4.grouped_gradient",
     "grouped_matmul": "bigq_kernels.grouped_matmul",
+    "assign_slots": "bigq_kernels.slots",
+    "fill_slots": "bigq_kernels.slots",
     "sort_rows": "bigq_kernels.rows",
     "take_rows": "bigq_kernels.rows",
     "sum_rows": "bigq_kernels.rows",
@@ -278,6 +284,17 @@ def _(x: Tensor, stops: Tensor, dense: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dense.shape[-1])
 
 
+@torch.library.register_fake("bigq::assign_slots", lib=LIBRARY)
+def _(ids: Tensor, held: Tensor, stamps: Tensor, weights: int) -> tuple[Tensor, Tensor]:
+    checks.check_assign_slots(ids, held, stamps, check)
+    return held.new_empty(ids.shape[0]), held.new_empty(ids.shape[0], 2)
+
+
+@torch.library.register_fake("bigq::fill_slots", lib=LIBRARY)
+def _(copies: Tensor, sources: Sequence[Tensor], pools: Sequence[Tensor]) -> None:
+    checks.check_fill_slots(copies, sources, pools, check)
+
+
 @torch.library.register_fake("bigq::sort_rows", lib=LIBRARY)
 def _(ids: Tensor, weights: int) -> tuple[Tensor, Tensor, Tensor]:
     checks.check_sort_rows(ids, check)
@@ -424,6 +441,8 @@ grouped_linear_4bit = torch.ops.bigq.grouped_linear_4bit.default
 routed_linear_4bit = torch.ops.bigq.routed_linear_4bit.default
 grouped_linear_4bit_backward = torch.ops.bigq.grouped_linear_4bit_backward.default
 grouped_matmul = torch.ops.bigq.grouped_matmul.default
+assign_slots = torch.ops.bigq.assign_slots.default
+fill_slots = torch.ops.bigq.fill_slots.default
 quantize_int8 = torch.ops.bigq.quantize_int8.default
 dequantize_int8 = torch.ops.bigq.dequantize_int8.default
 linear_int8 = torch.ops.bigq.linear_int8.default

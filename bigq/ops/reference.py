@@ -34,6 +34,7 @@ from bigq.ops.checks import (
     check_routed_linear_int8,
 )
 from bigq.ops.code_tables import CODES, bucket, row_chunks, tables_of
+from bigq.ops.expert_slots import assign_slots, fill_slots
 from bigq.ops.routes import order_by_weight, rows_of_weights
 from bigq.ops.row_steps import dot_rows, gated, gated_backward, sort_rows, sum_rows, take_rows
 from bigq.ops.scale_search import encode_scaled_4bit, search_scales_4bit
@@ -41,11 +42,13 @@ from bigq.ops.scale_search import encode_scaled_4bit, search_scales_4bit
 __all__ = [
     "CODES",
     "NESTED_BLOCK_SIZE",
+    "assign_slots",
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
     "dot_rows",
     "encode_scaled_4bit",
+    "fill_slots",
     "gated",
     "gated_backward",
     "grouped_linear_4bit",

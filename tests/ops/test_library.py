@@ -28,6 +28,7 @@ def sample(name, dtype=torch.float32):
     int8_stack = (int8.view(3, 2, 70), scale.view(3, 2, 1), bias.view(3, 2), 2.0)
     stops = torch.tensor([1, 1, 2], dtype=torch.int32, device=DEVICE)
     ids = torch.tensor([2, 0, 1, 1, 3, 2], device=DEVICE)
+    stamps = torch.arange(6, device=DEVICE)
     return {
         "quantize_4bit": (weight, "nf4", 32),
         "search_scales_4bit": (weight, torch.rand(70, device=DEVICE), "nf4", 32),
@@ -41,6 +42,8 @@ def sample(name, dtype=torch.float32):
         "grouped_linear_4bit_backward": (torch.randn(3, 2, dtype=dtype, device=DEVICE), stops, *stack[:2], *stack[3:]),
         "grouped_matmul": (x, stops, torch.randn(3, 70, 4, dtype=dtype, device=DEVICE)),
         "sort_rows": (ids, 3),
+        "assign_slots": (ids, torch.full((6,), -1, dtype=torch.int32, device=DEVICE), stamps, 3),
+        "fill_slots": (torch.tensor([[1, 0], [2, 4], [-1, -1]], device=DEVICE).int(), [codes], [codes.clone()]),
         "take_rows": (x, torch.tensor([1, 0, 2, 5, 3, 4], device=DEVICE), None, 6, dtype),
         "sum_rows": (weight, torch.tensor([1, 0, 2, 5, 3, 4], device=DEVICE).int(), bias.view(3, 2), 3, dtype),
         "dot_rows": (weight, None, x, dtype),
@@ -175,7 +178,7 @@ def test_in_features_may_be_left_out_and_is_held_to():
         ops.linear_4bit(*arguments, 69)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "!" not in library._SCHEMAS[name]])
 def test_inputs_are_not_changed(name):
     arguments = sample(name)
     before = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]

@@ -4,18 +4,23 @@ A kernel reads by address: a wrong width or a cast scale would give a wrong numb
 are compared and no op runs: 1 to 2 us a linear. A replay is bound to attributes that passed, and asks nothing.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bigq_kernels.tiles import NESTED_BLOCK_SIZE
 
 __all__ = [
+    "MAX_PARTS",
     "as_floats",
+    "check_assign_slots",
     "check_dequantize_4bit",
     "check_dequantize_absmax",
     "check_dequantize_int8",
     "check_dot_rows",
     "check_encode_scaled_4bit",
+    "check_fill_slots",
     "check_gated",
     "check_grouped_linear_4bit",
     "check_grouped_linear_4bit_backward",
@@ -30,6 +35,7 @@ __all__ = [
     "check_sort_rows",
 ]
 
+MAX_PARTS = 8  # of a stack in slots: codes, scales, second-level scales and biases of two weights
 _BLOCK: int = NESTED_BLOCK_SIZE.value
 _UINT8 = (torch.uint8,)
 _INT8 = (torch.int8,)
@@ -238,6 +244,31 @@ def check_encode_scaled_4bit(weight: Tensor, scales: Tensor, block_size: int) ->
 def check_sort_rows(ids: Tensor) -> None:
     """Raise RuntimeError unless ids are indices [S]."""
     _check("ids", ids, _INDICES, (ids.numel(),), ids.device)
+
+
+def check_assign_slots(ids: Tensor, held: Tensor, stamps: Tensor) -> None:
+    """Raise RuntimeError unless ids [R], held [S] and stamps [S] fit together, and there is a slot for each id."""
+    _check("ids", ids, _INDICES, (ids.numel(),), held.device)
+    _check("held", held, (torch.int32,), (held.numel(),), held.device)
+    _check("stamps", stamps, (torch.int64,), (held.numel(),), held.device)
+    if len(ids) > len(held):
+        raise RuntimeError(f"ids is {list(ids.shape)} and held {list(held.shape)}; expected a slot for each id")
+    if not (held.is_contiguous() and stamps.is_contiguous()):
+        raise RuntimeError("held or stamps is not contiguous; expected contiguous tensors")
+
+
+def check_fill_slots(copies: Tensor, sources: Sequence[Tensor], pools: Sequence[Tensor]) -> None:
+    """Raise RuntimeError unless copies [R, 2], the parts [E, n] of a stack and those of its slots, [S, n], fit."""
+    _check("copies", copies, (torch.int32,), (len(copies), 2), copies.device)
+    if not 0 < len(sources) == len(pools) <= MAX_PARTS:
+        raise RuntimeError(
+            f"there are {len(sources)} sources and {len(pools)} pools; expected as many, 1 to {MAX_PARTS}"
+        )
+    for source, pool in zip(sources, pools, strict=True):
+        for name, part, first in (("a source", source, sources[0]), ("a pool", pool, pools[0])):
+            _check(name, part, (pool.dtype,), (first.shape[0], pool.shape[-1]), copies.device)
+            if not part.is_contiguous():
+                raise RuntimeError(f"{name} is not contiguous; expected contiguous parts")
 
 
 def check_rows(rows: int, tokens: int, places: Tensor | None, factors: Tensor | None, device: torch.device) -> None:

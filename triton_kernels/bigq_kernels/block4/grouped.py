@@ -73,8 +73,8 @@ def routed_linear_4bit(
     A row whose id is no weight's gives zeros.
     ids is int32 or int64 [S], on the GPU; S is a multiple of M. The other arguments are those of `grouped_linear_4bit`.
 
-    `weights` says that these E weights are a part of a stack of so many, and the kernel is chosen as for all of them. So
-    a way that multiplies each row by itself (`takes_rows`) gives the bits of a product with the whole stack.
+    `weights` says that these E weights are a part of a stack of so many, and the kernel is chosen as for all of them.
+    So a way that multiplies each row by itself (`takes_rows`) gives the bits of a product with the whole stack.
     """
     check_routed_linear_4bit(x, ids, weight, absmax, bias, nested_absmax, nested_offset, block_size, in_features)
     (e, n, _), k, rows = weight.shape, x.shape[1], len(ids)
