@@ -174,6 +174,8 @@ class Prefetcher:
     def _onload(self, block: OffloadedBlock, in_place: bool) -> None:
         block.put_back()
         layout = self._copied_layout(block, in_place)
+        # To look at the sizes of blocks lays all of them out anew where edits are not seen.
+        whole, read_in_place = block.layout, block.in_place
         slot = self._held(layout)
         if slot is None:
             slot = self._idle_slot(layout) if block.ahead and layout.on_host and layout.nbytes else None
@@ -185,11 +187,11 @@ class Prefetcher:
         self._users[slot], block.slot, block.copied = block, slot, layout
         slot.finish()
         copies = slot.tensors_of(layout)
-        assert block.layout is not None
-        if layout is not block.layout:
-            assert block.in_place is not None
-            copies = block.in_place.with_views(copies)
-        block.use_copies(copies, block.layout.tensors)
+        assert whole is not None
+        if layout is not whole:
+            assert read_in_place is not None
+            copies = read_in_place.with_views(copies)
+        block.use_copies(copies, whole.tensors)
         slot.turn = self._tick()
 
     def _copied_layout(self, block: OffloadedBlock, in_place: bool) -> Layout:
