@@ -18,6 +18,7 @@ from bigq.load import load_and_quantize_model
 from bigq.loading.dequantize import dequantize
 from bigq.loading.report import QuantizationReport
 from bigq.model_card import model_card
+from bigq.offload.cache_experts import cache_experts
 from bigq.offload.materialize import materialize
 from bigq.quantize import QuantizedTensor, dequantize_tensor, quantize_tensor
 from bigq.saving.save_quantized import save_quantized
@@ -48,6 +49,7 @@ __all__ = [
     "QuantizedTensor",
     "QuantizedWeight",
     "UnsupportedError",
+    "cache_experts",
     "compare",
     "dequantize",
     "dequantize_tensor",

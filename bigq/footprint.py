@@ -10,6 +10,7 @@ from bigq.model.tree import ModelTree, find_owner, nbytes_of
 from bigq.offload.space import is_file_backed
 from bigq.ops.sharding import local_part
 from bigq.system.text import format_table
+from bigq.weight.experts import QuantizedExperts
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["MemoryFootprint", "memory_footprint", "num_parameters"]
@@ -45,7 +46,8 @@ class MemoryFootprint:
 def memory_footprint(model: nn.Module) -> MemoryFootprint:
     """Count the bytes of a model's parameters and buffers, by device and kind. Tied tensors count once.
 
-    Of a sharded model, such as one of FSDP2, only what this process holds counts.
+    Of a sharded model, such as one of FSDP2, only what this process holds counts. Experts in a cache (`cache_experts`)
+    count beside those in host memory.
 
     Args:
         model: any PyTorch model. It is not changed.
@@ -61,10 +63,14 @@ def memory_footprint(model: nn.Module) -> MemoryFootprint:
     tree = ModelTree(model)
     for group in tree.tensors:
         owner, leaf = find_owner(tree.modules, group.names[0])
-        quantized = owner.state_spec() if isinstance(owner, QuantizedModule) else {}
-        kind = "kept" if leaf not in quantized else "packed" if leaf.endswith("_packed") else "scales"
         of_device = nbytes.setdefault(_where(group.tensor), dict.fromkeys(KINDS, 0))
-        of_device[kind] += nbytes_of(local_part(group.tensor))
+        of_device[_kind(owner, leaf)] += nbytes_of(local_part(group.tensor))
+    for module in dict.fromkeys(tree.modules.values()):
+        cache = module.expert_cache if isinstance(module, QuantizedExperts) else None
+        if cache is not None:
+            for leaf, tensor in cache.tensors.items():
+                of_device = nbytes.setdefault(str(tensor.device), dict.fromkeys(KINDS, 0))
+                of_device[_kind(module, leaf)] += tensor.nbytes
     return MemoryFootprint(nbytes=nbytes)
 
 
@@ -94,6 +100,12 @@ def num_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
         else:
             total += group.tensor.numel()
     return total
+
+
+def _kind(owner: nn.Module, leaf: str) -> str:
+    if not isinstance(owner, QuantizedModule) or leaf not in owner.state_spec():
+        return "kept"
+    return "packed" if leaf.endswith("_packed") else "scales"
 
 
 def _where(tensor: Tensor) -> str:

@@ -29,6 +29,7 @@ PUBLIC = {
     "QuantizedTensor",
     "QuantizedWeight",
     "UnsupportedError",
+    "cache_experts",
     "compare",
     "dequantize",
     "dequantize_tensor",

@@ -212,6 +212,23 @@ class Format(Protocol):
         """Whether a product of a few rows in `dtype` with a stack is known to read only the weights of these rows."""
         return False
 
+    def multiplies_rows_apart(
+        self, shape: tuple[int, ...], rows: int, dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        """Whether a product of `rows` unsorted rows in `dtype` with a stack [E, N, K] multiplies each by itself.
+
+        Its bits depend on no other row then, nor on where its weight stands in the stack. So a product with a part of
+        the stack, which is told E, has them too.
+        """
+        return False
+
+    def parts_by_matrix(self, shape: tuple[int, ...]) -> dict[str, bool] | None:
+        """For each part of a stack [E, N, K] whether it holds one matrix after the other; False: all of them share it.
+
+        A part of the stack is stored as these parts of its matrices, in this format. None if that is not so.
+        """
+        return None
+
     @property
     def has_stack_products(self) -> bool:
         """Whether there are `stack_product`s. If not, the host reads which weight multiplies which row."""

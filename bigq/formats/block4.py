@@ -154,6 +154,20 @@ class Block4(Format):
     def reads_hit_experts(self, in_features: int, dtype: torch.dtype) -> bool:
         return dtype in _FUSED_DTYPES and in_features % _FUSED_STEP == 0
 
+    def multiplies_rows_apart(
+        self, shape: tuple[int, ...], rows: int, dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        e, n, k = shape
+        return ops.multiplies_rows_apart(device, rows, e, n, k, self.block_size, dtype)
+
+    def parts_by_matrix(self, shape: tuple[int, ...]) -> dict[str, bool] | None:
+        if not self.double_quant:
+            return {"packed": True, "absmax": True}
+        scales = prod(shape[1:-1]) * -(-shape[-1] // self.block_size)
+        if scales % reference.NESTED_BLOCK_SIZE:
+            return None  # two matrices share a second-level scale
+        return {"packed": True, "absmax": True, "nested_absmax": True, "nested_offset": False}
+
     @property
     def has_stack_products(self) -> bool:
         return True

@@ -46,7 +46,8 @@ class OffloadedBlock:
         return [i for i, (owner, _) in enumerate(self.members) if isinstance(owner, nn.RNNBase)]
 
     @cached_property
-    def _experts(self) -> list[QuantizedExperts]:
+    def experts(self) -> list[QuantizedExperts]:
+        """The fused experts among its modules."""
         return list(dict.fromkeys(owner for owner, _ in self.members if isinstance(owner, QuantizedExperts)))
 
     def may_read_in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -55,12 +56,12 @@ class OffloadedBlock:
         The inputs are hidden states [..., H], first or by that name, of the layer or of its experts. A wrong guess
         costs time and never a result. A backward pass reads all experts.
         """
-        if not self._experts or torch.is_grad_enabled():
+        if not self.experts or torch.is_grad_enabled():
             return False
         x = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(x, Tensor):
             return False
-        return all((rows := own.rows_of(x)) is not None and rows <= own.num_experts // 2 for own in self._experts)
+        return all((rows := own.rows_of(x)) is not None and rows <= own.num_experts // 2 for own in self.experts)
 
     def tensors(self) -> list[Tensor]:
         """What the modules hold now: between calls, the offloaded tensors."""

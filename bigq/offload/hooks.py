@@ -66,6 +66,8 @@ class PlacementHook(SurroundingHook):
         allow_moves(module)  # `_module` stays: a model whose change failed gets its hooks back as they were
         if self.state_guard is not None:
             self.state_guard.remove()
+        for experts in [] if self.block is None else self.block.experts:
+            experts.expert_cache = None  # nothing is read in host memory without the hook
         return super().detach_hook(module)
 
     def __getstate__(self) -> dict[str, Any]:

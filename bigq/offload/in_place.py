@@ -6,7 +6,7 @@ CUDA graph may hold the call. A call that hits most experts copies all of them i
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,20 @@ class InPlace:
             view_on(tensor, device) if isinstance(owner, QuantizedExperts) and name in owner._parameters else None
             for (owner, name), tensor in zip(members, whole.tensors, strict=True)
         ]
+        self._owned: dict[QuantizedExperts, dict[str, Tensor | None]] = {}
+        for (owner, name), view in zip(members, self._views, strict=True):
+            if isinstance(owner, QuantizedExperts):
+                self._owned.setdefault(owner, {})[name] = view
+        for owner in self._owned:
+            if owner.expert_cache is not None:
+                owner.expert_cache.read_from(self.views_of(owner, owner.expert_cache.tensors))
         copied = [tensor for tensor, view in zip(whole.tensors, self._views, strict=True) if view is None]
         self.layout = Layout(copied) if len(copied) < len(members) else whole
+
+    def views_of(self, owner: QuantizedExperts, names: Collection[str]) -> dict[str, Tensor] | None:
+        """{name: view} of tensors of `owner`, if all of them are read in place."""
+        found = {name: view for name in names if (view := self._owned.get(owner, {}).get(name)) is not None}
+        return found if len(found) == len(names) else None
 
     def with_views(self, copies: Sequence[Tensor]) -> list[Tensor]:
         """A tensor for each member: the views, and `copies` of what `layout` has."""

@@ -139,6 +139,13 @@ class Prefetcher:
                 raise
         return call
 
+    def read_anew(self, block: OffloadedBlock) -> InPlace:
+        """Make what `block` reads in place anew, for the caches that its experts have now. No call of it may run."""
+        with self._lock:
+            block.put_back()
+            block.in_place = None
+            return self._in_place_of(block, self._layout_of(block))
+
     def leave(self, call: Call) -> None:
         """End a call, and start to copy another block into its slot.
 
@@ -174,8 +181,10 @@ class Prefetcher:
     def _onload(self, block: OffloadedBlock, in_place: bool) -> None:
         block.put_back()
         layout = self._copied_layout(block, in_place)
-        # To look at the sizes of blocks lays all of them out anew where edits are not seen.
-        whole, read_in_place = block.layout, block.in_place
+        whole, read_in_place = (
+            block.layout,
+            block.in_place,
+        )  # where edits are not seen, a look at the sizes lays out anew
         slot = self._held(layout)
         if slot is None:
             slot = self._idle_slot(layout) if block.ahead and layout.on_host and layout.nbytes else None
@@ -205,9 +214,12 @@ class Prefetcher:
         stays = len(self._next) <= self._max_slots or self._held(whole) is not None
         if stays and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return whole  # a CUDA graph that is captured cannot wait for a copy that was queued before
+        return self._in_place_of(block, whole).layout
+
+    def _in_place_of(self, block: OffloadedBlock, whole: Layout) -> InPlace:
         if block.in_place is None:
             block.in_place = InPlace(block.members, whole, self.device)
-        return block.in_place.layout
+        return block.in_place
 
     def _layout_of(self, block: OffloadedBlock) -> Layout:
         tensors = block.tensors()

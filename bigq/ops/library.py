@@ -42,6 +42,7 @@ __all__ = [
     "grouped_matmul",
     "linear_4bit",
     "linear_int8",
+    "multiplies_rows_apart",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
@@ -142,6 +143,20 @@ def cuda_implementation(name: str) -> Callable[..., Any]:
             f"bigq::{name} on a CUDA tensor needs Triton, which is not installed: pip install triton, "
             "or set BIGQ_REFERENCE=1 to run the slow torch implementation"
         ) from error
+
+
+def multiplies_rows_apart(
+    device: torch.device, rows: int, weights: int, n: int, k: int, block_size: int, dtype: torch.dtype
+) -> bool:
+    """Whether `routed_linear_4bit` of `rows` rows [k] with weights [n, k] multiplies each row by itself on `device`.
+
+    The reference gives a row the bits that it has beside the same rows of its weight, wherever that stands.
+    """
+    if device.type != "cuda" or os.environ.get("BIGQ_REFERENCE") == "1":
+        return True
+    from bigq_kernels.block4.choose_grouped import choose_grouped, takes_rows
+
+    return takes_rows(choose_grouped(device, rows, weights, n, k, block_size, dtype))
 
 
 def _on_cuda(name: str) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ rows each expert has.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from bigq.errors import UnsupportedError
+from bigq.formats import TensorSpec, state_name
 from bigq.ops.token_rows import Gate, gated, sort_rows, sum_rows, take_rows
 from bigq.system.internals import calls_only_forward
+from bigq.weight.expert_cache import ExpertCache, ExpertUse
 from bigq.weight.low_rank import Changes
 from bigq.weight.quantized_module import QuantizedModule
+from bigq.weight.stored import result_dtype
 
 __all__ = ["IMPLEMENTATIONS", "QuantizedExperts", "are_fused_experts"]
 
@@ -49,6 +53,7 @@ class QuantizedExperts(QuantizedModule):
     _apply_gate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
+    expert_cache: ExpertCache | None = None  # of experts that are read in host memory
 
     def rows_of(self, x: Tensor) -> int | None:
         """How many rows a call with tokens x [..., H] multiplies, each by one expert, without reading other experts.
@@ -56,13 +61,56 @@ class QuantizedExperts(QuantizedModule):
         None where that is not known, or where all experts are read: the forward is that of transformers, or the weights
         are dequantized.
         """
-        top_k, leaves = getattr(self.config, "num_experts_per_tok", None), (self._up, "down_proj")
-        if not (x.is_floating_point() and isinstance(top_k, int) and self._multiplies(*leaves)):
+        top_k, leaves = self.rows_of_token, (self._up, "down_proj")
+        if not (x.is_floating_point() and top_k is not None and self._multiplies(*leaves)):
             return None
         described = [self._quantized[leaf] for leaf in leaves]
         if not all(own.format.reads_hit_experts(own.shape[-1], own.compute_dtype or x.dtype) for own in described):
             return None
         return x.numel() // described[0].shape[-1] * top_k
+
+    @property
+    def stack_size(self) -> int:
+        """How many experts the weights hold."""
+        return self._quantized[self._up].shape[0]
+
+    @property
+    def rows_of_token(self) -> int | None:
+        """How many experts a token has, if the config says it."""
+        top_k = getattr(self.config, "num_experts_per_tok", None)
+        return top_k if isinstance(top_k, int) else None
+
+    def why_not_cached(self, device: torch.device) -> str:
+        """Why products on `device` cannot take some experts from a cache; empty if they can."""
+        top_k = self.rows_of_token
+        if not self.multiplies:
+            return "they are not computed by bigq's products: their format or experts_implementation has others"
+        if top_k is None:
+            return "the config has no num_experts_per_tok"
+        for leaf in (self._up, "down_proj"):
+            own = self._quantized[leaf]
+            dtype = own.compute_dtype or own.dtype
+            if not own.format.reads_hit_experts(own.shape[-1], dtype) or top_k > self.num_experts // 2:
+                return f"{leaf} in {own.format} and {dtype} is not read in host memory for {top_k} experts a token"
+            if not own.format.multiplies_rows_apart(own.shape, top_k, dtype, device):
+                return f"the products of {leaf} sort the {top_k} rows of a token, so their order would change its bits"
+            if own.format.parts_by_matrix(own.shape) is None:
+                return f"two experts of {leaf} share second-level scales: load without double_quant"
+        return ""
+
+    def cached_specs(self, slots: int) -> tuple[dict[str, TensorSpec], list[str]]:
+        """What a cache of `slots` experts holds, by the name of the Parameter, and the names that all experts share."""
+        specs: dict[str, TensorSpec] = {}
+        shared: list[str] = []
+        for leaf in (self._up, "down_proj"):
+            own, bias = self._quantized[leaf], self._parameters.get(f"{leaf}_bias")
+            by_matrix = own.format.parts_by_matrix(own.shape) or {}
+            of_slots = own.format.state_spec((slots, *own.shape[1:]))
+            specs |= {state_name(leaf, part): of_slots[part] for part in by_matrix}
+            shared += [state_name(leaf, part) for part, is_own in by_matrix.items() if not is_own]
+            if bias is not None:
+                specs[f"{leaf}_bias"] = TensorSpec(shape=(slots, *bias.shape[1:]), dtype=bias.dtype)
+        return specs, shared
 
     def forward(self, *args: Any, changes: Changes | None = None, **kwargs: Any) -> Tensor:
         """Sum the experts of each row, weighted. The arguments are those of `_weighted_sum`, or of the class itself.
@@ -128,9 +176,35 @@ class QuantizedExperts(QuantizedModule):
 
     def _experts(self, x: Tensor, changes: Changes, route: Tensor, *, sorted_rows: bool) -> Tensor:
         """The rows of all experts, each by its own: `route` says which, as the products of `Stored` take it."""
+        cache = None if sorted_rows or is_compiling() else self.expert_cache
+        use = None if cache is None else self._fetch(cache, x, route)
+        try:
+            return self._products(x, changes, route, use, sorted_rows=sorted_rows)
+        finally:
+            if use is not None:
+                use.end()
+
+    def _fetch(self, cache: ExpertCache, x: Tensor, ids: Tensor) -> ExpertUse | None:
+        """The experts of `ids` in the slots of a cache, if products with them have the bits of those with all."""
+        for leaf in (self._up, "down_proj"):
+            own = self._quantized[leaf]
+            dtype = own.compute_dtype or result_dtype(x)[0]
+            if not own.format.multiplies_rows_apart(own.shape, len(ids), dtype, x.device):
+                return None
+        return cache.fetch(self._parameters, ids)
+
+    def _products(
+        self, x: Tensor, changes: Changes, route: Tensor, use: ExpertUse | None, *, sorted_rows: bool
+    ) -> Tensor:
         for leaf in (self._up, "down_proj"):
             stored, bias = self.stored_weight(leaf), self._parameters.get(f"{leaf}_bias")
-            out = stored.grouped_linear(x, route, bias) if sorted_rows else stored.routed_linear(x, route, bias)
+            if use is not None:
+                weights, (slots, *_) = stored.shape[0], use.tensors[state_name(leaf, "packed")].shape
+                state = {part: use.tensors[state_name(leaf, part)] for part in stored.state}
+                stored = replace(stored, state=state, shape=(slots, *stored.shape[1:]))
+                out = stored.routed_linear(x, use.slots, use.tensors.get(f"{leaf}_bias"), weights=weights)
+            else:
+                out = stored.grouped_linear(x, route, bias) if sorted_rows else stored.routed_linear(x, route, bias)
             for change in changes.get(leaf, ()):
                 inputs = x.to(out.dtype)
                 out = out + (change.grouped(inputs, route) if sorted_rows else change.routed(inputs, route))

@@ -183,20 +183,25 @@ class Stored:
             return self._one_by_one(x, stops.tolist())
         return self._stack_linear(x, stops.int(), bias, sorted_rows=True)
 
-    def routed_linear(self, x: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+    def routed_linear(
+        self, x: Tensor, ids: Tensor, bias: Tensor | None = None, *, weights: int | None = None
+    ) -> Tensor:
         """Compute row i of [S, N]: row i // (S / M) of x [M, K] times the transposed weight ids[i], plus its bias.
 
-        A row whose id is no weight's gives zeros. The format has products with stacks.
+        A row whose id is no weight's gives zeros. The format has products with stacks. `weights` says of how many
+        weights these are a part, whose bits the rows are to have: see `Format.multiplies_rows_apart`.
         """
-        return self._stack_linear(x, ids, bias, sorted_rows=False)
+        return self._stack_linear(x, ids, bias, () if weights is None else (weights,), sorted_rows=False)
 
-    def _stack_linear(self, x: Tensor, route: Tensor, bias: Tensor | None, *, sorted_rows: bool) -> Tensor:
+    def _stack_linear(
+        self, x: Tensor, route: Tensor, bias: Tensor | None, more: tuple[int, ...] = (), *, sorted_rows: bool
+    ) -> Tensor:
         product = self.format.stack_product(self.shape[-1], sorted_rows=sorted_rows)
         out_dtype, autocast = result_dtype(x)
         tensors = tuple(bias if part == "bias" else self.state[part] for part in product.parts)
         rows = x.to(self.compute_dtype or out_dtype)
         with torch.autocast(autocast, enabled=False) if autocast else nullcontext():
-            return eager.routed(product.op, rows, route, tensors, product.settings).to(out_dtype)
+            return eager.routed(product.op, rows, route, tensors, (*product.settings, *more)).to(out_dtype)
 
     def _one_by_one(self, x: Tensor, stops: Sequence[int]) -> Tensor:
         starts = (0, *stops[:-1])

@@ -45,6 +45,32 @@ def test_a_3d_weight_is_its_matrices():
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=name)
+def test_some_matrices_of_a_stack_are_its_parts_by_matrix(fmt):
+    """What an expert cache does: a stack of other matrices in another order is made of the bytes of each."""
+    n, k = 64, 4096  # 64 scales or more a matrix, of blocks of 4096
+    weight, chosen = torch.randn(4, n, k, device=DEVICE), [3, 1]
+    fits = not getattr(fmt, "double_quant", False) or n * k // fmt.block_size % 256 == 0
+    by_matrix = fmt.parts_by_matrix(tuple(weight.shape))
+    assert (by_matrix is not None) is (fits and not isinstance(fmt, Int8))
+    if by_matrix is None:
+        return
+    state, spec = fmt.quantize(weight), fmt.state_spec((2, n, k))
+    assert {*by_matrix} == {*spec}
+    part = {
+        name: state[name].view(4, -1)[chosen].view(spec[name].shape) if is_own else state[name]
+        for name, is_own in by_matrix.items()
+    }
+    dense = fmt.dequantize(state, (4, n, k), torch.float32)
+    assert torch.equal(fmt.dequantize(part, (2, n, k), torch.float32), dense[chosen])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64), (2, 255, 64), (2, 128, 64)], ids=str)
+def test_matrices_that_share_a_second_level_scale_have_no_parts_of_their_own(shape):
+    assert NF4(double_quant=True).parts_by_matrix(shape) is None
+    assert NF4(double_quant=True).parts_by_matrix((2, 256, 64)) is not None
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
 def test_a_transposed_weight_is_no_different(fmt):
     weight = torch.randn(100, 24, device=DEVICE).T
     assert not weight.is_contiguous()

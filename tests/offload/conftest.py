@@ -3,7 +3,9 @@
 import copy
 
 import pytest
+from torch import nn
 
+from bigq.offload import in_place, transfer
 from offloaded_stack import DEVICES, Stack, offload
 
 
@@ -18,3 +20,30 @@ def pair(request, tmp_path):
     yield model, plain, device
     assert all(t.device.type == "cpu" for t in model.state_dict().values()), "given back"
     assert not any(layer._hf_hook.block.calls for layer in model.layers)
+
+
+@pytest.fixture
+def views_of_files(monkeypatch):
+    """On a CPU: what is in a file stands for pinned memory, and the CPU for the GPU that reads it."""
+    made = []
+
+    def view(tensor, device):
+        made.append(tensor)
+        return nn.Parameter(tensor.detach(), requires_grad=False)
+
+    monkeypatch.setattr(in_place, "view_on", view)
+    return made
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """The bytes of each copy."""
+    nbytes = []
+    start = transfer.Transfer.start
+
+    def counted(self, layout, buffer, stream):
+        nbytes.append(sum(tensor.nbytes for tensor in layout.tensors))
+        return start(self, layout, buffer, stream)
+
+    monkeypatch.setattr(transfer.Transfer, "start", counted)
+    return nbytes

@@ -9,82 +9,10 @@ import torch
 from torch import nn
 
 import bigq
-from bigq.offload import in_place, transfer
+from bigq.offload import in_place
 from bigq.offload.space import PinnedMap
 from bigq.system.internals import SEES_EDITS
-from bigq.weight.experts import QuantizedExperts
-
-E, TOP_K, H = 16, 2, 64
-LAYERS = 3
-FEW, MANY = E // 2 // TOP_K, E // 2 // TOP_K + 1  # tokens: up to one row for each two experts, and more
-
-
-def mixtral(dtype):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 64, "hidden_size": H, "intermediate_size": 96, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=E, num_experts_per_tok=TOP_K)
-    torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(config).to(dtype).eval()
-
-
-def device_map(device, place, part, layers=LAYERS):
-    return {"": device} | {f"model.layers.{i}{part}": place for i in range(layers)}
-
-
-def loaded(device="cpu", place=None, part="", weight_format="nf4", folder=None, dtype=torch.bfloat16, layers=LAYERS):
-    """A Mixtral, with parts of its first `layers` in `place`, or resident and frozen."""
-    config = bigq.QuantizationConfig(weight_format)
-    places = {"": device} if place is None else device_map(device, place, part, layers)
-    model = bigq.load_and_quantize_model(
-        mixtral(dtype), None, config, places, offload="quantized", offload_folder=folder, progress=False
-    )
-    return model.requires_grad_(False)
-
-
-def ids_of(tokens, device="cpu"):
-    return torch.arange(tokens, device=device)[None] * 5 % 64
-
-
-def logits(model, tokens, device="cpu"):
-    with torch.no_grad():
-        return model(ids_of(tokens, device), use_cache=False).logits
-
-
-@pytest.fixture
-def views_of_files(monkeypatch):
-    """On a CPU: what is in a file stands for pinned memory, and the CPU for the GPU that reads it."""
-    made = []
-
-    def view(tensor, device):
-        made.append(tensor)
-        return nn.Parameter(tensor.detach(), requires_grad=False)
-
-    monkeypatch.setattr(in_place, "view_on", view)
-    return made
-
-
-@pytest.fixture
-def copied(monkeypatch):
-    """The bytes of each copy."""
-    nbytes = []
-    start = transfer.Transfer.start
-
-    def counted(self, layout, buffer, stream):
-        nbytes.append(sum(tensor.nbytes for tensor in layout.tensors))
-        return start(self, layout, buffer, stream)
-
-    monkeypatch.setattr(transfer.Transfer, "start", counted)
-    return nbytes
-
-
-def nbytes_of(module, *, experts):
-    return sum(
-        tensor.nbytes
-        for owner in module.modules()
-        for tensor in owner._parameters.values()
-        if tensor is not None and (experts or not isinstance(owner, QuantizedExperts))
-    )
+from offloaded_mixtral import FEW, LAYERS, MANY, ids_of, loaded, logits, nbytes_of
 
 
 @pytest.mark.parametrize("weight_format", [bigq.NF4(), bigq.NF4(double_quant=True), bigq.FP4(block_size=32)], ids=repr)
