@@ -1,0 +1,133 @@
+"""ExpertCache: which calls it serves, what its slots hold then, and what it takes in memory."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from bigq.formats import TensorSpec
+from bigq.weight.expert_cache import ExpertCache
+
+EXPERTS, SLOTS = 6, 4
+PARTS = {  # of one expert
+    "packed": ((3, 16), torch.uint8),
+    "absmax": ((3, 1), torch.int32),
+    "bias": ((3,), torch.bfloat16),  # six bytes: no whole words of four
+    "flags": ((5,), torch.uint8),
+}
+
+
+def specs(count):
+    parts = {name: TensorSpec(shape=(count, *shape), dtype=dtype) for name, (shape, dtype) in PARTS.items()}
+    return parts | {"offset": TensorSpec(shape=(1,), dtype=torch.int32)}
+
+
+def views():
+    return {name: torch.randint(0, 100, spec.shape).to(spec.dtype) for name, spec in specs(EXPERTS).items()}
+
+
+@pytest.fixture
+def cache():
+    return ExpertCache(specs(SLOTS), ["offset"], experts=EXPERTS, slots=SLOTS, device=torch.device("cpu"))
+
+
+def fetched(cache, held, *ids):
+    with torch.no_grad():
+        return cache.fetch(held, torch.tensor(ids))
+
+
+def assert_holds(use, held, *ids):
+    """The slots of `ids` hold the parts of these experts."""
+    assert use.slots.tolist() != []
+    for slot, expert in zip(use.slots.tolist(), ids, strict=True):
+        for name in PARTS:
+            assert torch.equal(use.tensors[name][slot], held[name][expert]), name
+    assert torch.equal(use.tensors["offset"], held["offset"])
+
+
+def test_slots_hold_the_experts_of_a_call(cache):
+    held = views()
+    cache.read_from(held)
+    for ids in ((3, 0), (5, 3, 5), (1, 2, 4, 0), (4,)):
+        use = fetched(cache, held, *ids)
+        assert_holds(use, held, *ids)
+        use.end()
+
+
+def test_only_a_call_that_holds_the_views_is_served(cache):
+    held, other = views(), views()
+    assert fetched(cache, held, 1) is None, "nothing is read in host memory"
+    cache.read_from(held)
+    assert fetched(cache, {**held, "bias": other["bias"]}, 1) is None
+    assert fetched(cache, {}, 1) is None
+    assert fetched(cache, {**held, "another": None}, 1) is not None
+
+
+def test_other_views_empty_the_slots(cache):
+    held, other = views(), views()
+    cache.read_from(held)
+    fetched(cache, held, 1, 2).end()
+    cache.read_from(other)
+    assert fetched(cache, held, 1) is None
+    use = fetched(cache, other, 2, 1)
+    assert_holds(use, other, 2, 1)
+
+
+def test_the_same_views_after_an_edit_are_announced_anew_and_empty_the_slots(cache):
+    held = views()
+    cache.read_from(held)
+    fetched(cache, held, 1, 2).end()
+    held["packed"].add_(1)
+    held["offset"].add_(1)
+    again = dict(held)
+    cache.read_from(again)
+    assert_holds(fetched(cache, again, 2, 1), again, 2, 1)
+
+
+def test_what_is_not_served(cache):
+    held = views()
+    cache.read_from(held)
+    assert fetched(cache, held, *[1] * (SLOTS + 1)) is None, "more rows than slots"
+    assert fetched(cache, held) is None
+    assert cache.fetch(held, torch.tensor([1])) is None, "gradients are computed"
+    assert cache._held.tolist() == [-1] * SLOTS
+
+
+def test_one_use_at_a_time(cache):
+    held = views()
+    cache.read_from(held)
+    use = fetched(cache, held, 1, 2, 3, 4)
+    assert fetched(cache, held, 5) is None
+    assert_holds(use, held, 1, 2, 3, 4)
+    use.end()
+    use = fetched(cache, held, 5)
+    assert_holds(use, held, 5)
+    del use  # as an interrupt leaves it
+    assert fetched(cache, held, 1) is not None
+
+
+def test_a_call_that_failed_leaves_slots_that_are_not_trusted(cache):
+    held = views()
+    cache.read_from(held)
+    fetched(cache, held, 1, 2).end()
+    with pytest.raises(RuntimeError, match=r"ids is torch\.float32"), torch.no_grad():
+        cache.fetch(held, torch.tensor([3.0]))
+    cache.tensors["packed"].zero_()
+    assert_holds(fetched(cache, held, 2, 1), held, 2, 1)
+
+
+def test_the_memory_is_what_it_says():
+    sizes = [ExpertCache.nbytes_of(specs(slots), slots) for slots in range(EXPERTS + 1)]
+    assert sizes == sorted(sizes)
+    cache = ExpertCache(specs(SLOTS), ["offset"], experts=EXPERTS, slots=SLOTS, device=torch.device("cpu"))
+    assert cache.nbytes == sizes[SLOTS] == 7 * 256
+    held = {name: (tensor.shape, tensor.dtype) for name, tensor in cache.tensors.items()}
+    assert held == {name: (torch.Size(spec.shape), spec.dtype) for name, spec in specs(SLOTS).items()}
+    starts = sorted(tensor.data_ptr() - cache._buffer.data_ptr() for tensor in cache.tensors.values())
+    assert starts == [512, 768, 1024, 1280, 1536]
+
+
+def test_the_copy_of_a_module_has_none(cache):
+    assert copy.deepcopy(cache) is None
+    assert pickle.loads(pickle.dumps(cache)) is None
