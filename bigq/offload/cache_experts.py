@@ -41,6 +41,7 @@ def cache_experts(model: nn.Module, max_bytes: int | str) -> dict[str, int]:
         ConfigError: `max_bytes` is no number of bytes.
         PlacementError: `max_bytes` is less than the experts of one token need, or a call is running.
         UnsupportedError: the model has no experts that are read in host memory, or some cannot be cached, and why.
+        torch.OutOfMemoryError: `max_bytes` is more than the GPU has free. The model has no cache then.
 
     Example:
         >>> import bigq, torch
@@ -53,7 +54,7 @@ def cache_experts(model: nn.Module, max_bytes: int | str) -> dict[str, int]:
     """
     nbytes = _nbytes(max_bytes)
     layers = _layers(model)
-    if not layers:
+    if nbytes and not layers:
         raise UnsupportedError(
             f'{type(model).__name__} has no offloaded experts: a device map has to store some on "cpu"'
         )

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from bigq.errors import UnsupportedError
 from bigq.formats import TensorSpec
 from bigq.weight.expert_cache import ExpertCache
 
@@ -115,6 +116,68 @@ def test_a_call_that_failed_leaves_slots_that_are_not_trusted(cache):
         cache.fetch(held, torch.tensor([3.0]))
     cache.tensors["packed"].zero_()
     assert_holds(fetched(cache, held, 2, 1), held, 2, 1)
+
+
+class Stream:
+    """A stream that notes for whom it waits, and memory that notes who uses it."""
+
+    def __init__(self):
+        self.waited, self.used_by = [], []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    def record_stream(self, stream):
+        self.used_by.append(stream)
+
+
+@pytest.fixture
+def streams(monkeypatch, cache):
+    """What torch says of streams: "current", and whether it is "capturing"."""
+    said = {"current": Stream(), "capturing": False}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: said["current"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: said["capturing"])
+    cache._stream, cache._buffer = said["current"], Stream()
+    return said
+
+
+def test_another_stream_waits_for_the_one_that_used_the_slots_last(cache, streams):
+    held, first, second = views(), streams["current"], Stream()
+    cache.read_from(held)
+    fetched(cache, held, 1).end()
+    assert (first.waited, cache._buffer.used_by) == ([], [])
+    streams["current"] = second
+    for _ in range(2):
+        fetched(cache, held, 1).end()
+    assert second.waited == [first]
+    assert cache._buffer.used_by == [second], "its memory is not given to others while that stream uses it"
+    streams["current"] = first
+    fetched(cache, held, 1).end()
+    assert first.waited == [second]
+
+
+def test_a_stream_that_is_captured_waits_for_nothing_and_is_not_remembered(cache, streams):
+    held, first = views(), streams["current"]
+    cache.read_from(held)
+    fetched(cache, held, 1).end()
+    streams.update(current=Stream(), capturing=True)
+    fetched(cache, held, 2).end()
+    assert streams["current"].waited == []
+    assert cache._stream is first
+
+
+def test_slots_are_not_emptied_while_a_graph_is_captured(cache, streams, monkeypatch):
+    monkeypatch.setattr(cache, "device", torch.device("cuda"))
+    held, other = views(), views()
+    cache.read_from(held)
+    cache.empty()
+    streams["capturing"] = True
+    fetched(cache, held, 1).end()
+    cache.read_from(other)
+    with pytest.raises(UnsupportedError, match=r"call the model once, or bigq\.cache_experts again, before"):
+        fetched(cache, other, 1)
+    streams["capturing"] = False
+    assert_holds(fetched(cache, other, 1), other, 1)
 
 
 def test_the_memory_is_what_it_says():

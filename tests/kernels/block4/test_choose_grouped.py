@@ -42,6 +42,15 @@ def test_few_rows_are_taken_one_by_one_and_not_sorted(rows, single):
         assert choice.way == {"h200": "sliced", "a100": "staged"}[gpu] or (single and choice.way == "dp4a")
 
 
+@pytest.mark.parametrize("gpu", ["h200", "a100", "rtx4090"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_rows_of_one_token_are_taken_one_by_one(model, gpu):
+    """So an expert cache serves the calls of one token: the order of its slots changes no bit."""
+    e, n, k, top_k = MODELS[model]
+    for shape in ((n, k), (k, n // 2)):
+        assert takes_rows(choose_grouped(Gpu.named(gpu), top_k, e, *shape, 64, torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     "rows, e, n, k, way",
     [

@@ -67,6 +67,7 @@ def loaded(shape: argparse.Namespace, device: str, place: str) -> nn.Module:
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `call`, which has run before: kernels compile, replays are recorded and bound."""
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
