@@ -10,7 +10,7 @@ that do not fit together raise a RuntimeError, on each device and under fake ten
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from math import prod
 from typing import Any
@@ -145,6 +145,7 @@ def cuda_implementation(name: str) -> Callable[..., Any]:
         ) from error
 
 
+@lru_cache(maxsize=4096)
 def multiplies_rows_apart(
     device: torch.device, rows: int, weights: int, n: int, k: int, block_size: int, dtype: torch.dtype
 ) -> bool:

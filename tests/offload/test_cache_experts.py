@@ -137,6 +137,23 @@ def test_compiled_code_does_without(views_of_files, made, tmp_path):
     assert not made
 
 
+def listened():
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, listened])
+def test_inference_mode_and_a_profiler_change_nothing(views_of_files, made, tmp_path, context):
+    model, resident = loaded(place="disk", folder=tmp_path), loaded()
+    bigq.cache_experts(model, ROOM)
+    for token in (3, 17, 3):
+        ids = torch.tensor([[token]])
+        with context():
+            got = logits_of(model, ids)
+        assert torch.equal(got, logits_of(resident, ids))
+        assert torch.equal(logits_of(model, ids), got)
+    assert made[-LAYERS:] == [0] * LAYERS
+
+
 def test_experts_that_do_not_exist_add_nothing(views_of_files, made, tmp_path):
     model, resident = loaded(place="disk", part=".mlp.experts", folder=tmp_path), loaded()
     bigq.cache_experts(model, ROOM)
@@ -390,7 +407,7 @@ def test_stored_tensors_are_as_large_as_before(views_of_files, copied, tmp_path)
 
 @pytest.mark.gpu
 class TestOnAGpu:
-    @pytest.mark.parametrize("slots", [TOP_K, 7, E])
+    @pytest.mark.parametrize("slots", [TOP_K, 7])
     @pytest.mark.parametrize("part", ["", ".mlp.experts"], ids=["layers", "experts"])
     @pytest.mark.parametrize("options", [{}, NESTED, {"build": gpt_oss}], ids=["nf4", "nested", "biases"])
     def test_outputs_are_those_of_host_memory_and_of_the_resident_model(self, options, part, slots):
