@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from bigq.interop.adapter_refusals import refuse_loftq, refuse_slices_below, watch_targets
 from bigq.interop.expert_adapters import adapted_forward, adapted_leaf, adapted_module
 from bigq.interop.frozen_weights import are_frozen_shards, innermost, put_back, whole_weights
-from bigq.interop.whole_adapters import whole_adapters
+from bigq.interop.whole_adapters import on_devices_of_mesh, whole_adapters
 from bigq.ops.sharding import in_all, local_part
 from bigq.system.user_warnings import warn
 from bigq.weight.quantized_module import QuantizedModule
@@ -135,7 +135,7 @@ def _merge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs
     elif not _is_as_merged(layer):
         vars(layer).pop(_KEPT, None)
     try:
-        with whole_weights(base, leaf), whole_adapters(layer, base):
+        with whole_weights(base, leaf), on_devices_of_mesh(base), whole_adapters(layer, base):
             return method(layer, *args, **kwargs)  # which may itself unmerge and merge other adapters
     finally:
         kept: _Kept | None = vars(layer).pop(_KEPT, None)
@@ -149,7 +149,7 @@ def _unmerge(layer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwar
     base, leaf = _adapted(layer)[0], adapted_leaf(layer)
     put_back(base)
     was_merged, is_as_merged = layer.merged, _is_as_merged(layer)
-    with whole_weights(base, leaf), whole_adapters(layer, base):
+    with whole_weights(base, leaf), on_devices_of_mesh(base), whole_adapters(layer, base):
         result = method(layer, *args, **kwargs)
     kept: _Kept | None = vars(layer).pop(_KEPT, None)
     if kept is not None and is_as_merged and not layer.merged:

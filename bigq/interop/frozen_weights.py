@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bigq.formats import state_name
-from bigq.ops.sharding import placed_like, replicated_like, sharded_parameters
+from bigq.ops.sharding import gather_shards, placed_like, replicated_like, sharded_parameters
 from bigq.weight.quantized_module import QuantizedModule
 
 __all__ = ["are_frozen_shards", "innermost", "note_unit", "put_back", "units_in", "whole_weights"]
@@ -88,8 +88,7 @@ def whole_weights(module: nn.Module, leaf: str | None, *, writes: bool = True) -
         shards = [(own, name, shard) for own, name, shard in shards if own is module and name in names]
     try:
         for own, name, shard in shards:
-            whole = shard.detach().full_tensor()  # type: ignore[attr-defined]
-            own._parameters[name] = nn.Parameter(whole, requires_grad=False)
+            own._parameters[name] = nn.Parameter(gather_shards(shard), requires_grad=False)
         yield
     finally:
         with torch.no_grad():

@@ -30,8 +30,8 @@ class BatchQuantizer:
         """Yield (weight, state by part) for each weight of which all pieces have come; each tensor owns its storage.
 
         Args:
-            items: weights and pieces of them, in one memory in the order of their addresses, on the device that
-                quantizes. Those of one Description, the same object, are quantized in one launch where their format
+            items: weights and pieces of them on the device that quantizes. Those that were read lie in one memory in
+                the order of their addresses, and those that were decoded each in its own. Those of one Description, the same object, are quantized in one launch where their format
                 allows it.
         """
         alike: dict[tuple[int, str, torch.dtype], list[_Item]] = {}
@@ -113,13 +113,15 @@ def _rows(item: _Item) -> Tensor:
 
 
 def _stacked(weights: list[Tensor], count: int) -> Tensor:
-    """The rows of all weights as one matrix [count, K]; without a copy where they lie side by side in memory."""
+    """The rows of all weights as one matrix [count, K]; without a copy where they lie side by side in one memory."""
     first, last = weights[0], weights[-1]
     columns = first.shape[1]
     from_first_to_last = last.data_ptr() - first.data_ptr() + last.nbytes
+    # Tensors of their own may be neighbours by chance: an allocator cuts them out of one range of addresses.
+    in_one_memory = first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
     if len(weights) == 1:
         rows = first
-    elif first.is_contiguous() and from_first_to_last == count * columns * first.itemsize:
+    elif in_one_memory and first.is_contiguous() and from_first_to_last == count * columns * first.itemsize:
         rows = first.as_strided((count, columns), (columns, 1))
     else:  # on a GPU a copy takes a hundredth of the time that the link took, and less than another launch
         rows = torch.cat(weights)

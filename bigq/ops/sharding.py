@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 __all__ = [
     "chunk_of_rank",
     "from_shard",
+    "gather_shards",
     "in_all",
     "is_cut_unevenly",
     "is_sharded",
     "local_part",
+    "on_mesh",
     "placed_like",
     "register_rules",
     "replicated_like",
@@ -66,13 +68,24 @@ def chunk_of_rank(size: int, rank: int, world: int) -> tuple[int, int]:
     return min(rank * step, size), min((rank + 1) * step, size)
 
 
+def on_mesh(shard: Tensor) -> Tensor:
+    """The DTensor `shard` on the devices of its mesh, where it is kept on the CPU: NCCL sends what is on a GPU only."""
+    kind: str = shard.device_mesh.device_type  # type: ignore[attr-defined]
+    return shard if shard.device.type == kind else shard.to(kind)
+
+
+def gather_shards(shard: Tensor) -> Tensor:
+    """The whole tensor of the DTensor `shard`, on the device of its mesh. Every process of the mesh asks for it."""
+    return on_mesh(shard.detach()).full_tensor()  # type: ignore[attr-defined, no-any-return]
+
+
 def in_all(claim: bool, tensor: Tensor) -> bool:
     """Whether `claim` holds in every process that holds a part of `tensor`, each of which has to ask."""
     if not is_sharded(tensor):
         return claim
     from torch.distributed import ReduceOp, all_reduce
 
-    told = torch.tensor(int(claim), device=tensor.device)
+    told = torch.tensor(int(claim), device=tensor.device_mesh.device_type)  # type: ignore[attr-defined]
     for group in tensor.device_mesh.get_all_groups():  # type: ignore[attr-defined]
         all_reduce(told, ReduceOp.MIN, group)
     return bool(told)

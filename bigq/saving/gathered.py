@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from bigq.ops.sharding import sharded_parameters
+from bigq.ops.sharding import gather_shards, sharded_parameters
 
 __all__ = ["gathered"]
 
@@ -36,10 +36,7 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     try:
         for module, name, parameter in shards:
             if id(parameter) not in whole:  # tied ones stay tied
-                own = parameter.detach()
-                if own.device.type != mesh.device_type:  # kept on the CPU by FSDP2; NCCL gathers what is on a GPU
-                    own = own.to(mesh.device_type)
-                tensor, whole[id(parameter)] = own.full_tensor(), parameter  # type: ignore[attr-defined]
+                tensor, whole[id(parameter)] = gather_shards(parameter), parameter
                 if writes and failure is None:
                     try:
                         whole[id(parameter)] = nn.Parameter(tensor.cpu(), requires_grad=False)

@@ -52,6 +52,17 @@ def assert_state(state, job, weight):
     assert state["packed"].untyped_storage().nbytes() == state["packed"].nbytes, "no view of its neighbours' codes"
 
 
+def test_neighbours_by_chance_have_memory_of_their_own():
+    """Decoded weights are tensors of their own, which an allocator may put side by side."""
+    memory = torch.randn(40, 96)
+    first, second = (torch.frombuffer(memory.numpy(), dtype=torch.float32, count=20 * 96, offset=i * 7680) for i in (0, 1))
+    assert first.data_ptr() + first.nbytes == second.data_ptr()
+    weights = {"a": first.view(20, 96), "b": second.view(20, 96)}
+    items = [(linear(name, weight, NF4()), piece(name, weight)) for name, weight in weights.items()]
+    for job, state in BatchQuantizer().quantize(items):
+        assert_state(state, job, weights[owner(job)])
+
+
 @pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.name)
 def test_neighbours_in_one_launch(weight_format, monkeypatch):
     run = torch.randn(60, 96)

@@ -32,6 +32,7 @@ def readings(
     With `rest` the GPU idles for REST_S before them.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be writing the inputs
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()
