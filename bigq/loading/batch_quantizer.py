@@ -31,8 +31,8 @@ class BatchQuantizer:
 
         Args:
             items: weights and pieces of them on the device that quantizes. Those that were read lie in one memory in
-                the order of their addresses, and those that were decoded each in its own. Those of one Description, the same object, are quantized in one launch where their format
-                allows it.
+                the order of their addresses, and those that were decoded each in its own. Those of one Description,
+                the same object, are quantized in one launch where their format allows it.
         """
         alike: dict[tuple[int, str, torch.dtype], list[_Item]] = {}
         for item in items:

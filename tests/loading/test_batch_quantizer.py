@@ -1,7 +1,7 @@
 """BatchQuantizer: however weights arrive, each becomes what its format makes of it alone."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -55,7 +55,8 @@ def assert_state(state, job, weight):
 def test_neighbours_by_chance_have_memory_of_their_own():
     """Decoded weights are tensors of their own, which an allocator may put side by side."""
     memory = torch.randn(40, 96)
-    first, second = (torch.frombuffer(memory.numpy(), dtype=torch.float32, count=20 * 96, offset=i * 7680) for i in (0, 1))
+    part = partial(torch.frombuffer, memory.numpy(), dtype=torch.float32, count=20 * 96)
+    first, second = part(), part(offset=20 * 96 * 4)
     assert first.data_ptr() + first.nbytes == second.data_ptr()
     weights = {"a": first.view(20, 96), "b": second.view(20, 96)}
     items = [(linear(name, weight, NF4()), piece(name, weight)) for name, weight in weights.items()]
