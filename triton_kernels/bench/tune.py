@@ -23,27 +23,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bigq_kernels.block4.bulk_config import TILES, bulk_config, tile_config
 from bigq_kernels.block4.configs import (
+    BulkConfig,
     SlicedConfig,
-    WgmmaConfig,
-    bulk_config,
     dp4a_config,
     mma_config,
     shape_class,
     sliced_config,
     staged_config,
-    wgmma_config,
 )
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
 from bigq_kernels.block4.gluon.bulk import linear_4bit_bulk
 from bigq_kernels.block4.gluon.sliced import linear_4bit_sliced
 from bigq_kernels.block4.gluon.staged import linear_4bit_staged
-from bigq_kernels.block4.gluon.wgmma import linear_4bit_wgmma
 from bigq_kernels.block4.mma import linear_4bit_mma
 from bigq_kernels.block4.packed import Packed4
 from bigq_kernels.block4.quantize import quantize_4bit
 from bigq_kernels.gpu import Gpu
-from bigq_kernels.tiles import ceil_div, next_power_of_2
+from bigq_kernels.tiles import ceil_div
 from bigq_kernels.timing import copies, microseconds
 
 SHAPES = "14336x4096,4096x4096,28672x8192,4096x14336,1024x4096"
@@ -93,17 +91,14 @@ def candidates(m: int, n: int, k: int) -> Iterator[Candidate]:
                 changes = {"block_n": block_n, "blocks": blocks, "warps": warps, "registers": registers}
                 yield linear_4bit_dp4a, replace(dp4a, **changes)
         return
-    if m >= 16 and k % 256 == 0 and gpu.capability == (9, 0):
-        shipped = wgmma_config(gpu, m, n, k)
+    if m >= 16 and k % 64 == 0 and gpu.capability == (9, 0):
+        shipped = bulk_config(gpu, m, n, k)
         if shipped is not None:
-            yield linear_4bit_wgmma, shipped
-        for rows, split in product((32, 64, 128, 256), (1, 2, 4)):
+            yield linear_4bit_bulk, shipped
+        for rows, split in product(TILES, (1, 2, 4)):
             if rows < 2 * m:
-                yield linear_4bit_bulk, bulk_config(rows, split)
-        most = min(256, next_power_of_2(m))
-        for rows, warps, split, registers in product((most, most // 2), (4, 8), (1, 2, 4), (None, 128)):
-            config = WgmmaConfig(block_m=rows, block_n=16 * warps, split=split, warps=warps, registers=registers)
-            yield linear_4bit_wgmma, config
+                yield linear_4bit_bulk, tile_config(rows, split)
+        yield linear_4bit_bulk, BulkConfig(block_m=32, split=1, stages=4, halves=1)
     if m > 128:
         return
     mma = mma_config(gpu, m, n, k, 64)
@@ -163,7 +158,7 @@ def measure(m: int, weights: list[Any], k: int, tried: list[Candidate], shown: i
             timed[candidate] = microseconds([partial(run, candidate, x, out, *w) for w in weights], repeats=10)
         except Exception as error:  # it does not compile, or there is too little shared memory
             print(f"      FAILED {describe(candidate)}: {str(error)[-200:]}")
-    for launcher, config in dict(reversed(tried)).items():  # the first of each launcher (of wgmma, where it has a row)
+    for launcher, config in dict(reversed(tried)).items():  # the first of each launcher
         print(f"  shipped {timed.get((launcher, config), float('nan')):7.1f} us  {describe((launcher, config))}")
     lines = [f"{timed[candidate]:7.1f} us  {describe(candidate)}" for candidate in sorted(timed, key=timed.__getitem__)]
     print("\n".join("          " + line for line in lines[:shown]), flush=True)

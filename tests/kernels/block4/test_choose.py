@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigq_kernels.block4.choose import choose
-from bigq_kernels.block4.configs import MAX_DP4A_K, Dp4aConfig, MmaConfig, SlicedConfig, StagedConfig, WgmmaConfig
+from bigq_kernels.block4.configs import MAX_DP4A_K, BulkConfig, Dp4aConfig, MmaConfig, SlicedConfig, StagedConfig
 from bigq_kernels.gpu import Gpu
 
 H100 = Gpu.named("h100")
@@ -17,7 +17,7 @@ CONFIGS = {
     "sliced": SlicedConfig,
     "dp4a": Dp4aConfig,
     "staged": StagedConfig,
-    "wgmma": WgmmaConfig,
+    "bulk": BulkConfig,
     "mma": MmaConfig,
     "dequantize": type(None),
 }
@@ -48,11 +48,13 @@ def way(m, n=4096, k=4096, block_size=64, dtype=torch.bfloat16, gpu=H100):
         pytest.param({"m": 2, "n": 4100}, "dp4a", "For 2 tokens and K up to 4096", id="two-tokens"),
         pytest.param({"m": 2, "n": 4100, "k": 4128}, "staged", "Up to 32 tokens", id="two-tokens-too-long"),
         pytest.param({"m": 32}, "staged", "Up to 32 tokens", id="staged"),
-        pytest.param({"m": 33}, "wgmma", "a row for 33 tokens and the shape class 'middle'", id="wgmma"),
-        pytest.param({"m": 257}, "dequantize", "Above 128 tokens", id="cublas"),
-        pytest.param({"m": 33, "n": 2048}, "mma", "Up to 64 tokens .* more than 32 tokens.* no row", id="narrow"),
-        pytest.param({"m": 65, "n": 2048}, "dequantize", "Above 64 tokens .* no row", id="too-many-of-narrow"),
-        pytest.param({"m": 65, "k": 4128}, "dequantize", "Above 64 tokens", id="partial-step"),
+        pytest.param({"m": 33}, "bulk", "For 33 tokens.* tiles of 32: about 17 us, and dequantizing 21", id="bulk"),
+        pytest.param({"m": 512}, "bulk", "in tiles of 128: about 32 us, and dequantizing 38", id="many"),
+        pytest.param({"m": 2049}, "dequantize", "Above 128 tokens", id="cublas"),
+        pytest.param({"m": 33, "n": 2048}, "mma", "Up to 64 tokens .* more than 32 tokens", id="narrow"),
+        pytest.param({"m": 65, "n": 2048}, "dequantize", "Above 64 tokens", id="too-many-of-narrow"),
+        pytest.param({"m": 65, "k": 2880}, "bulk", "For 65 tokens", id="partial-step"),
+        pytest.param({"m": 65, "k": 4128}, "dequantize", "Above 64 tokens", id="partial-slice"),
         pytest.param({"m": 3, "block_size": 32}, "mma", "blocks of 64 or more, not 32", id="block-32"),
         pytest.param({"m": 128, "block_size": 32}, "mma", "Up to 128 tokens", id="most-of-mma"),
         pytest.param({"m": 129, "block_size": 32}, "dequantize", "Above 128 tokens", id="too-many-of-mma"),
@@ -82,7 +84,7 @@ def test_the_interpreter_has_no_gluon():
     assert way(8, gpu=torch.device("cpu")) == "mma"
 
 
-def test_gpus_that_are_not_hopper_have_no_wgmma_and_no_slices():
+def test_gpus_that_are_not_hopper_have_no_bulk_and_no_slices():
     assert [way(m, gpu=Gpu.named("a100")) for m in (2, 32, 33, 128, 129)] == [
         "dp4a", "staged", "mma", "mma", "dequantize",
     ]  # fmt: skip
@@ -106,14 +108,14 @@ def test_every_question_has_an_answer_that_its_kernel_can_run(gpu, m, n, k, bloc
         assert k > 0
         assert k % 32 == 0
         assert dtype != torch.float32
-    if chosen in ("sliced", "staged", "wgmma"):
+    if chosen in ("sliced", "staged", "bulk"):
         assert gpu.gluon
         assert block_size >= 64
     assert chosen != "sliced" or (m <= 16 and n % 16 == 0 and gpu.capability == (9, 0))
     assert chosen != "dp4a" or m <= 2
     assert chosen != "staged" or m <= 32
     assert chosen != "mma" or m <= 128
-    assert chosen != "wgmma" or (k % 256 == 0 and gpu.capability == (9, 0))
+    assert chosen != "bulk" or (17 <= m <= 2048 and k % 64 == 0 and gpu.capability == (9, 0))
 
 
 def test_a_question_is_answered_once():
@@ -131,4 +133,4 @@ def test_this_gpu_takes_what_it_should(block_size, few, device):
     assert ways == ["dp4a", few, few, "mma", "dequantize"]
     if gpu.gluon and gpu.capability == (9, 0) and block_size == 64:
         assert [way(m, 14336, gpu=device) for m in (1, 16)] == ["sliced"] * 2
-        assert [way(m, 14336, gpu=device) for m in (64, 256, 257, 513)] == ["wgmma"] * 3 + ["dequantize"]
+        assert [way(m, 14336, gpu=device) for m in (64, 256, 2048, 2049)] == ["bulk"] * 3 + ["dequantize"]

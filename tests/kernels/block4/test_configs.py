@@ -13,7 +13,6 @@ from bigq_kernels.block4.configs import (
     row_blocks,
     sliced_config,
     staged_config,
-    wgmma_config,
 )
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.tiles import ceil_div
@@ -194,55 +193,7 @@ def test_mma_config():
         assert config.split == 1 or ceil_div(k, min(block_size, 64)) >= config.split * 8, case
 
 
-def test_wgmma_rows_are_tiles_that_hold_their_tokens():
-    for rows in configs.WGMMA.values():
-        assert tuple(rows) == configs.SHAPES
-        for row in rows.values():
-            for tokens, (block_m, block_n, split, warps, registers) in row.items():
-                assert tokens % block_m == 0
-                assert block_n == 16 * warps  # 64 rows a warp group
-                assert split == 1 or tokens <= 256
-                assert registers is None or registers % 8 == 0
-
-
-@pytest.mark.parametrize(
-    "m, block_m",
-    [
-        pytest.param(1, None, id="too-few"),
-        pytest.param(33, 64, id="one-tile"),
-        pytest.param(256, 256, id="whole-tile"),
-        pytest.param(257, 256, id="a-tile-and-a-token"),
-        pytest.param(513, None, id="too-many"),
-    ],
-)
-def test_wgmma_config(m, block_m):
-    config = wgmma_config(H100, m, 14336, 4096)
-    assert (config and config.block_m) == block_m
-
-
-@pytest.mark.parametrize(
-    "m, n, block_m",
-    [
-        pytest.param(895, 8192, None, id="too-few-of-1024"),
-        pytest.param(896, 8192, 256, id="enough-of-1024"),
-        pytest.param(512, 4096, None, id="too-many-for-few-rows"),
-        pytest.param(512, 4100, 128, id="rows-of-8-bytes"),
-        pytest.param(513, 8190, 256, id="and-more-of-them"),
-        pytest.param(1025, 4100, None, id="cublas-even-so"),
-    ],
-)
-def test_wgmma_of_many_tokens(m, n, block_m):
-    config = wgmma_config(H100, m, n, 8192)
-    assert (config and config.block_m) == block_m
-
-
-def test_wgmma_takes_whole_steps():
-    assert wgmma_config(H100, 64, 14336, 4352) is not None
-    assert wgmma_config(H100, 64, 14336, 4352 - 32) is None
-
-
-def test_wgmma_and_slices_are_hoppers():
-    assert wgmma_config(Gpu.named("a100"), 64, 14336, 4096) is None
+def test_slices_are_hoppers():
     assert sliced_config(Gpu.named("a100"), 1, 14336, 4096) is None
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bigq.ops import reference
+from bigq_kernels.block4.bulk_config import tile_config
 from bigq_kernels.block4.choose_grouped import choose_grouped, takes_rows
-from bigq_kernels.block4.configs import WgmmaConfig, bulk_config, staged_config
+from bigq_kernels.block4.configs import WgmmaConfig, staged_config
 from bigq_kernels.block4.dp4a import linear_4bit_dp4a
 from bigq_kernels.block4.grouped import grouped_linear_4bit, routed_linear_4bit
 from bigq_kernels.block4.linear import linear_4bit
@@ -172,7 +173,7 @@ def test_gluon_multiplies_each_row_by_its_weight(k, dtype, quant_type, nested):
     x, bias = torch.randn(rows, k, device="cuda").to(dtype), torch.randn(e, n, device="cuda").to(dtype)
     ways = [(staged.linear_4bit_staged, staged_configs(tile, n, k)) for tile in (8, 16, 32)]
     ways += [(wgmma.linear_4bit_wgmma, [wgmma_config_of(tile, split) for split in (1, 2)]) for tile in (64, 128, 256)]
-    ways += [(bulk.linear_4bit_bulk, [bulk_config(tile, split) for split in (1, 2)]) for tile in (32, 64, 128, 256)]
+    ways += [(bulk.linear_4bit_bulk, [tile_config(tile, split) for split in (1, 2)]) for tile in (32, 64, 128, 256)]
     for stops in (
         [0, 1, 1, 20, 84, 85, 300, 690, 690],
         [0, 0, 0, 0, 700, 700, 700, 700, 700],

@@ -53,7 +53,7 @@ def test_linear_4bit(m, n, k, block_size, quant_type, nested, dtype, device):
         pytest.param(9, 20, 96, 32, id="mma"),
         pytest.param(3, 5, 77, 64, id="not-fused"),
         pytest.param(16, 1024, 4096, 64, id="gluon", marks=pytest.mark.gpu),
-        pytest.param(128, 14336, 4096, 64, id="wgmma", marks=pytest.mark.gpu),
+        pytest.param(128, 14336, 4096, 64, id="bulk", marks=pytest.mark.gpu),
         pytest.param(512, 1024, 4096, 64, id="cublas", marks=pytest.mark.gpu),
     ],
 )

@@ -6,8 +6,8 @@
     >>> choice.way, choice.why
     ('dp4a', 'For 1 token and K up to 32768, byte dot products are fastest.')
 
-The ways are "sliced", "dp4a", "staged", "wgmma" and "mma", which are modules here and in `gluon`, and "dequantize": the
-whole weight is dequantized, and cuBLAS multiplies by it. "sliced", "staged" and "wgmma" are Gluon. Where these do not
+The ways are "sliced", "dp4a", "staged", "bulk" and "mma", which are modules here and in `gluon`, and "dequantize": the
+whole weight is dequantized, and cuBLAS multiplies by it. "sliced", "staged" and "bulk" are Gluon. Where these do not
 run (in the interpreter, with other releases of Triton, for blocks of 32), "mma" takes up to 48 % longer (14336 x 4096,
 128 tokens, one H100), and "dequantize" above 128 tokens up to 92 % (28672 x 8192, 256 tokens).
 """
@@ -16,8 +16,10 @@ from functools import lru_cache
 
 import torch
 
+from bigq_kernels.block4.bulk_config import MAX_MMA_M, NARROW_N, bulk_config, bulk_us, dequantize_us
 from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
+    BulkConfig,
     Dp4aConfig,
     MmaConfig,
     SlicedConfig,
@@ -28,7 +30,6 @@ from bigq_kernels.block4.configs import (
     shape_class,
     sliced_config,
     staged_config,
-    wgmma_config,
 )
 from bigq_kernels.choice import Choice
 from bigq_kernels.gpu import Gpu
@@ -40,12 +41,12 @@ __all__ = ["choose"]
 DP4A_MAX_K = {1: MAX_DP4A_K, 2: 4096}
 LEAST_SPLIT_K = 16384  # 1 token of 8192 x 28672: 48 us split over programs of sliced, 58 with dp4a (H200)
 MAX_STAGED_M = 32  # at 64, 51 us against 45 of the kernel without shared memory (14336 x 4096, H100)
-MAX_MMA_M = 128  # above, the bf16 GEMM of cuBLAS after one dequantization is faster
+MIN_BULK_M = 17
+BULK_SHAPES = ("tall", "wide", "vast", "large")  # of whose tiles there are enough for a GPU at 17 to 32 tokens
 MAX_MMA_M_PARTIAL = 64  # likewise if N is too small to fill the GPU, or K leaves a partial step
-NARROW_N = 2048
 MIN_GLUON_BLOCK = 64
 
-Config = SlicedConfig | Dp4aConfig | StagedConfig | WgmmaConfig | MmaConfig
+Config = SlicedConfig | Dp4aConfig | StagedConfig | WgmmaConfig | BulkConfig | MmaConfig
 
 
 @lru_cache(maxsize=4096)  # a linear asks at each call; a server meets many numbers of tokens
@@ -78,15 +79,16 @@ def choose(
     elif not takes_gluon:
         no_gluon = f"the Gluon kernels want blocks of {MIN_GLUON_BLOCK} or more, not {block_size}"
     else:
-        wgmma = wgmma_config(gpu, m, n, k)
-        if wgmma is not None:
-            shape = shape_class(n, k)
-            why = f"The wgmma tables of configs.py have a row for {tokens} and the shape class {shape!r} on this GPU."
-            return Choice(way="wgmma", config=wgmma, why=why)
+        fewest = MIN_BULK_M if shape_class(n, k) in BULK_SHAPES else MAX_STAGED_M + 1
+        bulk = bulk_config(gpu, m, n, k) if m >= fewest else None
+        if bulk is not None:
+            taken = f"{bulk_us(gpu, bulk, m, n, k):.0f} us, and dequantizing {dequantize_us(m, n, k):.0f}"
+            why = f"For {tokens}, bulk decodes beside the tensor cores in tiles of {bulk.block_m}: about {taken}."
+            return Choice(way="bulk", config=bulk, why=why)
         if m <= MAX_STAGED_M:
             why = f"Up to {MAX_STAGED_M} tokens, codes that are staged in shared memory are fastest."
             return Choice(way="staged", config=staged_config(gpu, m, n, k), why=why)
-        no_gluon = f"there are more than {MAX_STAGED_M} tokens, which have no row in the wgmma tables of configs.py"
+        no_gluon = f"there are more than {MAX_STAGED_M} tokens, for which bulk is estimated to take longer"
     most = MAX_MMA_M if n > NARROW_N and k % 64 == 0 else MAX_MMA_M_PARTIAL
     if m > most:
         return _dequantize(f"Above {most} tokens of this weight cuBLAS is faster than mma, and {no_gluon}.")

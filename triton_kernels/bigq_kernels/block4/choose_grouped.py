@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 
+from bigq_kernels.block4.bulk_config import tile_config
 from bigq_kernels.block4.choose import MIN_GLUON_BLOCK, Config
 from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
@@ -51,16 +52,15 @@ MAX_GRADIENT_ROWS_OF_SMALL = 512
 SMALL_NUMEL = 1 << 22
 MAX_GRADIENT_ROWS_64 = 64
 
-# Tokens of a tile: (the most rows of a weight on average, rows of the weight in a tile, warps, registers). A tile runs
-# the loop for the rows that it has, so one too large costs less than a second one does. Microseconds of two products,
-# on one H200: 32 rows for each of 128 weights of 1536 x 2048, 64 / 128: 226 / 323; 64 for each of 32 of 5760 x 2880,
-# 64 / 128 / 256: 454 / 457 / 486; 128 for each of 8 of 28672 x 4096, 128 / 256: 961 / 915.
-WGMMA: dict[int, tuple[float, int, int, int | None]] = {
-    32: (28, 128, 8, 128),
-    64: (64, 128, 8, 128),
-    128: (112, 128, 8, None),
-    256: (float("inf"), 128, 8, None),
-}
+# Tokens of a tile of wgmma: (the most rows of a weight on average, rows of the weight in a tile, warps, registers). A
+# tile runs the loop for the rows that it has, so one too large costs less than a second one does. Two programs share a
+# multiprocessor, so one begins while the other multiplies. Microseconds of two products, on one H200: 32 rows for each
+# of 128 weights of 1536 x 2048, tiles of 64 / 128: 226 / 323; 64 for each of 32 of 5760 x 2880: 452 / 467.
+WGMMA: dict[int, tuple[float, int, int, int | None]] = {32: (28, 128, 8, 128), 64: (96, 128, 8, 128)}
+# Tokens of a tile of bulk: (the fewest rows of a weight on average, the least K). One H200: 128 rows for each of 8 of
+# 28672 x 4096 take 794 us in tiles of 256, 880 in tiles of 128, and 894 by wgmma; 64 rows 674, 602 and 692. The begin
+# of a program counts where K is short: 64 rows for each of 128 of 1536 x 2048 take 385 in tiles of 128, 340 by wgmma.
+BULK = {256: (96.0, 0), 128: (48.0, 4096)}
 
 
 @lru_cache(maxsize=4096)
@@ -99,6 +99,10 @@ def choose_grouped(
             why = f"With {each}, codes that are staged in shared memory are fastest."
             return Choice(way="staged", config=staged_config(gpu, min(_tile(mean), 32), n, k, is_stack=True), why=why)
         if k % 64 == 0 and gpu.capability == (9, 0):
+            for tile, (fewest, least_k) in BULK.items():
+                if mean > fewest and k >= least_k:
+                    why = f"With {each}, bulk decodes each weight once for a tile of {tile}."
+                    return Choice(way="bulk", config=tile_config(tile), why=why)
             tile = next(tile for tile, (most, *_) in WGMMA.items() if mean <= most)
             why = f"With {each}, wgmma decodes each weight once for a tile of {tile}."
             return Choice(way="wgmma", config=_wgmma_config(tile), why=why)

@@ -20,21 +20,16 @@ __all__ = [
     "SlicedConfig",
     "StagedConfig",
     "WgmmaConfig",
-    "bulk_config",
     "dp4a_config",
     "mma_config",
     "row_blocks",
     "sliced_config",
     "sliced_stack_config",
     "staged_config",
-    "wgmma_config",
 ]
 
 HOPPER = (9, 0)
 SHAPES = ("narrow", "middle", "deep", "tall", "wide", "vast", "large")
-# Of 513 to 1024 tokens, fewer are faster in cuBLAS: at 8192 x 28672 wgmma takes 737 us for any of these numbers, since
-# it computes whole tiles, and cuBLAS 508 us (512 tokens) to 800 us (1024).
-LEAST_OF_1024 = 896
 REGISTERS = 65536  # of a multiprocessor
 SPLIT_ROWS = 2.5  # rows that cost a program of the dp4a kernel as much as splitting its tokens
 MAX_DP4A_K = 32768  # two chunks of one or two tokens for each of 512 threads, in their registers
@@ -161,22 +156,6 @@ MMA = {HOPPER: {
     "vast":   _WIDE,
     "large":  _WIDE | {32: (64, 4, 1, 2, 4), 64: (128, 4, 1, 8, 4)},
 }}
-# By GPU, shape and tokens, up to a power of two: (BLOCK_M, BLOCK_N, SPLIT, warps, registers). Without a row another way
-# is faster: small weights fill a GPU better with the smaller tiles of MMA, many tokens with the large ones of cuBLAS.
-# 128 registers of 8 warps leave room for two programs a multiprocessor, where there are tiles for them.
-_W128, _W256 = (128, 128, 1, 8, None), (256, 128, 1, 8, None)
-WGMMA: dict[tuple[int, int], dict[str, dict[int, tuple[int, int, int, int, int | None]]]] = {HOPPER: {
-    "narrow": {},
-    "middle": {64: (64, 64, 2, 4, None), 128: (64, 64, 1, 4, None), 256: (128, 64, 1, 4, None)},
-    "deep":   {64: (64, 64, 4, 4, None), 128: (64, 64, 2, 4, None), 256: (128, 128, 2, 8, None)},
-    "tall":   {32: (32, 128, 4, 8, 128), 64: (64, 128, 4, 8, 128), 128: (128, 128, 2, 8, None),
-               256: (256, 128, 2, 8, None), 512: _W256, 1024: _W256},
-    "wide":   {32: (32, 128, 1, 8, 128), 64: (64, 128, 1, 8, None), 128: _W128, 256: _W256, 512: _W256},
-    "vast":   {32: (32, 128, 1, 8, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256},
-    "large":  {32: (32, 128, 1, 8, 128), 64: (64, 128, 1, 8, 128), 128: _W128, 256: _W256, 512: _W256, 1024: _W256},
-}}
-# For N that leaves cuBLAS no whole 16 bytes of an output row: 1024 tokens of 4100 x 11008 take 176 us, and bf16 331.
-UNALIGNED = {512: _W128, 1024: _W256}
 # fmt: on
 
 
@@ -318,28 +297,3 @@ def _sliced(
         programs=resident * gpu.multiprocessors,
         registers=min(255, REGISTERS // (32 * warps * resident)),
     )
-
-
-def wgmma_config(gpu: Gpu, m: int, n: int, k: int) -> WgmmaConfig | None:
-    """For m tokens and a weight of n x k; None where another way is faster, and on GPUs that are not Hopper."""
-    if k % STEP:  # the kernel takes whole steps: with masks it took 70 us at 5000 x 4128 and 256 tokens, and bf16 27
-        return None
-    tokens = next_power_of_2(m)
-    row = WGMMA.get(gpu.capability, {}).get(shape_class(n, k), {}).get(tokens)
-    if tokens == 1024 and m < LEAST_OF_1024:
-        row = None
-    if row is None and n % 8 and gpu.capability in WGMMA:
-        row = UNALIGNED.get(tokens)
-    if row is None:
-        return None
-    block_m, block_n, split, warps, registers = row
-    return WgmmaConfig(block_m=block_m, block_n=block_n, split=split, warps=warps, registers=registers)
-
-
-def bulk_config(block_m: int, split: int = 1) -> BulkConfig:
-    """For tiles of 32 to 256 tokens, with the stages that Hopper's shared memory has room for.
-
-    Tiles of few tokens leave registers for twice the warps, which share K. `choose` takes none of these yet: `bulk`
-    has not run on a GPU in its present form. A prototype took 46.5 us for 256 tokens of 14336 x 4096, and wgmma 53.0.
-    """
-    return BulkConfig(block_m=block_m, split=split, stages=8 if block_m == 128 else 4, halves=2 if block_m <= 64 else 1)

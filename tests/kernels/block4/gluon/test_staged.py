@@ -95,7 +95,7 @@ def test_every_number_of_programs_repeats_bit_for_bit(m, programs, next_programs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("m, way", [(3, "staged"), (16, "staged"), (32, "wgmma"), (256, "wgmma")])
+@pytest.mark.parametrize("m, way", [(3, "staged"), (16, "staged"), (32, "bulk"), (256, "bulk")])
 def test_more_than_2_to_the_31_weights(m, way, device):
     n, k, tail = 2**19 + 67, 8192, 64  # 2**31 bytes of codes as well
     x = torch.randn(m, k, device=device).bfloat16()

@@ -5,19 +5,22 @@ import torch
 
 from bigq.ops import reference
 from bigq.testing import assert_within_budget
-from bigq_kernels.block4.configs import WGMMA, BulkConfig, WgmmaConfig, bulk_config
+from bigq_kernels.block4.bulk_config import tile_config
+from bigq_kernels.block4.choose_grouped import WGMMA
+from bigq_kernels.block4.configs import BulkConfig, WgmmaConfig
 from bigq_kernels.block4.linear import launcher
 from bigq_kernels.gpu import Gpu
 from linear_cases import packed4, quantized_4bit
 
 pytestmark = pytest.mark.gpu
-SHIPPED = {row for rows in WGMMA[9, 0].values() for row in rows.values()}
 TILES = {
     f"wgmma-{m}x{n}-split-{split}-{warps}-{registers}": WgmmaConfig(
         block_m=m, block_n=n, split=split, warps=warps, registers=registers
     )
-    for m, n, split, warps, registers in sorted(SHIPPED, key=str)
-} | {f"bulk-{m}-split-{split}": bulk_config(m, split) for m in (32, 64, 128, 256) for split in (1, 3)}
+    for m, (_, n, warps, registers) in WGMMA.items()
+    for split in (1, 2)
+} | {f"bulk-{m}-split-{split}": tile_config(m, split) for m in (32, 64, 128, 256) for split in (1, 3)}
+TILES["bulk-32-without-halves"] = BulkConfig(block_m=32, split=1, stages=4, halves=1)
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_tiles(n, k, block_size, config, quant_type, nested, dtype, wgmma, devic
 
 BOTH = pytest.mark.parametrize(
     "config",
-    [WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128), bulk_config(64, 2), bulk_config(128)],
+    [WgmmaConfig(block_m=64, block_n=64, split=4, warps=4, registers=128), tile_config(64, 2), tile_config(128)],
     ids=["wgmma", "bulk-in-halves", "bulk"],
 )
 
