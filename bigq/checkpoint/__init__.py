@@ -15,17 +15,17 @@ from bigq.checkpoint.scaled_names import (
     scale_beside,
     scales_of_activations,
 )
+from bigq.checkpoint.scaled_rows import ScaledRows, Scales
 from bigq.checkpoint.scaled_weights import with_scaled
 from bigq.checkpoint.source import (
     ReadError,
     Source,
-    Span,
     StoredTensor,
-    cut_out,
     read_small,
     read_tensor,
     refuse_unknown,
 )
+from bigq.checkpoint.spans import Span, cut_out, joined
 
 __all__ = [
     "FLOAT8",
@@ -42,6 +42,8 @@ __all__ = [
     "Renamed",
     "RowWindows",
     "Rows",
+    "ScaledRows",
+    "Scales",
     "Source",
     "Span",
     "StoredTensor",
@@ -50,6 +52,7 @@ __all__ = [
     "foreign_method",
     "found_weights",
     "is_adapter",
+    "joined",
     "read_small",
     "read_tensor",
     "refuse_foreign",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bigq.checkpoint.scaled_rows import ScaledRows
-from bigq.checkpoint.source import Source, Span, StoredTensor, cut_out, refuse_unknown
+from bigq.checkpoint.source import Source, StoredTensor, refuse_unknown
+from bigq.checkpoint.spans import Span, cut_out, joined
 from bigq.errors import CheckpointError
 from bigq.system.internals import cut
 from bigq.system.text import shortlist
@@ -273,10 +274,5 @@ def _spans(pieces: Sequence[_Piece], members: Sequence[StoredTensor]) -> tuple[S
             return own[:1]  # of an empty tensor
         if count * row_nbytes < members[member].nbytes:
             own = cut_out(own, first * row_nbytes, count * row_nbytes)
-        for span in own:
-            last = spans[-1] if spans else None
-            if last is not None and last.source is span.source and last.offset + last.nbytes == span.offset:
-                spans[-1] = last._replace(nbytes=last.nbytes + span.nbytes)
-            else:
-                spans.append(span)
-    return tuple(spans)
+        spans += own
+    return joined(spans)

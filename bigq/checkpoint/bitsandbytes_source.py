@@ -16,7 +16,8 @@ from bigq.checkpoint.adapters import Adapter, Converted
 from bigq.checkpoint.bitsandbytes_settings import BitsandbytesSettings
 from bigq.checkpoint.bitsandbytes_weights import HeldWeights
 from bigq.checkpoint.memory_bytes import MemoryBytes
-from bigq.checkpoint.source import Source, Span, StoredTensor, read_tensor, refuse_unknown
+from bigq.checkpoint.source import Source, StoredTensor, read_tensor, refuse_unknown
+from bigq.checkpoint.spans import Span
 from bigq.errors import CheckpointError
 from bigq.formats import QUANT_STATE
 from bigq.formats.bitsandbytes import is_bitsandbytes

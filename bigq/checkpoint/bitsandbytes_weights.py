@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bigq.checkpoint.adapters import Conversion
 from bigq.checkpoint.bitsandbytes_settings import BitsandbytesSettings
-from bigq.checkpoint.source import Source, StoredTensor, cut_out, read_small
+from bigq.checkpoint.source import Source, StoredTensor, read_small
+from bigq.checkpoint.spans import cut_out
 from bigq.errors import CheckpointError
 from bigq.formats import QUANT_STATE, Description, Int8, encode_quant_state, state_name
 from bigq.formats.bitsandbytes import (

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bigq.checkpoint.archive import ZIP_MAGIC, MappedFile, read_records
 from bigq.checkpoint.byte_source import ByteSource
-from bigq.checkpoint.source import Span, StoredTensor
+from bigq.checkpoint.source import StoredTensor
+from bigq.checkpoint.spans import Span
 from bigq.checkpoint.state_dict import StateDict, find_state_dict
 from bigq.errors import CheckpointError
 from bigq.system.internals import sparse_parts

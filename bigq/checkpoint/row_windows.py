@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bigq.checkpoint.adapters import Adapter
-from bigq.checkpoint.source import Source, StoredTensor, cut_out, refuse_unknown
+from bigq.checkpoint.source import Source, StoredTensor, refuse_unknown
+from bigq.checkpoint.spans import cut_out
 from bigq.errors import CheckpointError
 
 __all__ = ["RowWindows", "Rows"]

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bigq.checkpoint.byte_source import ByteSource
-from bigq.checkpoint.source import Span, StoredTensor
+from bigq.checkpoint.source import StoredTensor
+from bigq.checkpoint.spans import Span
 from bigq.errors import CheckpointError
 from bigq.system.json_text import parse_json
 from bigq.system.text import shortlist

@@ -5,7 +5,7 @@ numbers of a block: of a row, of some rows and columns, or of the whole matrix. 
 1.0 for MXFP4, DeepSeek-V3 (arXiv 2412.19437) for FP8 in blocks of 128 x 128.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bigq.checkpoint.byte_source import ByteSource
+from bigq.checkpoint.spans import Span, cut_out
 from bigq.ops.code_tables import row_chunks
 
 __all__ = ["E2M1", "Codes", "ScaledRows", "Scales"]
@@ -22,42 +23,73 @@ E2M1 = "e2m1"  # 4 bits: sign, two of exponent and one of mantissa; the first of
 Codes = torch.dtype | str  # a dtype of one byte, or E2M1
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1
-_GPU_NUMEL = 1 << 24  # decoded at once on a GPU: 64 MiB of float32
+_GPU_NUMEL = 1 << 25  # decoded at once on a GPU: 64 MiB of bfloat16, and as much of indices of 4-bit codes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scales:
-    """The scales of `count` rows of codes that follow each other.
+    """The scales of `count` rows of codes that follow each other: rows of a stored tensor of scales.
 
     Args:
-        read: returns rows of a stored tensor of scales, from one on up to another, as a matrix of float32 on the CPU,
-            [rows of scales, groups]. It may open what `holders` are, and does not close it.
-        holders: what holds the bytes of that tensor.
-        first: the row of that matrix for the first group of rows.
+        name: what that tensor is called.
+        dtype: of it; bytes are exponents of two, as in MX formats.
+        groups: how many scales a row of it has.
+        spans: where its bytes lie; none if it lies in no plain bytes.
+        read: returns rows of it, from one on up to another, on the CPU, [rows of scales, groups]. It may open the
+            sources of `spans`, and does not close them.
+        first: the row of it for the first group of rows.
         rows: how many rows of codes share a row of scales.
         skipped: how many rows of the first group lie before the first row.
         count: how many rows of codes they are for.
     """
 
+    name: str
+    dtype: torch.dtype
+    groups: int
+    spans: tuple[Span, ...]
     read: Callable[[int, int], Tensor]
-    holders: tuple[ByteSource, ...] = ()
     first: int
     rows: int
     skipped: int
     count: int
+
+    @property
+    def stop(self) -> int:
+        """The row after the last one of the stored tensor that is needed."""
+        return self.first - (-(self.skipped + self.count) // self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows that are needed."""
+        return (self.stop - self.first) * self.groups * self.dtype.itemsize
+
+    @property
+    def own_spans(self) -> tuple[Span, ...]:
+        """Where the rows that are needed lie."""
+        return cut_out(self.spans, self.first * self.groups * self.dtype.itemsize, self.nbytes)
 
     def of(self, start: int, stop: int) -> "Scales":
         """Those of rows from `start` on, up to `stop`."""
         groups, skipped = divmod(self.skipped + start, self.rows)
         return replace(self, first=self.first + groups, skipped=skipped, count=stop - start)
 
-    def expanded(self) -> Tensor:
-        """A row of scales for each row of codes: float32 [count, groups]."""
-        groups = -(-(self.skipped + self.count) // self.rows)
-        found = self.read(self.first, self.first + groups)
-        if self.rows == 1:
+    def is_continued_by(self, other: "Scales") -> bool:
+        """Whether one matrix of the rows of both has a row of scales for each group: no group is cut between them."""
+        alike = (self.dtype, self.groups, self.rows) == (other.dtype, other.groups, other.rows)
+        return alike and not other.skipped and (self.skipped + self.count) % self.rows == 0
+
+    def spread(self, scales: Tensor, start: int, stop: int) -> Tensor:
+        """The float32 scales of rows from `start` on, up to `stop`: [rows, groups], or [1, groups] if all share a row.
+
+        Args:
+            scales: the rows that are needed, as they are stored.
+        """
+        group, skipped = divmod(self.skipped + start, self.rows)
+        found = _in_float32(scales.narrow(0, group, -(-(self.skipped + stop) // self.rows) - group))
+        if self.rows == 1 or len(found) == 1:
             return found
-        return found.repeat_interleave(self.rows, dim=0)[self.skipped : self.skipped + self.count]
+        spread = found.unsqueeze(1).expand(-1, self.rows, -1).reshape(-1, self.groups)
+        return spread.narrow(0, skipped, stop - start)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,18 +130,28 @@ class ScaledRows:
     @property
     def holders(self) -> dict[int, ByteSource]:
         """What `decode` reads scales from, and does not close; by identity."""
-        return {id(holder): holder for part in self.scales for holder in part.holders}
+        return {id(span.source): span.source for part in self.scales for span in part.spans}
 
     @property
     def expansion(self) -> int:
         """How many bytes of numbers a byte of codes becomes."""
         return self.dtype.itemsize * (2 if self.codes == E2M1 else 1)
 
-    def decode(self, codes: Tensor, start: int = 0) -> Tensor:
+    def plain_scales(self, start: int, count: int) -> tuple[Scales, ...]:
+        """The scales of `count` entries of the first dimension from `start` on; none if some lie in no plain bytes."""
+        inner = prod(self.shape[1:-1])
+        found = _of_rows(self.scales, start * inner, (start + count) * inner)
+        return tuple(found) if all(part.spans for part in found) else ()
+
+    def decode(self, codes: Tensor, start: int = 0, scales: Tensor | None = None) -> Tensor:
         """The numbers of entries of the first dimension from `start` on, on the device of `codes`.
+
+        With `scales` nothing waits for a GPU: neither is memory copied there that is not pinned, nor a value asked for.
 
         Args:
             codes: uint8 with the bytes of whole entries, contiguous. Meta tensors give meta tensors.
+            scales: uint8 with the bytes of the `plain_scales` of these entries, one after the other, on the device of
+                `codes`. They are read here if they are None.
         """
         if not prod(self.shape[1:]):  # there are no bytes to say how many entries they are
             count = len(codes) if codes.dim() > 1 else self.shape[0]
@@ -118,9 +160,9 @@ class ScaledRows:
         columns, before = self.shape[-1], start * prod(self.shape[1:-1])
         rows = codes.reshape(-1, self.row_nbytes)
         out = torch.empty(len(rows), columns, dtype=self.dtype, device=codes.device)
-        if not codes.is_meta:
-            scales = _of_rows(self.scales, before, before + len(rows)) if out.numel() else ()
-            self._fill(out, rows, scales)
+        if not codes.is_meta and out.numel():
+            parts = _of_rows(self.scales, before, before + len(rows))
+            self._fill(out, rows, parts, _read(parts, codes.device) if scales is None else scales)
         made = out.view(-1, *self.shape[1:])
         return made.mT if self.transposed else made
 
@@ -135,20 +177,19 @@ class ScaledRows:
         scales = [part for member, first, count in pieces for part in _of_rows(member.scales, first, first + count)]
         return replace(self, shape=tuple(shape), scales=tuple(scales))
 
-    def _fill(self, out: Tensor, rows: Tensor, scales: Iterable[Scales]) -> None:
+    def _fill(self, out: Tensor, rows: Tensor, parts: Iterable[Scales], scales: Tensor) -> None:
         columns, begin = out.shape[1], 0
-        for part in scales:
-            expanded = part.expanded().to(rows.device, non_blocking=True)
-            step = {"numel": _GPU_NUMEL} if rows.is_cuda else {}
+        step = {"numel": _GPU_NUMEL} if rows.is_cuda else {}
+        for part, own_scales in _matrices(parts, scales):
             for first, last in row_chunks(part.count, columns, **step):
-                values = _values(rows[begin + first : begin + last], self.codes)
-                factors = expanded[first:last]
-                if factors.shape[1] * self.width == columns:
-                    values = values.view(len(values), -1, self.width)
-                    made = torch.mul(values, factors[:, :, None], out=values).view(len(values), columns)
+                # `narrow`, because a slice in brackets asks for the GPU itself, and tests have none.
+                values = _values(rows.narrow(0, begin + first, last - first), self.codes)
+                factors, made = part.spread(own_scales, first, last), out.narrow(0, begin + first, last - first)
+                if part.groups * self.width == columns:
+                    blocks = len(made), part.groups, self.width
+                    _multiply(values.view(blocks), factors.unsqueeze(2), made.view(blocks))
                 else:
-                    made = values.mul_(factors.repeat_interleave(self.width, dim=1)[:, :columns])
-                out[begin + first : begin + last] = made
+                    _multiply(values, factors.repeat_interleave(self.width, dim=1).narrow(1, 0, columns), made)
             begin += part.count
 
 
@@ -163,18 +204,75 @@ def _of_rows(scales: Iterable[Scales], start: int, stop: int) -> list[Scales]:
     return found
 
 
+def _read(parts: Sequence[Scales], device: torch.device) -> Tensor:
+    """The bytes of the rows that `parts` need, one after the other, on `device`."""
+    found = [part.read(part.first, part.stop).contiguous().flatten().view(torch.uint8) for part in parts]
+    return (found[0] if len(found) == 1 else torch.cat(found)).to(device)
+
+
+def _matrices(parts: Iterable[Scales], scales: Tensor) -> Iterator[tuple[Scales, Tensor]]:
+    """`parts` with their rows of the bytes `scales`, as few as can be: each takes several launches on a GPU."""
+    merged: list[tuple[Scales, int]] = []  # with how many bytes they have
+    for part in parts:
+        if merged and merged[-1][0].is_continued_by(part):
+            last, nbytes = merged[-1]
+            merged[-1] = replace(last, count=last.count + part.count), nbytes + part.nbytes
+        else:
+            merged.append((part, part.nbytes))
+    begin = 0
+    for part, nbytes in merged:
+        own = scales.narrow(0, begin, nbytes)
+        if own.storage_offset() % part.dtype.itemsize:  # behind scales of a smaller dtype
+            own = own.clone()
+        yield part, own.view(part.dtype).view(-1, part.groups)
+        begin += nbytes
+
+
+def _multiply(values: Tensor, factors: Tensor, out: Tensor) -> None:
+    """Write products in float32 to `out`, rounded once; it may use the memory of `values`."""
+    if values.dtype == factors.dtype:
+        out.copy_(values.mul_(factors))  # on a CPU, where a product in another dtype takes a seventh longer
+    else:
+        torch.mul(values, factors, out=out)  # rounded as it is written: no product crosses memory in float32
+
+
 def _values(rows: Tensor, codes: Codes) -> Tensor:
-    """What codes [R, bytes of a row] stand for: float32 [R, columns], in memory of its own."""
+    """What codes [R, bytes of a row] stand for, exactly: [R, columns] in memory of its own."""
+    dtype = _dtype_of_values(rows.device)
     if isinstance(codes, torch.dtype):
-        return rows.view(codes).float()
-    pairs = _pairs(rows.device).index_select(0, rows.flatten().int())  # an element of 8 bytes for each byte
-    return pairs.view(torch.float32).view(len(rows), -1)
+        return rows.view(codes).to(dtype)
+    pairs = _pairs(rows.device, dtype).index_select(0, rows.flatten().int())
+    return pairs.view(dtype).view(len(rows), -1)
+
+
+def _dtype_of_values(device: torch.device) -> torch.dtype:
+    """That of what codes stand for, before they are scaled: no code has more than the 8 significant bits of bfloat16.
+
+    On a GPU half the bytes cross its memory then, and a product with float32 converts them as it loads. On a CPU it
+    would convert them in a pass of its own.
+    """
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @cache
-def _pairs(device: torch.device) -> Tensor:
-    """The two float32 values of each byte of E2M1 codes, [256] as int64."""
+def _pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The two values of each byte of E2M1 codes in `dtype`, [256], each pair as one integer."""
     cpu = torch.device("cpu")  # explicit, because a caller may be inside `with torch.device("meta")`
-    values = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], dtype=torch.float32, device=cpu)
+    values = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], dtype=dtype, device=cpu)
     byte = torch.arange(256, device=cpu)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(torch.int64).flatten().to(device)
+    pair = torch.int64 if dtype.itemsize == 4 else torch.int32
+    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(pair).flatten().to(device)
+
+
+def _in_float32(scales: Tensor) -> Tensor:
+    """Stored scales [R, groups] as numbers."""
+    if scales.dtype != torch.uint8:
+        return scales.float()
+    return _powers(scales.device).index_select(0, scales.flatten().int()).view(scales.shape)
+
+
+@cache
+def _powers(device: torch.device) -> Tensor:
+    """Two to the power of each byte of exponents, [256] in float32; the last one is NaN."""
+    byte = torch.arange(256, dtype=torch.uint8, device=torch.device("cpu"))
+    return byte.view(torch.float8_e8m0fnu).float().to(device)

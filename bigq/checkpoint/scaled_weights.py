@@ -28,7 +28,8 @@ from bigq.checkpoint.scaled_names import (
 )
 from bigq.checkpoint.scaled_rows import E2M1, ScaledRows, Scales
 from bigq.checkpoint.scaled_settings import block_size, dtype_of_numbers
-from bigq.checkpoint.source import Source, StoredTensor, cut_out, read_tensor, refuse_unknown
+from bigq.checkpoint.source import Source, StoredTensor, read_tensor, refuse_unknown
+from bigq.checkpoint.spans import cut_out
 from bigq.errors import CheckpointError
 from bigq.system.text import itemized, shortlist
 
@@ -185,9 +186,17 @@ def _coding(
 
 def _scales(source: Source, stored: StoredTensor, columns: int, *, rows: int, count: int) -> Scales:
     """The scales `stored`, of which each row of `columns` is for `rows` rows of codes."""
-    holders = tuple({id(span.source): span.source for span in stored.spans}.values())
-    read = partial(_read_scales, source, stored, columns)
-    return Scales(read=read, holders=holders, first=0, rows=rows, skipped=0, count=count)
+    return Scales(
+        name=stored.name,
+        dtype=stored.dtype,
+        groups=columns,
+        spans=stored.spans,
+        read=partial(_read_scales, source, stored, columns),
+        first=0,
+        rows=rows,
+        skipped=0,
+        count=count,
+    )
 
 
 def _scale_shape(shape: Sequence[int], scale: Sequence[int], method: object) -> tuple[int, int]:
@@ -216,16 +225,12 @@ def _per(size: int, groups: int, block: int | None) -> int | None:
 
 
 def _read_scales(source: Source, stored: StoredTensor, columns: int, first: int, stop: int) -> Tensor:
-    """Rows of the scales `stored` as a matrix of float32 with `columns`; bytes are exponents of two, as in MXFP4."""
-    if stored.spans and (stop - first) * columns == stored.shape.numel():
-        scales = read_tensor(stored).reshape(-1, columns)
-    elif stored.spans:
-        row_nbytes = columns * stored.dtype.itemsize
-        spans = cut_out(stored.spans, first * row_nbytes, (stop - first) * row_nbytes)
-        scales = read_tensor(replace(stored, shape=torch.Size([stop - first, columns]), spans=spans))
-    else:
+    """Rows of the scales `stored` as a matrix with `columns`."""
+    if not stored.spans:
         ((_, scales),) = source.read([stored.name])
-        scales = scales.reshape(-1, columns)[first:stop]
-    if scales.dtype == torch.uint8:
-        scales = scales.view(torch.float8_e8m0fnu)
-    return scales.float()
+        return scales.reshape(-1, columns)[first:stop]
+    if (stop - first) * columns == stored.shape.numel():
+        return read_tensor(stored).reshape(-1, columns)
+    row_nbytes = columns * stored.dtype.itemsize
+    spans = cut_out(stored.spans, first * row_nbytes, (stop - first) * row_nbytes)
+    return read_tensor(replace(stored, shape=torch.Size([stop - first, columns]), spans=spans))

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bigq.checkpoint.byte_source import ByteSource
 from bigq.checkpoint.scaled_rows import ScaledRows
+from bigq.checkpoint.spans import Span
 from bigq.errors import CheckpointError
 from bigq.system.memory import memory_of
 from bigq.system.text import shortlist
@@ -16,9 +17,7 @@ from bigq.system.text import shortlist
 __all__ = [
     "ReadError",
     "Source",
-    "Span",
     "StoredTensor",
-    "cut_out",
     "read_small",
     "read_tensor",
     "refuse_unknown",
@@ -51,14 +50,6 @@ class ReadError(CheckpointError):
             f"{self.name} ended at byte {self.at}, in the middle of tensor {tensor!r}: "
             "it was cut short while it was read"
         )
-
-
-class Span(NamedTuple):
-    """The `nbytes` bytes of `source` from `offset` on."""
-
-    source: ByteSource
-    offset: int
-    nbytes: int
 
 
 _set = object.__setattr__  # of a frozen dataclass
@@ -186,14 +177,3 @@ def refuse_unknown(names: Collection[str], tensors: Mapping[str, StoredTensor], 
     unknown = sorted(name for name in names if name not in tensors)
     if unknown:
         raise CheckpointError(f"{holder} does not hold {shortlist([repr(name) for name in unknown])}")
-
-
-def cut_out(spans: tuple[Span, ...], start: int, nbytes: int) -> tuple[Span, ...]:
-    """The spans of `nbytes` bytes from `start` on, counted over all of `spans`."""
-    cut, before = [], 0  # bytes of the spans before this one
-    for source, offset, length in spans:
-        first, last = max(start - before, 0), min(start + nbytes - before, length)
-        if first < last:
-            cut.append(Span(source, offset + first, last - first))
-        before += length
-    return tuple(cut)

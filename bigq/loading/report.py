@@ -39,10 +39,11 @@ class ModuleReport:
 class QuantizationReport:
     """What `load_and_quantize_model` did, as `model.quantization_report`.
 
-    `stages`: "plan" (open, check, place), "wait" (for data, and for Triton to start), "quantize" (and place; on a GPU
-    the time to queue it) and "commit" follow each other in the calling thread. "read" and "copy" (waiting for a chunk's
-    copy to the GPU) run beside them in the reading threads; their seconds are those of all threads together. So does
-    "shard", in a load into shards.
+    `stages`: "plan" (open, check, place), "wait" (for data, and for Triton to start), "decode" (codes with scales to
+    numbers, where there are any), "quantize" (and place) and "commit" follow each other in the calling thread. On a GPU
+    "decode" and "quantize" are the time to queue that. "read" and "copy" (waiting for a chunk's copy to the GPU) run
+    beside them in the reading threads; their seconds are those of all threads together. So does "shard", in a load into
+    shards.
     `modules`: every module that holds tensors, under its first name; a tied tensor counts at the first of its modules.
     `quantized_share`: how many of all numbers in parameters are quantized, from 0 to 1.
     """

@@ -90,7 +90,8 @@ def stream(
     Args:
         budget: threads, and bytes of temporary memory at once.
         timings: gets "read" (seconds of all threads in reads), "copy" (of all threads waiting for copies to a GPU) and
-            "wait" (of the consumer, for both).
+            "wait" (of the consumer, for both). Where there are codes with scales, "decode" gets the bytes of their
+            numbers, and the seconds in which the consumer makes them; on a GPU those to queue it.
         extra_nbytes: bytes beyond the budget that may be used on a GPU now, such as those that results will take later.
 
     Raises:
@@ -148,7 +149,7 @@ class _Reader:
             for thread in self.threads if self.runs else ():
                 thread.start()
             while self.runs or in_flight:
-                while self.runs and (not in_flight or self._may_start(self.runs[0], in_use)):
+                while self.runs and (not in_flight or self._may_start(self.runs[0], in_flight, in_use)):
                     in_flight.append(self._start(self.runs.popleft()))
                     in_use += in_flight[-1].temporary_nbytes
                 run = in_flight.popleft()
@@ -158,7 +159,7 @@ class _Reader:
                     raise self.errors[run][1]
                 if run.target.device in self.links:
                     self.links[run.target.device].arrive()
-                pieces = run.pieces()
+                pieces = self._pieces(run)
                 in_use -= run.temporary_nbytes
                 self._close_what_is_read(run)
                 del run  # or it would keep the memory while the consumer makes what replaces it
@@ -185,10 +186,20 @@ class _Reader:
             source.close()
         self.errors.clear()  # their tracebacks hold this object, and with it what threads read into
 
-    def _may_start(self, run: Run, in_use: int) -> bool:
+    def _may_start(self, run: Run, in_flight: Iterable[Run], in_use: int) -> bool:
         if len(self.sources) >= _MAX_OPEN and not self.sources.keys() >= run.sources.keys():
             return False
-        return in_use + run.temporary_nbytes <= self.budget.nbytes + self.extra_nbytes(run.target.device)
+        # One run is decoded at a time. If each had room for its numbers, four of MXFP4 with 32 MiB of codes would fill
+        # 768 MiB: 8 chunks for 12 threads.
+        decoded_nbytes = max(run.decoded_nbytes, *(other.decoded_nbytes for other in in_flight))
+        needed = in_use + run.temporary_nbytes + decoded_nbytes
+        return needed <= self.budget.nbytes + self.extra_nbytes(run.target.device)
+
+    def _pieces(self, run: Run) -> list[Piece]:
+        if not run.decoded_nbytes:
+            return run.pieces()
+        with self.timings.timed("decode", run.decoded_nbytes):
+            return run.pieces()
 
     def _start(self, run: Run) -> Run:
         for source, _, _ in run.spans:

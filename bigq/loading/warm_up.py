@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-from bigq.checkpoint import Source, StoredTensor
+from bigq.checkpoint import ScaledRows, Source, StoredTensor
 from bigq.config import QuantizationConfig
 from bigq.formats import Description, Format
 from bigq.loading.batch_quantizer import BatchQuantizer
@@ -25,6 +25,8 @@ _SHAPE = (16, 4096)  # every size a multiple of 16, as in most models: the kerne
 class WarmUp:
     """Quantizes a few zeros of each dtype of `source` on `device`, in a thread; `wait` for it before other launches.
 
+    It decodes zeros of each kind of codes first.
+
     Triton's start is not meant for two threads at once. On the CPU there is nothing to warm up. Use it as a context
     manager: no thread is left when it is done.
     """
@@ -37,6 +39,8 @@ class WarmUp:
             self._method = "absmax" if config.moments is None else config.method
             found = {info.dtype for info in source.tensors.values() if len(info.shape) >= 2}
             self._dtypes = found & {torch.float16, torch.bfloat16, torch.float32}
+            codings = [info.coding for info in source.tensors.values() if info.coding is not None]
+            self._codings = {(coding.codes, coding.scales[0].dtype): coding for coding in codings if coding.nbytes}
             self._thread = Worker(self._run)
             self._thread.start()
 
@@ -58,11 +62,21 @@ class WarmUp:
 
     def _run(self) -> None:
         try:
+            for coding in self._codings.values():
+                self._decode_zeros(coding)
             for dtype in self._dtypes:
                 for weight_format in self._formats:
                     self._quantize_zeros(dtype, weight_format)
         except BaseException as error:  # raised by wait()
             self._error = error
+
+    def _decode_zeros(self, coding: ScaledRows) -> None:
+        """The first entry of a tensor: a row, or a matrix of a stack."""
+        nbytes = sum(scales.nbytes for scales in coding.plain_scales(0, 1))
+        if nbytes:
+            sizes = coding.nbytes // coding.shape[0], nbytes
+            codes, scales = (torch.zeros(size, dtype=torch.uint8, device=self._device) for size in sizes)
+            coding.decode(codes, 0, scales)
 
     def _quantize_zeros(self, dtype: torch.dtype, weight_format: Format) -> None:
         """Two neighbours, as the weights of a run are."""

@@ -482,10 +482,18 @@ def test_a_gpu_makes_the_same_numbers(tmp_path, layout):
     made = stored.coding.decode(codes.view(torch.uint8).cuda())
     assert made.is_cuda
     assert torch.equal(made.cpu(), read_tensor(stored))
+    on_gpu = codes.view(torch.uint8).cuda(), scales.contiguous().flatten().view(torch.uint8).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        beside = stored.coding.decode(on_gpu[0], 0, on_gpu[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(beside, made)
 
 
 def test_numbers_on_meta_have_a_shape():
-    scales = Scales(read=partial(pytest.fail, "read"), first=0, rows=1, skipped=0, count=6)
+    read = partial(pytest.fail, "read")
+    scales = Scales(name="s", dtype=torch.float32, groups=1, spans=(), read=read, first=0, rows=1, skipped=0, count=6)
     coding = ScaledRows(codes=E4M3, shape=(6, 8), dtype=BF16, scales=(scales,), width=8)
     made = coding.decode(torch.empty(6, 8, dtype=torch.uint8, device="meta"))
     assert (made.device.type, made.shape, made.dtype) == ("meta", (6, 8), BF16)

@@ -103,7 +103,7 @@ def test_pieces_of_a_large_weight(tmp_path, monkeypatch):
     monkeypatch.setattr(
         bigq.checkpoint.scaled_rows.ScaledRows,
         "decode",
-        lambda self, codes, start=0: pieces.append((start, len(codes))) or decode(self, codes, start),
+        lambda self, codes, start, scales: pieces.append((start, len(codes))) or decode(self, codes, start, scales),
     )
     model = one(codes, read_budget=1 << 20)
     assert len(pieces) > 8
@@ -172,12 +172,14 @@ def test_offloaded_to_the_disk(folders, offload, tmp_path):
     assert_equal(load(codes, config, places, **arguments), load(floats, config, places, **arguments))
 
 
-def test_what_is_read_are_the_codes(folders):
-    codes, _ = folders
+def test_what_is_read_are_the_codes_and_their_scales(folders):
+    codes, floats = folders
     model = load(codes, CONFIGS["nf4"])
-    (read,) = [stage for stage in model.quantization_report.stages if stage.name == "read"]
-    held = load_file(codes / "model.safetensors")
-    assert read.nbytes == sum(tensor.nbytes for name, tensor in held.items() if not name.endswith("_scale_inv"))
+    stages = {stage.name: stage for stage in model.quantization_report.stages}
+    held, made = load_file(codes / "model.safetensors"), load_file(floats / "model.safetensors")
+    assert stages["read"].nbytes == sum(tensor.nbytes for tensor in held.values())
+    assert stages["decode"].nbytes == sum(made[name.removesuffix("_scale_inv")].nbytes for name in held.keys() - made)
+    assert "decode" not in {stage.name for stage in load(floats, CONFIGS["nf4"]).quantization_report.stages}
 
 
 def test_nan_in_a_scale_is_refused_by_the_name_of_the_weight(folders, tmp_path):

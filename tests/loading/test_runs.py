@@ -134,4 +134,4 @@ def test_a_run_of_codes_holds_as_many_numbers_as_one_of_floats(tmp_path):
     for run in runs:
         codes = sum(part.nbytes for part in run.parts)
         assert codes * 4 <= limit
-        assert run.temporary_nbytes <= 2 * limit
+        assert run.temporary_nbytes + run.decoded_nbytes <= 2 * limit

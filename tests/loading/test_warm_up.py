@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from bigq import InputMoments, QuantizationConfig
+from bigq.checkpoint import Checkpoint, ScaledRows, with_scaled
 from bigq.formats import NF4, Block4
 from bigq.loading.warm_up import WarmUp
 from bigq.model.in_place import ModelTensors
+from scaled_checkpoints import in_fp8, write
 
 
 @pytest.fixture
@@ -93,3 +95,20 @@ def test_it_quantizes_each_dtype_once(source, monkeypatch):
     )
     WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")).wait()
     assert [(weight.dtype, weight.device.type) for weight in seen] == [(torch.float32, "cuda")]
+
+
+def test_it_decodes_each_kind_of_codes_once(tmp_path, monkeypatch):
+    """A row of each, with scales that are on the GPU as well: torch loads kernels at their first call."""
+    decoded, plain, zeros = [], ScaledRows.decode, torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, dtype, device=None: zeros(*args, dtype=dtype))
+    monkeypatch.setattr(ScaledRows, "decode", lambda self, *args: decoded.append(plain(self, *args)) or decoded[-1])
+    tensors = {"stack_blocks": torch.zeros(2, 8, 2, 16, dtype=torch.uint8)}
+    tensors["stack_scales"] = torch.zeros(2, 8, 2, dtype=torch.uint8)
+    for name in "ab":
+        codes, scales = in_fp8(torch.randn(64, 96), (64, 96))
+        tensors |= {name: codes, f"{name}_scale": scales}
+    write(tmp_path, tensors)
+    source = with_scaled(Checkpoint.open(tmp_path), tmp_path)
+    WarmUp(QuantizationConfig("nf4"), source, torch.device("cuda:0")).wait()
+    assert sorted(tuple(made.shape) for made in decoded) == [(1, 64, 8), (1, 96)]
+    assert all(not made.any() for made in decoded)
