@@ -157,6 +157,17 @@ def _products(
 
 
 @gluon.jit
+def _matrix_in(x_smem, DTYPE: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """A matrix at the beginning of all memory, which Triton 3.8 takes for another kind of tiles as a whole only."""
+    BITS: gl.constexpr = (
+        x_smem.shape[0] * x_smem.shape[1] * x_smem.shape[2] * x_smem.dtype.primitive_bitwidth
+    )  # fmt: skip
+    COUNT: gl.constexpr = BITS // (ROWS * COLUMNS * DTYPE.primitive_bitwidth)
+    gl.static_assert(COUNT * ROWS * COLUMNS * DTYPE.primitive_bitwidth == BITS)
+    return reinterpret(x_smem, DTYPE, [COUNT, ROWS, COLUMNS], LAYOUT).index(0)
+
+
+@gluon.jit
 def _add_halves(total, x_smem):
     """The sums [N, tokens] of both halves [2 * N, tokens], through the memory of tokens."""
     N: gl.constexpr = total.shape[0] // 2
@@ -166,7 +177,7 @@ def _add_halves(total, x_smem):
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps() // 2, 2], instr_shape=[16, TOKENS // 2, 16]
     )
-    sums = reinterpret(x_smem, gl.float32, [2 * N, TOKENS], UNITS)
+    sums = _matrix_in(x_smem, gl.float32, 2 * N, TOKENS, UNITS)
     sums.store(total)
     barrier()
     total = sums.slice(0, N).load(SUMS) + sums.slice(N, N).load(SUMS)
@@ -186,7 +197,7 @@ def _store(total, x_smem, bias_ptr, out_ptr, first_m, first_n, M, N):
         n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))
         bias = gl.load(bias_ptr + n, mask=n < N, other=0.0)
         total += bias.to(gl.float32)[:, None]
-    rows = reinterpret(x_smem, out_ptr.dtype.element_ty, [TOKENS, BLOCK_N], ROWS)
+    rows = _matrix_in(x_smem, out_ptr.dtype.element_ty, TOKENS, BLOCK_N, ROWS)
     rows.store(total.to(out_ptr.dtype.element_ty).permute((1, 0)))
     barrier()
     out = rows.load(OUT)  # 16 bytes of an output row a store
