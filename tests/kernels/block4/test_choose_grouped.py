@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bigq_kernels.block4.choose_grouped import choose_grouped, takes_rows
+from bigq_kernels.block4.configs import WgmmaConfig
 from bigq_kernels.gpu import Gpu
 
 MODELS = {  # experts, their N and K, and how many a token has
@@ -74,6 +75,13 @@ def test_tiles_grow_with_the_rows_of_a_weight():
     ]
     assert tiles == sorted(tiles)
     assert (tiles[0], tiles[-1]) == (8, 256)
+
+
+@pytest.mark.parametrize("mean, tile", [(13, 32), (28, 32), (29, 64), (96, 64)])
+def test_tiles_of_wgmma(mean, tile):
+    choice = choose_grouped(Gpu.named("h200"), mean * 128, 128, 1536, 2048, 64, torch.bfloat16)
+    assert choice.way == "wgmma"
+    assert choice.config == WgmmaConfig(block_m=tile)
 
 
 @pytest.mark.parametrize(

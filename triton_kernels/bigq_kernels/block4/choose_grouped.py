@@ -52,11 +52,9 @@ MAX_GRADIENT_ROWS_OF_SMALL = 512
 SMALL_NUMEL = 1 << 22
 MAX_GRADIENT_ROWS_64 = 64
 
-# Tokens of a tile of wgmma: (the most rows of a weight on average, rows of the weight in a tile, warps, registers). A
-# tile runs the loop for the rows that it has, so one too large costs less than a second one does. Two programs share a
-# multiprocessor, so one begins while the other multiplies. Microseconds of two products, on one H200: 32 rows for each
-# of 128 weights of 1536 x 2048, tiles of 64 / 128: 226 / 323; 64 for each of 32 of 5760 x 2880: 452 / 467.
-WGMMA: dict[int, tuple[float, int, int, int | None]] = {32: (28, 128, 8, 128), 64: (96, 128, 8, 128)}
+# Of a weight, on average, for tiles of 32 in wgmma. With more rows tiles are of 64: a tile runs the loop for the rows
+# that it has, so one too large costs less than a second one does.
+MAX_WGMMA_ROWS_32 = 28
 # Tokens of a tile of bulk: (the fewest rows of a weight on average, the least K). One H200: 128 rows for each of 8 of
 # 28672 x 4096 take 794 us in tiles of 256, 880 in tiles of 128, and 894 by wgmma; 64 rows 674, 602 and 692. The begin
 # of a program counts where K is short: 64 rows for each of 128 of 1536 x 2048 take 385 in tiles of 128, 340 by wgmma.
@@ -103,9 +101,9 @@ def choose_grouped(
                 if mean > fewest and k >= least_k:
                     why = f"With {each}, bulk decodes each weight once for a tile of {tile}."
                     return Choice(way="bulk", config=tile_config(tile), why=why)
-            tile = next(tile for tile, (most, *_) in WGMMA.items() if mean <= most)
+            tile = 32 if mean <= MAX_WGMMA_ROWS_32 else 64
             why = f"With {each}, wgmma decodes each weight once for a tile of {tile}."
-            return Choice(way="wgmma", config=_wgmma_config(tile), why=why)
+            return Choice(way="wgmma", config=WgmmaConfig(block_m=tile), why=why)
     if mean <= MAX_MMA_ROWS:
         why = f"With {each}, mma is faster than dequantizing all weights."
         return Choice(way="mma", config=_mma_config(gpu, hit, mean, n, k, block_size), why=why)
@@ -166,11 +164,6 @@ def _dp4a_config(gpu: Gpu, rows: int, n: int, k: int) -> Dp4aConfig:
     return (
         config if rows <= MAX_SINGLE_ROWS else replace(config, blocks=min(SINGLE_BLOCKS, ceil_div(n, config.block_n)))
     )
-
-
-def _wgmma_config(tile: int) -> WgmmaConfig:
-    _, block_n, warps, registers = WGMMA[tile]
-    return WgmmaConfig(block_m=tile, block_n=block_n, split=1, warps=warps, registers=registers)
 
 
 def _mma_config(gpu: Gpu, hit: int, mean: float, n: int, k: int, block_size: int) -> MmaConfig:

@@ -98,13 +98,9 @@ class SlicedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WgmmaConfig:
-    """Tile and programs along K of `linear_4bit_wgmma`."""
+    """Tile of `linear_4bit_wgmma`, which multiplies stacks."""
 
-    block_m: int  # tokens of a tile
-    block_n: int  # rows of the weight in a tile: 16 a warp
-    split: int  # programs along K
-    warps: int
-    registers: int | None  # the most a thread may have; None leaves it to ptxas
+    block_m: int  # tokens of a tile of 128 rows: 32 or 64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,18 +81,14 @@ def is_serialized(ptx):
 WGMMA = (
     SERIALIZED
     + """
-from bigq_kernels.block4.choose_grouped import WGMMA
-from bigq_kernels.block4.gluon.wgmma import _linear_4bit_wgmma_kernel as kernel, loops_of
+from itertools import product
+from bigq_kernels.block4.gluon.wgmma import REGISTERS, WARPS, _linear_4bit_wgmma_kernel as kernel
 
-rows = [(block_m, row[1], row[2], is_stack) for block_m, row in WGMMA.items() for is_stack in (False, True)]
-for block_m, block_n, warps, is_stack in rows:
-    least, chunk = loops_of(block_m, is_stack=is_stack)
-    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=1 if is_stack else 2, LEAST_M=least, CHUNK=chunk)
-    tile |= {} if is_stack else dict(groups_ptr=None)
-    built = build(kernel, 90, "*bf16", False, tile, warps)
-    sizes = range(least, block_m + 1, least)
-    parts = sum(size.bit_count() for size in sizes)
-    print(built.metadata.shared, built.asm["ptx"].count("wgmma.mma_async") - parts * 16,
+for block_m, nested, even in product((32, 64), (False, True), (False, True)):
+    dtype = "*bf16" if nested == even else "*fp16"
+    built = build(kernel, 90, dtype, nested, dict(BLOCK_M=block_m, EVEN=even), WARPS, maxnreg=REGISTERS)
+    loops = block_m // 32
+    print(built.metadata.shared, built.asm["ptx"].count("wgmma.mma_async") - loops * 16,
           is_serialized(built.asm["ptx"]))
 """
 )
@@ -155,10 +151,10 @@ def test_sliced_compiles_with_rings_where_its_memory_begins_and_no_barrier_for_t
 @pytest.mark.slow
 def test_wgmma_compiles_and_its_products_overlap_with_decoding():
     lines = compiled(WGMMA)
-    assert len(lines) == 4
+    assert len(lines) == 8
     for shared, other_products, serialized in lines:
-        assert 48 * 1024 < shared <= (227 - 32) * 1024  # of a multiprocessor; the table is beside it
-        assert other_products == 0  # beside a step's 16 for each part of each loop's tokens
+        assert 48 * 1024 < shared <= (227 // 2 - 32 - 1) * 1024  # for two programs, each with its table beside it
+        assert other_products == 0  # beside a step's 16 for each loop
         assert not serialized
 
 

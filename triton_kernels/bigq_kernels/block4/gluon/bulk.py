@@ -8,9 +8,9 @@ As in `wgmma`, weights are decoded into registers while the tensor cores multipl
   warp, and one warp group decodes while the other multiplies;
 - the table has twice the room for an entry, which saves an instruction for each byte of codes.
 
-256 tokens of 14336 x 4096 take 46.0 us so, and 53.0 by `wgmma` (H200). With 64 tokens or fewer a warp's
-own decoding is the bound. Tiles of these leave registers for twice the warps, which share K: the first half of the
-warps has every second step, the other half the rest, and their sums are added at the end.
+256 tokens of 14336 x 4096 take 46.0 us so, and 53.0 by a form of `wgmma` for linears (H200). With 64 tokens or fewer a
+warp's own decoding is the bound. Tiles of these leave registers for twice the warps, which share K: the first half of
+the warps has every second step, the other half the rest, and their sums are added at the end.
 
 Gluon has no interpreter, so values are tested on a GPU only.
 """
@@ -237,7 +237,10 @@ def _multiply_least(
     EVEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
     HALVES: gl.constexpr,
 ):  # fmt: skip
-    """`_multiply` with the least of SIZES that holds `rows`, or with the last; nested branches as in `wgmma`."""
+    """`_multiply` with the least of SIZES that holds `rows`, or with the last.
+
+    Branches in a row instead of nested ones take ptxas 60 registers more, and make it serialize products.
+    """
     if len(SIZES) == 1:  # noqa: SIM114, for this is decided when it is compiled
         _multiply(
             tile_of, place, bias_ptr, partial_ptr, count_ptr, out_ptr, BLOCK_SIZE, EVEN, BLOCK_M, BLOCK_N, SPLIT,

@@ -9,7 +9,6 @@ __all__ = [
     "add_tile_splits",
     "barrier",
     "copy_async",
-    "halves",
     "load_scales",
     "quarters",
     "reinterpret",
@@ -87,14 +86,6 @@ def scales_of(value, nested, nested_ptr, offset_ptr, code_ptr):
         return value
     else:
         return gl.load(code_ptr + value.to(gl.int32)) * nested + gl.load(offset_ptr)
-
-
-@gluon.jit
-def halves(t):
-    """A quarter [N, 32] of `quarters` -> two [N, 16], words of 4 bytes in turn; a lane keeps what it has."""
-    N: gl.constexpr = t.shape[0]
-    even, odd = gl.split(t.reshape([N, 4, 2, 4]).permute((0, 1, 3, 2)))
-    return even.reshape([N, 16]), odd.reshape([N, 16])
 
 
 @gluon.jit
