@@ -159,9 +159,7 @@ def _products(
 @gluon.jit
 def _matrix_in(x_smem, DTYPE: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
     """A matrix at the beginning of all memory, which Triton 3.8 takes for another kind of tiles as a whole only."""
-    BITS: gl.constexpr = (
-        x_smem.shape[0] * x_smem.shape[1] * x_smem.shape[2] * x_smem.dtype.primitive_bitwidth
-    )  # fmt: skip
+    BITS: gl.constexpr = x_smem.shape[0] * x_smem.shape[1] * x_smem.shape[2] * x_smem.dtype.primitive_bitwidth
     COUNT: gl.constexpr = BITS // (ROWS * COLUMNS * DTYPE.primitive_bitwidth)
     gl.static_assert(COUNT * ROWS * COLUMNS * DTYPE.primitive_bitwidth == BITS)
     return reinterpret(x_smem, DTYPE, [COUNT, ROWS, COLUMNS], LAYOUT).index(0)
@@ -190,13 +188,26 @@ def _store(total, x_smem, bias_ptr, out_ptr, first_m, first_n, M, N):
     """Store sums [BLOCK_N, tokens] plus bias to the rows from first_m of out [M, N], through the memory of tokens."""
     SUMS: gl.constexpr = total.type.layout
     BLOCK_N: gl.constexpr = total.shape[0]
-    TOKENS: gl.constexpr = total.shape[1]
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_N, BLOCK_N // 8], [gl.num_warps(), 1], [1, 0])
-    ROWS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 16, order=[1, 0])
     if bias_ptr is not None:
         n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))
         bias = gl.load(bias_ptr + n, mask=n < N, other=0.0)
         total += bias.to(gl.float32)[:, None]
+    # Triton has a warp wait where memory is stored to that another one may still load from.
+    if total.shape[1] == 256:  # of 224 KiB the 64 of 256 tokens are no whole part
+        first, second = gl.split(total.reshape([BLOCK_N, 2, 128]).permute((0, 2, 1)))
+        _store_rows(first, x_smem, out_ptr, first_m, first_n, M, N)
+        _store_rows(second, x_smem, out_ptr, first_m + 128, first_n, M, N)
+    else:
+        _store_rows(total, x_smem, out_ptr, first_m, first_n, M, N)
+
+
+@gluon.jit
+def _store_rows(total, x_smem, out_ptr, first_m, first_n, M, N):
+    """Store sums [BLOCK_N, tokens] to the rows from first_m of out [M, N], through the memory of tokens."""
+    BLOCK_N: gl.constexpr = total.shape[0]
+    TOKENS: gl.constexpr = total.shape[1]
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_N, BLOCK_N // 8], [gl.num_warps(), 1], [1, 0])
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 16, order=[1, 0])
     rows = _matrix_in(x_smem, out_ptr.dtype.element_ty, TOKENS, BLOCK_N, ROWS)
     rows.store(total.to(out_ptr.dtype.element_ty).permute((1, 0)))
     barrier()
