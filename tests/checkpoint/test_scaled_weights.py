@@ -468,6 +468,7 @@ def test_files_of_scales_are_closed_after_a_read(tmp_path, is_ended):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")  # torch's, and once a process
 @pytest.mark.parametrize("layout", [*LAYOUTS, "mxfp4"])
 def test_a_gpu_makes_the_same_numbers(tmp_path, layout):
     if layout == "mxfp4":

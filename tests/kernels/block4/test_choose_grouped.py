@@ -19,7 +19,7 @@ MODELS = {  # experts, their N and K, and how many a token has
     [
         ("qwen3-30b-a3b", {1: "dp4a", 4: "dp4a", 16: "staged", 64: "staged", 512: "wgmma", 4096: "bulk"}),
         ("mixtral-8x7b", {1: "dp4a", 4: "staged", 16: "staged", 64: "wgmma", 256: "bulk", 4096: "bulk"}),
-        ("gpt-oss-20b", {1: "dp4a", 4: "dp4a", 16: "staged", 64: "staged", 512: "wgmma", 4096: "bulk"}),
+        ("gpt-oss-20b", {1: "dp4a", 4: "dp4a", 16: "staged", 64: "staged", 256: "bulk", 4096: "bulk"}),
     ],
 )
 @pytest.mark.parametrize("takes_sliced", [True, False])

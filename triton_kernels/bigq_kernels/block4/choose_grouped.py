@@ -55,10 +55,11 @@ MAX_GRADIENT_ROWS_64 = 64
 # Of a weight, on average, for tiles of 32 in wgmma. With more rows tiles are of 64: a tile runs the loop for the rows
 # that it has, so one too large costs less than a second one does.
 MAX_WGMMA_ROWS_32 = 28
-# Tokens of a tile of bulk: (the fewest rows of a weight on average, the least K). One H200: 128 rows for each of 8 of
-# 28672 x 4096 take 794 us in tiles of 256, 880 in tiles of 128, and 894 by wgmma; 64 rows 674, 602 and 692. The begin
-# of a program counts where K is short: 64 rows for each of 128 of 1536 x 2048 take 385 in tiles of 128, 340 by wgmma.
-BULK = {256: (96.0, 0), 128: (48.0, 4096)}
+# Tokens of a tile of bulk: (the fewest rows of a weight on average, the least K). Microseconds of two products in tiles
+# of 64 / 128 / 256 and by wgmma (H200): 128 rows for each of 8 of 28672 x 4096, 1081 / 893 / 778 and 894; 64 rows, 679 /
+# 561 / 674 and 737; 64 for each of 32 of 5760 x 2880, 427 / 386 / 472 and 455; 32 rows, 291 / 323 / 421 and 308. The
+# begin of a program counts where K is short: 64 for each of 128 of 1536 x 2048, 395 / 351 / 440 and 341.
+BULK = {256: (96.0, 0), 128: (48.0, 2560), 64: (28.0, 2560)}
 
 
 @lru_cache(maxsize=4096)
