@@ -48,7 +48,7 @@ def way(m, n=4096, k=4096, block_size=64, dtype=torch.bfloat16, gpu=H100):
         pytest.param({"m": 2, "n": 4100}, "dp4a", "For 2 tokens and K up to 4096", id="two-tokens"),
         pytest.param({"m": 2, "n": 4100, "k": 4128}, "staged", "Up to 32 tokens", id="two-tokens-too-long"),
         pytest.param({"m": 32}, "staged", "Up to 32 tokens", id="staged"),
-        pytest.param({"m": 33}, "bulk", "For 33 tokens, bulk takes about 17 us in tiles of 32, and dequantizing 21", id="bulk"),
+        pytest.param({"m": 33}, "bulk", "For 33 tokens, bulk takes about 17 us in tiles of 32, and .* 21", id="bulk"),
         pytest.param({"m": 512}, "bulk", "about 32 us in tiles of 128, and dequantizing 38", id="many"),
         pytest.param({"m": 2049}, "dequantize", "Above 128 tokens", id="cublas"),
         pytest.param({"m": 33, "n": 2048}, "mma", "Up to 64 tokens .* more than 32 tokens", id="narrow"),

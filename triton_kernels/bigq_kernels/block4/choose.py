@@ -82,8 +82,8 @@ def choose(
         fewest = MIN_BULK_M if shape_class(n, k) in BULK_SHAPES else MAX_STAGED_M + 1
         bulk = bulk_config(gpu, m, n, k) if m >= fewest else None
         if bulk is not None:
-            us, otherwise = bulk_us(gpu, bulk, m, n, k), dequantize_us(m, n, k)
-            why = f"For {tokens}, bulk takes about {us:.0f} us in tiles of {bulk.block_m}, and dequantizing {otherwise:.0f}."
+            taken = f"{bulk_us(gpu, bulk, m, n, k):.0f} us in tiles of {bulk.block_m}"
+            why = f"For {tokens}, bulk takes about {taken}, and dequantizing {dequantize_us(m, n, k):.0f}."
             return Choice(way="bulk", config=bulk, why=why)
         if m <= MAX_STAGED_M:
             why = f"Up to {MAX_STAGED_M} tokens, codes that are staged in shared memory are fastest."

@@ -56,9 +56,9 @@ MAX_GRADIENT_ROWS_64 = 64
 # that it has, so one too large costs less than a second one does.
 MAX_WGMMA_ROWS_32 = 28
 # Tokens of a tile of bulk: (the fewest rows of a weight on average, the least K). Microseconds of two products in tiles
-# of 64 / 128 / 256 and by wgmma (H200): 128 rows for each of 8 of 28672 x 4096, 1081 / 893 / 778 and 894; 64 rows, 679 /
-# 561 / 674 and 737; 64 for each of 32 of 5760 x 2880, 427 / 386 / 472 and 455; 32 rows, 291 / 323 / 421 and 308. The
-# begin of a program counts where K is short: 64 for each of 128 of 1536 x 2048, 395 / 351 / 440 and 341.
+# of 64 / 128 / 256 and by wgmma (H200): 128 rows for each of 8 of 28672 x 4096, 1081 / 893 / 778 and 894; 64 rows,
+# 679 / 561 / 674 and 737; 64 for each of 32 of 5760 x 2880, 427 / 386 / 472 and 455; 32 rows, 291 / 323 / 421 and 308.
+# The begin of a program counts where K is short: 64 for each of 128 of 1536 x 2048, 395 / 351 / 440 and 341.
 BULK = {256: (96.0, 0), 128: (48.0, 2560), 64: (28.0, 2560)}
 
 
