@@ -24,7 +24,7 @@ from bigq.loading.report import make_report
 from bigq.loading.stream import Budget
 from bigq.loading.timings import Timings
 from bigq.loading.warm_up import WarmUp
-from bigq.model.aliases import aliases_of, followed
+from bigq.model.aliases import Follower, aliases_of
 from bigq.model.strays import refuse_strays
 from bigq.model.transaction import Snapshot, restored_on_error
 from bigq.model.tree import ModelTree
@@ -69,7 +69,7 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            to_the_end(gc.enable)
+            gc.enable()  # a function in C: an interrupt comes after it, and not before
 
 
 def open_checkpoint(
@@ -134,14 +134,15 @@ def load_source(
             warm_up=warm_up,
             progress=options.progress,
         )
-    with restored_on_error(modules):
+    follower = Follower(aliases, modules)
+    with restored_on_error(modules, undo=follower.undo):
         with timings.timed("commit"):
             for job in jobs:
                 job.commit(modules)
         if extra_states is not None:
             extra_states.hand_over()
-        with followed(aliases, modules):
-            finish()
+        follower.follow()
+        finish()
     return model
 
 
@@ -182,4 +183,8 @@ def _rehearse(modules: Mapping[str, nn.Module], finish: Callable[..., None]) -> 
     try:
         finish(is_placed=False)
     finally:
-        to_the_end(before.restore)
+        try:
+            before.restore()
+        except BaseException:  # also an interrupt as it is entered
+            to_the_end(before.restore)
+            raise

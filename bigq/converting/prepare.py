@@ -69,7 +69,11 @@ def prepare(tree: ModelTree, plan: Plan, request: Request, files: Sequence[Path]
         if not staging.is_complete:
             _stage_configs(tree, request, saved, staging.folder)
     finally:
-        to_the_end(before.restore)
+        try:
+            before.restore()
+        except BaseException:  # also an interrupt as it is entered
+            to_the_end(before.restore)
+            raise
     return shards, staging
 
 

@@ -178,4 +178,8 @@ def _as_skeleton(model: nn.Module, *, unload: bool) -> Iterator[None]:
         with unloaded(tree):
             yield
     finally:
-        to_the_end(before.restore)
+        try:
+            before.restore()
+        except BaseException:  # also an interrupt as it is entered
+            to_the_end(before.restore)
+            raise

@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from queue import SimpleQueue
 from threading import Lock
 
@@ -119,7 +118,7 @@ def _short_turns() -> Iterator[None]:
         sys.setswitchinterval(_TURN_S)
         yield
     finally:
-        to_the_end(partial(sys.setswitchinterval, before))
+        sys.setswitchinterval(before)  # a function in C: an interrupt comes after it, and not before
 
 
 class _Reader:
@@ -166,7 +165,11 @@ class _Reader:
                 yield pieces
                 del pieces
         finally:
-            to_the_end(self._close)
+            try:
+                self._close()
+            except BaseException:  # also an interrupt as it is entered
+                to_the_end(self._close)
+                raise
 
     def _close_what_is_read(self, run: Run) -> None:
         """Close the sources that no later run reads: a checkpoint may have more files than a process may open."""

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bigq.model.tree import ModelTree, TensorGroup, assign_tensor, find_owner, is_dense, tensor_key, tensor_table
-from bigq.system.interrupts import to_the_end
 
-__all__ = ["Alias", "aliases_of", "followed"]
+__all__ = ["Alias", "Follower", "aliases_of"]
 
 
 class Alias(NamedTuple):
@@ -66,8 +65,8 @@ def _objects(tree: ModelTree, group: TensorGroup) -> Iterator[tuple[tuple[str, .
         yield tuple(held.values()), tensor, sys.getrefcount(tensor) - len(held) - (tensor is group.tensor)
 
 
-class followed:  # noqa: N801 - a context manager, and no generator: it ends in few steps
-    """Give the objects of `aliases` the contents of what is in their places in `modules`; undo it if the block raises.
+class Follower:
+    """Gives the objects of `aliases` the contents of what is in their places in `modules`, and takes them back.
 
     One that torch cannot exchange, such as one with weak references, stays as it was, and is no part of the model.
     """
@@ -75,23 +74,17 @@ class followed:  # noqa: N801 - a context manager, and no generator: it ends in 
     def __init__(self, aliases: Sequence[Alias], modules: Mapping[str, nn.Module]) -> None:
         self._aliases, self._modules = aliases, modules
         self._exchanged: list[tuple[Tensor, Tensor, object]] = []  # the object, the other, and the key of what came
+        self._attributes: list[tuple[Tensor, dict[str, object]]] = []  # their own ones, which torch exchanges first
 
-    def __enter__(self) -> None:
+    def follow(self) -> None:
+        """Exchange the contents. What raises may leave some exchanged: `undo` takes them back."""
         places: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in dict.fromkeys(self._modules.values()) if self._aliases else ():
             for table in (module._parameters, module._buffers):
                 for leaf, tensor in table.items():
                     places.setdefault(id(tensor), []).append((module, leaf))
-        try:
-            for names, tensor in self._aliases:
-                self._follow(names, tensor, places)
-        except BaseException:
-            to_the_end(self._undo)
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
-        if kind is not None:
-            to_the_end(self._undo)
+        for names, tensor in self._aliases:
+            self._follow(names, tensor, places)
 
     def _follow(
         self, names: Sequence[str], tensor: Tensor, places: Mapping[int, Sequence[tuple[nn.Module, str]]]
@@ -101,6 +94,7 @@ class followed:  # noqa: N801 - a context manager, and no generator: it ends in 
         new = next((table[leaf] for table in tables if leaf in table), None)
         if new is None or new is tensor or type(new) is not type(tensor):
             return  # quantized, the same object, or none that could stand for it
+        self._attributes += [(tensor, vars(tensor)), (new, vars(new))]
         self._exchanged.append((tensor, new, tensor_key(new)))
         try:
             torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
@@ -109,8 +103,11 @@ class followed:  # noqa: N801 - a context manager, and no generator: it ends in 
         for module, own in places[id(new)]:
             assign_tensor(module, own, tensor)
 
-    def _undo(self) -> None:
+    def undo(self) -> None:
         """Safe to repeat: an object whose contents are back is left alone. The tables are put back by a Snapshot."""
         for tensor, new, key in reversed(self._exchanged):
             if tensor_key(tensor) == key:
                 torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
+        for tensor, own in self._attributes:  # where an interrupt came between torch's steps
+            if vars(tensor) is not own:
+                tensor.__dict__ = own

@@ -15,6 +15,7 @@ from bigq.checkpoint import Renamed, Source
 from bigq.model.transaction import Snapshot
 from bigq.model.tree import ModelTree, is_dense, shape_of, tensor_name
 from bigq.system.internals import load_hooks
+from bigq.system.interrupts import to_the_end
 from bigq.system.user_warnings import warn
 
 __all__ = ["with_own_names"]
@@ -102,5 +103,9 @@ def _loaded(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict
         )
         return dict(state)
     finally:
-        before.restore()
+        try:
+            before.restore()
+        except BaseException:  # also an interrupt as it is entered
+            to_the_end(before.restore)
+            raise
     return dict(changed)

@@ -1,6 +1,6 @@
 """transaction: restore a model if code that changes it raises."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -14,18 +14,31 @@ __all__ = ["Snapshot", "restored_on_error"]
 class restored_on_error:  # noqa: N801 - a context manager, and no generator: it ends in few steps
     """Restore `modules` to what they are now if the `with` block raises, also by Ctrl-C.
 
-    `from_shards` says that the block may shard or wrap them: see `Snapshot`.
+    `from_shards` says that the block may shard or wrap them: see `Snapshot`. `undo` undoes, before that, what the block
+    does elsewhere, and is safe to repeat. A manager of its own within this one would not do: an interrupt as the inner
+    one is left would restore the modules alone.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, from_shards: bool = False) -> None:
-        self._before = Snapshot(modules.values(), from_shards=from_shards)
+    def __init__(
+        self, modules: Mapping[str, nn.Module], *, from_shards: bool = False, undo: Callable[[], None] | None = None
+    ) -> None:
+        self._before, self._undo = Snapshot(modules.values(), from_shards=from_shards), undo
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         if kind is not None:
-            to_the_end(self._before.restore)
+            try:
+                self._restore()
+            except BaseException:  # also an interrupt as it is entered
+                to_the_end(self._restore)
+                raise
+
+    def _restore(self) -> None:
+        if self._undo is not None:
+            self._undo()
+        self._before.restore()
 
 
 class Snapshot:

@@ -246,11 +246,14 @@ def _unnamed_file(folder: Path) -> FileIO:
 
     `tempfile` has its descriptor as a number before an object closes it: an interrupt in between would lose it.
     """
-    path = folder / f".bigq-{secrets.token_hex(16)}"
+    path = os.fspath(folder / f".bigq-{secrets.token_hex(16)}")
     try:
         return FileIO(path, "x+")
     finally:
-        path.unlink(missing_ok=True)
+        try:  # noqa: SIM105 - `suppress` and Path.unlink are Python code: an interrupt as it is entered leaves the file
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
 
 
 def _size(specs: Mapping[str, TensorSpec]) -> int:

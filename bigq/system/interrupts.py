@@ -3,6 +3,16 @@
 Ctrl-C, an alarm or a timeout of a test raises wherever Python is, also in a `finally`. Events, conditions and threads
 of the standard library keep locks in Python code, which an interrupt can leave locked for good. Here every wait is one
 `with` of a lock, which CPython enters and leaves without a point where an interrupt is raised.
+
+CPython raises an interrupt as a Python function is entered, after a call, and where a loop jumps back. So no function
+can catch the one that is raised as it is entered, not even `to_the_end`. What has to be done at the end is called once
+in the caller's own `try`, and `to_the_end` does it again where that was cut short:
+
+    try:
+        step()
+    except BaseException:
+        to_the_end(step)
+        raise
 """
 
 import _thread
@@ -16,6 +26,8 @@ _ATTEMPTS = 3
 
 def to_the_end(step: Callable[[], None]) -> None:
     """Run `step`, and run it again if an exception ended it early; raises the first exception afterwards.
+
+    An interrupt may come before the first of its own steps: see the head of this file for what its callers do.
 
     Args:
         step: has to be safe to repeat, from its start, wherever it ended.
@@ -64,8 +76,12 @@ class Worker:
 
     def start(self) -> None:
         """Raises RuntimeError where the system has no thread left."""
-        _thread.start_new_thread(self._run, ())
-        self._is_started = True
+        self._is_started = True  # before it is, because an interrupt is raised as the call returns, and not before it
+        try:
+            _thread.start_new_thread(self._run, ())
+        except RuntimeError:
+            self._is_started = False
+            raise
 
     def join(self) -> None:
         """Return when the thread has ended; at once if it was not started."""

@@ -1,5 +1,8 @@
 """aliases and strays: tensors of a model that something beside its modules holds."""
 
+import sys
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,6 +13,7 @@ import bigq.load_source
 from bigq import QuantizationConfig, UnsupportedError, load_and_quantize_model
 from bigq.model.aliases import aliases_of
 from bigq.model.tree import ModelTree
+from interrupts import interrupted_at, points_of
 
 NF4 = QuantizationConfig("nf4")
 
@@ -86,6 +90,40 @@ def test_a_load_that_fails_gives_them_back(tmp_path, empty, monkeypatch, error):
         assert gain.is_meta == is_meta
         assert model.table is table
         assert torch.equal(table, held)
+
+
+def test_an_interrupt_gives_them_back_wherever_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # one in a __del__ is swallowed
+    write(tmp_path, Net)
+    weights = Net().state_dict()
+
+    def build():
+        model = Net()
+        model.load_state_dict(weights)
+        model.gain.own = "of the model"
+        return model
+
+    def load(model):
+        load_and_quantize_model(model, tmp_path, NF4, "cpu", progress=False)
+
+    load(build())
+    points = points_of(partial(load, build()), ("load_source", "model/aliases", "model/transaction"))
+    restored = 0
+    for point in points:
+        model = build()
+        gain, table = model.gain, model.table
+        try:
+            interrupted_at(point, partial(load, model))
+        except KeyboardInterrupt:
+            if hasattr(model, "quantization_report"):  # after the last step
+                continue
+            restored += 1
+            assert model.gain is gain is model.listed[0], str(point)
+            assert model.table is table, str(point)
+            assert torch.equal(gain, weights["gain"]), str(point)
+            assert gain.own == "of the model", str(point)
+            assert torch.equal(table, weights["table"]), str(point)
+    assert restored > 50
 
 
 def test_what_nothing_else_holds_is_none(tiny, empty):

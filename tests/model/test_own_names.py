@@ -1,11 +1,16 @@
 """own_names: torch's hooks on load_state_dict and what overrides it rename a checkpoint too."""
 
+import sys
+from contextlib import suppress
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from bigq import CheckpointError, QuantizationConfig, load_and_quantize_model
+from interrupts import interrupted_at, points_of
 
 NF4 = QuantizationConfig("nf4")
 
@@ -88,6 +93,28 @@ def test_old_names_of_a_module(tmp_path, empty, middle):
     names = {"middle.weight": "middle.matrix", "middle.bias": "middle.offset"}
     old = {names.get(name, name): tensor for name, tensor in state.items()}
     assert_loads_as_torch_does(tmp_path, empty, middle, {**old, "middle.mask": torch.ones(3)})
+
+
+def test_an_interrupt_leaves_no_trace_of_code_that_was_run_for_its_names(tmp_path, empty, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # one in a __del__ is swallowed
+
+    def middle():
+        return Renaming(32, 32)
+
+    def load(model):
+        load_and_quantize_model(model, tmp_path, NF4, "cpu", progress=False)
+
+    state = Net(middle).state_dict()
+    state["middle.matrix"] = state.pop("middle.weight")
+    save_file(state, tmp_path / "model.safetensors")
+    load(empty(Net, middle=middle))
+    points = points_of(partial(load, empty(Net, middle=middle)), ("model/own_names", "model/transaction"))
+    assert len(points) > 20
+    for point in points:
+        model = empty(Net, middle=middle)
+        with suppress(KeyboardInterrupt):
+            interrupted_at(point, partial(load, model))
+        assert "touched" not in vars(model.middle), str(point)
 
 
 def test_names_that_are_exchanged(tmp_path, empty):

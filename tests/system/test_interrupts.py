@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from bigq.system.interrupts import Latch, Worker, to_the_end
+from interrupts import interrupted_at, points_of
 
 
 def test_a_step_that_is_interrupted_runs_again_and_the_interrupt_is_raised_after_it():
@@ -60,3 +61,27 @@ def test_joining_waits_for_the_work():
     go.open()
     worker.join()
     assert done == [None]
+
+
+def test_a_worker_whose_start_was_interrupted_is_joined():
+    points = points_of(Worker(lambda: None).start, ("system/interrupts",))
+    assert any(point.position is not None for point in points)  # as the thread was started
+    for point in points:
+        done, go = [], Latch()
+        worker = Worker(lambda go=go, done=done: (go.wait(), done.append(None)))
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_at(point, worker.start)
+        go.open()
+        worker.join()
+        assert done == ([] if point.position is None else [None]), str(point)
+
+
+def test_a_worker_that_gets_no_thread_has_ended(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
+    worker = Worker(lambda: pytest.fail("runs"))
+    with pytest.raises(RuntimeError, match="new thread"):
+        worker.start()
+    worker.join()
