@@ -283,6 +283,16 @@ def test_what_takes_the_hooks_away_takes_the_cache_away(views_of_files, tmp_path
     assert torch.equal(logits(model, 1), expected)
 
 
+@pytest.mark.parametrize("way", [bigq.materialize, lambda model: bigq.cache_experts(model, 0)], ids=["hooks", "0"])
+def test_a_cache_that_was_taken_away_leaves_no_attribute(views_of_files, tmp_path, way):
+    """`dequantize` gives the experts their own class again, whose attributes are those of transformers."""
+    model = loaded(place="disk", folder=tmp_path)
+    bigq.cache_experts(model, ROOM)
+    way(model)
+    bigq.dequantize(model)
+    assert "expert_cache" not in vars(experts_of(model))
+
+
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
