@@ -20,6 +20,7 @@ from torch import Tensor
 from bigq.errors import UnsupportedError
 from bigq.formats import TensorSpec
 from bigq.ops import eager
+from bigq.system.internals import functorch_transforms
 from bigq.system.interrupts import to_the_end
 
 __all__ = ["ExpertCache", "ExpertUse"]
@@ -128,8 +129,8 @@ class ExpertCache:
     def fetch(self, held: Mapping[str, Tensor | None], ids: Tensor) -> ExpertUse | None:
         """Copy the experts that ids [R] hit and that are not here; None where the call has to do without the cache.
 
-        That is where the module does not hold the views, gradients are computed, there are more rows than slots, or
-        another call uses the slots, such as one of another thread.
+        That is where the module does not hold the views, gradients are computed, torch.func transforms the call, there
+        are more rows than slots, or another call uses the slots, such as one of another thread.
 
         Args:
             held: the Parameters of the module.
@@ -139,7 +140,7 @@ class ExpertCache:
             UnsupportedError: experts were edited since the last call, and a CUDA graph is captured.
         """
         views = self._views
-        if views is None or torch.is_grad_enabled() or not 0 < len(ids) <= self.slots:
+        if views is None or torch.is_grad_enabled() or not 0 < len(ids) <= self.slots or functorch_transforms():
             return None
         if not all(held.get(name) is view for name, view in views.items()):
             return None

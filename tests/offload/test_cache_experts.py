@@ -137,6 +137,18 @@ def test_compiled_code_does_without(views_of_files, made, tmp_path):
     assert not made
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_does_without(views_of_files, made, tmp_path):
+    model, resident = loaded(place="disk", part=".mlp.experts", folder=tmp_path), loaded()
+    bigq.cache_experts(model, ROOM)
+    x, weights = torch.randn(3, 1, 64).bfloat16(), torch.rand(3, 1, TOP_K).bfloat16()
+    ids = torch.tensor([[[3, 5]], [[1, 2]], [[3, 4]]])
+    with torch.no_grad():
+        found, expected = (torch.func.vmap(experts_of(each))(x, ids, weights) for each in (model, resident))
+    assert torch.equal(found, expected)
+    assert not made
+
+
 def listened():
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
