@@ -194,7 +194,7 @@ class _Reader:
             return False
         # One run is decoded at a time. If each had room for its numbers, four of MXFP4 with 32 MiB of codes would fill
         # 768 MiB: 8 chunks for 12 threads.
-        decoded_nbytes = max(run.decoded_nbytes, *(other.decoded_nbytes for other in in_flight))
+        decoded_nbytes = max(each.decoded_nbytes for each in (run, *in_flight))
         needed = in_use + run.temporary_nbytes + decoded_nbytes
         return needed <= self.budget.nbytes + self.extra_nbytes(run.target.device)
 

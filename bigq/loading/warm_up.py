@@ -51,7 +51,11 @@ class WarmUp:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._thread is not None:
-            to_the_end(self._thread.join)
+            try:
+                self._thread.join()
+            except BaseException:  # also an interrupt as it is entered
+                to_the_end(self._thread.join)
+                raise
 
     def wait(self) -> None:
         """Return when it is done; raises what went wrong."""

@@ -68,7 +68,8 @@ def _objects(tree: ModelTree, group: TensorGroup) -> Iterator[tuple[tuple[str, .
 class Follower:
     """Gives the objects of `aliases` the contents of what is in their places in `modules`, and takes them back.
 
-    One that torch cannot exchange, such as one with weak references, stays as it was, and is no part of the model.
+    One that torch cannot exchange, such as one with weak references, stays as it was, and is no part of the model. Of
+    several objects of a tied tensor the first is the model's, and the others share its memory.
     """
 
     def __init__(self, aliases: Sequence[Alias], modules: Mapping[str, nn.Module]) -> None:
@@ -94,13 +95,16 @@ class Follower:
         new = next((table[leaf] for table in tables if leaf in table), None)
         if new is None or new is tensor or type(new) is not type(tensor):
             return  # quantized, the same object, or none that could stand for it
+        held = places.get(id(new), ())
+        if not held:  # of a tied tensor another object has become the model's, and this one shares its memory
+            new = new.detach() if type(new) is Tensor else nn.Parameter(new.detach(), new.requires_grad)
         self._attributes += [(tensor, vars(tensor)), (new, vars(new))]
         self._exchanged.append((tensor, new, tensor_key(new)))
         try:
             torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
         except RuntimeError:
             return
-        for module, own in places[id(new)]:
+        for module, own in held:
             assign_tensor(module, own, tensor)
 
     def undo(self) -> None:

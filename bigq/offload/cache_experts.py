@@ -68,7 +68,7 @@ def cache_experts(model: nn.Module, max_bytes: int | str) -> dict[str, int]:
     cached = _cacheable(model, layers) if nbytes else []
     slots = _slots(cached, nbytes) if nbytes else []
     for layer in layers:
-        layer.experts.expert_cache = None
+        layer.experts.drop_cache()
     made = [layer.make_cache(count) for layer, count in zip(cached, slots, strict=True)]
     for layer, cache in zip(cached, made, strict=True):
         layer.experts.expert_cache = cache

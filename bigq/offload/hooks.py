@@ -67,7 +67,7 @@ class PlacementHook(SurroundingHook):
         if self.state_guard is not None:
             self.state_guard.remove()
         for experts in [] if self.block is None else self.block.experts:
-            experts.expert_cache = None  # nothing is read in host memory without the hook
+            experts.drop_cache()  # nothing is read in host memory without the hook
         return super().detach_hook(module)
 
     def __getstate__(self) -> dict[str, Any]:

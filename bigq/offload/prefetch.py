@@ -181,10 +181,7 @@ class Prefetcher:
     def _onload(self, block: OffloadedBlock, in_place: bool) -> None:
         block.put_back()
         layout = self._copied_layout(block, in_place)
-        whole, read_in_place = (
-            block.layout,
-            block.in_place,
-        )  # where edits are not seen, a look at the sizes lays out anew
+        whole, read_in_place = block.layout, block.in_place  # where edits are not seen, `_idle_slot` makes others
         slot = self._held(layout)
         if slot is None:
             slot = self._idle_slot(layout) if block.ahead and layout.on_host and layout.nbytes else None

@@ -62,7 +62,11 @@ class PinnedMemory(mmap.mmap):
             self._cudart.cudaHostUnregister(address)
 
     def __del__(self) -> None:  # before the memory is unmapped, also after an interrupt
-        to_the_end(self._unpin)
+        try:
+            self._unpin()
+        except BaseException:  # also an interrupt as it is entered
+            to_the_end(self._unpin)
+            raise
 
 
 def _forget_error() -> None:

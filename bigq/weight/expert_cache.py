@@ -6,7 +6,7 @@ known on the GPU alone: the host waits for nothing, and CUDA graphs hold such ca
 
 A wrong number is worse than a slow call, so the host knows three things. The tensors that the slots were filled from
 are those that the module holds: else the slots are emptied, or the call does without them. All copies of the last call
-were queued: an interrupt in between leaves slots that say what they do not hold. One call at a time uses the slots.
+were queued: after an interrupt in between, the slots say that they hold nothing. One call at a time uses the slots.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -20,6 +20,8 @@ from torch import Tensor
 from bigq.errors import UnsupportedError
 from bigq.formats import TensorSpec
 from bigq.ops import eager
+from bigq.system.internals import functorch_transforms
+from bigq.system.interrupts import to_the_end
 
 __all__ = ["ExpertCache", "ExpertUse"]
 
@@ -110,7 +112,7 @@ class ExpertCache:
             self._empty(self._views)
 
     def _empty(self, views: Mapping[str, Tensor]) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self._is_captured():
             raise UnsupportedError(
                 "a CUDA graph is captured, and the cache of these experts holds what they were before they were "
                 "edited: call the model once, or bigq.cache_experts again, before the capture"
@@ -127,8 +129,8 @@ class ExpertCache:
     def fetch(self, held: Mapping[str, Tensor | None], ids: Tensor) -> ExpertUse | None:
         """Copy the experts that ids [R] hit and that are not here; None where the call has to do without the cache.
 
-        That is where the module does not hold the views, gradients are computed, there are more rows than slots, or
-        another call uses the slots, such as one of another thread.
+        That is where the module does not hold the views, gradients are computed, torch.func transforms the call, there
+        are more rows than slots, or another call uses the slots, such as one of another thread.
 
         Args:
             held: the Parameters of the module.
@@ -138,7 +140,7 @@ class ExpertCache:
             UnsupportedError: experts were edited since the last call, and a CUDA graph is captured.
         """
         views = self._views
-        if views is None or torch.is_grad_enabled() or not 0 < len(ids) <= self.slots:
+        if views is None or torch.is_grad_enabled() or not 0 < len(ids) <= self.slots or functorch_transforms():
             return None
         if not all(held.get(name) is view for name, view in views.items()):
             return None
@@ -158,12 +160,21 @@ class ExpertCache:
             self._is_whole = True
         except BaseException:
             use.end()  # a traceback may keep it
+            to_the_end(self._distrust)
             raise
         return use
 
+    def _distrust(self) -> None:
+        """After a call that failed: a CUDA graph that is replayed next reads what the slots say, and nothing else."""
+        if not (self._is_whole or self._is_captured()):  # what is captured has noted nothing
+            self._held.fill_(-1)
+
+    def _is_captured(self) -> bool:
+        return self._stream is not None and torch.cuda.is_current_stream_capturing()
+
     def _follow_other_streams(self) -> None:
         """Let the current stream wait for the one that used the slots last. A graph is ordered by who replays it."""
-        if self._stream is None or torch.cuda.is_current_stream_capturing():
+        if self._stream is None or self._is_captured():
             return
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:

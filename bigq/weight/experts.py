@@ -112,6 +112,10 @@ class QuantizedExperts(QuantizedModule):
                 specs[f"{leaf}_bias"] = TensorSpec(shape=(slots, *bias.shape[1:]), dtype=bias.dtype)
         return specs, shared
 
+    def drop_cache(self) -> None:
+        """Take `expert_cache` away, and leave no attribute to the class that dequantizing gives back."""
+        vars(self).pop("expert_cache", None)
+
     def forward(self, *args: Any, changes: Changes | None = None, **kwargs: Any) -> Tensor:
         """Sum the experts of each row, weighted. The arguments are those of `_weighted_sum`, or of the class itself.
 

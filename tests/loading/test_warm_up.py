@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bigq.checkpoint import Checkpoint, ScaledRows, with_scaled
 from bigq.formats import NF4, Block4
 from bigq.loading.warm_up import WarmUp
 from bigq.model.in_place import ModelTensors
+from interrupts import interrupted_at, points_of
 from scaled_checkpoints import in_fp8, write
 
 
@@ -48,6 +50,28 @@ def test_no_thread_is_left(source, monkeypatch):
         assert len(os.listdir("/proc/self/task")) == before + 1
     while len(os.listdir("/proc/self/task")) > before:  # it ends a moment after what it ran
         time.sleep(0.01)
+
+
+def test_its_thread_is_joined_wherever_an_interrupt_comes(source):
+    class Thread:
+        joined = False
+
+        def join(self):
+            self.joined = True
+
+    def left():
+        warm_up = WarmUp(None, source, torch.device("cuda:0"))
+        warm_up._thread = Thread()
+        return warm_up
+
+    points = points_of(partial(left().__exit__, None, None, None), ("loading/warm_up", "system/interrupts"))
+    inside = [point for point in points if point.code is not WarmUp.__exit__.__code__ or point.position is not None]
+    assert inside
+    for point in inside:
+        warm_up = left()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_at(point, partial(warm_up.__exit__, None, None, None))
+        assert warm_up._thread.joined, str(point)
 
 
 def test_what_it_runs_is_what_a_load_runs(source, monkeypatch):

@@ -54,6 +54,30 @@ def test_whoever_holds_a_parameter_holds_the_loaded_one(tmp_path, empty, skeleto
     assert torch.equal(model(x), load_and_quantize_model(plain, None, NF4, "cpu")(x))
 
 
+def test_objects_of_a_tied_parameter_share_the_loaded_one(tmp_path, empty):
+    """`init_empty_weights` makes two objects of it, and both may be held by something."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.first, self.second = nn.Linear(32, 32), nn.LayerNorm(32), nn.LayerNorm(32)
+            self.second.weight = self.first.weight
+            self.listed = [self.first.weight, self.second.weight]
+
+    weight = torch.randn(32)
+    plain = Tied()
+    plain.first.weight.data = weight
+    save_file({name: tensor.clone() for name, tensor in plain.state_dict().items()}, tmp_path / "model.safetensors")
+    model = empty(Tied)
+    one, other = model.listed
+    assert one is not other
+    load_and_quantize_model(model, tmp_path, NF4, "cpu")
+    assert model.first.weight is model.second.weight is one
+    assert type(other) is nn.Parameter
+    assert other.data_ptr() == one.data_ptr()
+    assert torch.equal(other, weight)
+
+
 def test_a_cast_in_place_is_followed(tmp_path):
     model = Net()
     gain = model.gain

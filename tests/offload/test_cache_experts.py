@@ -137,6 +137,18 @@ def test_compiled_code_does_without(views_of_files, made, tmp_path):
     assert not made
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_does_without(views_of_files, made, tmp_path):
+    model, resident = loaded(place="disk", part=".mlp.experts", folder=tmp_path), loaded()
+    bigq.cache_experts(model, ROOM)
+    x, weights = torch.randn(3, 1, 64).bfloat16(), torch.rand(3, 1, TOP_K).bfloat16()
+    ids = torch.tensor([[[3, 5]], [[1, 2]], [[3, 4]]])
+    with torch.no_grad():
+        found, expected = (torch.func.vmap(experts_of(each))(x, ids, weights) for each in (model, resident))
+    assert torch.equal(found, expected)
+    assert not made
+
+
 def listened():
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
@@ -281,6 +293,16 @@ def test_what_takes_the_hooks_away_takes_the_cache_away(views_of_files, tmp_path
     assert experts_of(model).expert_cache is None
     assert bigq.cache_experts(model, 0) == {}
     assert torch.equal(logits(model, 1), expected)
+
+
+@pytest.mark.parametrize("way", [bigq.materialize, lambda model: bigq.cache_experts(model, 0)], ids=["hooks", "0"])
+def test_a_cache_that_was_taken_away_leaves_no_attribute(views_of_files, tmp_path, way):
+    """`dequantize` gives the experts their own class again, whose attributes are those of transformers."""
+    model = loaded(place="disk", folder=tmp_path)
+    bigq.cache_experts(model, ROOM)
+    way(model)
+    bigq.dequantize(model)
+    assert "expert_cache" not in vars(experts_of(model))
 
 
 @pytest.mark.parametrize(

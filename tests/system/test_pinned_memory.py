@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bigq.system.pinned_memory import PinnedMemory
+from interrupts import interrupted_at, points_of
 
 
 @pytest.fixture
@@ -60,6 +61,25 @@ def test_an_interrupt_while_it_is_pinned_leaves_nothing_pinned(cuda):
     cuda.interrupt = None
     gc.collect()
     assert cuda.unpinned == [cuda.pinned[0][0]]
+
+
+def test_an_interrupt_as_it_is_freed_leaves_nothing_pinned(cuda):
+    def pinned():
+        memory = PinnedMemory.of(4096)
+        memory.pin()
+        return memory
+
+    points = points_of(pinned().__del__, ("system/pinned_memory", "system/interrupts"))
+    inside = [
+        point for point in points if point.code is not PinnedMemory.__del__.__code__ or point.position is not None
+    ]
+    assert inside
+    for point in inside:
+        memory = pinned()
+        cuda.unpinned.clear()  # of the one before
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_at(point, memory.__del__)
+        assert cuda.unpinned == [memory.bytes.data_ptr()], str(point)
 
 
 def test_a_system_without_huge_pages(cuda, monkeypatch):

@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 
+from bigq import ops
 from bigq.errors import UnsupportedError
 from bigq.formats import TensorSpec
-from bigq.weight.expert_cache import ExpertCache
+from bigq.ops import eager
+from bigq.weight.expert_cache import ExpertCache, ExpertUse
 
 EXPERTS, SLOTS = 6, 4
 PARTS = {  # of one expert
@@ -118,6 +120,29 @@ def test_a_call_that_failed_leaves_slots_that_are_not_trusted(cache):
     assert_holds(fetched(cache, held, 2, 1), held, 2, 1)
 
 
+@pytest.mark.parametrize("step", ["assign_slots", "fill_slots"])
+def test_a_graph_that_is_replayed_after_a_call_that_failed_finds_no_slots_that_lie(cache, monkeypatch, step):
+    """A replay asks nobody whether the last call has copied what it noted."""
+    held, call_op = views(), eager.call_op
+    cache.read_from(held)
+    fetched(cache, held, 1, 2).end()
+
+    def fail(name, *args):
+        made = None if name == "fill_slots" else call_op(name, *args)
+        if name == step:
+            raise KeyboardInterrupt
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eager, "call_op", fail)
+        with pytest.raises(KeyboardInterrupt):
+            fetched(cache, held, 3, 1)
+    replayed = ExpertUse(cache.tensors)
+    replayed.slots, copies = ops.assign_slots(torch.tensor([3, 1]), cache._held, cache._stamps, EXPERTS)
+    ops.fill_slots(copies, cache._sources, cache._pools)
+    assert_holds(replayed, held, 3, 1)
+
+
 class Stream:
     """A stream that notes for whom it waits, and memory that notes who uses it."""
 
@@ -164,6 +189,21 @@ def test_a_stream_that_is_captured_waits_for_nothing_and_is_not_remembered(cache
     fetched(cache, held, 2).end()
     assert streams["current"].waited == []
     assert cache._stream is first
+
+
+def test_a_capture_that_failed_has_noted_nothing_and_queues_nothing_more(cache, streams, monkeypatch):
+    held = views()
+    cache.read_from(held)
+    fetched(cache, held, 1).end()
+    streams.update(capturing=True)
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(eager, "call_op", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        fetched(cache, held, 2)
+    assert 1 in cache._held.tolist()
 
 
 def test_slots_are_not_emptied_while_a_graph_is_captured(cache, streams, monkeypatch):

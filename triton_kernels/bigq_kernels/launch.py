@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from threading import local
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from triton import JITFunction
@@ -33,13 +34,20 @@ def launch(
     options: dict[str, Any],
     **constants: Any,
 ) -> None:
-    """Run kernel[grid](first, *others, **constants, **options) on the current stream of the current device.
+    """Run kernel[grid](first, *others, **constants, **options) on the current stream of the device of `first`.
+
+    Triton takes the current device, and a kernel that reads the memory of another one there waits for nothing.
 
     Args:
         first, others: the kernel's run-time arguments, in its order, ahead of all constexpr ones.
         options: num_warps, num_stages and the like.
         constants: its constexpr arguments.
     """
+    device = first.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device_of(first):
+            launch(kernel, grid, first, *others, options=options, **constants)
+        return
     args = (first, *others)
     # All that Triton specializes on: dtype and alignment of pointers; of integers whether they are 1, divide by 16, or
     # need 64 bits.
@@ -51,7 +59,7 @@ def launch(
         else type(arg)
         for arg in args
     )
-    key = (id(kernel), first.device, signature, *constants.values(), *options.values())
+    key = (id(kernel), device, signature, *constants.values(), *options.values())
     whole_grid = (*grid, 1, 1)[:3]
     if key in _COMPILED:
         compiled, start, values = _COMPILED[key]

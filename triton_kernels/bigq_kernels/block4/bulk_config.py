@@ -4,7 +4,7 @@ The estimates are fitted to times of one H200 (2026-11-30, torch 2.11, Triton 3.
 1024 tokens.
 """
 
-from functools import cache
+from functools import lru_cache
 
 from bigq_kernels.block4.configs import BulkConfig
 from bigq_kernels.gpu import Gpu
@@ -53,7 +53,7 @@ def dequantize_us(m: int, n: int, k: int) -> float:
     return START_US + n * k / WEIGHTS_OF_US + 2 * CUBLAS_M * ceil_div(m, CUBLAS_M) * n * k / FLOP_OF_US
 
 
-@cache
+@lru_cache(maxsize=4096)
 def bulk_config(gpu: Gpu, m: int, n: int, k: int) -> BulkConfig | None:
     """For m tokens and a weight of n x k; None where another way is faster, and on GPUs that are not Hopper."""
     if k % 64 or m > MAX_M or gpu.capability != (9, 0):
