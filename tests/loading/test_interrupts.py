@@ -140,6 +140,7 @@ def test_a_signal_while_threads_read_leaves_nothing(place, tiny, tmp_path, monke
 
     def read_into(*args):
         if next(turns) == 0:
+            assert threading.get_ident() != main, "the main thread reads by itself, so it will not wait"
             while sys._current_frames()[main].f_code is not Latch.wait.__code__:  # until the load waits for this read
                 time.sleep(1e-3)
             signal.pthread_kill(main, signal.SIGALRM)
