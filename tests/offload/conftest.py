@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from bigq.offload import in_place, transfer
+from bigq.ops import eager
 from offloaded_stack import DEVICES, Stack, offload
 
 
@@ -47,3 +48,18 @@ def copied(monkeypatch):
 
     monkeypatch.setattr(transfer.Transfer, "start", counted)
     return nbytes
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The number of experts that each call of a layer with a cache copied."""
+    counts = []
+    call_op = eager.call_op
+
+    def counted(name, *args):
+        if name == "fill_slots":
+            counts.append(int((args[0][:, 0] >= 0).sum()))
+        return call_op(name, *args)
+
+    monkeypatch.setattr(eager, "call_op", counted)
+    return counts

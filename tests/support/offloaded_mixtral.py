@@ -1,5 +1,7 @@
 """A small Mixtral whose layers, or whose experts, are offloaded, and one that is resident."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from bigq.weight.experts import QuantizedExperts
 E, TOP_K, H = 16, 2, 64
 LAYERS = 3
 FEW, MANY = E // 2 // TOP_K, E // 2 // TOP_K + 1  # tokens: up to one row for each two experts, and more
+ROOM = 1 << 20  # bytes of a cache that has room for all experts
 
 
 def mixtral(dtype, width=H, inner=96):
@@ -18,6 +21,10 @@ def mixtral(dtype, width=H, inner=96):
     config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=E, num_experts_per_tok=TOP_K)
     torch.manual_seed(0)
     return transformers.MixtralForCausalLM(config).to(dtype).eval()
+
+
+nested_mixtral = partial(mixtral, width=128, inner=128)  # whose experts have whole blocks of 256 scales
+NESTED = {"weight_format": bigq.NF4(double_quant=True), "build": nested_mixtral}
 
 
 def device_map(device, place, part, layers=LAYERS):
@@ -61,9 +68,24 @@ def ids_of(tokens, device="cpu"):
     return torch.arange(tokens, device=device)[None] * 5 % 64
 
 
-def logits(model, tokens, device="cpu"):
+def logits_of(model, ids, device="cpu"):
     with torch.no_grad():
-        return model(ids_of(tokens, device), use_cache=False).logits
+        return model(ids.to(device), use_cache=False).logits
+
+
+def logits(model, tokens, device="cpu"):
+    return logits_of(model, ids_of(tokens, device), device)
+
+
+def experts_of(model, layer=0):
+    return model.model.layers[layer].mlp.experts
+
+
+def room_for(model, slots):
+    """Bytes of a cache of `slots` experts of each layer."""
+    experts = experts_of(model)
+    cache = bigq.weight.expert_cache.ExpertCache
+    return LAYERS * cache.nbytes_of(experts.cached_specs(slots)[0], slots)
 
 
 def nbytes_of(module, *, experts):
