@@ -10,7 +10,7 @@ import torch
 
 from bigq.ops import reference
 from bigq.testing import assert_within_budget
-from bigq_kernels.block4.choose import MAX_MMA_M
+from bigq_kernels.block4.configs import MAX_MMA_M
 from bigq_kernels.block4.linear import linear_4bit
 from bigq_kernels.int8.linear import linear_int8
 from linear_cases import check_linear_4bit, int8_case, quantized_4bit

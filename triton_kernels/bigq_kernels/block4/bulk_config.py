@@ -4,16 +4,13 @@ The estimates are fitted to times of one H200 (2026-11-30, torch 2.11, Triton 3.
 1024 tokens.
 """
 
-from functools import lru_cache
-
-from bigq_kernels.block4.configs import BulkConfig
+from bigq_kernels.block4.configs import MAX_MMA_M, NARROW_N, STEP, BulkConfig
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.tiles import ceil_div
 
 __all__ = ["BLOCK_N", "bulk_config", "bulk_us", "dequantize_us", "tile_config"]
 
 BLOCK_N = 128  # rows of the weight in a tile
-STEP = 256  # elements of K that are copied together: four slices of 64
 MAX_M = 2048  # 4096 tokens of 14336 x 4096 take 652 us, and dequantizing 641
 # By the tokens of a tile: microseconds of its slice, stages of tokens, and halves of the warps.
 TILES = {32: (0.225, 4, 2), 64: (0.27, 4, 2), 128: (0.42, 8, 1), 256: (0.62, 4, 1)}
@@ -24,8 +21,6 @@ WEIGHTS_OF_US = 1.58e6  # that are dequantized in a microsecond
 FLOP_OF_US = 0.77e9  # of cuBLAS
 CUBLAS_M = 128  # tokens of its tiles
 MARGIN = 0.97  # of dequantizing's estimate, as neither is exact
-MAX_MMA_M = 128  # tokens that `mma` takes where `bulk` does not, in up to 48 % more time
-NARROW_N = 2048  # rows of the weight that fill a GPU better with the smaller tiles of `mma`
 
 
 def tile_config(block_m: int, split: int = 1) -> BulkConfig:
@@ -42,7 +37,7 @@ def bulk_us(gpu: Gpu, config: BulkConfig, m: int, n: int, k: int) -> float:
 
     A multiprocessor has one program at a time.
     """
-    programs = ceil_div(n, BLOCK_N) * ceil_div(m, config.block_m) * config.split
+    programs = _tiles(m, n, config.block_m) * config.split
     slices = 4 * ceil_div(ceil_div(k, STEP), config.split)
     addition = SPLIT_US * config.block_m * (config.split + 2) if config.split > 1 else 0.0
     return START_US + ceil_div(programs, gpu.multiprocessors) * slices * TILES[config.block_m][0] + addition
@@ -53,7 +48,6 @@ def dequantize_us(m: int, n: int, k: int) -> float:
     return START_US + n * k / WEIGHTS_OF_US + 2 * CUBLAS_M * ceil_div(m, CUBLAS_M) * n * k / FLOP_OF_US
 
 
-@lru_cache(maxsize=4096)
 def bulk_config(gpu: Gpu, m: int, n: int, k: int) -> BulkConfig | None:
     """For m tokens and a weight of n x k; None where another way is faster, and on GPUs that are not Hopper."""
     if k % 64 or m > MAX_M or gpu.capability != (9, 0):
@@ -63,14 +57,18 @@ def bulk_config(gpu: Gpu, m: int, n: int, k: int) -> BulkConfig | None:
         for block_m in TILES
         for split in SPLITS
         # Programs that wait for a multiprocessor would start when the first ones already add.
-        if split == 1 or ceil_div(n, BLOCK_N) * ceil_div(m, block_m) * split <= gpu.multiprocessors
+        if split == 1 or _tiles(m, n, block_m) * split <= gpu.multiprocessors
     ]
     config = min(fitting, key=lambda each: bulk_us(gpu, each, m, n, k))
     # Without whole 16 bytes of an output row cuBLAS is slow: 1024 tokens of 4100 x 11008 take it 331 us.
     is_best = n % 8 != 0 or (m <= MAX_MMA_M and n > NARROW_N)
     if not is_best and bulk_us(gpu, config, m, n, k) >= MARGIN * dequantize_us(m, n, k):
         return None
-    if config.block_m == 32 and ceil_div(n, BLOCK_N) * ceil_div(m, 32) > gpu.multiprocessors:
+    if config.block_m == 32 and _tiles(m, n, 32) > gpu.multiprocessors:
         # Without halves, two programs share a multiprocessor: 67.7 us for 28672 x 8192, with halves 70.4.
         return BulkConfig(block_m=32, split=1, stages=4, halves=1)
     return config
+
+
+def _tiles(m: int, n: int, block_m: int) -> int:
+    return ceil_div(n, BLOCK_N) * ceil_div(m, block_m)

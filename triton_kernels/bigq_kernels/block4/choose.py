@@ -16,9 +16,11 @@ from functools import lru_cache
 
 import torch
 
-from bigq_kernels.block4.bulk_config import MAX_MMA_M, NARROW_N, bulk_config, bulk_us, dequantize_us
+from bigq_kernels.block4.bulk_config import bulk_config, bulk_us, dequantize_us
 from bigq_kernels.block4.configs import (
     MAX_DP4A_K,
+    MAX_MMA_M,
+    NARROW_N,
     BulkConfig,
     Dp4aConfig,
     MmaConfig,
