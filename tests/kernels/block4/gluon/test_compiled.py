@@ -20,7 +20,7 @@ def build(kernel, capability, dtype, nested, constants, warps, **options):
     types |= dict.fromkeys(numbers, "i32")
     signature |= {name: type for name, type in types.items() if name in signature and name not in constants}
     constants = dict(BLOCK_SIZE=64) | constants
-    tables = ["nested_ptr", "offset_ptr", "code_ptr"]
+    tables = [name for name in ("nested_ptr", "offset_ptr", "code_ptr") if name in kernel.arg_names]
     if nested:
         signature |= dict.fromkeys(tables, "*fp32")
     else:
@@ -98,12 +98,13 @@ BULK = (
 from bigq_kernels.block4.bulk_config import tile_config
 from bigq_kernels.block4.gluon.bulk import _linear_4bit_bulk_kernel as kernel
 
-cases = (256, 256, 1, False, True), (256, 64, 1, True, True), (128, 128, 2, True, False), (32, 32, 1, False, True)
-for block_m, least, split, nested, even in (*cases, (64, 32, 1, True, True), (64, 64, 2, False, False)):
+cases = (256, 256, 1, True), (256, 64, 1, True), (128, 128, 2, False), (32, 32, 1, True), (64, 32, 1, True)
+for block_m, least, split, even in (*cases, (64, 64, 2, False)):  # with scales of a kernel before where K is split
     stages, halves = tile_config(block_m).stages, tile_config(block_m).halves
-    tile = dict(BLOCK_M=block_m, BLOCK_N=128, SPLIT=split, LEAST_M=least, STAGES=stages, HALVES=halves, EVEN=even)
+    tile = dict(BLOCK_M=block_m, BLOCK_N=128, SPLIT=split, LEAST_M=least, STAGES=stages, HALVES=halves, EVEN=even,
+                NEW_SCALES=split > 1)
     tile |= {} if least < block_m else dict(groups_ptr=None)
-    built = build(kernel, 90, "*bf16", nested, tile, 8 * halves)
+    built = build(kernel, 90, "*bf16", False, tile, 8 * halves)
     memory = halves * (stages * block_m * 128 + 8 * 2 * 2048) + 65536
     parts = sum(size.bit_count() for size in range(least, block_m + 1, least))
     ptx = built.asm["ptx"]
