@@ -33,8 +33,8 @@ def way(m, n=4096, k=4096, block_size=64, dtype=torch.bfloat16, gpu=H100):
     "question, expected, why",
     [
         pytest.param({"m": 1}, "sliced", "SLICED of configs.py has a row for 1 token and K = 4096", id="one-token"),
-        pytest.param({"m": 1, "k": 14336}, "dp4a", "K up to 32768", id="one-token-in-one-launch"),
-        pytest.param({"m": 2, "k": 14336}, "sliced", "a row for 2 tokens and K = 14336", id="two-tokens-in-two"),
+        pytest.param({"m": 1, "k": 14336}, "sliced", "a row for 1 token and K = 14336", id="one-token-in-splits"),
+        pytest.param({"m": 2, "k": 14336}, "sliced", "a row for 2 tokens and K = 14336", id="two-tokens-in-splits"),
         pytest.param({"m": 16}, "sliced", "a row for 16 tokens and K = 4096", id="sixteen-tokens"),
         pytest.param({"m": 16, "k": 8192}, "sliced", "a row for 16 tokens and K = 8192", id="sixteen-tokens-in-splits"),
         pytest.param({"m": 16, "k": 5120}, "staged", "Up to 32 tokens", id="sixteen-tokens-with-idle-warps"),

@@ -2,7 +2,7 @@
 
     >>> import torch
     >>> from bigq_kernels.gpu import Gpu
-    >>> choice = choose(Gpu.named("h100"), m=1, n=4096, k=14336, block_size=64, dtype=torch.bfloat16)
+    >>> choice = choose(Gpu.named("h100"), m=1, n=896, k=4864, block_size=64, dtype=torch.bfloat16)
     >>> choice.way, choice.why
     ('dp4a', 'For 1 token and K up to 32768, byte dot products are fastest.')
 
@@ -41,7 +41,6 @@ __all__ = ["choose"]
 # By M: the longest K for dp4a, whose work is done for each token where the tensor core's decode is shared: two tokens
 # take 6.8 us here against 10.4 at 4096 x 4096, but 116 against 76 at 8192 x 28672 (H100).
 DP4A_MAX_K = {1: MAX_DP4A_K, 2: 4096}
-LEAST_SPLIT_K = 16384  # 1 token of 8192 x 28672: 48 us split over programs of sliced, 58 with dp4a (H200)
 MAX_STAGED_M = 32  # at 64, 51 us against 45 of the kernel without shared memory (14336 x 4096, H100)
 MIN_BULK_M = 17
 BULK_SHAPES = ("tall", "wide", "vast", "large")  # of whose tiles there are enough for a GPU at 17 to 32 tokens
@@ -69,8 +68,9 @@ def choose(
     takes_gluon = gpu.gluon and block_size >= MIN_GLUON_BLOCK
     sliced = sliced_config(gpu, m, n, k) if takes_gluon else None
     longest = DP4A_MAX_K.get(m, 0)
-    # A split is a second launch, about 9 us of host time. At 1 token of 4096 x 14336 it saves 1 us of 16 (H200).
-    if sliced is not None and (sliced.split == 1 or k > min(longest, LEAST_SPLIT_K)):
+    # A split is a second launch, 6 us more of host time where it is replayed. But 1 token of 4096 x 14336 takes the GPU
+    # 12.8 us so, and 16.1 with dp4a; of 2048 x 8960 6.1 and 9.8 (H200).
+    if sliced is not None:
         why = f"The table SLICED of configs.py has a row for {tokens} and K = {k} on this GPU."
         return Choice(way="sliced", config=sliced, why=why)
     if k <= longest:

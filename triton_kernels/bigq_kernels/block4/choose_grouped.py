@@ -147,8 +147,9 @@ def takes_rows(choice: Choice[Config | None]) -> bool:
 def _single_rows_prefer_dp4a(sliced: SlicedConfig, rows: int, n: int, k: int) -> bool:
     """Whether byte dot products are the better way where each row is a tile: for a split K, or few tiles for a GPU.
 
-    A split is a second launch, see `choose`: for 2 rows of 4096 x 14336 it would save 3 us of 31. 8 rows of 1536 x 2048
-    are 1.5 rounds of tiles, and take 10.0 us where dp4a takes 9.0; of 2048 x 768 they are one, 7.0 and 7.5 (H200).
+    A split is a second launch: for 2 rows of 4096 x 14336 it would save 3 us of 31, and take 6 more of the host. 8 rows
+    of 1536 x 2048 are 1.5 rounds of tiles, and take 10.0 us where dp4a takes 9.0; of 2048 x 768 they are one, 7.0 and
+    7.5 (H200).
     """
     tiles = rows * n // (SLICED_ROWS * sliced.abreast)
     room = ceil_div(tiles, sliced.programs) * sliced.programs
