@@ -174,10 +174,12 @@ def _in_another_order(rank, mesh):
     from bigq.integrations.frozen_shards import reshard_frozen, shard_frozen
 
     pair = Pair("b" if rank == mesh.size() - 1 else "a").to(own_device()).requires_grad_(False)
+    x = torch.ones(1, WIDTH, device=own_device())
+    pair(x)  # the first product of a process waits for a GPU, and for gathers that never end
     model = shard_frozen(pair, mesh)
 
     def call():
-        model(torch.ones(1, WIDTH, device=own_device()))
+        model(x)
         reshard_frozen(model)
 
     return error_of(call)
