@@ -1,7 +1,6 @@
 """Gathered units: modules whose weights are cut by rows among processes, and are whole while they run.
 
-The rows of a unit stand in one piece of memory, so that one gather and one copy make its weights whole. The next unit
-is gathered while one runs.
+One collective gathers all weights of a unit to where they are whole. The next unit is gathered while one runs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -21,6 +19,7 @@ from bigq.integrations.packed_units import CutWeight, Memory, Packed
 from bigq.integrations.unit_tags import Tags
 from bigq.interop.frozen_weights import innermost, note_unit
 from bigq.ops.sharding import is_sharded
+from bigq.system.distributed.internals import coalesced_gather
 from bigq.system.internals import SEES_EDITS
 
 __all__ = ["GatheredUnits"]
@@ -40,13 +39,13 @@ class GatheredUnits:
     """
 
     def __init__(self, root: nn.Module, mesh: DeviceMesh) -> None:
-        self._root, self._mesh, self._group, self._processes = root, mesh, mesh.get_group(), mesh.size()
+        self._root, self._mesh, self._processes = root, mesh, mesh.size()
+        self._gather_each = coalesced_gather(mesh.get_group())
         self._units: list[list[CutWeight]] = []
         self._names: list[str] = []
         self._in_backward: set[int] = set()  # units whose weights a backward pass needs: not those of embeddings
         self._packed: dict[int, Packed] = {}
         self._memories: list[Memory] = []
-        self._received: dict[int, Tensor] = {}  # what a gather receives, by its bytes, before it is copied to its place
         self._tags = Tags(self._names)
         self._current, self._step = 0, 1
         self._stream: torch.cuda.Stream | None = None
@@ -178,14 +177,7 @@ class GatheredUnits:
         return packed
 
     def _receive(self, packed: Packed) -> None:
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-        if packed.comes_in_place:
-            gather(packed.memory.bytes, packed.rows, group=self._group)
-            gather(packed.tags.view(-1), packed.tag, group=self._group)
-        else:
-            received = self._received[packed.rows.numel()]
-            gather(received, packed.rows, group=self._group)
-            torch.split_with_sizes_copy(received.view(self._processes, -1), packed.sizes, dim=1, out=packed.parts)
+        self._gather_each(packed.received, packed.sent)
         self._tags.arrive(packed.index, packed.tags)
 
     def _cut(self, index: int) -> list[CutWeight]:
@@ -206,9 +198,6 @@ class GatheredUnits:
             before.memory.owner = None
         device = cast(DTensor, weights[0].held).to_local().device
         packed = self._packed[index] = Packed(index, weights, self._memory_for(index, device))
-        nbytes = packed.rows.numel()
-        if not packed.comes_in_place and nbytes not in self._received:
-            self._received[nbytes] = torch.empty(self._processes * nbytes, dtype=torch.uint8, device=device)
         if device.type == "cuda" and self._stream is None:
             self._stream, self._queued = torch.cuda.Stream(device), torch.cuda.Event()  # type: ignore[no-untyped-call]
         return packed
@@ -248,6 +237,8 @@ def _tensors(value: object) -> Iterator[Tensor]:
     """The tensors in what a module takes or returns."""
     if isinstance(value, Tensor):
         yield value
+    elif value is None or isinstance(value, (int, str)):  # most arguments: to ask for a Mapping takes longer
+        return
     elif isinstance(value, (Mapping, tuple, list)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)

@@ -52,6 +52,7 @@ NAMES = {
     ),
     "bigq.system.distributed.internals": (
         "_composable_state",
+        "_distributed_c10d",
         "_dynamo_utils",
         "_fsdp_param_group",
         "_get_fsdp_state",

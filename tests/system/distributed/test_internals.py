@@ -4,7 +4,8 @@ import gc
 import warnings
 import weakref
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 
 from bigq.system.distributed import internals
+from ranks import run_ranks
 from renamed_internals import NAMES, renamed
 
 NAME = "bigq.system.distributed.internals"
@@ -84,6 +86,7 @@ def _mark_of_fsdp1(module, ignores=0):
 # What tells that a public way is taken, for each private name.
 PUBLIC = {
     "_composable_state": lambda module: type(module._sharding_states()) is dict,
+    "_distributed_c10d": lambda module: module.coalesced_gather(Mock()).__class__ is partial,
     "_dynamo_utils": lambda module: _mark_of_fsdp1(module) == [],
     "_fsdp_param_group": lambda module: module.cpu_shards(_on_cpu()) == {},
     "_get_fsdp_state": lambda module: module.cpu_shards(_on_cpu()) == {},
@@ -148,3 +151,21 @@ def test_a_part_of_a_dtensor_is_one_as_torch_makes_it(module, rows):
     assert repr(made) == repr(expected)
     assert (made.shape, made.stride(), made.dtype) == (expected.shape, expected.stride(), expected.dtype)
     assert not made.requires_grad
+
+
+def _gathered(rank):
+    """What both ways gather from two processes, which send 3 and 5 bytes each."""
+    found = []
+    for module in (internals, renamed(NAME, "_distributed_c10d")):
+        outputs = [torch.zeros(2 * size, dtype=torch.uint8) for size in (3, 5)]
+        inputs = [torch.arange(size, dtype=torch.uint8) + 10 * rank for size in (3, 5)]
+        module.coalesced_gather(torch.distributed.group.WORLD)(outputs, inputs)
+        found.append(outputs)
+    return found
+
+
+def test_several_gathers_at_once_are_those_one_by_one(tmp_path):
+    for ways in run_ranks(_gathered, tmp_path):
+        for small, large in ways:
+            assert small.tolist() == [0, 1, 2, 10, 11, 12]
+            assert large.tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
