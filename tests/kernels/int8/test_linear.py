@@ -88,6 +88,20 @@ def test_linear_int8_with_outliers_only(m, k, device):
     assert_within_budget(linear_int8(x, weight, absmax, None, 6.0), exact, baseline)
 
 
+@pytest.mark.parametrize("way", ["tiles", "gather"])
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 5, 16, 17, 130], ids="columns={}".format)
+def test_linear_int8_with_so_many_outlier_columns(count, way, device):
+    """As many as a tile knows without a search, gathers at once, in several blocks, and more than a launch gathers."""
+    x, weight, absmax = int8_case(20, 24, 300, torch.float16, device)
+    x = x.clamp(-2, 2)
+    columns = torch.linspace(0, 299, count, device=device).long() if count != 1 else torch.tensor([199], device=device)
+    x[7, columns] = 8.0
+    exact = exact_linear_int8(x, weight, absmax, 6.0)
+    baseline = reference.linear_int8(x, weight, absmax, None, 6.0)
+    choice = replace(choose(x.device, 20, 24, 300, x.dtype, True), way=way)
+    assert_within_budget(linear_int8(x, weight, absmax, None, 6.0, choice), exact, baseline)
+
+
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_linear_int8_bias_and_leading_shape(bias_dtype, device):
     x, weight, absmax = int8_case(6, 24, 64, torch.float16, device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bigq_kernels.int8.planes import quantize_planes
-from bigq_kernels.int8.tokens import _list_outliers_kernel, quantize_tokens
+from bigq_kernels.int8.tokens import Tokens, _or_marks_kernel, quantize_tokens
 from bigq_kernels.launch import launch
 
 THRESHOLD = 6.0
@@ -15,6 +15,12 @@ def tokens(m: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Te
     x = torch.randn(m, k, device=device).clamp(-5, 5)
     x[0, 0], x[m // 2, k // 3], x[m // 2, k // 3 + 1], x[m - 1, k - 1] = 8.0, -THRESHOLD, 60.0, 7.0
     return x.to(dtype)
+
+
+def listed(found: Tokens) -> list[int]:
+    """The outlier columns."""
+    marks = found.marks.tolist()
+    return [32 * number + bit for number, word in enumerate(marks) for bit in range(32) if word >> bit & 1]
 
 
 def codes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,54 +39,68 @@ B, H, F = torch.bfloat16, torch.float16, torch.float32
         *(pytest.param(1, 16, dtype, id=f"one-short-token-{dtype}") for dtype in (B, H, F)),
         *(pytest.param(3, 97, dtype, id=f"odd-columns-{dtype}") for dtype in (B, H, F)),
         pytest.param(20, 300, H, id="several-segments"),
+        pytest.param(65, 66, B, id="more-tokens-than-one-load"),
+        pytest.param(70, 99, H, id="more-tokens-and-odd-columns"),
         pytest.param(129, 300, F, id="many-tokens"),
+        pytest.param(513, 100, H, id="more-tokens-than-one-program-looks-at"),
         pytest.param(2050, 130, B, id="more-tokens-than-a-tile", marks=pytest.mark.gpu),  # a minute in the interpreter
         pytest.param(2, 17000, B, id="more-columns-than-a-tile"),
     ],
 )
 def test_codes_and_outlier_columns(m, k, dtype, device):
     x = tokens(m, k, dtype, device)
-    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, False)
+    found = quantize_tokens(x, THRESHOLD, None, False)
     outlier = x.abs() >= THRESHOLD
     expected_codes, expected_scale = codes_of(x.float().masked_fill(outlier, 0.0))
-    assert torch.equal(codes, expected_codes)
-    assert torch.equal(scale, expected_scale)
-    listed = [column for row, count in zip(columns.tolist(), counts.tolist(), strict=True) for column in row[:count]]
-    assert listed == outlier.any(dim=0).nonzero().flatten().tolist()
+    assert torch.equal(found.codes, expected_codes)
+    assert torch.equal(found.scale, expected_scale)
+    assert listed(found) == outlier.any(dim=0).nonzero().flatten().tolist()
 
 
 def test_more_tokens_than_are_looked_at_together(device):
     marks = torch.zeros(50, 8, dtype=torch.int32, device=device)  # 256 columns, two segments
     marks[0, 0], marks[20, 0], marks[49, 3], marks[49, 7] = 5, 4, -(2**31), 1
-    counts = torch.empty(2, dtype=torch.int32, device=device)
-    columns = torch.empty(2, 128, dtype=torch.int32, device=device)
-    launch(
-        _list_outliers_kernel, (2,), marks, counts, columns, 50, SEGMENT=128, BLOCK_M=8, LOADS=2, PDL=False, options={}
-    )
-    assert counts.tolist() == [3, 1]
-    assert columns[0, :3].tolist() == [0, 2, 127]
-    assert columns[1, 0] == 7 * 32
+    out = torch.empty(8, dtype=torch.int32, device=device)
+    launch(_or_marks_kernel, (2,), marks, out, 50, WORDS=4, BLOCK_M=8, LOADS=2, PDL=False, options={})
+    assert out.tolist() == [5, 0, 0, -(2**31), 0, 0, 0, 1]
 
 
 def test_a_threshold_of_0_lists_nothing(device):
     x = tokens(5, 300, torch.float16, device)
-    codes, scale, counts, columns = quantize_tokens(x, 0.0, None, False)
-    assert counts is None
-    assert columns is None
+    found = quantize_tokens(x, 0.0, None, False)
+    assert found.marks is None
     expected_codes, expected_scale = codes_of(x.float())
-    assert torch.equal(codes, expected_codes)
-    assert torch.equal(scale, expected_scale)
+    assert torch.equal(found.codes, expected_codes)
+    assert torch.equal(found.scale, expected_scale)
+
+
+def test_tokens_that_are_not_aligned_for_pairs(device):
+    x = tokens(20, 300, torch.float16, device)
+    moved = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)[1:].view(x.shape).copy_(x)
+    aligned, found = quantize_tokens(x, THRESHOLD, None, False), quantize_tokens(moved, THRESHOLD, None, False)
+    assert listed(found) == listed(aligned) == [0, 100, 101, 299]
+    assert torch.equal(found.codes, aligned.codes)
+
+
+@pytest.mark.parametrize("dtype", [B, H], ids=str)
+def test_the_threshold_and_its_neighbours(dtype, device):
+    """Below it, at it and above it, of both signs, in both elements of a pair."""
+    bits = torch.tensor([THRESHOLD], dtype=dtype).view(torch.int16) + torch.tensor([-1, 0, 1], dtype=torch.int16)
+    values = bits.view(dtype)
+    x = torch.zeros(17, 96, dtype=dtype, device=device)
+    x[16, 31:37], x[0, 64:70] = torch.cat([values, -values]).to(device), torch.cat([values, -values]).to(device)
+    assert listed(quantize_tokens(x, THRESHOLD, None, False)) == [32, 33, 35, 36, 65, 66, 68, 69]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
-def test_inf_is_an_outlier_and_nan_is_none(device):
-    x = torch.ones(20, 300, dtype=torch.bfloat16, device=device)
+@pytest.mark.parametrize("dtype", [B, H, F], ids=str)
+def test_inf_is_an_outlier_and_nan_is_none(dtype, device):
+    x = torch.ones(20, 300, dtype=dtype, device=device)
     x[3, 7], x[4, 200], x[5, 299] = float("inf"), float("nan"), float("-inf")
-    codes, scale, counts, columns = quantize_tokens(x, THRESHOLD, None, False)
-    assert counts.tolist() == [1, 0, 1]
-    assert (columns[0, 0], columns[2, 0]) == (7, 299)
-    assert scale.isnan().nonzero().flatten().tolist() == [4]
-    assert codes[3, 7] == codes[5, 299] == 0
+    found = quantize_tokens(x, THRESHOLD, None, False)
+    assert listed(found) == [7, 299]
+    assert found.scale.isnan().nonzero().flatten().tolist() == [4]
+    assert found.codes[3, 7] == found.codes[5, 299] == 0
 
 
 @pytest.mark.parametrize(

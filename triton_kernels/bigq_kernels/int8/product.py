@@ -20,7 +20,17 @@ from torch import Tensor
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import group_tokens, most_tiles, place_in_group
 from bigq_kernels.int8.choose import Int8Config
-from bigq_kernels.int8.outliers import gather_block, gather_outliers
+from bigq_kernels.int8.outliers import (
+    BLOCK_OUTLIERS,
+    dense_of,
+    first_outlier,
+    gather_block,
+    gather_outliers,
+    load_marks,
+    outlier_columns,
+    rest_of,
+    words_of_group,
+)
 from bigq_kernels.int8.planes import load_segments, quantize_planes
 from bigq_kernels.int8.tokens import quantize_tokens
 from bigq_kernels.launch import launch
@@ -30,8 +40,12 @@ from bigq_kernels.tiles import ceil_div, next_power_of_2
 __all__ = ["multiply_int8"]
 
 CAPACITY = 128  # outlier columns that are gathered before the product, if any; it gathers any further ones itself
-BLOCK_OUTLIERS = 16  # the least that a tensor core takes; 32 spills registers in the largest tile
 BLOCK_SEGMENTS = 4  # 128 columns: as many outlier columns, if they lie apart, are on their way during the loop
+MAX_FEW_M = 512  # with more tokens a launch gathers any outlier columns, and the product starts before it
+FEW = (
+    4  # as many outlier columns a tile gathers for itself where a launch would gather more: of one it knows the column
+)
+LOOK_STEP = tl.constexpr(4)  # of a tile's loop, by which its first loads are on their way
 PREFETCH_BYTES = tl.constexpr(512)
 PREFETCH_ASM = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH_BYTES.value}; mov.b32 $0, 0;")
 
@@ -50,8 +64,7 @@ def _linear_int8_kernel(
     absmax_ptr,  # [N, 1] float32
     bias_ptr,  # [N] or None
     x_ptr,  # [M, K]
-    count_ptr,  # see _list_outliers_kernel
-    column_ptr,
+    mark_ptr,  # see Tokens
     rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
     dense_ptr,
     total_ptr,
@@ -66,12 +79,14 @@ def _linear_int8_kernel(
     K,
     E,  # weights of the stack
     repeat,
-    segments,
+    words,
     split,
     k_per_split,
-    SEGMENT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    threshold,
+    MARKS: tl.constexpr,  # at least `words`
+    WORDS: tl.constexpr,  # see outlier_columns
     CAPACITY: tl.constexpr,  # outlier columns that were gathered before
+    FEW: tl.constexpr,  # up to as many outlier columns, each tile gathers them in its loop
     PLANES: tl.constexpr,  # a tile is 4 groups of tokens: their codes, and the two planes of their outliers
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -121,34 +136,38 @@ def _linear_int8_kernel(
         first_byte = min(first_k, K - PREFETCHES * PREFETCH_BYTES)
         _prefetch(weight_ptr + weight_row + first_byte + tl.arange(0, PREFETCHES)[None, :] * PREFETCH_BYTES)
     absmax = tl.load(absmax_ptr + base + n, mask=in_n, other=0.0)
-    if PDL:
+    if PDL and (FEW > 0 or rest_ptr is None):
         tl.extra.cuda.gdc_wait()
     scale = tl.load(scale_ptr + scale_row, mask=in_tile, other=0.0)
 
-    # The first outlier columns, or segments of them, are on their way while the loop below runs.
-    if count_ptr is not None:
-        if rest_ptr is None:
-            first_rest, first_dense, count = gather_block(
-                x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
-                count_ptr, column_ptr, 0, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
-            )  # fmt: skip
-        else:
-            count = tl.load(total_ptr)
-            number = tl.arange(0, BLOCK_OUTLIERS)[None, :]
-            rest_ptrs = rest_ptr + x_token[:, None] * CAPACITY + number
-            dense_ptrs = dense_ptr + n_row[:, None] * CAPACITY + number
-            first_rest = tl.load(rest_ptrs)
-            first_dense = tl.load(dense_ptrs)
-
     if segment_ptr is not None:
+        # The first segments are on their way while the loop below runs.
         plane = M.to(tl.int64) * K
-        first_high, first_low, first_weight, count = load_segments(
+        first_high, first_low, segment_weight, segments = load_segments(
             codes_ptr + x_row, plane, weight_ptr + weight_row, in_m, segment_ptr, 0, K, BLOCK_SEGMENTS
         )
 
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for start in range(first_k, min(first_k + k_per_split, K), BLOCK_K):
+    last_k = min(first_k + k_per_split, K)
+    if FEW > 0:
+        marks = load_marks(mark_ptr, words, MARKS)  # here, for they are needed some steps later
+        most = 0x7FFFFFFF if rest_ptr is None else FEW
+        count = 0
+        first_x_columns = tl.zeros((BLOCK_M, BLOCK_OUTLIERS), x_ptr.dtype.element_ty)
+        first_weight = tl.zeros((BLOCK_N, BLOCK_OUTLIERS), tl.int8)
+        look = first_k + min(LOOK_STEP, tl.cdiv(last_k - first_k, BLOCK_K) - 1) * BLOCK_K
+    for start in range(first_k, last_k, BLOCK_K):
+        if FEW > 0:  # noqa: SIM102, a branch of the compiler's
+            if start == look:  # what the loop loads next is on its way meanwhile
+                count, first = first_outlier(marks)
+                if (count > 0) & (count <= most):
+                    column = tl.full((BLOCK_OUTLIERS,), first, tl.int32)
+                    if count > 1:
+                        column = outlier_columns(mark_ptr, 0, words, WORDS, BLOCK_OUTLIERS)
+                    first_x_columns, first_weight = gather_block(
+                        x_ptr, weight_ptr, x_row, weight_row, in_m, column, count
+                    )
         if EVEN_K:
             codes = tl.load(codes_ptr + x_row + start + k, mask=in_m, other=0)
             weight = tl.load(weight_ptr + weight_row + start + k)
@@ -156,6 +175,10 @@ def _linear_int8_kernel(
             codes = tl.load(codes_ptr + x_row + start + k, mask=in_m & (start + k < K), other=0)
             weight = tl.load(weight_ptr + weight_row + start + k, mask=start + k < K, other=0)
         total = tl.dot(codes, weight.T, total, out_dtype=tl.int32)
+
+    if PDL and FEW == 0 and rest_ptr is not None:
+        # The launch before this one gathers, and let this one start when it had waited for the codes.
+        tl.extra.cuda.gdc_wait()
 
     is_last = True
     if partial_ptr is not None:
@@ -173,9 +196,9 @@ def _linear_int8_kernel(
         if PLANES:
             out = tl.sum(tl.reshape(out, (4, TOKENS, BLOCK_N)), axis=0)
         if segment_ptr is not None:
-            high = tl.dot(first_high, first_weight.T, out_dtype=tl.int32)
-            low = tl.dot(first_low, first_weight.T, out_dtype=tl.int32)
-            for start in range(BLOCK_SEGMENTS, count, BLOCK_SEGMENTS):
+            high = tl.dot(first_high, segment_weight.T, out_dtype=tl.int32)
+            low = tl.dot(first_low, segment_weight.T, out_dtype=tl.int32)
+            for start in range(BLOCK_SEGMENTS, segments, BLOCK_SEGMENTS):
                 high_codes, low_codes, weight, _ = load_segments(
                     codes_ptr + x_row, plane, weight_ptr + weight_row, in_m, segment_ptr, start, K, BLOCK_SEGMENTS
                 )
@@ -184,18 +207,30 @@ def _linear_int8_kernel(
             outlier_scale = tl.load(scale_ptr + M + scale_row, mask=in_tile, other=0.0)
             outlier = high.to(tl.float32) + low.to(tl.float32) * (1.0 / 128.0)
             out += outlier * (outlier_scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
-        if count_ptr is not None:
-            out = tl.dot(first_rest, first_dense.T, out, input_precision="ieee")
+        if mark_ptr is not None:
+            begin = 0
+            if FEW > 0:
+                begin = BLOCK_OUTLIERS
+                if (count > 0) & (count <= most):
+                    rest = rest_of(first_x_columns, scale, threshold)
+                    out = tl.dot(rest, dense_of(first_weight, absmax, rest.dtype).T, out, input_precision="ieee")
             if rest_ptr is not None:
-                for start in range(BLOCK_OUTLIERS, min(count, CAPACITY), BLOCK_OUTLIERS):
+                begin = CAPACITY
+                if FEW == 0:
+                    count = tl.load(total_ptr)
+                number = tl.arange(0, BLOCK_OUTLIERS)[None, :]
+                rest_ptrs = rest_ptr + x_token[:, None] * CAPACITY + number
+                dense_ptrs = dense_ptr + n_row[:, None] * CAPACITY + number
+                stop = tl.where(count <= FEW, 0, min(count, CAPACITY))
+                for start in tl.range(0, stop, BLOCK_OUTLIERS, num_stages=1):
                     rest, dense = tl.load(rest_ptrs + start), tl.load(dense_ptrs + start)
                     out = tl.dot(rest, dense.T, out, input_precision="ieee")
-            for start in range(BLOCK_OUTLIERS if rest_ptr is None else CAPACITY, count, BLOCK_OUTLIERS):
-                rest, dense, _ = gather_block(
-                    x_ptr, codes_ptr, weight_ptr, x_row, weight_row, in_m, scale, absmax,
-                    count_ptr, column_ptr, start, segments, SEGMENT, SEGMENTS, BLOCK_OUTLIERS,
-                )  # fmt: skip
-                out = tl.dot(rest, dense.T, out, input_precision="ieee")
+            if count > begin:  # else what the loop computes once would be computed before it
+                for start in tl.range(begin, count, BLOCK_OUTLIERS, num_stages=1):
+                    column = outlier_columns(mark_ptr, start, words, WORDS, BLOCK_OUTLIERS)
+                    x, weight = gather_block(x_ptr, weight_ptr, x_row, weight_row, in_m, column, count - start)
+                    rest = rest_of(x, scale, threshold)
+                    out = tl.dot(rest, dense_of(weight, absmax, rest.dtype).T, out, input_precision="ieee")
 
         if bias_ptr is not None:
             out += tl.load(bias_ptr + base + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -237,8 +272,8 @@ def multiply_int8(
     (m, k), n, e = x.shape, weight.shape[-2], len(weight)
     pdl = Gpu.of(x.device).pdl
     threshold = _rounded(threshold, x.dtype)
-    groups = counts = columns = listed = rest = dense = total = partial = arrived = None
-    tiles, repeat = config.tiles(m, n), 1
+    groups = marks = listed = rest = dense = total = partial = arrived = None
+    tiles, repeat, few = config.tiles(m, n), 1, 0
     if stops is not None:
         tiles = most_tiles(m, e, config.block_m) * ceil_div(n, config.block_n)
         groups = group_tokens(stops, e, config.block_m, torch.empty(0, dtype=torch.int32, device=x.device), out)
@@ -250,22 +285,27 @@ def multiply_int8(
     if way in ("planes", "segments"):
         codes, scale, listed = quantize_planes(x, threshold, way == "segments", arrived, pdl)
     else:
-        codes, scale, counts, columns = quantize_tokens(x, threshold, arrived, pdl)
-    if way == "gather" and counts is not None and columns is not None:
-        matrix, scales = weight.view(-1, k), absmax.view(-1, 1)
-        rest, dense, total = gather_outliers(
-            x, codes, scale, matrix, scales, counts, columns, CAPACITY, BLOCK_OUTLIERS, pdl
-        )
-    segments, segment = (0, 1) if columns is None else columns.shape
+        tokens = quantize_tokens(x, threshold, arrived, pdl)
+        codes, scale, marks = tokens.codes, tokens.scale, tokens.marks
+        if marks is not None:
+            few = BLOCK_OUTLIERS if way == "tiles" else FEW if m <= MAX_FEW_M else 0
+        if way == "gather":
+            matrix, scales = weight.view(-1, k), absmax.view(-1, 1)
+            rest, dense, total = gather_outliers(x, tokens, matrix, scales, threshold, CAPACITY, few, pdl)
+    words = 0 if marks is None else marks.numel()
     prefetch = pdl and k % 16 == 0 and k >= config.prefetches * PREFETCH_BYTES.value and weight.data_ptr() % 16 == 0
     launch(
         _linear_int8_kernel, (tiles, config.split),
-        codes, scale, weight, absmax, bias, x, counts, columns, rest, dense, total, listed, partial, arrived, out,
-        groups, ids, m, n, k, e, repeat, segments, config.split, config.steps_per_split * config.block_k or k,
-        SEGMENT=segment, SEGMENTS=next_power_of_2(max(segments, 1)), CAPACITY=CAPACITY,
-        PLANES=way == "planes", EVEN_K=k % config.block_k == 0, PDL=pdl,
-        PREFETCHES=config.prefetches if prefetch else 0,
+        codes, scale, weight, absmax, bias, x, marks, rest, dense, total, listed, partial, arrived, out,
+        groups, ids, m, n, k, e, repeat, words, config.split, config.steps_per_split * config.block_k or k,
+        threshold,
+        MARKS=max(128, next_power_of_2(words)) if words else 1, WORDS=words_of_group(words), CAPACITY=CAPACITY,
+        FEW=few, PLANES=way == "planes",
+        EVEN_K=k % config.block_k == 0, PDL=pdl, PREFETCHES=config.prefetches if prefetch else 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_OUTLIERS=BLOCK_OUTLIERS, BLOCK_SEGMENTS=BLOCK_SEGMENTS, GROUP_M=8,
-        options={"num_warps": config.warps, "num_stages": config.stages, "launch_pdl": pdl},
+        # enable_fp_fusion: see rest_of.
+        options={
+            "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False, "launch_pdl": pdl,
+        },
     )  # fmt: skip
