@@ -90,7 +90,7 @@ def test_the_kernels_of_a_gpu_and_why():
     assert one.way == "sliced"
     assert one.why.startswith("The table SLICED of configs.py has a row for 1 token")
     assert one.config["warps"] > 0
-    assert {row.way for row in rows if row.format == "int8" and row.tokens == 16} == {"segments"}
+    assert {row.way for row in rows if row.format == "int8" and row.tokens == 16} == {"tiles"}
     assert all(row.config for row in rows if row.way != "dequantize")
 
 

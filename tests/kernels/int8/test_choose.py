@@ -45,10 +45,10 @@ def test_programs_fit_the_shared_memory(name):
 
 def test_the_way_follows_from_the_threshold_the_tokens_and_the_dtype():
     for m, (n, k), dtype, outliers in cases():
-        few = "planes" if m <= 4 else "segments" if m <= 16 else None
-        if dtype == torch.float32:  # whose 24 bits two planes do not hold
-            few = None
-        expected = "codes" if not outliers else few or ("gather" if m > 128 else "tiles")
+        expected = "planes" if m <= 4 else "tiles" if m <= 128 else "gather"
+        if m <= 4 and dtype == torch.float32:  # whose 24 bits two planes do not hold
+            expected = "tiles"
+        expected = expected if outliers else "codes"
         choice = choose(H100, m, n, k, dtype, outliers)
         assert choice.way == expected, (m, n, k, dtype, outliers)
         assert choice.why.endswith(".")

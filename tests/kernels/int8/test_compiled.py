@@ -15,19 +15,18 @@ from bigq_kernels.int8.product import _linear_int8_kernel as kernel
 PLACES = {"one": {}, "groups": {"groups_ptr": "*i32"}, "ids": {"ids_ptr": "*i64"}}
 TABLES = {"rest_ptr": "*bf16", "dense_ptr": "*bf16", "total_ptr": "*i32"}
 for capability, place, way, block_m in (
-    (90, "groups", "tiles", 16), (90, "groups", "gather", 128), (90, "ids", "planes", 16), (90, "one", "segments", 16),
+    (90, "groups", "tiles", 16), (90, "groups", "gather", 128), (90, "ids", "planes", 16), (90, "one", "tiles", 16),
     (90, "one", "tiles", 64), (80, "one", "codes", 16), (80, "one", "tiles", 16),
 ):
     pointers = dict.fromkeys(("codes_ptr", "weight_ptr"), "*i8") | dict.fromkeys(("scale_ptr", "absmax_ptr"), "*fp32")
     pointers |= dict.fromkeys(("x_ptr", "out_ptr", "bias_ptr"), "*bf16") | PLACES[place]
-    pointers |= {"segment_ptr": "*i32"} if way == "segments" else {}
     pointers |= ({"mark_ptr": "*i32"} if way in ("tiles", "gather") else {}) | (TABLES if way == "gather" else {})
     numbers = dict.fromkeys(("M", "N", "K", "E", "repeat", "words", "split", "k_per_split"), "i32")
     numbers |= {"threshold": "fp32"}
     constants = dict(
         MARKS=128, WORDS=32, CAPACITY=128, FEW={"tiles": 16, "gather": 4}.get(way, 0), PLANES=way == "planes",
         EVEN_K=True, PDL=capability >= 90, PREFETCHES=2 if capability >= 90 else 0, BLOCK_M=block_m, BLOCK_N=64,
-        BLOCK_K=128, BLOCK_OUTLIERS=16, BLOCK_SEGMENTS=4, GROUP_M=8,
+        BLOCK_K=128, BLOCK_OUTLIERS=16, GROUP_M=8,
     )
     constants |= {name: None for name in kernel.arg_names if name.endswith("_ptr") and name not in pointers}
     assert {*pointers, *numbers, *constants} == {*kernel.arg_names}

@@ -4,13 +4,12 @@
     >>> from bigq_kernels.gpu import Gpu
     >>> choice = choose(Gpu.named("h100"), m=16, n=4096, k=4096, dtype=torch.bfloat16, outliers=True)
     >>> choice.way, choice.why
-    ('segments', 'For up to 16 tokens, outlier columns are multiplied in int8 segments of 32.')
+    ('tiles', 'For up to 128 tokens, each program gathers the outlier columns of its tile.')
 
 Few tokens are bound by bytes in flight, many by the tensor cores. Tuned on Hopper only. The ways:
 
 - "codes": without a threshold there are no outliers.
 - "planes": outlier columns are two more int8 rows a token, of the same product.
-- "segments": these rows are multiplied apart, only where there are outliers: by segments of 32 columns.
 - "tiles": each program gathers the outlier columns of its tile.
 - "gather": a launch gathers them for all programs first.
 - "dequantize": the product is empty, so no kernel of this package runs.
@@ -27,10 +26,9 @@ from bigq_kernels.gpu import Gpu
 from bigq_kernels.split_k import split_steps
 from bigq_kernels.tiles import ceil_div
 
-__all__ = ["MAX_SEGMENTS_M", "MAX_SPLIT_TILES", "MAX_TILES_M", "Int8Config", "choose", "fitted"]
+__all__ = ["MAX_SPLIT_TILES", "MAX_TILES_M", "Int8Config", "choose", "fitted"]
 
 MAX_PLANES_M = 4  # whose three rows each fill the least tile of a tensor core
-MAX_SEGMENTS_M = 16
 MAX_TILES_M = 128  # more tokens make so many programs that gathering once pays
 MAX_SPLIT_TILES = tl.constexpr(1024)  # as many counters are zeroed; fewer tiles than these fill every GPU
 MAX_STAGED_NBYTES = 112 << 10  # of shared memory: a program with more has its multiprocessor to itself
@@ -66,8 +64,6 @@ def _way(m: int, dtype: torch.dtype, outliers: bool) -> tuple[str, str]:
         return "codes", "The threshold is 0, so there are no outlier columns."
     if m <= MAX_PLANES_M and dtype != torch.float32:  # whose 24 bits two planes do not hold
         return "planes", f"For up to {MAX_PLANES_M} tokens of 16 bits, outlier columns are two more int8 rows a token."
-    if m <= MAX_SEGMENTS_M and dtype != torch.float32:
-        return "segments", f"For up to {MAX_SEGMENTS_M} tokens, outlier columns are multiplied in int8 segments of 32."
     if m <= MAX_TILES_M:
         return "tiles", f"For up to {MAX_TILES_M} tokens, each program gathers the outlier columns of its tile."
     return "gather", f"Above {MAX_TILES_M} tokens, so many programs read outlier columns that one launch gathers them."
@@ -75,7 +71,7 @@ def _way(m: int, dtype: torch.dtype, outliers: bool) -> tuple[str, str]:
 
 def _tile(way: str, m: int, n: int, dtype: torch.dtype, multiprocessors: int) -> Int8Config:
     block_n = 64 if n > 8192 else 32
-    if m <= 16 and way in ("codes", "planes", "segments"):
+    if m <= 16 and (way in ("codes", "planes") or dtype != torch.float32):
         # 128 programs at N = 4096, each with 48 KiB in flight. Of 64 rows, two programs fit a multiprocessor with four
         # stages, and three with three. Where there are more than two, three are faster: one token of 28672 x 8192 takes
         # 61 us, and 72 with four stages; of 14336 x 4096 it takes 20.1 and 19.1 (H200).

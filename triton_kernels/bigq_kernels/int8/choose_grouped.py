@@ -18,11 +18,12 @@ import torch
 from bigq_kernels.choice import Choice, GradientConfig
 from bigq_kernels.gpu import Gpu
 from bigq_kernels.groups import weights_hit
-from bigq_kernels.int8.choose import MAX_SEGMENTS_M, MAX_TILES_M, Int8Config, fitted
+from bigq_kernels.int8.choose import MAX_TILES_M, Int8Config, fitted
 from bigq_kernels.tiles import ceil_div
 
 __all__ = ["choose_gradient", "choose_grouped", "choose_single"]
 
+MAX_SINGLE_PLANES_M = 16  # tokens, whose rows are tiles of their own
 SINGLE_SHARE = 4  # up to one row for each four weights, two rows seldom have the same
 MAX_SINGLE_ROWS = 2  # and up to this many whatever the number of weights
 # Of a weight, on average, in the gradient of x. Microseconds of the kernel and of dequantizing for grouped_mm (H200):
@@ -75,7 +76,7 @@ def choose_single(
     config, each = fitted(config, gpu), f"{rows} rows hardly share one of {e} weights"
     if not outliers:
         return Choice(way="codes", config=config, why=f"{each}, and there is no threshold.")
-    if m <= MAX_SEGMENTS_M and dtype != torch.float32:
+    if m <= MAX_SINGLE_PLANES_M and dtype != torch.float32:
         return Choice(way="planes", config=config, why=f"{each}; outlier columns are two more int8 rows a token.")
     return Choice(way="tiles", config=config, why=f"{each}; each program gathers the outlier columns of its row.")
 

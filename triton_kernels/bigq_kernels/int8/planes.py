@@ -1,11 +1,6 @@
 """A few tokens for LLM.int8() as three int8 rows each: the codes, and the outlier columns as a high and a low byte.
 
-- Up to 4 tokens, all three go through one integer product. So outlier columns need no list and no gathering, and the
-  weight is read once.
-- For more tokens the two bytes would fill most of a tile and be read for each. They are 0 but in outlier columns. So
-  they are multiplied apart, by the segments of 32 columns that hold any: 16 tokens of 14336 x 4096 take 22.6 us, and
-  24.3 in one product (H200).
-
+All three go through one integer product. So outlier columns need no list and no gathering, and the weight is read once.
 The two bytes hold 15 bits of the token's largest outlier. An Inf in x makes its row NaN. Up to 64 Ki numbers, such as
 16 tokens of 4096, this is one launch, with a program a token. Beyond, it is two with a program for 256 columns: one for
 the scales, one for the codes.
@@ -20,9 +15,8 @@ from bigq_kernels.int8.tokens import zero_arrivals
 from bigq_kernels.launch import launch
 from bigq_kernels.tiles import ROUND_MAGIC, absmax_bits, ceil_div, encode_int8, int8_inverse, next_power_of_2
 
-__all__ = ["load_segments", "quantize_planes"]
+__all__ = ["quantize_planes"]
 
-SEGMENT = tl.constexpr(32)  # columns that one step of an int8 tensor core takes, and a sector of L2
 MAX_ONE_LAUNCH_NUMEL = 16 * 4096  # 5.8 us; 16 tokens of 14336, where a program a token reads half a MB, 19.6
 MAX_ONE_LAUNCH_K = 16384
 BLOCK_K = 256  # columns of a program where there are more
@@ -33,21 +27,6 @@ def _largest(x, found, threshold, AXIS: tl.constexpr):
     """Bits of the largest regular element and of the largest in outlier columns; NaN stays NaN."""
     regular = absmax_bits(tl.where(tl.abs(x) >= threshold, 0.0, x))
     return tl.max(regular, axis=AXIS), tl.max(absmax_bits(tl.where(found, x, 0.0)), axis=AXIS)
-
-
-@triton.jit
-def _flags(found):
-    """1 for each segment of columns, of `found` as booleans, that holds one; else 0."""
-    return tl.max(found.to(tl.int32).reshape(found.numel // SEGMENT, SEGMENT), axis=1)
-
-
-@triton.jit
-def _list_segments(flags, list_ptr, writes):
-    """Store how many of `flags` are set, then which, in their order; only where `writes`."""
-    number = tl.arange(0, flags.shape[0])
-    place = tl.cumsum(flags, axis=0)
-    tl.store(list_ptr + place, number, mask=(flags != 0) & writes)
-    tl.store(list_ptr + number, tl.sum(flags, axis=0), mask=(number == 0) & writes)
 
 
 @triton.jit
@@ -81,7 +60,6 @@ def _quantize_planes_kernel(
     x_ptr,  # [M, K]
     codes_ptr,  # [3, M, K] int8: outside the outlier columns; inside them, hi and lo
     scale_ptr,  # [3, M] float32
-    list_ptr,  # see quantize_planes, or None
     arrived_ptr,  # see zero_arrivals
     M,
     K,
@@ -104,8 +82,6 @@ def _quantize_planes_kernel(
     for token in tl.static_range(TOKENS):  # unrolled: a loop would wait for one load after another
         other = tl.load(x_ptr + token * K + column, mask=mask & (tl.full((BLOCK_K,), token, tl.int32) < M), other=0.0)
         found |= tl.abs(other.to(tl.float32)) >= threshold
-    if list_ptr is not None:
-        _list_segments(_flags(found), list_ptr, row == 0)
     regular, outlier = _largest(x, found, threshold, 0)
     scale, outlier_scale = regular.to(tl.float32, bitcast=True), outlier.to(tl.float32, bitcast=True)
     inverse, outlier_inverse = int8_inverse(scale), int8_inverse(outlier_scale)
@@ -128,7 +104,6 @@ def _load_tokens(x_ptr, M, K, threshold, TOKENS: tl.constexpr, BLOCK_K: tl.const
 def _find_largest_kernel(
     x_ptr,  # [M, K]
     largest_ptr,  # [2, programs, TOKENS] int32: see _largest, of each program's columns
-    flag_ptr,  # [programs * BLOCK_K // SEGMENT] int32: whether a segment of columns holds outliers, or None
     arrived_ptr,  # see zero_arrivals
     M,
     K,
@@ -143,9 +118,6 @@ def _find_largest_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     zero_arrivals(arrived_ptr, tiles)
     x, found, _, _ = _load_tokens(x_ptr, M, K, threshold, TOKENS, BLOCK_K)
-    if flag_ptr is not None:
-        segment = tl.arange(0, BLOCK_K // SEGMENT)
-        tl.store(flag_ptr + tl.program_id(0) * (BLOCK_K // SEGMENT) + segment, _flags(found))
     regular, outlier = _largest(x, found, threshold, 1)
     largest_ptr += tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     tl.store(largest_ptr, regular)
@@ -157,9 +129,7 @@ def _quantize_columns_kernel(
     x_ptr,  # see _quantize_planes_kernel
     codes_ptr,
     scale_ptr,
-    list_ptr,
     largest_ptr,  # see _find_largest_kernel
-    flag_ptr,
     M,
     K,
     threshold,
@@ -176,10 +146,6 @@ def _quantize_columns_kernel(
     token = tl.arange(0, TOKENS)
     program = tl.arange(0, PROGRAMS)[:, None]
     programs = tl.num_programs(0)
-    if list_ptr is not None:
-        segment, is_first = tl.arange(0, PROGRAMS * (BLOCK_K // SEGMENT)), tl.program_id(0) == 0
-        in_k = segment < programs * (BLOCK_K // SEGMENT)
-        _list_segments(tl.load(flag_ptr + segment, mask=in_k & is_first, other=0), list_ptr, is_first)
     largest_ptr += program * TOKENS + token[None, :]
     regular = tl.max(tl.load(largest_ptr, mask=program < programs, other=0), axis=0)
     outlier = tl.max(tl.load(largest_ptr + programs * TOKENS, mask=program < programs, other=0), axis=0)
@@ -189,62 +155,38 @@ def _quantize_columns_kernel(
     _store_scales(scale_ptr, token, scale, outlier_scale, token < tl.where(tl.program_id(0) == 0, M, 0), M)
 
 
-@triton.jit
-def load_segments(x_ptrs, plane, weight_ptrs, in_m, list_ptr, start, K, BLOCK: tl.constexpr):
-    """(high bytes, low bytes, weight, how many in all) of the columns of listed segments number start to start + BLOCK.
-
-    `x_ptrs` [BLOCK_M, 1] and `weight_ptrs` [BLOCK_N, 1] say where rows start. Past the last segment all is 0.
-    """
-    number = start + tl.arange(0, BLOCK)
-    count = tl.load(list_ptr)
-    segment = tl.load(list_ptr + 1 + number, mask=number < count, other=0)
-    column = (segment[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]).reshape(BLOCK * SEGMENT)
-    column = tl.max_contiguous(tl.multiple_of(column, SEGMENT), SEGMENT)  # else each byte is a load of its own
-    is_listed = start * SEGMENT + tl.arange(0, BLOCK * SEGMENT) < count * SEGMENT
-    mask, column = (is_listed & (column < K))[None, :], column[None, :]
-    high = tl.load(x_ptrs + plane + column, mask=in_m & mask, other=0)
-    low = tl.load(x_ptrs + 2 * plane + column, mask=in_m & mask, other=0)
-    return high, low, tl.load(weight_ptrs + column, mask=mask, other=0), count
-
-
-def quantize_planes(
-    x: Tensor, threshold: float, lists: bool, arrived: Tensor | None, pdl: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_planes(x: Tensor, threshold: float, arrived: Tensor | None, pdl: bool) -> tuple[Tensor, Tensor]:
     """Codes int8 [3, M, K] and scales [3, M] of a few tokens; x is the sum of codes * scale / 127.
 
-    The first plane has 0 in every outlier column, the other two hold only those: the high and the low byte. With
-    `lists` the third result, int32, says how many segments of 32 columns hold outliers, and then which. `arrived` is
-    zeroed.
+    The first plane has 0 in every outlier column, the other two hold only those: the high and the low byte. `arrived`
+    is zeroed.
     """
     m, k = x.shape
     tokens, tiles = next_power_of_2(max(m, 4)), 0 if arrived is None else arrived.numel()
     codes = torch.empty(3, m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(3, m, dtype=torch.float32, device=x.device)
-    segments = ceil_div(k, BLOCK_K) * BLOCK_K // SEGMENT.value
-    listed = torch.empty(1 + segments, dtype=torch.int32, device=x.device) if lists else None
     if k <= MAX_ONE_LAUNCH_K and tokens * k <= MAX_ONE_LAUNCH_NUMEL:
         launch(
             _quantize_planes_kernel, (m,),
-            x, codes, scale, listed, arrived, m, k, threshold, tiles,
-            TOKENS=tokens, BLOCK_K=next_power_of_2(max(k, SEGMENT.value)), PDL=pdl,
+            x, codes, scale, arrived, m, k, threshold, tiles,
+            TOKENS=tokens, BLOCK_K=next_power_of_2(max(k, 32)), PDL=pdl,
             # maxnreg: a cap that none reaches. Without one the compiler keeps to 40 registers and four loads in flight.
             # enable_fp_fusion: see encode_int8.
             options={"num_warps": 16, "maxnreg": 128, "enable_fp_fusion": False, "launch_pdl": pdl},
         )  # fmt: skip
-        return codes, scale, listed
+        return codes, scale
     programs = ceil_div(k, BLOCK_K)
     largest = torch.empty(2, programs, tokens, dtype=torch.int32, device=x.device)
-    flags = torch.empty(segments, dtype=torch.int32, device=x.device) if lists else None
     launch(
         _find_largest_kernel, (programs,),
-        x, largest, flags, arrived, m, k, threshold, tiles,
+        x, largest, arrived, m, k, threshold, tiles,
         TOKENS=tokens, BLOCK_K=BLOCK_K, PDL=pdl,
         options={"num_warps": 8, "launch_pdl": pdl},
     )  # fmt: skip
     launch(
         _quantize_columns_kernel, (programs,),
-        x, codes, scale, listed, largest, flags, m, k, threshold,
+        x, codes, scale, largest, m, k, threshold,
         TOKENS=tokens, BLOCK_K=BLOCK_K, PROGRAMS=next_power_of_2(programs), PDL=pdl,
         options={"num_warps": 8, "enable_fp_fusion": False, "launch_pdl": pdl},
     )  # fmt: skip
-    return codes, scale, listed
+    return codes, scale

@@ -31,7 +31,7 @@ from bigq_kernels.int8.outliers import (
     rest_of,
     words_of_group,
 )
-from bigq_kernels.int8.planes import load_segments, quantize_planes
+from bigq_kernels.int8.planes import quantize_planes
 from bigq_kernels.int8.tokens import quantize_tokens
 from bigq_kernels.launch import launch
 from bigq_kernels.split_k import add_splits, split_workspace, store_split
@@ -40,11 +40,8 @@ from bigq_kernels.tiles import ceil_div, next_power_of_2
 __all__ = ["multiply_int8"]
 
 CAPACITY = 128  # outlier columns that are gathered before the product, if any; it gathers any further ones itself
-BLOCK_SEGMENTS = 4  # 128 columns: as many outlier columns, if they lie apart, are on their way during the loop
 MAX_FEW_M = 512  # with more tokens a launch gathers any outlier columns, and the product starts before it
-FEW = (
-    4  # as many outlier columns a tile gathers for itself where a launch would gather more: of one it knows the column
-)
+FEW = 4  # outlier columns that each tile gathers for itself where a launch would gather more
 LOOK_STEP = tl.constexpr(4)  # of a tile's loop, by which its first loads are on their way
 PREFETCH_BYTES = tl.constexpr(512)
 PREFETCH_ASM = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH_BYTES.value}; mov.b32 $0, 0;")
@@ -68,7 +65,6 @@ def _linear_int8_kernel(
     rest_ptr,  # see _gather_outliers_kernel; None where each program gathers for itself
     dense_ptr,
     total_ptr,
-    segment_ptr,  # see quantize_planes, where the planes of a tile's tokens are multiplied after its codes; or None
     partial_ptr,  # [split, tiles, BLOCK_M, BLOCK_N] int32; None without a split
     arrived_ptr,  # [tiles] int32, zero: how many programs have finished the tile
     out_ptr,  # [M, N]; with ids [S, N]
@@ -95,7 +91,6 @@ def _linear_int8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_OUTLIERS: tl.constexpr,
-    BLOCK_SEGMENTS: tl.constexpr,  # segments that are multiplied together
     GROUP_M: tl.constexpr,  # tiles of M that share their tiles of N in L2
 ):
     tile, tiles_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
@@ -139,13 +134,6 @@ def _linear_int8_kernel(
     if PDL and (FEW > 0 or rest_ptr is None):
         tl.extra.cuda.gdc_wait()
     scale = tl.load(scale_ptr + scale_row, mask=in_tile, other=0.0)
-
-    if segment_ptr is not None:
-        # The first segments are on their way while the loop below runs.
-        plane = M.to(tl.int64) * K
-        first_high, first_low, segment_weight, segments = load_segments(
-            codes_ptr + x_row, plane, weight_ptr + weight_row, in_m, segment_ptr, 0, K, BLOCK_SEGMENTS
-        )
 
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -195,18 +183,6 @@ def _linear_int8_kernel(
 
         if PLANES:
             out = tl.sum(tl.reshape(out, (4, TOKENS, BLOCK_N)), axis=0)
-        if segment_ptr is not None:
-            high = tl.dot(first_high, segment_weight.T, out_dtype=tl.int32)
-            low = tl.dot(first_low, segment_weight.T, out_dtype=tl.int32)
-            for start in range(BLOCK_SEGMENTS, segments, BLOCK_SEGMENTS):
-                high_codes, low_codes, weight, _ = load_segments(
-                    codes_ptr + x_row, plane, weight_ptr + weight_row, in_m, segment_ptr, start, K, BLOCK_SEGMENTS
-                )
-                high = tl.dot(high_codes, weight.T, high, out_dtype=tl.int32)
-                low = tl.dot(low_codes, weight.T, low, out_dtype=tl.int32)
-            outlier_scale = tl.load(scale_ptr + M + scale_row, mask=in_tile, other=0.0)
-            outlier = high.to(tl.float32) + low.to(tl.float32) * (1.0 / 128.0)
-            out += outlier * (outlier_scale[:, None] * absmax[None, :]) * (1.0 / (127.0 * 127.0))
         if mark_ptr is not None:
             begin = 0
             if FEW > 0:
@@ -272,7 +248,7 @@ def multiply_int8(
     (m, k), n, e = x.shape, weight.shape[-2], len(weight)
     pdl = Gpu.of(x.device).pdl
     threshold = _rounded(threshold, x.dtype)
-    groups = marks = listed = rest = dense = total = partial = arrived = None
+    groups = marks = rest = dense = total = partial = arrived = None
     tiles, repeat, few = config.tiles(m, n), 1, 0
     if stops is not None:
         tiles = most_tiles(m, e, config.block_m) * ceil_div(n, config.block_n)
@@ -282,8 +258,8 @@ def multiply_int8(
     if config.split > 1:
         tile_numel = config.block_m * config.block_n
         partial, arrived = split_workspace(tiles, config.split, tile_numel, x.device, torch.int32)
-    if way in ("planes", "segments"):
-        codes, scale, listed = quantize_planes(x, threshold, way == "segments", arrived, pdl)
+    if way == "planes":
+        codes, scale = quantize_planes(x, threshold, arrived, pdl)
     else:
         tokens = quantize_tokens(x, threshold, arrived, pdl)
         codes, scale, marks = tokens.codes, tokens.scale, tokens.marks
@@ -296,14 +272,14 @@ def multiply_int8(
     prefetch = pdl and k % 16 == 0 and k >= config.prefetches * PREFETCH_BYTES.value and weight.data_ptr() % 16 == 0
     launch(
         _linear_int8_kernel, (tiles, config.split),
-        codes, scale, weight, absmax, bias, x, marks, rest, dense, total, listed, partial, arrived, out,
+        codes, scale, weight, absmax, bias, x, marks, rest, dense, total, partial, arrived, out,
         groups, ids, m, n, k, e, repeat, words, config.split, config.steps_per_split * config.block_k or k,
         threshold,
         MARKS=max(128, next_power_of_2(words)) if words else 1, WORDS=words_of_group(words), CAPACITY=CAPACITY,
-        FEW=few, PLANES=way == "planes",
-        EVEN_K=k % config.block_k == 0, PDL=pdl, PREFETCHES=config.prefetches if prefetch else 0,
+        FEW=few, PLANES=way == "planes", EVEN_K=k % config.block_k == 0, PDL=pdl,
+        PREFETCHES=config.prefetches if prefetch else 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        BLOCK_OUTLIERS=BLOCK_OUTLIERS, BLOCK_SEGMENTS=BLOCK_SEGMENTS, GROUP_M=8,
+        BLOCK_OUTLIERS=BLOCK_OUTLIERS, GROUP_M=8,
         # enable_fp_fusion: see rest_of.
         options={
             "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False, "launch_pdl": pdl,
