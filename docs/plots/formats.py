@@ -12,7 +12,7 @@ def one_token(name: str) -> dict[str, float]:
     return {row[1]: row[2] for row in rows if row[0] == "14336 x 4096"}
 
 
-accuracy, linears, int8 = results("accuracy"), one_token("linears_h200"), one_token("linears_int8_h200")
+accuracy, linears, int8 = results("accuracy"), one_token("linears"), one_token("linears_int8")
 SIZES = json.loads((DOCS / "results" / "size_and_error.json").read_text(encoding="utf-8"))["rows"]
 BITS = {"bf16": 16.0} | {  # of weights with normally distributed numbers
     name: bits
