@@ -40,7 +40,7 @@ class GatheredUnits:
 
     def __init__(self, root: nn.Module, mesh: DeviceMesh) -> None:
         self._root, self._mesh, self._processes = root, mesh, mesh.size()
-        self._gather_each = coalesced_gather(mesh.get_group())
+        self._gather_each = coalesced_gather(mesh.get_group(), mesh.device_type)
         self._units: list[list[CutWeight]] = []
         self._names: list[str] = []
         self._in_backward: set[int] = set()  # units whose weights a backward pass needs: not those of embeddings
@@ -193,10 +193,13 @@ class GatheredUnits:
     def _pack(self, index: int) -> Packed:
         """Pack what stands in the modules of a unit."""
         weights = self._cut(index)
-        before = self._packed.pop(index, None)
-        if before is not None and before.memory.owner is before:
-            before.memory.owner = None
         device = cast(DTensor, weights[0].held).to_local().device
+        before = self._packed.pop(index, None)
+        if before is not None:
+            if before.arrived is not None:  # a gather may still read its rows, whose memory is given out next
+                torch.cuda.current_stream(device).wait_event(before.arrived)
+            if before.memory.owner is before:
+                before.memory.owner = None
         packed = self._packed[index] = Packed(index, weights, self._memory_for(index, device))
         if device.type == "cuda" and self._stream is None:
             self._stream, self._queued = torch.cuda.Stream(device), torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -95,11 +95,12 @@ def sharded_as(own: Tensor, like: Any) -> Any:
 Gather = Callable[[list[Tensor], list[Tensor]], None]
 
 
-def coalesced_gather(group: Any) -> Gather:
+def coalesced_gather(group: Any, device_type: str) -> Gather:
     """A function that gathers each input [S] of all processes of `group` into its output [processes * S].
 
-    Its arguments are the outputs and the inputs, all of them uint8: gloo mixes up several dtypes (torch 2.13). What
-    follows in the current stream has the outputs.
+    Its arguments are the outputs and the inputs, all of them uint8 and on the device of this process: gloo mixes up
+    several dtypes (torch 2.13). What follows in the current stream has the outputs. Other backends than NCCL, and gloo
+    on CPUs, gather one by one: not all of them have the method, and gloo's does not copy from GPUs.
     """
     try:
         from torch._C._distributed_c10d import AllgatherOptions
@@ -109,6 +110,8 @@ def coalesced_gather(group: Any) -> Gather:
         options = AllgatherOptions()
         options.asyncOp = False
     except (ImportError, AttributeError):
+        return partial(_gather_one_by_one, group)
+    if {"cuda": "nccl", "cpu": "gloo"}.get(device_type, "none") not in dist.get_backend_config(group):
         return partial(_gather_one_by_one, group)
 
     def gather(outputs: list[Tensor], inputs: list[Tensor]) -> None:

@@ -77,7 +77,7 @@ def test_linear_int8_of_the_bits_of_absmax(m, threshold, device):
         pytest.param(4, 70, id="few-tokens"),
         pytest.param(20, 300, id="more-than-are-gathered-before"),
         pytest.param(70, 300, id="many-tokens"),
-        pytest.param(2, 600, id="several-segments"),
+        pytest.param(2, 600, id="two-tokens"),
     ],
 )
 def test_linear_int8_with_outliers_only(m, k, device):

@@ -92,6 +92,15 @@ def test_the_threshold_and_its_neighbours(dtype, device):
     assert listed(quantize_tokens(x, THRESHOLD, None, False)) == [32, 33, 35, 36, 65, 66, 68, 69]
 
 
+@pytest.mark.parametrize("dtype", [B, H], ids=str)
+def test_the_smallest_threshold_marks_what_is_not_0(dtype, device):
+    """Also where the interpreter rounds the smallest bfloat16 to 0: no column past the last is marked."""
+    x = torch.zeros(20, 34, dtype=dtype, device=device)
+    x[3, 7], x[4, 33] = 1.0, -1.0
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    assert listed(quantize_tokens(x, smallest, None, False)) == [7, 33]
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("dtype", [B, H, F], ids=str)
 def test_inf_is_an_outlier_and_nan_is_none(dtype, device):

@@ -5,7 +5,6 @@ import warnings
 import weakref
 from contextlib import suppress
 from functools import cache, partial
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -83,10 +82,20 @@ def _mark_of_fsdp1(module, ignores=0):
     return found
 
 
+def _gathers_one_by_one(module, device_type):
+    """Whether a group of gloo gathers several tensors of such a device one by one."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        return isinstance(module.coalesced_gather(torch.distributed.group.WORLD, device_type), partial)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # What tells that a public way is taken, for each private name.
 PUBLIC = {
     "_composable_state": lambda module: type(module._sharding_states()) is dict,
-    "_distributed_c10d": lambda module: module.coalesced_gather(Mock()).__class__ is partial,
+    "_distributed_c10d": lambda module: _gathers_one_by_one(module, "cpu"),
     "_dynamo_utils": lambda module: _mark_of_fsdp1(module) == [],
     "_fsdp_param_group": lambda module: module.cpu_shards(_on_cpu()) == {},
     "_get_fsdp_state": lambda module: module.cpu_shards(_on_cpu()) == {},
@@ -159,7 +168,7 @@ def _gathered(rank):
     for module in (internals, renamed(NAME, "_distributed_c10d")):
         outputs = [torch.zeros(2 * size, dtype=torch.uint8) for size in (3, 5)]
         inputs = [torch.arange(size, dtype=torch.uint8) + 10 * rank for size in (3, 5)]
-        module.coalesced_gather(torch.distributed.group.WORLD)(outputs, inputs)
+        module.coalesced_gather(torch.distributed.group.WORLD, "cpu")(outputs, inputs)
         found.append(outputs)
     return found
 
@@ -169,3 +178,11 @@ def test_several_gathers_at_once_are_those_one_by_one(tmp_path):
         for small, large in ways:
             assert small.tolist() == [0, 1, 2, 10, 11, 12]
             assert large.tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+
+
+def test_gloo_gathers_from_gpus_one_by_one():
+    assert [_gathers_one_by_one(internals, device_type) for device_type in ("cpu", "cuda", "xpu")] == [
+        False,
+        True,
+        True,
+    ]

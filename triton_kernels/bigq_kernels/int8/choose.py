@@ -11,7 +11,7 @@ Few tokens are bound by bytes in flight, many by the tensor cores. Tuned on Hopp
 - "codes": without a threshold there are no outliers.
 - "planes": outlier columns are two more int8 rows a token, of the same product.
 - "tiles": each program gathers the outlier columns of its tile.
-- "gather": a launch gathers them for all programs first.
+- "gather": a launch gathers them for all programs first. Up to 512 tokens, each program gathers up to four itself.
 - "dequantize": the product is empty, so no kernel of this package runs.
 """
 

@@ -82,7 +82,7 @@ def _linear_int8_kernel(
     MARKS: tl.constexpr,  # at least `words`
     WORDS: tl.constexpr,  # see outlier_columns
     CAPACITY: tl.constexpr,  # outlier columns that were gathered before
-    FEW: tl.constexpr,  # up to as many outlier columns, each tile gathers them in its loop
+    FEW: tl.constexpr,  # each tile gathers in its loop: 16 of any number, or up to 4 where a launch gathers more, or 0
     PLANES: tl.constexpr,  # a tile is 4 groups of tokens: their codes, and the two planes of their outliers
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,

@@ -60,6 +60,7 @@ def _find_in_pairs(pairs, threshold, DTYPE: tl.constexpr):
     As integers, magnitudes order like their values, and NaN follows Inf.
     """
     least = tl.full((1, 1), threshold, tl.float32).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+    least = tl.maximum(least, 1)  # a cast may make the smallest numbers 0, and with 0 every element would be beyond
     inf: tl.constexpr = 0x7F80 if tl.bfloat16 == DTYPE else 0x7C00
     magnitude = pairs & 0x7FFF7FFF
     beyond = magnitude + (0x8000 - least) * 0x10001  # no sum of one element carries into the other

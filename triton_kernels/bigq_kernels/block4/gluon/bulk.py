@@ -5,7 +5,7 @@ As in `wgmma`, weights are decoded into registers while the tensor cores multipl
 - a bulk copy brings the tokens of a slice of 64 elements of K (`token_stages`), in tiles of which a row's pieces of 16
   bytes lie as the tensor cores read them;
 - each warp copies the codes of its own 16 rows (`rings`) and their scales (`scale_ring`). So it waits for no other
-  warp, and one warp group decodes while the other multiplies;
+  warp, and one warp group decodes while the other multiplies. Double quantization is undone by a launch before;
 - the table has twice the room for an entry, which saves an instruction for each byte of codes.
 
 256 tokens of 14336 x 4096 take 46.0 us so, and 53.0 by a form of `wgmma` for linears (H200). With 64 tokens or fewer a
@@ -288,7 +288,7 @@ def _linear_4bit_bulk_kernel(
     t0, t1, t2, t3, t4, t5, t6, t7,  # code_tables
     BLOCK_SIZE: gl.constexpr,
     EVEN: gl.constexpr,  # K divides into whole steps: no masks
-    NEW_SCALES: gl.constexpr,  # a kernel before this one writes them
+    NEW_SCALES: gl.constexpr,  # a launch of this linear wrote the scales, so they are copied after a wait
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr,
