@@ -112,7 +112,10 @@ def module(request):
     return renamed(NAME, *request.param)
 
 
-@pytest.mark.skipif(internals.__spec__ is None, reason="all are renamed: tests/support/renamed_internals.py")
+needs_all = pytest.mark.skipif(internals.__spec__ is None, reason="all are renamed: tests/support/renamed_internals.py")
+
+
+@needs_all
 def test_this_torch_has_all_that_is_private():
     assert [name for name, is_public in PUBLIC.items() if is_public(internals)] == []
 
@@ -122,6 +125,7 @@ def test_a_renamed_one_is_done_without(name):
     assert PUBLIC[name](renamed(NAME, name))
 
 
+@needs_all
 @pytest.mark.parametrize("ignores, flattened", [(0, True), (1, True), (2, False)])
 def test_parameters_that_fsdp1_is_to_ignore_are_not_flattened(ignores, flattened):
     assert _mark_of_fsdp1(internals, ignores) == ["_is_fsdp_managed_module"] * flattened
@@ -180,6 +184,7 @@ def test_several_gathers_at_once_are_those_one_by_one(tmp_path):
             assert large.tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
 
 
+@needs_all
 def test_gloo_gathers_from_gpus_one_by_one():
     assert [_gathers_one_by_one(internals, device_type) for device_type in ("cpu", "cuda", "xpu")] == [
         False,
