@@ -36,6 +36,12 @@ def test_gluon_runs_with_the_releases_it_is_tested_with(release, gluon, gpu_of):
     assert gpu_of((9, 0), release).gluon is gluon
 
 
+@pytest.mark.parametrize("release, bulk", [("3.5.1", False), ("3.6.0", True), ("3.8.0", True), ("3.9.0", False)])
+def test_bulk_runs_where_its_warps_do_not_all_wait_for_each_other(release, bulk, gpu_of):
+    assert gpu_of((9, 0), release).bulk is bulk
+    assert not gpu_of((8, 0), release).bulk
+
+
 @pytest.mark.parametrize(
     "capability, gluon, pdl", [((7, 5), False, False), ((8, 0), True, False), ((9, 0), True, True)], ids=str
 )
@@ -58,8 +64,8 @@ def test_shared_memory_is_what_a_program_may_ask_for(gpu_of):
 
 def test_without_a_gpu_it_is_an_h100_that_takes_no_ptx():
     h100, cpu = Gpu.named("h100"), Gpu.of(torch.device("cpu"))
-    assert (h100.ptx, h100.pdl, h100.gluon) == (True, True, True)
-    assert (cpu.ptx, cpu.pdl, cpu.gluon) == (False, False, False)
+    assert (h100.ptx, h100.pdl, h100.gluon, h100.bulk) == (True,) * 4
+    assert (cpu.ptx, cpu.pdl, cpu.gluon, cpu.bulk) == (False,) * 4
     assert (cpu.capability, cpu.multiprocessors, cpu.shared_nbytes) == ((9, 0), 132, 227 << 10)
 
 

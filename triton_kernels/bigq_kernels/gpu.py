@@ -8,9 +8,12 @@ import triton
 
 from bigq_kernels.internals import TESTED_TRITON
 
-__all__ = ["GLUON_RELEASES", "Gpu"]
+__all__ = ["BULK_RELEASES", "GLUON_RELEASES", "Gpu"]
 
 GLUON_RELEASES = TESTED_TRITON  # no other has to compile the Gluon kernels
+# From 3.9 on, all warps of a program wait for each other behind each wait for wgmma, if there is more than one group of
+# them. In `bulk`, halves of the warps may run different numbers of steps, so they would wait in vain.
+BULK_RELEASES = tuple(release for release in GLUON_RELEASES if release < (3, 9))
 _KIB = 1 << 10
 _NAMED = {  # compute capability, multiprocessors, shared memory of a program
     "h100": ((9, 0), 132, 227 * _KIB),
@@ -30,13 +33,14 @@ class Gpu:
     ptx: bool  # takes inline PTX
     pdl: bool  # programmatic dependent launch: a kernel may start before the one ahead of it has ended
     gluon: bool  # runs the Gluon kernels, which depends on the release of Triton too
+    bulk: bool  # runs `bulk`, which is one of them
 
     @staticmethod
     @cache
     def of(device: torch.device) -> "Gpu":
         """The GPU `device` under the installed release of Triton; for a CPU, an H100 that takes no PTX."""
         if device.type != "cuda":
-            return replace(Gpu.named("h100"), ptx=False, pdl=False, gluon=False)
+            return replace(Gpu.named("h100"), ptx=False, pdl=False, gluon=False, bulk=False)
         properties = torch.cuda.get_device_properties(device)
         capability = properties.major, properties.minor
         ptx = torch.version.cuda is not None and not triton.knobs.runtime.interpret
@@ -49,11 +53,12 @@ class Gpu:
             ptx=ptx,
             pdl=ptx and capability >= (9, 0),
             gluon=ptx and capability >= (8, 0) and release in GLUON_RELEASES,  # 8.0 has cp.async and bfloat16
+            bulk=ptx and capability == (9, 0) and release in BULK_RELEASES,
         )
 
     @staticmethod
     def named(name: str) -> "Gpu":
-        """An "h100" or "h200" (SXM), "a100" or "rtx4090", with a release of Triton in GLUON_RELEASES."""
+        """An "h100" or "h200" (SXM), "a100" or "rtx4090", with a release of Triton in BULK_RELEASES."""
         if name not in _NAMED:
             raise ValueError(f"{name!r} is no GPU that is described here; expected one of {', '.join(_NAMED)}")
         capability, multiprocessors, shared_nbytes = _NAMED[name]
@@ -64,4 +69,5 @@ class Gpu:
             ptx=True,
             pdl=capability >= (9, 0),
             gluon=True,
+            bulk=capability == (9, 0),
         )

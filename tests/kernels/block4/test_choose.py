@@ -80,6 +80,16 @@ def test_without_gluon_mma_takes_what_the_gluon_kernels_would(m):
     assert "Gluon kernels do not run" in choice.why
 
 
+@pytest.mark.parametrize(
+    "m, n, expected", [(17, 14336, "staged"), (33, 4096, "mma"), (128, 4096, "mma"), (129, 14336, "dequantize")]
+)
+def test_without_bulk_others_take_what_it_would(m, n, expected):
+    assert way(m, n) == "bulk"
+    choice = choose(replace(H100, bulk=False), m, n, 4096, 64, torch.bfloat16)
+    assert choice.way == expected
+    assert m < 33 or "bulk does not run on this GPU with this release of Triton" in choice.why
+
+
 def test_the_interpreter_has_no_gluon():
     assert way(8, gpu=torch.device("cpu")) == "mma"
 

@@ -1,5 +1,7 @@
 """The choice of a kernel for a stack of weights, from shapes alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,6 +36,12 @@ def test_ways_by_tokens(model, ways, takes_sliced):
         n += 8
     chosen = {t: choose_grouped(gpu, t * top_k, e, n, k, 64, torch.bfloat16).way for t in ways}
     assert chosen == ways
+
+
+def test_without_bulk_wgmma_multiplies_many_rows():
+    gpu = replace(Gpu.named("h200"), bulk=False)
+    for model, (e, n, k, _) in MODELS.items():
+        assert choose_grouped(gpu, 4096 * 4, e, n, k, 64, torch.bfloat16).way == "wgmma", model
 
 
 @pytest.mark.parametrize("rows, single", [(1, True), (2, True), (32, True), (33, False), (512, False)])

@@ -49,8 +49,8 @@ def dequantize_us(m: int, n: int, k: int) -> float:
 
 
 def bulk_config(gpu: Gpu, m: int, n: int, k: int) -> BulkConfig | None:
-    """For m tokens and a weight of n x k; None where another way is faster, and on GPUs that are not Hopper."""
-    if k % 64 or m > MAX_M or gpu.capability != (9, 0):
+    """For m tokens and a weight of n x k; None where another way is faster, and where `bulk` does not run."""
+    if k % 64 or m > MAX_M or not gpu.bulk:
         return None
     fitting = [
         tile_config(block_m, split)

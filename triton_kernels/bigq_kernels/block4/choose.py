@@ -90,7 +90,9 @@ def choose(
         if m <= MAX_STAGED_M:
             why = f"Up to {MAX_STAGED_M} tokens, codes that are staged in shared memory are fastest."
             return Choice(way="staged", config=staged_config(gpu, m, n, k), why=why)
-        no_gluon = f"there are more than {MAX_STAGED_M} tokens, for which bulk is estimated to take longer"
+        no_gluon = f"there are more than {MAX_STAGED_M} tokens, for which bulk " + (
+            "is estimated to take longer" if gpu.bulk else "does not run on this GPU with this release of Triton"
+        )
     most = MAX_MMA_M if n > NARROW_N and k % 64 == 0 else MAX_MMA_M_PARTIAL
     if m > most:
         return _dequantize(f"Above {most} tokens of this weight cuBLAS is faster than mma, and {no_gluon}.")

@@ -99,7 +99,7 @@ def choose_grouped(
             return Choice(way="staged", config=staged_config(gpu, min(_tile(mean), 32), n, k, is_stack=True), why=why)
         if k % 64 == 0 and gpu.capability == (9, 0):
             for tile, (fewest, least_k) in BULK.items():
-                if mean > fewest and k >= least_k:
+                if gpu.bulk and mean > fewest and k >= least_k:
                     why = f"With {each}, bulk decodes each weight once for a tile of {tile}."
                     return Choice(way="bulk", config=tile_config(tile), why=why)
             tile = 32 if mean <= MAX_WGMMA_ROWS_32 else 64

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
+from bigq_kernels.gpu import BULK_RELEASES
+
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 BUILD = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
@@ -66,9 +70,10 @@ for is_stack, cases in ((False, linears), (True, stacks)):
               ptx.count("mma.sync.aligned.m16n8k16") - 4 * config.quarters * config.covers * m // 8)
 """
 SERIALIZED = """
-import pathlib, subprocess, tempfile, triton
+import subprocess, tempfile
+from triton.backends.nvidia.compiler import get_ptxas
 
-ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+ptxas = get_ptxas(90).path  # from Triton 3.9 on there are two for Hopper, and one of them is too old for its PTX
 
 def is_serialized(ptx):
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -160,6 +165,7 @@ def test_wgmma_compiles_and_its_products_overlap_with_decoding():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(RELEASE not in BULK_RELEASES, reason="its warps would wait for each other")
 def test_bulk_compiles_with_its_memory_at_the_beginning_and_its_products_overlap_with_decoding():
     lines = compiled(BULK)
     assert len(lines) == 6
