@@ -160,10 +160,7 @@ class Packed:
     def is_current(self) -> bool:
         """Whether the modules hold these tensors, and no others that were assigned since."""
         own = self.whole if self.is_whole else self.shards
-        for attributes, name, i in self._places:  # noqa: SIM110, a generator takes twice as long, 194 times a step
-            if attributes["_parameters"][name] is not own[i]:
-                return False
-        return True
+        return all(attributes["_parameters"][name] is own[i] for attributes, name, i in self._places)
 
     @property
     def edits(self) -> list[int]:

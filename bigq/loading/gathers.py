@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bigq.formats import TensorSpec
 from bigq.loading.cuts import Cut
+from bigq.system.distributed.internals import all_gather
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -81,12 +82,9 @@ class Gathers:
 
     def _gather(self, steps: list[_Step]) -> Tensor:
         """Carry out the first of `steps`, and remove it: what has failed once is not left."""
-        import torch.distributed as dist
-
         step = steps.pop(0)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
         whole = _view(self._received, (step.processes * step.chunk[0], *step.chunk[1:]), step.dtype)
-        gather(whole, _view(self._sent, step.chunk, step.dtype), group=step.mesh.get_group(step.cut.dim))
+        all_gather(whole, _view(self._sent, step.chunk, step.dtype), step.mesh.get_group(step.cut.dim))
         return whole
 
 

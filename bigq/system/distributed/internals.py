@@ -8,7 +8,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["CpuShard", "coalesced_gather", "cpu_shards", "forget_sharding", "is_flattened_by_fsdp1", "sharded_as"]
+__all__ = [
+    "CpuShard",
+    "all_gather",
+    "coalesced_gather",
+    "cpu_shards",
+    "forget_sharding",
+    "is_flattened_by_fsdp1",
+    "sharded_as",
+]
 
 
 # Which shards FSDP2's CPUOffloadPolicy keeps on the CPU. Without this way they are left on the device: FSDP2 moves
@@ -123,9 +131,14 @@ def coalesced_gather(group: Any, device_type: str) -> Gather:
 
 
 def _gather_one_by_one(group: Any, outputs: list[Tensor], inputs: list[Tensor]) -> None:
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
     for output, own in zip(outputs, inputs, strict=True):
-        gather(output, own, group=group)
+        all_gather(output, own, group)
+
+
+def all_gather(output: Tensor, own: Tensor, group: Any) -> None:
+    """Gather `own` [S] of all processes of `group` into `output` [processes * S]: a public op, which torch renamed."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(output, own, group=group)
 
 
 # What torch.distributed notes of a module beside its attributes. A module that gets its old attributes back is one that
